@@ -1,0 +1,152 @@
+"""Regression losses on a conditional path: flow matching and its relatives, all one function."""
+
+import jax
+import jax.numpy as jnp
+
+from fm_jax.couplings import independent
+from fm_jax.paths.affine import targets
+from fm_jax.schedules import vanishes
+from fm_jax.shapes import mean_over_event
+from fm_jax.times import Uniform
+from fm_jax.types import (
+    KINDS,
+    ApplyFn,
+    Array,
+    Batch,
+    Coupling,
+    Key,
+    Kind,
+    LossFn,
+    Metrics,
+    Params,
+    Path,
+    Schedule,
+    TimeSampler,
+    Weight,
+    check_member,
+)
+
+
+def target_domain(kind: Kind, schedule: Schedule, margin: float = 1e-3) -> tuple[float, float]:
+    """The range of times on which the regression target of this kind is finite.
+
+    `schedule.domain` for velocity; all of [0, 1] for data and noise; for the score, up to `margin` before sigma = 0.
+    """
+    check_member("kind", kind, KINDS)
+    if kind == "velocity":
+        return schedule.domain
+    if kind == "score" and vanishes(schedule.sigma, 1.0):
+        return 0.0, 1.0 - margin
+    return 0.0, 1.0
+
+
+def flow_matching(
+    apply_fn: ApplyFn,
+    path: Path,
+    *,
+    coupling: Coupling = independent,
+    time_sampler: TimeSampler | None = None,
+    kind: Kind = "velocity",
+    weight: Weight | None = None,
+) -> LossFn:
+    """The conditional flow matching loss, or with another `kind` its relatives.
+
+    `E_t,x0,x1 w(t) |f(t, x_t, cond) - target|^2`, averaged over the dimensions of x. The target is `u_t` (conditional
+    flow matching, Lipman et al. 2022, arXiv:2210.02747, eq. 14), `x1`, `x0` (DDPM's noise prediction) or the
+    conditional score (denoising score matching, Vincent 2011). Its minimiser is the marginal quantity.
+
+    Args:
+        apply_fn: the network, `apply_fn(params, t, x, cond, train=, rngs=)`.
+        path: conditional path, e.g. `AffinePath(Linear())`.
+        coupling: pairs x0 with x1 within the batch.
+        time_sampler: training times; `None` is uniform on the range where the target is finite.
+        kind: what the network predicts.
+        weight: `weight(t, kind, schedule)`; `None` is 1.
+
+    Returns:
+        `loss_fn(params, key, batch) -> (loss, metrics)`, pure, for `jax.value_and_grad(loss_fn, has_aux=True)`. The
+        batch is a dict: `x1` [batch, ...]; optional `x0` (standard normal if absent), `cond`, and `t` [batch] (drawn if
+        absent). Metrics are `loss` and `mse`, the unweighted error. With `key=None`, nothing may be random: `x0` and
+        `t` must be in the batch, and the network runs with `train=False`.
+
+    Raises:
+        ValueError: if `kind` is unknown or `time_sampler` leaves the range where the target is finite; when the loss
+            is traced, if the batch has no `x1`, or its shapes do not fit.
+
+    Example:
+        >>> from fm_jax.paths import AffinePath
+        >>> loss_fn = flow_matching(lambda params, t, x, cond, **_: params * x, AffinePath())
+        >>> batch = {"x1": jnp.ones((2, 3)), "x0": jnp.zeros((2, 3)), "t": jnp.array([0.25, 0.5])}
+        >>> loss, metrics = loss_fn(2.0, None, batch)  # the mean of (2 t - 1)^2
+        >>> float(loss)
+        0.125
+    """
+    check_member("kind", kind, KINDS)
+    low, high = target_domain(kind, path.schedule)
+    if time_sampler is None:
+        time_sampler = Uniform(low, high)
+    elif not (low <= time_sampler.domain[0] and time_sampler.domain[1] <= high):
+        raise ValueError(
+            f"time_sampler draws from {list(time_sampler.domain)}, but the {kind} target of {path.schedule} is finite "
+            f"only on {[low, high]}; bring it there with times.Rescale(sampler, {low}, {high})."
+        )
+
+    def loss_fn(
+        params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
+    ) -> tuple[Array, Metrics]:
+        del target_params  # for losses with a second network; a regression on the path has none
+        x0, x1, t, key_coupling, key_path, rngs = _inputs(key, batch, time_sampler)
+        x0, x1, cond, _ = coupling(key_coupling, x0, x1, batch.get("cond"))
+        sample = path.sample(key_path, t, x0, x1)
+        target = getattr(targets(sample, path.schedule), kind)
+        prediction = apply_fn(params, sample.t, sample.x_t, cond, train=key is not None, rngs=rngs)
+        if prediction.shape != target.shape:
+            raise ValueError(f"the network must return the shape of x, {target.shape}, got {prediction.shape}.")
+        mse = mean_over_event((prediction.astype(target.dtype) - target) ** 2)
+        loss = mse.mean() if weight is None else (weight(t, kind, path.schedule) * mse).mean()
+        return loss, {"loss": loss, "mse": mse.mean()}
+
+    return loss_fn
+
+
+def _inputs(key: Key | None, batch: Batch, time_sampler: TimeSampler) -> tuple:
+    """x0, x1, t, the keys of the coupling and the path, and the network's rngs."""
+    if "x1" not in batch:
+        raise ValueError(f"the batch must hold 'x1', got {sorted(batch)}.")
+    x1 = batch["x1"]
+    if key is None:
+        if "x0" not in batch or "t" not in batch:
+            raise ValueError("without a key the batch must hold 'x0' and 't'.")
+        key_x0 = key_t = key_coupling = key_path = rngs = None
+    else:
+        key_x0, key_t, key_coupling, key_path, key_dropout = jax.random.split(key, 5)
+        rngs = {"dropout": key_dropout}
+    x0 = batch["x0"] if "x0" in batch else jax.random.normal(key_x0, x1.shape, dtype=x1.dtype)
+    t = batch["t"] if "t" in batch else time_sampler(key_t, x1.shape[0])
+    if t.shape != x1.shape[:1]:
+        raise ValueError(f"t must be [batch] = {x1.shape[:1]}, got shape {t.shape}.")
+    return x0, x1, t, key_coupling, key_path, rngs
+
+
+def score_matching(apply_fn: ApplyFn, path: Path, *, weight: Weight | None = None, **options) -> LossFn:
+    """Denoising score matching, by default weighted with sigma^2 so that all times count alike.
+
+    Vincent 2011; Song et al. 2021 (arXiv:2011.13456, eq. 7). Arguments as in `flow_matching`.
+    """
+    weight = _sigma_squared if weight is None else weight
+    return flow_matching(apply_fn, path, kind="score", weight=weight, **options)
+
+
+def _sigma_squared(t: Array, kind: Kind, schedule: Schedule) -> Array:
+    del kind
+    return schedule.sigma(t) ** 2
+
+
+def noise_prediction(apply_fn: ApplyFn, path: Path, **options) -> LossFn:
+    """DDPM's simple loss |f - x0|^2 (Ho et al. 2020, arXiv:2006.11239, eq. 14). Arguments as in `flow_matching`."""
+    return flow_matching(apply_fn, path, kind="noise", **options)
+
+
+def data_prediction(apply_fn: ApplyFn, path: Path, **options) -> LossFn:
+    """The denoiser's loss |f - x1|^2 (Karras et al. 2022, arXiv:2206.00364, eq. 2). Arguments as in `flow_matching`."""
+    return flow_matching(apply_fn, path, kind="data", **options)

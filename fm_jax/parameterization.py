@@ -1,0 +1,152 @@
+"""The four descriptions of a Gaussian path, velocity, data, noise and score, and the way between them.
+
+With `x_t = alpha x1 + sigma x0` and a standard normal x0, d = E[x1 | x_t] and n = E[x0 | x_t] obey
+
+    alpha d + sigma n = x_t,    v = alpha' d + sigma' n,    score = grad log p_t(x_t) = -n / sigma
+
+(Albergo et al. 2023, arXiv:2303.08797, sec. 4; Ma et al. 2024, arXiv:2401.08740, sec. 2.3). Any one of the four gives
+the others, except where the division below is by zero; there the result is not finite, and `velocity_domain` says so.
+"""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from fm_jax.schedules import coefficients, vanishes
+from fm_jax.shapes import batch_time, expand_time
+from fm_jax.types import KINDS, Array, Cond, Kind, ModelFn, Prediction, Schedule, VelocityFn, check_member
+
+
+def convert(kind: Kind, value: Array, t: Array, x_t: Array, schedule: Schedule) -> Prediction:
+    """All four descriptions from any one of them.
+
+    Args:
+        kind: what `value` is: "velocity", "data", "noise" or "score".
+        value: [batch, ...].
+        t: scalar or [batch].
+        x_t: [batch, ...].
+        schedule: of the path.
+
+    Returns:
+        `Prediction`, each [batch, ...]. Not finite where the conversion has no solution: "data" at sigma = 0, "noise"
+        and "score" at alpha = 0; the score is infinite at sigma = 0 whatever it comes from.
+
+    Raises:
+        ValueError: if `kind` is unknown or the shapes of `value` and `x_t` differ.
+
+    Example:
+        >>> x = jnp.ones((1, 2))
+        >>> from fm_jax.schedules import Linear
+        >>> convert("data", jnp.zeros((1, 2)), 0.5, x, Linear()).velocity
+        Array([[-2., -2.]], dtype=float32)
+    """
+    check_member("kind", kind, KINDS)
+    if value.shape != x_t.shape:
+        raise ValueError(f"value and x_t must have the same shape, got {value.shape} and {x_t.shape}.")
+    alpha, sigma, d_alpha, d_sigma = coefficients(schedule, expand_time(t, x_t))
+    if kind == "velocity":
+        velocity = value
+        determinant = alpha * d_sigma - sigma * d_alpha
+        data = (d_sigma * x_t - sigma * velocity) / determinant
+        noise = (alpha * velocity - d_alpha * x_t) / determinant
+        return Prediction(velocity, data, noise, -noise / sigma)
+    if kind == "data":
+        data, noise = value, (x_t - alpha * value) / sigma
+    else:
+        noise = value if kind == "noise" else -sigma * value
+        data = (x_t - sigma * noise) / alpha
+    score = value if kind == "score" else -noise / sigma
+    return Prediction(d_alpha * data + d_sigma * noise, data, noise, score)
+
+
+def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = None) -> VelocityFn:
+    """The velocity function of a network: what every sampler takes.
+
+    Args:
+        model_fn: `model_fn(t, x, cond)`, with its parameters bound.
+        kind: what it predicts.
+        schedule: of the path it was trained on.
+        cond: conditioning [batch, ...] or `None`.
+
+    Returns:
+        `v(t, x)`, `t` a scalar or [batch], `x` [batch, ...].
+    """
+    check_member("kind", kind, KINDS)
+
+    def velocity(t: Array, x: Array) -> Array:
+        prediction = model_fn(batch_time(t, x), x, cond)
+        if kind == "velocity":
+            return prediction
+        return convert(kind, prediction, t, x, schedule).velocity
+
+    return velocity
+
+
+def score_fn(v: VelocityFn, schedule: Schedule) -> Callable[[Array, Array], Array]:
+    """The score `grad log p_t(x)` of the marginals that a velocity function carries; infinite where sigma = 0.
+
+    Args:
+        v: velocity function of an affine path with a standard normal source.
+        schedule: of that path.
+
+    Returns:
+        `score(t, x)` with the shapes of `v`.
+    """
+    return lambda t, x: convert("velocity", v(t, x), t, x, schedule).score
+
+
+def velocity_domain(kind: Kind, schedule: Schedule, margin: float = 1e-3) -> tuple[float, float]:
+    """The range of times on which the velocity of a network of this kind is finite.
+
+    It is `schedule.domain`, less `margin` at the end where the conversion divides by zero: sigma = 0 for "data",
+    alpha = 0 for "noise" and "score". Samplers go from its lower to its upper end.
+
+    Args:
+        kind: what the network predicts.
+        schedule: of the path.
+        margin: distance kept from the singular time.
+
+    Returns:
+        (t_min, t_max).
+    """
+    check_member("kind", kind, KINDS)
+    t_min, t_max = schedule.domain
+    if kind == "data" and vanishes(schedule.sigma, t_max):
+        t_max -= margin
+    if kind in ("noise", "score") and vanishes(schedule.alpha, t_min):
+        t_min += margin
+    return t_min, t_max
+
+
+def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule) -> VelocityFn:
+    """The velocity of another schedule from a model trained on the old one, exactly and without training.
+
+    At new time r the old time t(r) has the same signal-to-noise ratio, and x scales by s(r), the ratio of the norms
+    of (alpha, sigma). Then `v_new(r, x) = s' x / s + s t' v(t, x / s)` (Pokle et al. 2023, arXiv:2310.04432, prop. 1;
+    Shaul et al. 2023, arXiv:2310.19075). t' and s' come from the angle atan2(alpha, sigma), which is smooth where the
+    SNR is 0 or infinite.
+
+    Args:
+        v: velocity function on `old_schedule`.
+        old_schedule: the schedule it was trained on.
+        new_schedule: the schedule to sample on. Where its SNR is outside the old one's range, t leaves [0, 1].
+
+    Returns:
+        `v_new(r, x)` with the shapes of `v`.
+    """
+
+    def new_velocity(r: Array, x: Array) -> Array:
+        new = coefficients(new_schedule, r)
+        t = old_schedule.t_from_log_snr(2 * (jnp.log(new.alpha) - jnp.log(new.sigma))).astype(x.dtype)
+        old = coefficients(old_schedule, t)
+        new_norm2, old_norm2 = new.alpha**2 + new.sigma**2, old.alpha**2 + old.sigma**2
+        d_angle_new = (new.d_alpha * new.sigma - new.alpha * new.d_sigma) / new_norm2
+        d_angle_old = (old.d_alpha * old.sigma - old.alpha * old.d_sigma) / old_norm2
+        d_t = d_angle_new / d_angle_old
+        s = jnp.sqrt(new_norm2 / old_norm2)
+        d_log_s = (new.alpha * new.d_alpha + new.sigma * new.d_sigma) / new_norm2 - d_t * (
+            old.alpha * old.d_alpha + old.sigma * old.d_sigma
+        ) / old_norm2
+        return expand_time(d_log_s, x) * x + expand_time(s * d_t, x) * v(t, x / expand_time(s, x))
+
+    return new_velocity

@@ -1,0 +1,283 @@
+"""Schedules: the coefficients alpha(t) and sigma(t) of the path `x_t = alpha x1 + sigma x0`.
+
+Each is a frozen dataclass with `alpha`, `sigma`, the inverse of its log-SNR and its `domain`; everything else follows
+by the functions below. Time derivatives are taken by `jax.jvp`.
+
+The log-signal-to-noise ratio is `log_snr = log(alpha^2 / sigma^2)`, increasing in `t` (Kingma et al. 2021,
+arXiv:2107.00630); the half of it is DPM-Solver's lambda.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+
+from fm_jax.types import Array, Coefficients, Schedule
+
+_EDGE = 1e-5
+"""How far a domain stays from a time at which a derivative is infinite."""
+
+
+def _with_derivative(f: Callable[[Array], Array], t: Array) -> tuple[Array, Array]:
+    return jax.jvp(f, (t,), (jnp.ones_like(t),))
+
+
+def coefficients(schedule: Schedule, t: Array) -> Coefficients:
+    """alpha, sigma and their time derivatives.
+
+    Args:
+        schedule: any schedule.
+        t: times of any shape, inside `schedule.domain` for finite results.
+
+    Returns:
+        `Coefficients`, each in the shape of `t`.
+
+    Example:
+        >>> [float(c) for c in coefficients(Linear(), 0.25)]
+        [0.25, 0.75, 1.0, -1.0]
+    """
+    t = jnp.asarray(t, dtype=jnp.result_type(t, float))
+    alpha, d_alpha = _with_derivative(schedule.alpha, t)
+    sigma, d_sigma = _with_derivative(schedule.sigma, t)
+    return Coefficients(alpha, sigma, d_alpha, d_sigma)
+
+
+def log_snr(schedule: Schedule, t: Array) -> Array:
+    """log(alpha^2 / sigma^2) in the shape of `t`; -inf where alpha = 0 and inf where sigma = 0."""
+    t = jnp.asarray(t, dtype=jnp.result_type(t, float))
+    return 2 * (jnp.log(schedule.alpha(t)) - jnp.log(schedule.sigma(t)))
+
+
+def vanishes(coefficient: Callable[[Array], Array], t: float) -> bool:
+    """Whether `schedule.alpha` or `schedule.sigma` is exactly 0 at `t`; a Python bool, also while tracing."""
+    with jax.ensure_compile_time_eval():
+        return bool(coefficient(jnp.asarray(t, dtype=float)) == 0)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """alpha = t, sigma = 1 - (1 - sigma_min) t: straight lines, the conditional optimal-transport path.
+
+    `sigma_min = 0` is rectified flow (Liu et al. 2022, arXiv:2209.03003); a small positive `sigma_min` is the path of
+    Lipman et al. 2022 (arXiv:2210.02747, eq. 20), which ends in a Gaussian of that width around each data point.
+
+    Raises:
+        ValueError: if `sigma_min` is outside [0, 1).
+    """
+
+    sigma_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sigma_min < 1:
+            raise ValueError(f"sigma_min must be in [0, 1), got {self.sigma_min}.")
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def alpha(self, t: Array) -> Array:
+        return t
+
+    def sigma(self, t: Array) -> Array:
+        return 1 - (1 - self.sigma_min) * t
+
+    def t_from_log_snr(self, log_snr: Array) -> Array:
+        # alpha / sigma = r gives t = r / (1 + (1 - sigma_min) r); dividing by r keeps r = inf exact.
+        return 1 / (jnp.exp(-log_snr / 2) + (1 - self.sigma_min))
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """alpha = sin(pi t / 2), sigma = cos(pi t / 2): the trigonometric, variance-preserving path.
+
+    Albergo & Vanden-Eijnden 2022 (arXiv:2209.15571); in diffusion time the cosine schedule of Nichol & Dhariwal 2021
+    (arXiv:2102.09672, eq. 17) without its offset.
+    """
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def alpha(self, t: Array) -> Array:
+        return jnp.sin(math.pi / 2 * t)
+
+    def sigma(self, t: Array) -> Array:
+        # sin of the complement is exactly 0 at t = 1, where cos(pi / 2) rounds to a negative number in float32.
+        return jnp.sin(math.pi / 2 * (1 - t))
+
+    def t_from_log_snr(self, log_snr: Array) -> Array:
+        return 2 / math.pi * jnp.arctan(jnp.exp(log_snr / 2))
+
+
+@dataclass(frozen=True)
+class Polynomial:
+    """alpha = t^n, sigma = 1 - t^n: the linear path run at another speed.
+
+    Raises:
+        ValueError: if `n` is not positive.
+    """
+
+    n: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.n > 0:
+            raise ValueError(f"n must be positive, got {self.n}.")
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return (0.0 if self.n >= 1 else _EDGE), 1.0
+
+    def alpha(self, t: Array) -> Array:
+        return t**self.n
+
+    def sigma(self, t: Array) -> Array:
+        return 1 - t**self.n
+
+    def t_from_log_snr(self, log_snr: Array) -> Array:
+        return jax.nn.sigmoid(log_snr / 2) ** (1 / self.n)
+
+
+@dataclass(frozen=True)
+class VP:
+    """The variance-preserving diffusion with linear beta: alpha = exp(-T / 2), sigma = sqrt(1 - exp(-T)).
+
+    `T(t) = s beta_min + s^2 (beta_max - beta_min) / 2` with `s = 1 - t` (Song et al. 2021, arXiv:2011.13456, eq. 33).
+    At t = 0 a little signal is left, alpha(0) = 0.0066; at t = 1 sigma has an infinite slope, left out of the domain.
+
+    Raises:
+        ValueError: unless 0 < beta_min <= beta_max.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min <= self.beta_max:
+            raise ValueError(f"0 < beta_min <= beta_max must hold, got {self.beta_min} and {self.beta_max}.")
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return 0.0, 1.0 - _EDGE
+
+    def _integrated_beta(self, t: Array) -> Array:
+        s = 1 - t
+        return s * self.beta_min + s**2 * (self.beta_max - self.beta_min) / 2
+
+    def alpha(self, t: Array) -> Array:
+        return jnp.exp(-self._integrated_beta(t) / 2)
+
+    def sigma(self, t: Array) -> Array:
+        return jnp.sqrt(-jnp.expm1(-self._integrated_beta(t)))
+
+    def t_from_log_snr(self, log_snr: Array) -> Array:
+        integrated = jax.nn.softplus(-log_snr)  # exp(-T) = sigmoid(log_snr)
+        # The root of the quadratic in the form that loses no digits near T = 0, and that allows beta_max = beta_min.
+        slope = self.beta_max - self.beta_min
+        return 1 - 2 * integrated / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2 * slope * integrated))
+
+
+@dataclass(frozen=True)
+class LinearVP:
+    """alpha = t, sigma = sqrt(1 - t^2): variance-preserving with linear signal; the slope of sigma is infinite at 1."""
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return 0.0, 1.0 - _EDGE
+
+    def alpha(self, t: Array) -> Array:
+        return t
+
+    def sigma(self, t: Array) -> Array:
+        return jnp.sqrt((1 - t) * (1 + t))
+
+    def t_from_log_snr(self, log_snr: Array) -> Array:
+        return jnp.sqrt(jax.nn.sigmoid(log_snr))
+
+
+@dataclass(frozen=True)
+class VE:
+    """alpha = 1, sigma = sigma_max (sigma_min / sigma_max)^t: the variance-exploding diffusion with geometric noise.
+
+    Song et al. 2021 (arXiv:2011.13456, eq. 31) in reversed time. The source still carries the data at t = 0:
+    `x_0 = x1 + sigma_max x0`, so sampling starts from `paths.source` and `sigma_max` has to be large.
+
+    Raises:
+        ValueError: unless 0 < sigma_min < sigma_max.
+    """
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"0 < sigma_min < sigma_max must hold, got {self.sigma_min} and {self.sigma_max}.")
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def alpha(self, t: Array) -> Array:
+        return jnp.ones_like(t)
+
+    def sigma(self, t: Array) -> Array:
+        return self.sigma_max * jnp.exp(math.log(self.sigma_min / self.sigma_max) * t)
+
+    def t_from_log_snr(self, log_snr: Array) -> Array:
+        return (-log_snr / 2 - math.log(self.sigma_max)) / math.log(self.sigma_min / self.sigma_max)
+
+
+def linear_betas(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> tuple[float, ...]:
+    """The beta table of Ho et al. 2020 (arXiv:2006.11239, sec. 4), equally spaced from `beta_start` to `beta_end`."""
+    if num_steps < 2:
+        raise ValueError(f"num_steps must be at least 2, got {num_steps}.")
+    return tuple(beta_start + (beta_end - beta_start) * i / (num_steps - 1) for i in range(num_steps))
+
+
+@dataclass(frozen=True)
+class DDPM:
+    """A discrete beta table as a schedule in continuous time.
+
+    The n-th of N entries (n = 1..N) sits at `t = 1 - n / N`: there alpha^2 = prod_{i <= n} (1 - beta_i), Ho et al. 2020
+    (arXiv:2006.11239, eq. 4). In between, log alpha is linear, which is the VP diffusion with a piecewise constant
+    beta. The domain ends at the table's first entry, t = 1 - 1 / N.
+
+    Raises:
+        ValueError: if the table has fewer than two entries or one outside (0, 1).
+    """
+
+    betas: tuple[float, ...] = field(default_factory=linear_betas)
+
+    def __post_init__(self) -> None:
+        if len(self.betas) < 2 or not all(0 < beta < 1 for beta in self.betas):
+            raise ValueError("betas must be at least two numbers in (0, 1).")
+
+    def __repr__(self) -> str:
+        return f"DDPM({len(self.betas)} betas, {self.betas[0]:g} to {self.betas[-1]:g})"
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return 0.0, 1.0 - 1.0 / len(self.betas)
+
+    def _table(self) -> tuple[Array, Array]:
+        """Times from 0 to 1 and -log alpha^2 at each."""
+        total = [0.0]
+        for beta in self.betas:
+            total.append(total[-1] - math.log1p(-beta))
+        num = len(self.betas)
+        return jnp.asarray([1 - n / num for n in range(num, -1, -1)]), jnp.asarray(total[::-1])
+
+    def _integrated_beta(self, t: Array) -> Array:
+        times, integrated = self._table()
+        return jnp.interp(t, times.astype(t.dtype), integrated.astype(t.dtype))
+
+    def alpha(self, t: Array) -> Array:
+        return jnp.exp(-self._integrated_beta(t) / 2)
+
+    def sigma(self, t: Array) -> Array:
+        return jnp.sqrt(-jnp.expm1(-self._integrated_beta(t)))
+
+    def t_from_log_snr(self, log_snr: Array) -> Array:
+        times, integrated = self._table()
+        return jnp.interp(jax.nn.softplus(-log_snr), integrated[::-1], times[::-1])

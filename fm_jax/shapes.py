@@ -1,0 +1,51 @@
+"""The one place where time [batch] meets data [batch, ...]."""
+
+import jax.numpy as jnp
+
+from fm_jax.types import Array
+
+
+def expand_time(t: Array, x: Array) -> Array:
+    """Appends axes to `t` so that it multiplies `x`.
+
+    Args:
+        t: scalar or [batch].
+        x: [batch, ...].
+
+    Returns:
+        `t` as a scalar, or as [batch, 1, ..., 1] with the rank of `x`.
+
+    Raises:
+        ValueError: if `t` is neither a scalar nor [batch].
+
+    Example:
+        >>> expand_time(jnp.zeros(4), jnp.zeros((4, 8, 8, 3))).shape
+        (4, 1, 1, 1)
+    """
+    if jnp.ndim(t) == 0:
+        return jnp.asarray(t)
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t must be a scalar or [batch] = {x.shape[:1]}, got shape {t.shape}.")
+    return t.reshape(t.shape + (1,) * (x.ndim - 1))
+
+
+def batch_time(t: Array, x: Array) -> Array:
+    """Repeats a scalar time for every example.
+
+    Args:
+        t: scalar or [batch].
+        x: [batch, ...].
+
+    Returns:
+        `t` as [batch], in the floating dtype of `x`.
+
+    Example:
+        >>> batch_time(0.5, jnp.zeros((3, 2)))
+        Array([0.5, 0.5, 0.5], dtype=float32)
+    """
+    return jnp.broadcast_to(jnp.asarray(t, dtype=x.dtype), x.shape[:1])
+
+
+def mean_over_event(x: Array) -> Array:
+    """Averages over every axis but the first: [batch, ...] -> [batch]."""
+    return x.reshape(x.shape[0], -1).mean(axis=1)

@@ -1,0 +1,38 @@
+"""Every schedule, time sampler, weight and coupling, listed once. Whatever is added here goes through the same contract."""
+
+import numpy as np
+
+from fm_jax import couplings, losses, oracles, schedules, times
+
+SCHEDULES = [
+    schedules.Linear(),
+    schedules.Linear(sigma_min=1e-2),
+    schedules.Cosine(),
+    schedules.Polynomial(2.0),
+    schedules.Polynomial(0.5),
+    schedules.VP(),
+    schedules.VP(beta_min=1.0, beta_max=1.0),
+    schedules.LinearVP(),
+    schedules.VE(),
+    schedules.DDPM(),
+]
+TIME_SAMPLERS = [
+    times.Uniform(),
+    times.Uniform(0.2, 0.7),
+    times.Stratified(),
+    times.LogitNormal(0.5, 0.8),
+    times.Mode(1.29),
+    times.Mode(-0.5),
+    times.Beta(2.0, 3.0),
+    times.EDMLogNormal(),
+    times.EDMLogNormal(schedule=schedules.VP()),
+    times.Rescale(times.LogitNormal(), 0.0, 0.9),
+]
+WEIGHTS = [losses.SNRWeight(), losses.SNRWeight(0.0), losses.MinSNRWeight(), losses.EDMWeight()]
+COUPLINGS = [couplings.independent, couplings.minibatch_ot]
+
+
+def mixture() -> oracles.GaussianMixture:
+    """Three Gaussians in the plane with different full covariances, one of them narrow."""
+    covariances = np.array([[[0.5, 0.2], [0.2, 0.3]], [[0.1, 0.0], [0.0, 0.4]], [[0.05, -0.02], [-0.02, 0.05]]])
+    return oracles.gaussian_mixture([[-1.5, 0.5], [1.0, 1.0], [0.5, -1.5]], covariances, [0.5, 0.3, 0.2])
