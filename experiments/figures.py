@@ -1,0 +1,199 @@
+"""Pictures of samples, training and trajectories, in one style: quiet, crisp, safe for colour-blind readers and print.
+
+Nothing here touches pyplot or the backend, so it may be imported in a notebook. A path's ending decides the format.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib import ticker
+from matplotlib.collections import LineCollection
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+
+from fm_jax.data.images import to_uint8
+
+# Okabe and Ito's palette; these also differ in lightness, so they survive a grey printer.
+BLUE, ORANGE, SKY = "#0072B2", "#E69F00", "#56B4E9"
+INK, GREY, PALE = "#222222", "#9A9A9A", "#E8E8E8"
+_STYLE: dict = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK)
+_STYLE |= {"font.size": 9.0, "axes.titlesize": 10.0, "axes.edgecolor": GREY, "axes.linewidth": 0.6}
+_DPI = 220
+PathLike = str | os.PathLike
+
+
+def save_grid(
+    path: PathLike,
+    images: np.ndarray,
+    labels: np.ndarray,
+    real: np.ndarray,
+    real_labels: np.ndarray,
+    *,
+    class_names: Sequence[str] | None = None,
+    title: str | None = None,
+    columns: int = 10,
+    real_columns: int = 3,
+) -> None:
+    """Draws one row a class: generated images, a gap, and a few real ones of that class.
+
+    Args:
+        path: the file to write.
+        images: generated images [n, h, w, c] in [-1, 1], c being 1 or 3.
+        labels: their classes [n].
+        real: real images [m, h, w, c] in [-1, 1].
+        real_labels: their classes [m].
+        class_names: the name of every class; by default its number.
+        title: written above.
+        columns: generated images in a row.
+        real_columns: real images in a row.
+    """
+    classes = np.unique(np.asarray(labels))
+    names = [str(label) if class_names is None else class_names[label] for label in classes]
+    left, right = (
+        _montage([np.asarray(pictures)[np.asarray(kinds) == label][:count] for label in classes], count)
+        for pictures, kinds, count in ((images, labels, columns), (real, real_labels, real_columns))
+    )
+    margin, gap, line = 20, 60, 40
+    left_x = 2 * margin + 18 * max(len(name) for name in names)
+    right_x = left_x + left.shape[1] + gap
+    width = right_x + right.shape[1] + margin
+    height = margin + left.shape[0] + line + margin // 2 + (0 if title is None else line + margin)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+        for montage, x, header in ((left, left_x, "generated"), (right, right_x, "real")):
+            # figimage copies pixels one to one: no resampling, whatever the size.
+            figure.figimage(montage, xo=x, yo=margin, origin="upper")
+            center, top = (x + montage.shape[1] / 2) / width, (margin + left.shape[0] + 12) / height
+            figure.text(center, top, header, ha="center", va="bottom", size=8.5)
+        for row, name in enumerate(names):
+            y = (margin + left.shape[0] * (1 - (row + 0.5) / len(names))) / height
+            figure.text((left_x - margin * 0.8) / width, y, name, ha="right", va="center_baseline")
+        figure.text(0.5, 1 - margin * 0.7 / height, title or "", ha="center", va="top", size=11)
+        _save(figure, path)
+
+
+def save_animation(
+    path: PathLike, frames: np.ndarray, *, times: np.ndarray | None = None, columns: int = 10, hold: float = 2.0
+) -> None:
+    """Writes a GIF of samples on their way from noise (t = 0) to data (t = 1), with a clock, in three seconds.
+
+    Args:
+        path: the `.gif` to write.
+        frames: [num_times, n, h, w, c] in about [-1, 1]; values outside are clipped.
+        times: the time of each frame [num_times]; by default evenly spaced on [0, 1].
+        columns: images in a row.
+        hold: for how many seconds the last frame stays.
+    """
+    frames, times = np.asarray(frames), np.linspace(0.0, 1.0, len(frames)) if times is None else times
+    columns = min(columns, frames.shape[1])
+    font, pictures = ImageFont.load_default(size=18), []
+    for t, frame in zip(times, frames, strict=True):
+        montage = _montage([frame[i : i + columns] for i in range(0, len(frame), columns)], columns, size=56)
+        height, width = montage.shape[:2]
+        picture = Image.new("RGB", (width + 24, height + 52), "white")
+        picture.paste(Image.fromarray(montage), (12, 12))
+        draw = ImageDraw.Draw(picture)
+        draw.text((12, height + 32), f"t = {t:.2f}", fill=INK, font=font, anchor="lm")
+        for fraction, color in ((1.0, PALE), (float(np.clip(t, 0, 1)), BLUE)):
+            draw.rectangle((96, height + 30, 96 + (width - 85) * fraction, height + 34), fill=color)
+        pictures.append(picture.quantize(256, dither=Image.Dither.NONE))
+    # GIF counts in hundredths of a second, and browsers slow down anything below two.
+    duration = [max(20, 10 * round(300 / len(frames)))] * (len(frames) - 1) + [round(1000 * hold)]
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+
+
+def save_loss_curve(
+    path: PathLike, steps: np.ndarray, losses: np.ndarray, *, label: str = "loss", title: str | None = None
+) -> None:
+    """Draws a training loss on a log scale: every value lightly, a centred moving average over it.
+
+    Args:
+        path: the file to write.
+        steps: training steps [n], ascending.
+        losses: positive losses [n].
+        label: what the loss is, for the axis.
+        title: written above.
+    """
+    steps, losses = np.asarray(steps), np.asarray(losses, dtype=np.float64)
+    window = np.ones(max(1, len(losses) // 30))
+    smooth = np.convolve(losses, window, mode="same") / np.convolve(np.ones_like(losses), window, mode="same")
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 3.0), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(steps, losses, color=SKY, alpha=0.45, linewidth=0.6, label="each value")
+        axes.plot(steps, smooth, color=BLUE, linewidth=1.6, label="moving average")
+        axes.annotate(f" {smooth[-1]:.3g}", (steps[-1], smooth[-1]), va="center", color=BLUE, annotation_clip=False)
+        axes.set_yscale("log")
+        decade = np.nanmax(losses) > 10 * np.nanmin(losses)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if decade else ticker.MaxNLocator(6))
+        axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_locator(ticker.NullLocator())
+        axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:,.0f}"))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color=PALE, linewidth=0.6)
+        axes.set(xlabel="training step", ylabel=label, title=title or "", xmargin=0.01)
+        axes.legend(loc="upper right", framealpha=0.85, edgecolor="none")
+        _save(figure, path)
+
+
+def save_scatter(
+    path: PathLike,
+    source: np.ndarray,
+    samples: np.ndarray,
+    trajectories: np.ndarray,
+    data: np.ndarray,
+    *,
+    title: str | None = None,
+) -> None:
+    """Draws a two-dimensional flow: the data, the way of 250 samples to it, and the density of all samples.
+
+    Args:
+        path: the file to write.
+        source: where the trajectories start [n, 2].
+        samples: generated points [m, 2].
+        trajectories: [num_times, n, 2].
+        data: real points [k, 2].
+        title: written above.
+    """
+    source, trajectories = np.asarray(source)[:250], np.asarray(trajectories)[:, :250]
+    samples, data = np.asarray(samples), np.asarray(data)
+    limit = 1.08 * np.quantile(np.abs(np.concatenate([data, samples, source])), 0.999)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 2.8 if title is None else 3.1), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        left.scatter(*data[:4000].T, s=1.6, color=INK, alpha=0.45, linewidths=0)
+        ways = list(np.swapaxes(trajectories, 0, 1))
+        middle.add_collection(LineCollection(ways, colors=GREY, linewidths=0.4, alpha=0.6))
+        for points, color, name in ((source, ORANGE, "t = 0"), (trajectories[-1], BLUE, "t = 1")):
+            middle.scatter(*points.T, s=5, color=color, linewidths=0, label=name, zorder=3)
+        middle.legend(frameon=False, loc="upper left", handletextpad=0.0, borderpad=0.0, markerscale=2)
+        density = LinearSegmentedColormap.from_list("density", ["white", SKY, BLUE, "#00263D"])
+        right.hist2d(*samples.T, bins=96, range=[[-limit, limit]] * 2, cmap=density, rasterized=True)
+        for axes, header in ((left, "data"), (middle, "trajectories"), (right, "samples")):
+            axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=header, xticks=[], yticks=[])
+        figure.suptitle(title or "", size=11)
+        _save(figure, path)
+
+
+def _montage(rows: Sequence[np.ndarray], columns: int, size: int = 72, gap: int = 6) -> np.ndarray:
+    """Lays images [k, h, w, c] out in rows, enlarged to about `size` pixels, on white: uint8 [height, width, 3]."""
+    h, w, c = rows[0].shape[1:]
+    if c not in (1, 3):
+        raise ValueError(f"images must have 1 or 3 channels, got {c}.")
+    scale = max(1, round(size / h))
+    sheet = np.full((len(rows) * (h * scale + gap) - gap, columns * (w * scale + gap) - gap, 3), 255, dtype=np.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(to_uint8(row)):
+            y, x = i * (h * scale + gap), j * (w * scale + gap)
+            sheet[y : y + h * scale, x : x + w * scale] = image.repeat(scale, axis=0).repeat(scale, axis=1)
+    return sheet
+
+
+def _save(figure: Figure, path: PathLike) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI, facecolor="white")

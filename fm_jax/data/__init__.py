@@ -1,0 +1,1 @@
+"""Data: `toy` distributions in JAX, `digits` and `images` in memory, and the `pipeline` that feeds training."""

@@ -1,0 +1,267 @@
+"""Checkpoints that a run can be continued from bit for bit, and that refuse to be mistaken for another run's."""
+
+import json
+import logging
+import os
+import zlib
+from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+from fm_jax.train.state import TrainState
+from fm_jax.types import Array, Key
+
+ALLOW_CHANGE = frozenset({"total_steps", "num_steps", "log_every", "save_every", "sample_every"})
+"""Configuration fields that a resumed run may change."""
+_FORMAT = "fm_jax 1"
+_ABSENT = "absent"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be used, or belongs to another run. Nothing was overwritten."""
+
+
+class Checkpointer:
+    """Saves and restores the state, key, data position and configuration of a run in `run_dir/checkpoints/<step>`.
+
+    Saving is asynchronous, and atomic: a checkpoint that a killed process left half-written does not count. Every
+    array carries a checksum, so a damaged checkpoint is refused rather than trained on.
+
+    Args:
+        run_dir: folder of the run, created if absent.
+        config: what determines the run; a JSON-like dict, such as `dataclasses.asdict` makes.
+        keep: how many checkpoints to keep, the latest ones.
+        save_every: the default of `fit`.
+        allow_change: fields of `config` that may differ on resuming. Mind that `total_steps` also sets the
+            length of a learning-rate decay.
+
+    Raises:
+        ValueError: if `keep` or `save_every` is less than 1, or `config` is not JSON.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        *,
+        keep: int = 3,
+        save_every: int = 1000,
+        allow_change: Collection[str] = ALLOW_CHANGE,
+    ):
+        for name, value in (("keep", keep), ("save_every", save_every)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        _silence_orbax()
+        self.directory = Path(run_dir).absolute() / "checkpoints"
+        self.save_every = save_every
+        self._config = _through_json("config", dict(config), exact=False)
+        self._allow_change = frozenset(allow_change)
+        if self.directory.exists() and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory} is a file, not a folder. Nothing was overwritten.")
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_root_metadata=False)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._started_from = self.latest_step()
+        self._restored = False
+
+    def latest_step(self) -> int | None:
+        """Step of the latest checkpoint, or `None`."""
+        return self._manager.latest_step()
+
+    def path(self, step: int) -> Path:
+        """Folder of the checkpoint of a step."""
+        return self.directory / str(step)
+
+    def save(self, state: TrainState, key: Key, data_state: Mapping[str, Any]) -> None:
+        """Copies the state to the host and writes it in the background; a step already saved is left alone.
+
+        Args:
+            state: as it comes from the step.
+            key: the key of the run.
+            data_state: position in the data; must survive JSON.
+
+        Raises:
+            CheckpointError: if the folder held checkpoints that this run did not restore.
+            ValueError: if `data_state` does not survive JSON.
+        """
+        step = int(state.step)
+        if self._started_from is not None and not self._restored:
+            raise CheckpointError(
+                f"{self.directory} already holds checkpoints, up to step {self._started_from}, that this run was not "
+                "restored from. Call restore first, or take another --run-dir. Nothing was overwritten."
+            )
+        if step == self.latest_step():
+            return
+        # A copy, because the next step is given the state's memory.
+        host = jax.tree.map(lambda x: np.array(x), state)
+        body = {
+            "step": step,
+            "key": {"impl": str(jax.random.key_impl(key)), "data": np.asarray(jax.random.key_data(key)).tolist()},
+            "data_state": _through_json("data_state", dict(data_state), exact=True),
+            "config": self._config,
+            "leaves": _describe(host),
+        }
+        meta = {"format": _FORMAT, "body": body, "crc32": _crc32_json(body)}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(host), meta=ocp.args.JsonSave(meta))
+        self._manager.save(step, args=args, force=True)
+
+    def restore(self, template: TrainState) -> tuple[TrainState, Key, dict[str, Any]] | None:
+        """Reads the latest checkpoint.
+
+        Args:
+            template: a state of this run's shapes, from `create_state`.
+
+        Returns:
+            The state, the key and the data position as they were saved, or `None` if there is no checkpoint. A leaf
+            goes where the template's was committed, else to the default device.
+
+        Raises:
+            CheckpointError: if the checkpoint is damaged, was not written by `Checkpointer`, has other
+                arrays than `template`, or comes from a run with another configuration.
+        """
+        self.wait()
+        step = self.latest_step()
+        if step is None:
+            return None
+        path = self.path(step)
+        body = self._read_meta(step)
+        self._check_config(path, body["config"])
+        _check_leaves(path, body["leaves"], template)
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
+        try:
+            host = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(zeros))).state
+            found = _describe(host)
+        except Exception as error:
+            raise _damaged(path, f"its arrays cannot be read ({_brief(error)})") from error
+        wrong = [name for name, (_, _, crc32) in found.items() if crc32 != body["leaves"][name][2]]
+        if wrong:
+            raise _damaged(path, f"the checksum of {_some(wrong)} does not match")
+        key = jax.random.wrap_key_data(jnp.array(body["key"]["data"], jnp.uint32), impl=body["key"]["impl"])
+        self._restored = True
+        return jax.tree.map(_place, host, template), key, body["data_state"]
+
+    def wait(self) -> None:
+        """Returns once the last checkpoint is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then ends the background threads."""
+        self._manager.close()
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        path = self.path(step)
+        if not (path / "meta").exists() and not (path / "state" / "_METADATA").exists():
+            raise CheckpointError(
+                f"{path} is not a checkpoint of fm_jax. Take another --run-dir. Nothing was overwritten."
+            )
+        try:
+            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+            written = meta["format"]
+        except Exception as error:
+            raise _damaged(path, f"its description cannot be read ({_brief(error)})") from error
+        if written != _FORMAT:
+            raise CheckpointError(
+                f"{path} has format {written!r}, and this version reads {_FORMAT!r}. Nothing was overwritten."
+            )
+        if _crc32_json(meta["body"]) != meta["crc32"]:
+            raise _damaged(path, "the checksum of its description does not match")
+        return meta["body"]
+
+    def _check_config(self, path: Path, saved: Mapping[str, Any]) -> None:
+        old, new = _flatten(saved), _flatten(self._config)
+        for name in sorted({*old, *new}):
+            before, now = old.get(name, _ABSENT), new.get(name, _ABSENT)
+            if before == now or name in self._allow_change or name.split(".")[0] in self._allow_change:
+                continue
+            raise CheckpointError(
+                f"{path} comes from a run with {name}={before}, and this run has {name}={now}. Restore the old "
+                "value, or start anew with another --run-dir. Nothing was overwritten."
+            )
+
+
+def _describe(tree: TrainState) -> dict[str, list]:
+    """Name of each leaf -> [shape, dtype, CRC-32 of its bytes]."""
+    names, leaves = _named_leaves(tree)
+    with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter lock
+        sums = pool.map(lambda x: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data), leaves)
+        return {name: [list(x.shape), str(x.dtype), crc32] for name, x, crc32 in zip(names, leaves, sums, strict=True)}
+
+
+def _named_leaves(tree: TrainState) -> tuple[list[str], list[Array]]:
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(tree), strict=True)
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path in paths], list(leaves)
+
+
+def _check_leaves(path: Path, saved: Mapping[str, list], template: TrainState) -> None:
+    wanted = {name: [list(x.shape), str(x.dtype)] for name, x in zip(*_named_leaves(template), strict=True)}
+    complaints = []
+    if missing := sorted(wanted.keys() - saved.keys()):
+        complaints.append(f"it lacks {_some(missing)}")
+    if extra := sorted(saved.keys() - wanted.keys()):
+        complaints.append(f"it holds {_some(extra)}, which this run has not")
+    for name in wanted:
+        if name in saved and saved[name][:2] != wanted[name]:
+            (old_shape, old_dtype), (shape, dtype) = saved[name][:2], wanted[name]
+            complaints.append(f"{name} is {old_dtype}{old_shape} there and {dtype}{shape} in this run")
+            break
+    if complaints:
+        raise CheckpointError(
+            f"{path} is a checkpoint of another model or optimiser: {'; '.join(complaints)}. Restore the old "
+            "settings, or start anew with another --run-dir. Nothing was overwritten."
+        )
+
+
+def _place(host: np.ndarray, like: Array) -> Array:
+    # jnp.array copies: memory that NumPy still owns could not be donated.
+    return jax.device_put(host, like.sharding) if getattr(like, "committed", False) else jnp.array(host)
+
+
+def _damaged(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is damaged: {reason}. Nothing was overwritten. Move that folder away to continue from the "
+        "checkpoint before it."
+    )
+
+
+def _through_json(name: str, value: dict[str, Any], *, exact: bool) -> dict[str, Any]:
+    try:
+        result = json.loads(json.dumps(value))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be JSON (dicts, lists, strings, numbers), got {value}: {error}.") from error
+    if exact and result != value:
+        raise ValueError(f"{name} must survive JSON (lists for tuples, string keys), got {value}.")
+    return result
+
+
+def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in config.items():
+        inner = isinstance(value, Mapping) and value
+        flat.update(_flatten(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value})
+    return flat
+
+
+def _crc32_json(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _from_orbax(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+
+
+def _silence_orbax() -> None:
+    # Orbax narrates every save; what a user must know is raised instead. addFilter ignores repeats.
+    logging.getLogger("absl").addFilter(_from_orbax)

@@ -1,0 +1,102 @@
+"""Learning-rate schedules and the default optimiser."""
+
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fm_jax.types import Params, check_member
+
+Decay = Literal["constant", "cosine", "linear"]
+"""How the learning rate goes on after its warm-up."""
+
+
+def make_schedule(
+    learning_rate: float, *, total_steps: int, warmup_steps: int = 0, decay: Decay = "constant"
+) -> optax.Schedule:
+    """Learning rate as a function of the step: a linear warm-up from 0, then constant, cosine or linear decay to 0.
+
+    With s = (step - warmup_steps) / (total_steps - warmup_steps) the rate after warm-up is `learning_rate` times
+    1, (1 + cos(pi s)) / 2 or 1 - s.
+
+    Args:
+        learning_rate: the peak, reached at `warmup_steps`.
+        total_steps: where the decay ends.
+        warmup_steps: length of the warm-up; 0 for none.
+        decay: `"constant"`, `"cosine"` or `"linear"`.
+
+    Returns:
+        `schedule(step) -> rate`.
+
+    Raises:
+        ValueError: if a number is out of range or `decay` is unknown.
+
+    Example:
+        >>> schedule = make_schedule(0.1, total_steps=20, warmup_steps=10, decay="linear")
+        >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 15, 20)]
+        [0.0, 0.05, 0.1, 0.05, 0.0]
+    """
+    check_member("decay", decay, get_args(Decay))
+    if learning_rate <= 0:
+        raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(f"warmup_steps must be at least 0 and less than {total_steps=}, got {warmup_steps}.")
+    steps = total_steps - warmup_steps
+    after = {
+        "constant": optax.constant_schedule(learning_rate),
+        "cosine": optax.cosine_decay_schedule(learning_rate, steps),
+        "linear": optax.linear_schedule(learning_rate, 0.0, steps),
+    }[decay]
+    if warmup_steps == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, learning_rate, warmup_steps), after], [warmup_steps])
+
+
+def make_optimizer(
+    learning_rate: float,
+    *,
+    total_steps: int,
+    warmup_steps: int = 0,
+    decay: Decay = "constant",
+    clip_norm: float | None = 1.0,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+) -> optax.GradientTransformation:
+    """Adam with a schedule, clipping by the global norm and decoupled weight decay (AdamW).
+
+    Args:
+        learning_rate: peak of the schedule; see `make_schedule` for it and the next three.
+        total_steps: where the decay ends.
+        warmup_steps: length of the linear warm-up.
+        decay: `"constant"`, `"cosine"` or `"linear"`.
+        clip_norm: gradients longer than this are scaled back to it; `None` clips nothing.
+        weight_decay: applied to leaves of rank 2 and more, hence not to biases and the scales of normalisation.
+        b1: decay of Adam's first moment.
+        b2: decay of Adam's second moment.
+
+    Returns:
+        An Optax gradient transformation.
+
+    Raises:
+        ValueError: if a number is out of range or `decay` is unknown.
+
+    References:
+        Kingma and Ba, "Adam", 2015, Algorithm 1. Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
+        2019, Algorithm 2.
+    """
+    schedule = make_schedule(learning_rate, total_steps=total_steps, warmup_steps=warmup_steps, decay=decay)
+    if clip_norm is not None and clip_norm <= 0:
+        raise ValueError(f"clip_norm must be positive or None, got {clip_norm}.")
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}.")
+    for name, value in (("b1", b1), ("b2", b2)):
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must be at least 0 and less than 1, got {value}.")
+    clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
+    return optax.chain(clip, optax.adamw(schedule, b1, b2, weight_decay=weight_decay, mask=_matrices))
+
+
+def _matrices(params: Params) -> Params:
+    return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)

@@ -1,0 +1,67 @@
+"""What a training step reads and writes."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fm_jax.train.ema import check_decay
+from fm_jax.types import Array, Params
+
+
+class TrainState(NamedTuple):
+    """The whole state of a run, save its key and its place in the data.
+
+    `step` is an int32 scalar, the number of updates made; `ema` maps `str(decay)`, such as `"0.999"`, to averaged
+    parameters.
+    """
+
+    step: Array
+    params: Params
+    opt_state: optax.OptState
+    ema: dict[str, Params]
+
+
+def create_state(
+    params: Params, optimizer: optax.GradientTransformation, ema_decays: Sequence[float] = ()
+) -> TrainState:
+    """Builds the state at step 0; every average starts at the parameters.
+
+    Args:
+        params: any pytree of arrays. It is copied, so that donating the state leaves the caller's arrays alive.
+        optimizer: as given to `make_step`.
+        ema_decays: one average is kept for each.
+
+    Returns:
+        A `TrainState` no two of whose leaves share memory.
+
+    Raises:
+        ValueError: if a decay is not strictly between 0 and 1, or is given twice.
+
+    Example:
+        >>> state = create_state({"w": jnp.ones(2)}, optax.sgd(0.1), ema_decays=(0.9, 0.999))
+        >>> sorted(state.ema)
+        ['0.9', '0.999']
+    """
+    for decay in ema_decays:
+        check_decay(decay)
+    if len(set(ema_decays)) < len(ema_decays):
+        raise ValueError(f"ema_decays must be distinct, got {tuple(ema_decays)}.")
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=_copy(params),
+        opt_state=_copy(optimizer.init(params)),
+        ema={str(float(decay)): jax.tree.map(_average_of, params) for decay in ema_decays},
+    )
+
+
+def _copy(tree: Params) -> Params:
+    # Naming the dtype also drops weak types, which would make the second step compile again.
+    return jax.tree.map(lambda x: jnp.array(x, dtype=jnp.asarray(x).dtype, copy=True), tree)
+
+
+def _average_of(x: Array) -> Array:
+    # In bfloat16 an update of relative size 1 - decay rounds to nothing.
+    return jnp.array(x, dtype=jnp.promote_types(jnp.asarray(x).dtype, jnp.float32), copy=True)

@@ -1,0 +1,231 @@
+import os
+import re
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from fm_jax.train import loop
+from fm_jax.train.checkpoint import Checkpointer
+from fm_jax.train.interrupts import deferred_signals
+from fm_jax.train.loop import NonFiniteLossError, fit
+from fm_jax.train.metrics import MetricsWriter, read_metrics
+from fm_jax.train.progress import Progress
+from fm_jax.train.state import create_state
+from fm_jax.train.step import make_step
+
+OPTIMIZER = optax.sgd(0.1)
+KEY = jax.random.key(0)
+
+
+class Counting:
+    """Batch i is i everywhere; `at[i]` is called before batch i is handed out."""
+
+    def __init__(self, at=None, length=10**9):
+        self.position, self.at, self.length = 0, at or {}, length
+
+    def __next__(self):
+        if self.position == self.length:
+            raise StopIteration
+        self.at.get(self.position, lambda: None)()
+        self.position += 1
+        return {"x1": np.full((4, 2), self.position - 1, np.float32)}
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def loss_fn(params, key, batch):
+    """Reports the batch number; not a number from batch 7 on where `params["fails"]` is 1."""
+    number = jnp.mean(batch["x1"])
+    loss = jnp.sum(params["w"] ** 2) * jnp.where((number >= 7) & (params["fails"] > 0), jnp.nan, 1.0)
+    return loss, {"batch": number}
+
+
+@pytest.fixture(scope="module")
+def step_fn():
+    return jax.jit(make_step(loss_fn, OPTIMIZER, axis_name=None), donate_argnums=0)
+
+
+def new_state(fails=0.0):
+    return create_state({"w": jnp.ones(2), "fails": jnp.float32(fails)}, OPTIMIZER)
+
+
+def run(step_fn, state=None, data=None, **options):
+    options = {"num_steps": 10, "batch_to_device": lambda b: b, "images_per_batch": 4, "progress": False, **options}
+    state = new_state() if state is None else state
+    return fit(step_fn, state, KEY, Counting() if data is None else data, **options)
+
+
+def test_steps_logs_saves_and_calls_back_where_it_should(step_fn, tmp_path):
+    calls = []
+    checkpointer, writer = Checkpointer(tmp_path, {}, keep=9, save_every=4), MetricsWriter(tmp_path, tensorboard=False)
+    state = run(
+        step_fn,
+        checkpointer=checkpointer,
+        writer=writer,
+        log_every=3,
+        callbacks=[
+            (5, lambda step, state: calls.append((step, int(state.step)))),
+            (2, lambda step, _: calls.append(step)),
+        ],
+    )
+    writer.close()
+    assert int(state.step) == 10
+    # w <- w - 0.1 * 2 w
+    np.testing.assert_allclose(state.params["w"], np.full(2, 0.8**10), rtol=1e-5)
+    rows = read_metrics(tmp_path)
+    assert [(row["step"], row["batch"]) for row in rows] == [(3, 2.0), (6, 5.0), (9, 8.0), (10, 9.0)]
+    np.testing.assert_allclose([row["loss"] for row in rows], [2 * 0.64**n for n in (2, 5, 8, 9)], rtol=1e-5)
+    assert list(rows[0])[:2] == ["step", "loss"]
+    assert all(row["images_per_second"] > 0 for row in rows)
+    assert calls == [2, 4, (5, 5), 6, 8, (10, 10), 10]
+    assert sorted(os.listdir(tmp_path / "checkpoints"), key=int) == ["4", "8", "10"]
+    # Finished: the same call does nothing.
+    restored, _, data_state = checkpointer.restore(new_state())
+    assert data_state == {"position": 10}
+    assert run(step_fn, restored, checkpointer=checkpointer) is restored
+    checkpointer.close()
+
+
+def test_host_waits_only_where_something_is_due(step_fn, monkeypatch):
+    fetched = []
+    device_get = jax.device_get
+    monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(1) or device_get(x))
+    run(step_fn, num_steps=40, log_every=20)
+    assert len(fetched) == 2
+
+
+def test_throughput_leaves_out_compilation_callbacks_and_saving(monkeypatch, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+
+    def slow(state, key, batch):
+        now[0] += 100.0 if int(state.step) == 0 else 0.5
+        return state._replace(step=state.step + 1), {"loss": jnp.float32(1.0)}
+
+    def draw(step, state):
+        now[0] += 50.0
+
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    run(slow, writer=writer, log_every=4, callbacks=[(2, draw)], images_per_batch=64)
+    writer.close()
+    assert [row["images_per_second"] for row in read_metrics(tmp_path)] == [128.0, 128.0, 128.0]
+
+
+def test_plain_lines(step_fn, capsys):
+    run(step_fn, log_every=5, progress=None)
+    lines = capsys.readouterr().out.splitlines()
+    pattern = r"step (\d+)/10  loss \d\.\d{4}  [\d,]+ images/s  0:00:00 left"
+    assert [re.fullmatch(pattern, line).group(1) for line in lines] == ["5", "10"]
+    Progress(0, 1000).update(200, 0.43210001, 1234.4, 70.2)
+    assert capsys.readouterr().out == "step 200/1000  loss 0.4321  1,234 images/s  0:01:10 left\n"
+
+
+def test_bar_on_a_terminal(step_fn, capsys, monkeypatch):
+    pytest.importorskip("tqdm")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    run(step_fn, log_every=5, progress=None)
+    out = capsys.readouterr().out
+    assert "10/10" in out
+    assert "images/s" in out
+    assert "loss 0.0360" in out
+
+
+def test_non_finite_loss_stops_and_is_never_saved(step_fn, tmp_path):
+    checkpointer = Checkpointer(tmp_path, {}, save_every=3)
+    with pytest.raises(NonFiniteLossError) as caught:
+        run(step_fn, new_state(1.0), checkpointer=checkpointer, log_every=100, num_steps=100)
+    message = str(caught.value)
+    assert message.startswith("Not finite at step 9: loss=nan, grad_norm=nan")
+    assert "(steps 7 to 9)" in message
+    assert f"The last good checkpoint is {tmp_path / 'checkpoints' / '6'}. The same command resumes" in message
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "6"]
+    checkpointer.close()
+
+    with pytest.raises(NonFiniteLossError, match=r"at step 8: .*\(steps 5 to 8\)\. There is no checkpoint yet"):
+        run(step_fn, new_state(1.0), log_every=4)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_the_running_step_and_leaves(step_fn, tmp_path, capsys, signum):
+    before = signal.getsignal(signum)
+    data = Counting({4: lambda: os.kill(os.getpid(), signum)})
+    checkpointer, writer = Checkpointer(tmp_path, {}), MetricsWriter(tmp_path, tensorboard=False)
+    with pytest.raises(SystemExit) as caught:
+        run(step_fn, data=data, checkpointer=checkpointer, writer=writer, log_every=3)
+    assert caught.value.code == 128 + signum
+    assert signal.getsignal(signum) is before
+    assert checkpointer.latest_step() == 5
+    name = signal.Signals(signum).name
+    assert (
+        f"{name}: saved {tmp_path / 'checkpoints' / '5'}. Run the same command to continue." in capsys.readouterr().out
+    )
+    # The interrupted step is not logged: the unbroken run does not log it either.
+    assert [row["step"] for row in read_metrics(tmp_path)] == [3]
+    writer.close()
+
+    state, _, data_state = checkpointer.restore(new_state())
+    data.set_state(data_state)
+    assert data.position == 5
+    assert int(run(step_fn, state, data, checkpointer=checkpointer).step) == 10
+    checkpointer.close()
+
+
+def test_signal_never_saves_a_bad_state(step_fn, tmp_path):
+    checkpointer = Checkpointer(tmp_path, {})
+    data = Counting({8: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    with pytest.raises(NonFiniteLossError, match="There is no checkpoint yet"):
+        run(step_fn, new_state(1.0), data, checkpointer=checkpointer, log_every=100)
+    checkpointer.close()
+
+
+def test_second_interrupt_leaves_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    with deferred_signals() as caught:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert caught == [signal.SIGINT]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_without_a_checkpointer_says_that_nothing_was_saved(step_fn, capsys):
+    with pytest.raises(SystemExit):
+        run(step_fn, data=Counting({2: lambda: os.kill(os.getpid(), signal.SIGTERM)}))
+    assert "SIGTERM: stopped after step 3. Nothing was saved" in capsys.readouterr().out
+
+
+def test_runs_outside_the_main_thread(step_fn):
+    found = []
+    thread = threading.Thread(target=lambda: found.append(run(step_fn)))
+    thread.start()
+    thread.join()
+    assert int(found[0].step) == 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"log_every": 0}, "log_every must be at least 1, got 0"),
+        ({"save_every": -1}, "save_every must be at least 1, got -1"),
+        ({"images_per_batch": 0}, "images_per_batch must be at least 1, got 0"),
+        ({"callbacks": [(0, print)]}, r"callbacks\[0\]'s period must be at least 1, got 0"),
+    ],
+)
+def test_bad_input(step_fn, options, message):
+    with pytest.raises(ValueError, match=message):
+        run(step_fn, **options)
+
+
+def test_data_that_end(step_fn):
+    with pytest.raises(RuntimeError, match="The data ended after step 3"):
+        run(step_fn, data=Counting(length=3))

@@ -1,0 +1,117 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+from fm_jax.train.parallel import pmap_step, shard_map_step, split_batch
+from fm_jax.train.state import create_state
+from fm_jax.train.step import make_step
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs four (simulated) devices")
+
+RNG = np.random.default_rng(0)
+BATCH = {
+    "x1": RNG.normal(size=(16, 3)).astype(np.float32),
+    "x0": RNG.normal(size=(16, 3)).astype(np.float32),
+    "t": RNG.uniform(size=(16,)).astype(np.float32),
+}
+PARAMS = {"w1": RNG.normal(size=(3, 8)).astype(np.float32), "w2": RNG.normal(size=(8, 3)).astype(np.float32)}
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+
+
+def given(params, key, batch):
+    """Flow matching with x0 and t in the batch: nothing random."""
+    t = batch["t"].reshape(-1, 1)
+    x_t = t * batch["x1"] + (1 - t) * batch["x0"]
+    return jnp.mean((jnp.tanh(x_t @ params["w1"]) @ params["w2"] - batch["x1"] + batch["x0"]) ** 2), {}
+
+
+def drawn(params, key, batch):
+    return given(params, key, {**batch, "x0": jax.random.normal(key, batch["x1"].shape)})
+
+
+def train(step, batch, num_steps=5):
+    state = create_state(PARAMS, OPTIMIZER, (0.9,))
+    for _ in range(num_steps):
+        state, metrics = step(state, jax.random.key(1), batch)
+    return state, metrics
+
+
+def mesh(num_devices):
+    return Mesh(np.array(jax.devices()[:num_devices]), ("data",))
+
+
+def test_four_devices_equal_one_and_plain_jit():
+    plain = train(jax.jit(make_step(given, OPTIMIZER, axis_name=None)), BATCH)
+    for num_devices in (1, 4):
+        step = pmap_step(make_step(given, OPTIMIZER), jax.devices()[:num_devices])
+        found = train(step, split_batch(BATCH, num_devices))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), found, plain)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_pmap_and_shard_map_agree_bit_for_bit(accumulate):
+    step = make_step(drawn, OPTIMIZER, accumulate=accumulate)
+    # The axes of a mesh are automatic when made by Mesh, explicit when made by jax.make_mesh.
+    grid = mesh(4) if accumulate == 1 else jax.make_mesh((4,), ("data",))
+    one = train(pmap_step(step), split_batch(BATCH, 4))
+    other = train(shard_map_step(step, grid), BATCH)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("make", [pmap_step, lambda step: shard_map_step(step, mesh(4))], ids=["pmap", "shard_map"])
+def test_devices_draw_different_noise(make):
+    key = jax.random.key(4)
+
+    def reports(params, key, batch):
+        # Every device fills its own place; the mean over devices divides by four.
+        index = jax.lax.axis_index("data")
+        noise = jax.random.normal(key, ())
+        return jnp.sum(params["w1"]) * 0.0 + noise, {f"noise{i}": jnp.where(index == i, noise, 0.0) for i in range(4)}
+
+    batch = split_batch(BATCH, 4) if make is pmap_step else BATCH
+    _, metrics = make(make_step(reports, OPTIMIZER))(create_state(PARAMS, OPTIMIZER), key, batch)
+    found = [4 * float(metrics[f"noise{i}"]) for i in range(4)]
+    step_key = jax.random.fold_in(key, 0)
+    expected = [float(jax.random.normal(jax.random.fold_in(step_key, i), ())) for i in range(4)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize("make", [pmap_step, lambda step: shard_map_step(step, mesh(4))], ids=["pmap", "shard_map"])
+def test_state_is_replicated_donated_and_traced_once(make):
+    traces = []
+
+    def counted(params, key, batch):
+        traces.append(1)
+        return given(params, key, batch)
+
+    batch = split_batch(BATCH, 4) if make is pmap_step else BATCH
+    step, key = make(make_step(counted, OPTIMIZER)), jax.random.key(0)
+    state, _ = step(create_state(PARAMS, OPTIMIZER, (0.9,)), key, batch)
+    before = state
+    for _ in range(3):
+        state, metrics = step(state, key, batch)
+    assert len(traces) == 1
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert state.params["w1"].shape == (3, 8)
+    assert state.params["w1"].is_fully_replicated
+    assert len(state.params["w1"].devices()) == 4
+    assert metrics["loss"].shape == ()
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"num_devices=3 must divide the batch axis of 'x1', .* shape \(16, 3\)"):
+        split_batch({"x1": BATCH["x1"]}, 3)
+    with pytest.raises(ValueError, match=r"num_devices=4 must divide the batch axis of 'cond.scale', .* shape \(\)"):
+        split_batch({"cond": {"scale": np.float32(1)}, "x1": BATCH["x1"]}, 4)
+    with pytest.raises(ValueError, match="num_devices must be at least 1, got 0"):
+        split_batch(BATCH, 0)
+    with pytest.raises(ValueError, match=r"axis_name='data' .* got None"):
+        pmap_step(make_step(given, OPTIMIZER, axis_name=None))
+    with pytest.raises(ValueError, match=r"axis_name='data' .* got 'batch'"):
+        shard_map_step(make_step(given, OPTIMIZER, axis_name="batch"), mesh(4))
+    with pytest.raises(ValueError, match=r"one axis 'data', got \('model',\)"):
+        shard_map_step(make_step(given, OPTIMIZER), Mesh(np.array(jax.devices()), ("model",)))

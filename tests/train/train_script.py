@@ -1,0 +1,94 @@
+"""A run small enough to be killed in a test: an MLP on pmapped steps, saving often.
+
+python train_script.py RUN_DIR [--hold FILE]    (while FILE exists, the data stop after batch `HOLD_AT`)
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fm_jax.train.checkpoint import Checkpointer
+from fm_jax.train.loop import fit
+from fm_jax.train.metrics import MetricsWriter
+from fm_jax.train.optim import make_optimizer
+from fm_jax.train.parallel import pmap_step, split_batch
+from fm_jax.train.state import create_state
+from fm_jax.train.step import make_step
+
+NUM_STEPS, SAVE_EVERY, HOLD_AT = 240, 12, 200
+CONFIG = {"learning_rate": 1e-2, "width": 8, "seed": 0, "total_steps": NUM_STEPS}
+
+
+class Batches:
+    """Batch number i depends on nothing but i."""
+
+    def __init__(self, hold: Path | None = None):
+        self.position, self.hold = 0, hold
+
+    def __next__(self):
+        while self.hold is not None and self.position >= HOLD_AT and self.hold.exists():
+            time.sleep(0.01)
+        rng = np.random.default_rng([7, self.position])
+        self.position += 1
+        return {"x1": rng.normal(size=(8, 3)).astype(np.float32)}
+
+    def get_state(self):
+        return {"position": self.position}
+
+    def set_state(self, state):
+        self.position = state["position"]
+
+
+def loss_fn(params, key, batch):
+    x1 = batch["x1"]
+    key_x0, key_t = jax.random.split(key)
+    x0 = jax.random.normal(key_x0, x1.shape)
+    t = jax.random.uniform(key_t, (x1.shape[0], 1))
+    hidden = jnp.tanh((t * x1 + (1 - t) * x0) @ params["w1"])
+    return jnp.mean((hidden @ params["w2"] - (x1 - x0)) ** 2), {}
+
+
+def build():
+    """Returns the optimiser and a new state."""
+    optimizer = make_optimizer(1e-2, total_steps=NUM_STEPS, warmup_steps=5, decay="cosine", weight_decay=1e-2)
+    keys = jax.random.split(jax.random.key(3))
+    params = {"w1": jax.random.normal(keys[0], (3, 8)), "w2": jax.random.normal(keys[1], (8, 3))}
+    return optimizer, create_state(params, optimizer, ema_decays=(0.9, 0.999))
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--hold", type=Path)
+    options = parser.parse_args()
+
+    optimizer, state = build()
+    key, data = jax.random.key(11), Batches(options.hold)
+    checkpointer = Checkpointer(options.run_dir, CONFIG, keep=2, save_every=SAVE_EVERY)
+    restored = checkpointer.restore(state)
+    if restored is not None:
+        state, key, data_state = restored
+        data.set_state(data_state)
+    writer = MetricsWriter(options.run_dir, int(state.step))
+    fit(
+        pmap_step(make_step(loss_fn, optimizer)),
+        state,
+        key,
+        data,
+        num_steps=NUM_STEPS,
+        batch_to_device=lambda batch: split_batch(batch, jax.local_device_count()),
+        images_per_batch=8,
+        checkpointer=checkpointer,
+        writer=writer,
+        log_every=5,
+    )
+    writer.close()
+    checkpointer.close()
+
+
+if __name__ == "__main__":
+    main()
