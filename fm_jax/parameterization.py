@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 
+from fm_jax.nfe import nfe_per_call, with_nfe_per_call
 from fm_jax.schedules import coefficients, vanishes
 from fm_jax.shapes import batch_time, expand_time
 from fm_jax.types import KINDS, Array, Cond, Kind, ModelFn, Prediction, Schedule, VelocityFn, check_member
@@ -36,7 +37,8 @@ def convert(kind: Kind, value: Array, t: Array, x_t: Array, schedule: Schedule) 
 
     Example:
         >>> x = jnp.ones((1, 2))
-        >>> from fm_jax.schedules import Linear
+        >>> from fm_jax.nfe import nfe_per_call, with_nfe_per_call
+from fm_jax.schedules import Linear
         >>> convert("data", jnp.zeros((1, 2)), 0.5, x, Linear()).velocity
         Array([[-2., -2.]], dtype=float32)
     """
@@ -79,7 +81,7 @@ def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = 
             return prediction
         return convert(kind, prediction, t, x, schedule).velocity
 
-    return velocity
+    return with_nfe_per_call(velocity, nfe_per_call(model_fn))
 
 
 def score_fn(v: VelocityFn, schedule: Schedule) -> Callable[[Array, Array], Array]:
@@ -92,7 +94,11 @@ def score_fn(v: VelocityFn, schedule: Schedule) -> Callable[[Array, Array], Arra
     Returns:
         `score(t, x)` with the shapes of `v`.
     """
-    return lambda t, x: convert("velocity", v(t, x), t, x, schedule).score
+
+    def score(t: Array, x: Array) -> Array:
+        return convert("velocity", v(t, x), t, x, schedule).score
+
+    return with_nfe_per_call(score, nfe_per_call(v))
 
 
 def velocity_domain(kind: Kind, schedule: Schedule, margin: float = 1e-3) -> tuple[float, float]:
@@ -149,4 +155,4 @@ def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule) ->
         ) / old_norm2
         return expand_time(d_log_s, x) * x + expand_time(s * d_t, x) * v(t, x / expand_time(s, x))
 
-    return new_velocity
+    return with_nfe_per_call(new_velocity, nfe_per_call(v))

@@ -1,0 +1,236 @@
+"""Class-conditional flow matching on images: what the experiments on digits, MNIST, Fashion-MNIST and CIFAR-10 share."""
+
+import dataclasses
+import json
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.classifier import fit_classifier
+from experiments.command_line import parse
+from experiments.figures import save_animation, save_grid, save_loss_curve
+from experiments.method import Method, make_loss
+from experiments.sampling import Sampling, generate_many, make_generate
+from experiments.training import Training, sampling_params, train
+from fm_jax.data.digits import load_digits
+from fm_jax.data.images import ImageDataset, load_images, to_float
+from fm_jax.data.pipeline import batches
+from fm_jax.models import init_params, linen_apply, make_dit, make_unet, num_params
+from fm_jax.parameterization import velocity_domain
+from fm_jax.train import TrainState
+from fm_jax.train.metrics import read_metrics
+from fm_jax.types import ApplyFn
+
+UNETS = ("tiny", "mnist_fast", "mnist", "cifar10", "cifar10_edm")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run on images. The command line has an option for every field."""
+
+    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"]
+    """Which images; "digits" are embedded in scikit-learn, the others come from TFDS."""
+    training: Training
+    method: Method = field(default_factory=Method)
+    sampling: Sampling = field(default_factory=Sampling)
+    model: Literal[
+        "tiny", "mnist_fast", "mnist", "cifar10", "cifar10_edm", "dit_tiny", "dit_s/2", "dit_s/4", "dit_b/2", "dit_b/4"
+    ] = "tiny"
+    """Network: a U-Net (tiny to cifar10_edm) or a DiT."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; parameters are float32."""
+    remat: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    dropout: float = 0.0
+    """Dropout rate."""
+    label_dropout: float = 0.1
+    """Probability that an example is trained without its label, for classifier-free guidance."""
+    flip: bool = False
+    """Mirror half of the training images."""
+    dequantize: bool = False
+    """Add uniform noise within a pixel level."""
+    data_dir: Path | None = None
+    """Where TFDS keeps its data sets; by default TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    num_samples: int = 1000
+    """Samples to judge at the end."""
+    smoke: bool = False
+    """Run the whole path once with next to no computation."""
+
+
+class Experiment(NamedTuple):
+    """The objects that a configuration stands for."""
+
+    model: nn.Module
+    apply_fn: ApplyFn
+    event_shape: tuple[int, ...]
+    num_classes: int
+
+
+def build(config: Config) -> Experiment:
+    """The network and the shape of its images, without reading any data."""
+    event_shape = {"digits": (8, 8, 1), "cifar10": (32, 32, 3)}.get(config.dataset, (28, 28, 1))
+    make, name = (make_unet, config.model)
+    if config.model not in UNETS:
+        make, name = make_dit, {"dit_tiny": "tiny"}.get(config.model, config.model.removeprefix("dit_").upper())
+    options: dict[str, Any] = dict(
+        num_classes=10,
+        label_dropout=config.label_dropout,
+        dropout=config.dropout,
+        dtype=jnp.dtype(config.dtype).type,
+        remat=config.remat,
+    )
+    if config.smoke:
+        options |= dict(channels=8, channel_mults=(1,), num_blocks=1, attention_levels=(), num_heads=1)
+        options |= dict(head_channels=None, num_groups=4)
+        make, name = make_unet, "tiny"
+    model = make(name, **options)
+    return Experiment(model, linen_apply(model), event_shape, 10)
+
+
+def load(config: Config, split: Literal["train", "test"]) -> ImageDataset:
+    """The real images of a split; a few of them in a smoke run."""
+    if config.dataset == "digits":
+        return load_digits(split)
+    return load_images(config.dataset, f"{split}[:512]" if config.smoke else split, data_dir=config.data_dir)
+
+
+def in_unit_range(images: np.ndarray) -> np.ndarray:
+    """Images as float32 in [-1, 1]."""
+    return to_float(images) if images.dtype == np.uint8 else images
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, samples, judges, draws; returns the numbers it prints."""
+    config = _smoke(config) if config.smoke else config
+    if config.training.batch_size % jax.local_device_count():
+        raise SystemExit(
+            f"--batch-size {config.training.batch_size} must be a multiple of the {jax.local_device_count()} devices."
+        )
+    experiment, run_dir = build(config), config.training.run_dir
+    dataset = load(config, "train")
+    key_init, key_draw, key_judge = jax.random.split(jax.random.key(config.training.seed), 3)
+    params = init_params(experiment.model, key_init, experiment.event_shape)
+    print(
+        f"{config.dataset}: {len(dataset.images):,} images, {config.model} with {num_params(params):,} parameters, "
+        f"{jax.local_device_count()} {jax.default_backend()} device(s)"
+    )
+    data = batches(
+        dataset,
+        batch_size=config.training.batch_size,
+        seed=config.training.seed,
+        flip=config.flip,
+        dequantize=config.dequantize,
+    )
+    loss_fn = make_loss(config.method, experiment.apply_fn)
+    generate = _generator(config, experiment)
+
+    def draw(step: int, state: TrainState) -> None:
+        labels = np.arange(config.sampling.sample_batch) % experiment.num_classes
+        shape, size = experiment.event_shape, config.sampling.sample_batch
+        images, _ = generate_many(generate, sampling_params(state, config.training), key_draw, shape, labels, size)
+        _save_grid(run_dir / "samples" / f"step_{step:06d}.png", np.asarray(images), labels, dataset)
+
+    state = train(config, params, loss_fn, data, draw)
+    results = judge(config, experiment, sampling_params(state, config.training), key_judge, dataset, generate)
+    rows = read_metrics(run_dir)
+    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    results["training_images_per_second"] = float(np.median(rates)) if rates else None
+    save_loss_curve(run_dir / "loss.png", [row["step"] for row in rows], [row["loss"] for row in rows])
+    (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    _report(config, results)
+    return results
+
+
+def _generator(config: Config, experiment: Experiment, **options):
+    return make_generate(
+        config.sampling, config.method, experiment.apply_fn, null_label=experiment.num_classes, **options
+    )
+
+
+def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDataset, generate) -> dict[str, Any]:
+    """Draws `num_samples` with and without guidance, has the classifier name them, and saves the pictures."""
+    run_dir, sampling = config.training.run_dir, config.sampling
+    shape, size = experiment.event_shape, sampling.sample_batch
+    classify, results = None, {}
+    if config.dataset != "cifar10":  # pixels alone do not tell objects apart
+        test = load(config, "test")
+        classify = fit_classifier(in_unit_range(dataset.images), dataset.labels)
+        results["classifier_accuracy_on_real"] = _share(classify(in_unit_range(test.images)), test.labels)
+    unguided = dataclasses.replace(config, sampling=dataclasses.replace(sampling, guidance=1.0))
+    labels = np.arange(config.num_samples) % experiment.num_classes
+    for name, function in (("guided", generate), ("unguided", _generator(unguided, experiment))):
+        generate_many(function, params, key, shape, labels[:size], size)[0].block_until_ready()  # compiles
+        start = time.perf_counter()
+        images, nfe = generate_many(function, params, key, shape, labels, size)
+        images = np.asarray(images)
+        drawn = -(-config.num_samples // size) * size
+        results[name] = {"seconds_per_image": (time.perf_counter() - start) / drawn, "nfe": nfe}
+        if classify is not None:
+            results[name]["agreement"] = _share(classify(images), labels)
+        if name == "guided":
+            _save_grid(run_dir / "samples.png", images, labels, dataset)
+    times = np.linspace(*velocity_domain(config.method.prediction, config.method.schedule), 3 if config.smoke else 31)
+    animate = _generator(config, experiment, times=times)
+    labels = np.repeat(np.arange(experiment.num_classes), 5)
+    x0 = jax.random.normal(jax.random.fold_in(key, 1), (len(labels), *shape))
+    frames = animate(params, key, x0, labels).trajectory
+    save_animation(run_dir / "animation.gif", np.asarray(frames), times=times, columns=10)
+    return results
+
+
+def _share(predicted: np.ndarray, labels: np.ndarray) -> float:
+    return float(np.mean(predicted == labels))
+
+
+def _save_grid(path: Path, images: np.ndarray, labels: np.ndarray, dataset: ImageDataset) -> None:
+    save_grid(
+        path, images, labels, in_unit_range(dataset.images[:512]), dataset.labels[:512], class_names=dataset.class_names
+    )
+
+
+def _report(config: Config, results: dict[str, Any]) -> None:
+    run_dir, guided, unguided = config.training.run_dir, results["guided"], results["unguided"]
+    print(f"\n{run_dir}: samples.png, animation.gif, loss.png, metrics.jsonl, config.json, results.json, checkpoints/")
+    if "agreement" in guided:
+        print(
+            f"classifier agrees with the label: {guided['agreement']:.1%} of {config.num_samples:,} samples at guidance "
+            f"{config.sampling.guidance:g}, {unguided['agreement']:.1%} without "
+            f"(on real held-out images it is right on {results['classifier_accuracy_on_real']:.1%})"
+        )
+    print(
+        f"time per image sampled: {1000 * guided['seconds_per_image']:.2f} ms guided (NFE {guided['nfe']:.0f}), "
+        f"{1000 * unguided['seconds_per_image']:.2f} ms unguided (NFE {unguided['nfe']:.0f})"
+    )
+    rate = results["training_images_per_second"]
+    print(f"training: {f'{rate:,.0f} images/s' if rate else 'already done'}")
+
+
+def _smoke(config: Config) -> Config:
+    """A few steps in a folder of its own, started afresh, without spending time on optimising compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    run_dir = config.training.run_dir.with_name(config.training.run_dir.name + "-smoke")
+    shutil.rmtree(run_dir, ignore_errors=True)
+    training = dataclasses.replace(
+        config.training,
+        run_dir=run_dir,
+        total_steps=4,
+        warmup_steps=0,
+        batch_size=8 * jax.local_device_count(),
+        log_every=2,
+        save_every=2,
+        sample_every=4,
+    )
+    sampling = dataclasses.replace(config.sampling, solver="euler", steps=2, sample_batch=20)
+    return dataclasses.replace(config, training=training, sampling=sampling, num_samples=20)
+
+
+def main(default: Config, description: str | None) -> None:
+    """The command line of an experiment: every field of the configuration is an option."""
+    run(parse(Config, default, description))

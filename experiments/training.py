@@ -1,0 +1,180 @@
+"""Training of any experiment: run folder, devices, checkpoints, loop."""
+
+import dataclasses
+import json
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from fm_jax.models import Params
+from fm_jax.train import TrainState, create_state, make_optimizer, make_step
+from fm_jax.train.checkpoint import Checkpointer
+from fm_jax.train.loop import DataIterator, fit
+from fm_jax.train.metrics import MetricsWriter
+from fm_jax.train.parallel import pmap_step, split_batch
+from fm_jax.types import LossFn
+
+_MAY_CHANGE = ("data_dir", "sampling", "num_samples", "training.run_dir", "training.log_every", "training.save_every")
+_MAY_CHANGE += ("training.sample_every", "training.keep")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained, and where the run is kept."""
+
+    run_dir: Path
+    """Folder of the run. The same command continues a run that was interrupted, bit for bit."""
+    total_steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 128
+    """Examples a step, over all devices of this process."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of Adam."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    decay: Literal["constant", "cosine", "linear"] = "constant"
+    """Learning rate after the warm-up."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the gradient; None does not clip."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    accumulate: int = 1
+    """Micro-batches a step."""
+    ema_decays: tuple[float, ...] = (0.999,)
+    """One average of the parameters is kept for each; samples are drawn with the first."""
+    seed: int = 0
+    """Seed of everything that is random."""
+    log_every: int = 50
+    """Steps between two lines of metrics."""
+    save_every: int = 500
+    """Steps between two checkpoints."""
+    keep: int = 2
+    """Checkpoints kept."""
+    sample_every: int = 500
+    """Steps between two pictures of samples drawn during training."""
+
+
+def train(
+    config: Any,
+    params: Params,
+    loss_fn: LossFn,
+    data: DataIterator,
+    draw: Callable[[int, TrainState], None] | None = None,
+) -> TrainState:
+    """Trains to the end, from wherever the run folder is, on all local devices under `pmap`.
+
+    Args:
+        config: dataclass with a `training: Training`; written to `config.json`.
+        params: initial parameters.
+        loss_fn: from `fm_jax.losses`.
+        data: batches, with a position that can be saved.
+        draw: called every `sample_every` steps with the step and the state.
+
+    Returns:
+        The state at `total_steps`.
+    """
+    training = config.training
+    optimizer = _optimizer(training)
+    state, key = create_state(params, optimizer, training.ema_decays), jax.random.key(training.seed)
+    checkpointer = _checkpointer(config)
+    if (restored := checkpointer.restore(state)) is not None:
+        state, key, position = restored
+        data.set_state(position)
+        print(f"Continuing {training.run_dir} from step {int(state.step):,}.")
+    write_config(config)
+    devices = jax.local_devices()
+    writer = MetricsWriter(training.run_dir, start_step=int(state.step))
+    try:
+        return fit(
+            pmap_step(make_step(loss_fn, optimizer, accumulate=training.accumulate), devices),
+            state,
+            key,
+            data,
+            num_steps=training.total_steps,
+            batch_to_device=lambda batch: split_batch(batch, len(devices)),
+            images_per_batch=training.batch_size,
+            checkpointer=checkpointer,
+            writer=writer,
+            log_every=training.log_every,
+            callbacks=[] if draw is None else [(training.sample_every, draw)],
+        )
+    finally:
+        writer.close()
+        checkpointer.close()
+
+
+def restore(config: Any, params: Params) -> TrainState:
+    """The latest checkpoint of a run; `params` may be shapes, as from `jax.eval_shape`."""
+    optimizer, training = _optimizer(config.training), config.training
+    template = jax.eval_shape(lambda p: create_state(p, optimizer, training.ema_decays), params)
+    if not (training.run_dir / "checkpoints").is_dir():
+        raise FileNotFoundError(f"{training.run_dir} holds no checkpoints: give the folder of a run.")
+    checkpointer = _checkpointer(config)
+    try:
+        restored = checkpointer.restore(template)
+    finally:
+        checkpointer.close()
+    if restored is None:
+        raise FileNotFoundError(f"{training.run_dir} has no finished checkpoint yet.")
+    return restored[0]
+
+
+def sampling_params(state: TrainState, training: Training) -> Params:
+    """What to sample with: the first average, or the parameters where there is none."""
+    return state.ema[str(float(training.ema_decays[0]))] if training.ema_decays else state.params
+
+
+def _optimizer(training: Training):
+    return make_optimizer(
+        training.learning_rate,
+        total_steps=training.total_steps,
+        warmup_steps=training.warmup_steps,
+        decay=training.decay,
+        clip_norm=training.clip_norm,
+        weight_decay=training.weight_decay,
+    )
+
+
+def _checkpointer(config: Any) -> Checkpointer:
+    training = config.training
+    # A longer run is the same run, unless the learning rate depends on where it ends.
+    may_change = _MAY_CHANGE + (("training.total_steps",) if training.decay == "constant" else ())
+    return Checkpointer(
+        training.run_dir,
+        config_to_json(config),
+        keep=training.keep,
+        save_every=training.save_every,
+        allow_change=may_change,
+    )
+
+
+def config_to_json(config: Any) -> dict[str, Any]:
+    """A configuration as JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def write_config(config: Any) -> None:
+    """Writes `config.json`, with the module that can read it back."""
+    record = {"experiment": type(config).__module__.removeprefix("experiments.")} | config_to_json(config)
+    (config.training.run_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def from_json(kind: type, record: dict[str, Any]) -> Any:
+    """The dataclass `kind` from what `config_to_json` made of it. Raises `ValueError` for a field it has not."""
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(record.keys() - hints.keys()):
+        raise ValueError(f"config.json has the fields {unknown}, which {kind.__name__} has not: was it another version?")
+    return kind(**{name: _from_json(hints[name], value) for name, value in record.items()})
+
+
+def _from_json(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value)
+    if isinstance(value, list):
+        return tuple(value)
+    options: Sequence[Any] = typing.get_args(hint) or (hint,)
+    return Path(value) if Path in options and value is not None else value

@@ -1,0 +1,240 @@
+"""The diffusion transformer with adaLN-Zero conditioning."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from fm_jax.models.layers import (
+    AttentionImplementation,
+    ConditionEmbedding,
+    Dtype,
+    SelfAttention,
+    check_image,
+    check_options,
+    zeros,
+)
+from fm_jax.shapes import batch_time
+from fm_jax.types import Array, check_member
+
+xavier = nn.initializers.xavier_uniform()
+small_normal = nn.initializers.normal(0.02)
+
+
+def patchify(x: Array, patch_size: int) -> Array:
+    """Cuts images [batch, h, w, c] into patches [batch, h w / p^2, p^2 c], both in row-major order."""
+    batch_size, height, width, channels = x.shape
+    rows, columns = height // patch_size, width // patch_size
+    x = x.reshape(batch_size, rows, patch_size, columns, patch_size, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(batch_size, rows * columns, patch_size * patch_size * channels)
+
+
+def unpatchify(patches: Array, patch_size: int, height: int, width: int) -> Array:
+    """Puts patches [batch, h w / p^2, p^2 c] back into images [batch, h, w, c]: the inverse of `patchify`."""
+    rows, columns = height // patch_size, width // patch_size
+    x = patches.reshape(patches.shape[0], rows, columns, patch_size, patch_size, -1).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(patches.shape[0], height, width, -1)
+
+
+def position_features(rows: int, columns: int, dim: int) -> np.ndarray:
+    """Fixed sines and cosines of the row and of the column of each patch.
+
+    With `w_i = 10000^(-i / (dim / 4))`: `[sin(w row), cos(w row), sin(w column), cos(w column)]`.
+
+    Args:
+        rows: height of the grid of patches.
+        columns: width of the grid of patches.
+        dim: width of the features, divisible by 4.
+
+    Returns:
+        float32 [rows * columns, dim], in row-major order.
+
+    References:
+        Peebles & Xie 2022, section 3.2, "Patchify".
+    """
+    # In NumPy and float64: a constant of the traced program, computed once.
+    frequencies = 10_000.0 ** (-np.arange(dim // 4) / (dim // 4))
+    row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    angles = [np.outer(position.reshape(-1), frequencies) for position in (row, column)]
+    return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=-1).astype(np.float32)
+
+
+def layer_norm(dtype: Dtype, name: str) -> nn.LayerNorm:
+    """Layer normalisation without scale and shift, with float32 statistics and an output in `dtype`."""
+    return nn.LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False, dtype=dtype, name=name)
+
+
+def modulate(h: Array, shift: Array, scale: Array) -> Array:
+    """`h (1 + scale) + shift` for tokens [batch, tokens, d] with `shift` and `scale` [batch, 1, d]."""
+    return h * (1.0 + scale) + shift
+
+
+class DiTBlock(nn.Module):
+    """A transformer block whose two branches are shifted, scaled and gated by the condition.
+
+    The identity at initialisation, because the gates start at zero.
+
+    Attributes: see `DiT`.
+    """
+
+    num_heads: int
+    mlp_ratio: float
+    dropout: float
+    attention_implementation: AttentionImplementation | None
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Array, train: bool) -> Array:
+        """Maps tokens [batch, tokens, d] and the embedding [batch, d] to tokens [batch, tokens, d]."""
+        width = x.shape[-1]
+        modulation = nn.Dense(6 * width, kernel_init=zeros, dtype=self.dtype, name="modulation")(nn.silu(emb))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation[:, None, :], 6, axis=-1)
+        drop = nn.Dropout(self.dropout, deterministic=not train)
+
+        h = modulate(layer_norm(self.dtype, "norm_attention")(x), shift_a, scale_a)
+        h = SelfAttention(self.num_heads, xavier, xavier, self.attention_implementation, self.dtype, name="attention")(
+            h
+        )
+        x = x + gate_a * drop(h)
+
+        h = modulate(layer_norm(self.dtype, "norm_mlp")(x), shift_m, scale_m)
+        h = nn.Dense(int(self.mlp_ratio * width), kernel_init=xavier, dtype=self.dtype, name="mlp_in")(h)
+        h = nn.gelu(h, approximate=True)
+        h = nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="mlp_out")(h)
+        return x + gate_m * drop(h)
+
+
+class DiT(nn.Module):
+    """A transformer over the patches of an image, conditioned by adaLN-Zero; zero at initialisation.
+
+    Attributes:
+        patch_size: side of a patch in pixels.
+        hidden: width of the tokens, divisible by 4 and by `num_heads`.
+        num_layers: number of blocks.
+        num_heads: attention heads.
+        mlp_ratio: width of the blocks' hidden layer in units of `hidden`.
+        out_channels: channels of the output; those of the input by default.
+        num_classes: number of classes, `None` for an unconditional field. The label `num_classes` is "no class".
+        label_dropout: probability that an example loses its label in training.
+        dropout: dropout rate at the end of both branches of a block.
+        dtype: compute dtype, float32 or bfloat16; parameters and output are float32.
+        remat: recompute the blocks in the backward pass instead of storing their insides.
+        attention_implementation: `implementation` of `jax.nn.dot_product_attention`; `"cudnn"` rules out `jax.jvp`.
+
+    References:
+        Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", section 3.2 and figure 3.
+    """
+
+    patch_size: int = 2
+    hidden: int = 384
+    num_layers: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    out_channels: int | None = None
+    num_classes: int | None = None
+    label_dropout: float = 0.0
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+    attention_implementation: AttentionImplementation | None = None
+
+    def __post_init__(self) -> None:
+        check_options(
+            num_classes=self.num_classes,
+            label_dropout=self.label_dropout,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            attention_implementation=self.attention_implementation,
+        )
+        for name in ("patch_size", "hidden", "num_layers", "num_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.hidden % 4:
+            raise ValueError(f"hidden must be divisible by 4 (sines and cosines of two axes), got {self.hidden}.")
+        if self.hidden % self.num_heads:
+            raise ValueError(f"num_heads must divide hidden={self.hidden}, got {self.num_heads}.")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, t: Array, x: Array, cond: Array | None = None, *, train: bool = False) -> Array:
+        """Evaluates the field.
+
+        Args:
+            t: time, scalar or [batch].
+            x: images, [batch, height, width, channels].
+            cond: integer labels [batch], or `None` for "no class".
+            train: whether dropout and label dropout are on; they draw from the `"dropout"` key.
+
+        Returns:
+            float32, [batch, height, width, out_channels].
+
+        Raises:
+            ValueError: if `x` is no image, patches do not tile it, or `cond` does not fit the model.
+        """
+        check_image(x, self.patch_size)
+        x = x.astype(jnp.float32)
+        _, height, width, channels = x.shape
+        emb = ConditionEmbedding(
+            time_features=256,
+            features=self.hidden,
+            num_classes=self.num_classes,
+            label_dropout=self.label_dropout,
+            label_stddev=0.02,
+            kernel_init=small_normal,
+            name="embed",
+        )(batch_time(t, x), cond, train)
+
+        # A product with the cut patches is the strided convolution of the paper, and fast inside loops on CPU too.
+        h = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="patches")(patchify(x, self.patch_size))
+        position = position_features(height // self.patch_size, width // self.patch_size, self.hidden)
+        h = h + jnp.asarray(position, dtype=self.dtype)[None]
+
+        block = nn.remat(DiTBlock, static_argnums=(3,)) if self.remat else DiTBlock
+        for i in range(self.num_layers):
+            h = block(
+                self.num_heads,
+                self.mlp_ratio,
+                self.dropout,
+                self.attention_implementation,
+                self.dtype,
+                name=f"block_{i}",
+            )(h, emb, train)
+
+        shift, scale = jnp.split(
+            nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(nn.silu(emb))[:, None, :], 2, axis=-1
+        )
+        h = modulate(layer_norm(jnp.float32, "norm")(h), shift, scale)
+        h = nn.Dense(self.patch_size**2 * (self.out_channels or channels), kernel_init=zeros, name="out")(h)
+        return unpatchify(h, self.patch_size, height, width)
+
+
+# Peebles & Xie 2022, table 1.
+SIZES: dict[str, dict[str, int]] = {
+    "S": {"hidden": 384, "num_layers": 12, "num_heads": 6},
+    "B": {"hidden": 768, "num_layers": 12, "num_heads": 12},
+    "L": {"hidden": 1024, "num_layers": 24, "num_heads": 16},
+    "XL": {"hidden": 1152, "num_layers": 28, "num_heads": 16},
+}
+DIT_CONFIGS: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden": 128, "num_layers": 4, "num_heads": 4, "patch_size": 2},
+    **{f"{size}/{patch}": widths | {"patch_size": patch} for size, widths in SIZES.items() for patch in (2, 4, 8)},
+}
+
+
+def make_dit(name: str, **overrides: Any) -> DiT:
+    """Builds a diffusion transformer by the name of its size.
+
+    Args:
+        name: `"tiny"` (digits and MNIST on a CPU), or size and patch as in the paper: `"S/2"`, ..., `"XL/8"`.
+        **overrides: attributes of `DiT` to change, such as `num_classes`.
+
+    Raises:
+        ValueError: if there is no such size.
+
+    Example:
+        >>> make_dit("XL/2").num_layers
+        28
+    """
+    check_member("name", name, tuple(DIT_CONFIGS))
+    return DiT(**(DIT_CONFIGS[name] | overrides))

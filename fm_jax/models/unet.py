@@ -1,0 +1,311 @@
+"""The U-Net of the diffusion literature, and the sizes that published results were made with."""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from fm_jax.models.layers import (
+    AttentionImplementation,
+    ConditionEmbedding,
+    Dtype,
+    SelfAttention,
+    check_image,
+    check_options,
+    conv3x3,
+    depth_to_space,
+    double,
+    group_norm,
+    halve,
+    space_to_depth,
+    zeros,
+)
+from fm_jax.shapes import batch_time
+from fm_jax.types import Array, check_member
+
+Resample = Literal["conv", "pool", "resblock"]
+
+
+class ResBlock(nn.Module):
+    """Two normalised convolutions around a time conditioning, added to the input; the identity at initialisation.
+
+    `x' + conv(silu(condition(norm(conv(silu(norm(x)))))))`, where `x'` is `x`, through a 1x1 convolution if the
+    number of channels changes. FiLM conditions by `norm(h) (1 + scale) + shift`, otherwise by `norm(h + shift)`.
+
+    Attributes:
+        features: output channels.
+        film: scale and shift (FiLM) instead of only shift.
+        resize: applied to the input of the first convolution and to `x`: `halve`, `double`, or `None`.
+        dropout, num_groups, dtype: see `UNet`.
+    """
+
+    features: int
+    film: bool
+    dropout: float
+    num_groups: int
+    dtype: Dtype
+    resize: Callable[[Array], Array] | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Array, train: bool) -> Array:
+        """Maps `x` [batch, h, w, c] and the embedding [batch, d] to [batch, h', w', features]."""
+        h = nn.silu(group_norm(x.shape[-1], self.num_groups, self.dtype, "norm_in")(x))
+        if self.resize is not None:
+            h, x = self.resize(h), self.resize(x)
+        h = conv3x3(self.features, self.dtype, "conv_in")(h)
+        width = 2 * self.features if self.film else self.features
+        modulation = nn.Dense(width, dtype=self.dtype, name="embed")(nn.silu(emb))[:, None, None, :]
+        norm = group_norm(self.features, self.num_groups, self.dtype, "norm_out")
+        if self.film:
+            scale, shift = jnp.split(modulation, 2, axis=-1)
+            h = norm(h) * (1.0 + scale) + shift
+        else:
+            h = norm(h + modulation)
+        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
+        h = conv3x3(self.features, self.dtype, "conv_out", init=zeros)(h)
+        if x.shape[-1] != self.features:
+            x = nn.Conv(self.features, (1, 1), dtype=self.dtype, name="skip")(x)
+        return x + h
+
+
+class AttentionBlock(nn.Module):
+    """Normalised self-attention over the pixels, added to the input; the identity at initialisation."""
+
+    num_heads: int
+    num_groups: int
+    implementation: AttentionImplementation | None
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        h = group_norm(x.shape[-1], self.num_groups, self.dtype, "norm")(x).reshape(x.shape[0], -1, x.shape[-1])
+        attend = SelfAttention(
+            self.num_heads, out_init=zeros, implementation=self.implementation, dtype=self.dtype, name="attention"
+        )
+        return x + attend(h).reshape(x.shape)
+
+
+class UNet(nn.Module):
+    """A convolutional U-Net with residual blocks, attention and time (and class) conditioning; zero at initialisation.
+
+    Level 0 is the full resolution; each further level halves it. Every level has `num_blocks` residual blocks on the
+    way down and `num_blocks + 1` on the way up, which see the matching activations of the way down.
+
+    Attributes:
+        channels: base number of channels.
+        channel_mults: channels of each level, in units of `channels`.
+        num_blocks: residual blocks of a level.
+        attention_levels: levels whose residual blocks are followed by attention. The middle always has it.
+        num_heads: attention heads, unless `head_channels` is set.
+        head_channels: channels of a head; the number of heads follows.
+        film: time conditioning by scale and shift instead of only shift.
+        resample: between levels, a strided convolution down and nearest neighbours with a convolution up (`"conv"`),
+            averages down and nearest neighbours up (`"pool"`), or the same inside a residual block (`"resblock"`).
+        patch_size: squares of this size become the channels of one pixel before the first convolution, and are put
+            back after the last: a U-Net on a smaller image, for little compute.
+        out_channels: channels of the output; those of the input by default.
+        num_groups: upper limit for the number of groups of the normalisation, see `num_norm_groups`.
+        num_classes: number of classes, `None` for an unconditional field. The label `num_classes` is "no class".
+        label_dropout: probability that an example loses its label in training.
+        dropout: dropout rate inside residual blocks.
+        dtype: compute dtype, float32 or bfloat16; parameters and output are float32.
+        remat: recompute the blocks in the backward pass instead of storing their insides.
+        attention_implementation: `implementation` of `jax.nn.dot_product_attention`; `"cudnn"` rules out `jax.jvp`.
+
+    References:
+        Ho et al. 2020, "Denoising Diffusion Probabilistic Models", appendix B; Dhariwal & Nichol 2021, "Diffusion
+        Models Beat GANs on Image Synthesis", section 3; Perez et al. 2018, "FiLM", equation 2.
+    """
+
+    channels: int = 128
+    channel_mults: tuple[int, ...] = (1, 2, 2, 2)
+    num_blocks: int = 2
+    attention_levels: tuple[int, ...] = (1,)
+    num_heads: int = 1
+    head_channels: int | None = None
+    film: bool = True
+    resample: Resample = "conv"
+    patch_size: int = 1
+    out_channels: int | None = None
+    num_groups: int = 32
+    num_classes: int | None = None
+    label_dropout: float = 0.0
+    dropout: float = 0.0
+    dtype: Dtype = jnp.float32
+    remat: bool = False
+    attention_implementation: AttentionImplementation | None = None
+
+    def __post_init__(self) -> None:
+        check_options(
+            num_classes=self.num_classes,
+            label_dropout=self.label_dropout,
+            dropout=self.dropout,
+            dtype=self.dtype,
+            attention_implementation=self.attention_implementation,
+        )
+        check_member("resample", self.resample, get_args(Resample))
+        if not self.channel_mults or min(self.channel_mults) < 1:
+            raise ValueError(f"channel_mults must hold at least one positive factor, got {self.channel_mults}.")
+        for name in ("channels", "num_blocks", "num_heads", "num_groups", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        num_levels = len(self.channel_mults)
+        for level in self.attention_levels:
+            if not 0 <= level < num_levels:
+                raise ValueError(f"attention_levels must lie in 0, ..., {num_levels - 1}, got {self.attention_levels}.")
+        for level in {*self.attention_levels, num_levels - 1}:
+            width = self.channels * self.channel_mults[level]
+            divisor = self.num_heads if self.head_channels is None else self.head_channels
+            if width % divisor:
+                name = "num_heads" if self.head_channels is None else "head_channels"
+                raise ValueError(f"{name} must divide the {width} channels of level {level}, got {divisor}.")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, t: Array, x: Array, cond: Array | None = None, *, train: bool = False) -> Array:
+        """Evaluates the field.
+
+        Args:
+            t: time, scalar or [batch].
+            x: images, [batch, height, width, channels].
+            cond: integer labels [batch], or `None` for "no class".
+            train: whether dropout and label dropout are on; they draw from the `"dropout"` key.
+
+        Returns:
+            float32, [batch, height, width, out_channels].
+
+        Raises:
+            ValueError: if `x` is no image, its sides do not halve often enough, or `cond` does not fit the model.
+        """
+        last = len(self.channel_mults) - 1
+        check_image(x, self.patch_size * 2**last)
+        x = space_to_depth(x.astype(jnp.float32), self.patch_size)
+        emb = ConditionEmbedding(
+            time_features=self.channels,
+            features=4 * self.channels,
+            num_classes=self.num_classes,
+            label_dropout=self.label_dropout,
+            name="embed",
+        )(batch_time(t, x), cond, train)
+        # Names are explicit so that parameters do not depend on `remat`, which renames classes.
+        res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+
+        def residual(h: Array, features: int, name: str, resize: Callable[[Array], Array] | None = None) -> Array:
+            block = res_block(features, self.film, self.dropout, self.num_groups, self.dtype, resize, name=name)
+            return block(h, emb, train)
+
+        def attend(h: Array, name: str) -> Array:
+            heads = self.num_heads if self.head_channels is None else h.shape[-1] // self.head_channels
+            return attention_block(heads, self.num_groups, self.attention_implementation, self.dtype, name=name)(h)
+
+        def down(h: Array, name: str) -> Array:
+            if self.resample == "resblock":
+                return residual(h, h.shape[-1], name, halve)
+            return halve(h) if self.resample == "pool" else conv3x3(h.shape[-1], self.dtype, name, stride=2)(h)
+
+        def up(h: Array, name: str) -> Array:
+            if self.resample == "resblock":
+                return residual(h, h.shape[-1], name, double)
+            return double(h) if self.resample == "pool" else conv3x3(h.shape[-1], self.dtype, name)(double(h))
+
+        h = conv3x3(self.channels * self.channel_mults[0], self.dtype, "stem")(x)
+        skips = [h]
+        for level, mult in enumerate(self.channel_mults):
+            for block in range(self.num_blocks):
+                h = residual(h, self.channels * mult, f"down_{level}_{block}")
+                if level in self.attention_levels:
+                    h = attend(h, f"down_{level}_{block}_attention")
+                skips.append(h)
+            if level < last:
+                h = down(h, f"down_{level}_resample")
+                skips.append(h)
+
+        h = residual(h, h.shape[-1], "middle_0")
+        h = attend(h, "middle_attention")
+        h = residual(h, h.shape[-1], "middle_1")
+
+        for level, mult in reversed(list(enumerate(self.channel_mults))):
+            for block in range(self.num_blocks + 1):
+                h = residual(jnp.concatenate([h, skips.pop()], axis=-1), self.channels * mult, f"up_{level}_{block}")
+                if level in self.attention_levels:
+                    h = attend(h, f"up_{level}_{block}_attention")
+            if level > 0:
+                h = up(h, f"up_{level}_resample")
+
+        h = nn.silu(group_norm(h.shape[-1], self.num_groups, jnp.float32, "norm")(h))
+        out_channels = x.shape[-1] if self.out_channels is None else self.out_channels * self.patch_size**2
+        return depth_to_space(conv3x3(out_channels, jnp.float32, "out", init=zeros)(h), self.patch_size)
+
+
+UNET_CONFIGS: dict[str, dict[str, Any]] = {
+    # 8x8 digits on a CPU. Averages instead of strided convolutions, whose gradients are slow there.
+    "tiny": {
+        "channels": 32,
+        "channel_mults": (1, 2),
+        "num_blocks": 1,
+        "attention_levels": (1,),
+        "num_heads": 4,
+        "resample": "pool",
+        "num_groups": 8,
+    },
+    # 28x28 MNIST on a CPU: the same on 14x14 squares of four pixels.
+    "mnist_fast": dict(
+        channels=32,
+        channel_mults=(1, 2),
+        num_blocks=1,
+        attention_levels=(1,),
+        num_heads=4,
+        resample="pool",
+        num_groups=8,
+        patch_size=2,
+    ),
+    # 28x28 MNIST, the size of TorchCFM's notebooks.
+    "mnist": {
+        "channels": 32,
+        "channel_mults": (1, 2, 2),
+        "num_blocks": 1,
+        "attention_levels": (2,),
+        "num_heads": 4,
+        "film": False,
+    },
+    # Tong et al. 2023, "Improving and Generalizing Flow-Based Generative Models with Minibatch Optimal Transport".
+    "cifar10": {
+        "channels": 128,
+        "channel_mults": (1, 2, 2, 2),
+        "num_blocks": 2,
+        "attention_levels": (1,),
+        "head_channels": 64,
+        "film": False,
+        "dropout": 0.1,
+    },
+    # Lipman et al. 2024, "Flow Matching Guide and Code", the CIFAR-10 example.
+    "cifar10_edm": {
+        "channels": 128,
+        "channel_mults": (2, 2, 2),
+        "num_blocks": 4,
+        "attention_levels": (1,),
+        "num_heads": 1,
+        "resample": "pool",
+        "dropout": 0.3,
+    },
+}
+
+
+def make_unet(name: str, **overrides: Any) -> UNet:
+    """Builds a U-Net by the name of its size.
+
+    Args:
+        name: `"tiny"` (8x8 digits), `"mnist_fast"`, `"mnist"`, `"cifar10"` (35,746,307 parameters) or `"cifar10_edm"` (55,676,419).
+        **overrides: attributes of `UNet` to change, such as `num_classes`.
+
+    Raises:
+        ValueError: if there is no such size.
+
+    Example:
+        >>> make_unet("cifar10", num_classes=10).channel_mults
+        (1, 2, 2, 2)
+    """
+    check_member("name", name, tuple(UNET_CONFIGS))
+    return UNet(**(UNET_CONFIGS[name] | overrides))

@@ -1,0 +1,152 @@
+"""Explicit Runge-Kutta methods on a fixed time grid."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from fm_jax.nfe import nfe_per_call
+from fm_jax.samplers.grids import check_state, time_dtype, time_grid
+from fm_jax.shapes import expand_time
+from fm_jax.types import Array, ArrayTree, Solution, VelocityFn, check_member
+
+
+@dataclass(frozen=True)
+class Method:
+    """An explicit Runge-Kutta method, as its Butcher tableau.
+
+    k_i = v(t + c_i h, x + h sum_{j < i} a_ij k_j), and the step is x + h sum_i b_i k_i (Hairer, Norsett & Wanner 1993,
+    Solving Ordinary Differential Equations I, II.1).
+
+    Raises:
+        ValueError: if the sizes do not fit, `b` does not sum to 1 or a row of `a` does not sum to its `c`.
+    """
+
+    order: int
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    c: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        rows = [len(row) for row in self.a]
+        if rows != list(range(len(self.b))) or len(self.c) != len(self.b):
+            raise ValueError(f"a must have rows of 0, 1, 2, ... entries, as many as b and c, got {rows}.")
+        sums = [*(sum(row) - c for row, c in zip(self.a, self.c, strict=True)), sum(self.b) - 1]
+        if max(map(abs, sums)) > 1e-12:
+            raise ValueError("b must sum to 1 and each row of a to its c.")
+
+    @property
+    def stages(self) -> int:
+        return len(self.b)
+
+
+METHODS = {
+    "euler": Method(order=1, a=((),), b=(1.0,), c=(0.0,)),
+    "midpoint": Method(order=2, a=((), (0.5,)), b=(0.0, 1.0), c=(0.0, 0.5)),
+    "heun": Method(order=2, a=((), (1.0,)), b=(0.5, 0.5), c=(0.0, 1.0)),
+    "rk4": Method(
+        order=4,
+        a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
+        b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
+        c=(0.0, 0.5, 0.5, 1.0),
+    ),
+}
+
+
+def _method(method: str | Method) -> Method:
+    if isinstance(method, Method):
+        return method
+    check_member("method", method, tuple(METHODS))
+    return METHODS[method]
+
+
+def _weighted(weights: tuple[float, ...], values: list[Array]) -> Array:
+    first, *rest = (w * k for w, k in zip(weights, values, strict=True) if w != 0)
+    return sum(rest, first)
+
+
+def ode_step(v: VelocityFn, t: Array, t_next: Array, x: Array, method: str | Method = "heun") -> Array:
+    """One step of dx/dt = v(t, x) from `t` to `t_next`.
+
+    For callers that dispatch steps one by one: on CPU, XLA runs convolutions 1.5 times slower inside a loop.
+
+    Args:
+        v: velocity function.
+        t: scalar or [batch].
+        t_next: in the shape of `t`, after or before it.
+        x: [batch, ...] at `t`.
+        method: "euler", "midpoint", "heun", "rk4" or a tableau.
+
+    Returns:
+        [batch, ...] at `t_next`, in the dtype of `x`.
+
+    Raises:
+        ValueError: if the method is unknown, or `v` returns another shape than that of `x`.
+
+    Example:
+        >>> ode_step(lambda t, x: x, 0.0, 1.0, jnp.ones((1, 1)), "rk4")
+        Array([[2.7083335]], dtype=float32)
+    """
+    method = _method(method)
+    t, t_next = jnp.asarray(t, dtype=time_dtype(x)), jnp.asarray(t_next, dtype=time_dtype(x))
+    h = expand_time(t_next - t, x)
+    stages: list[Array] = []
+    for a, c in zip(method.a, method.c, strict=True):
+        x_stage = (x + h * _weighted(a, stages)).astype(x.dtype) if any(a) else x
+        # In this form c = 1 is exactly t_next, so that rounding never goes past the end.
+        t_stage = ((1 - c) * t + c * t_next).astype(x.dtype)
+        k = v(t_stage, x_stage)
+        if k.shape != x.shape:
+            raise ValueError(f"v(t, x) must have the shape of x, {x.shape}, got {k.shape}.")
+        stages.append(k)
+    return (x + h * _weighted(method.b, stages)).astype(x.dtype)
+
+
+def sample_ode(
+    v: VelocityFn,
+    x0: Array,
+    *,
+    num_steps: int | None = None,
+    method: str | Method = "heun",
+    t0: float = 0.0,
+    t1: float = 1.0,
+    grid: ArrayTree | None = None,
+    trajectory: bool = False,
+) -> Solution:
+    """The solution of dx/dt = v(t, x) by an explicit Runge-Kutta method on a fixed grid.
+
+    A single `lax.scan`: differentiable in forward and reverse mode, also with respect to `grid`. Wrap it in `jax.jit`.
+
+    Args:
+        v: velocity function; called with a scalar t in the dtype of `x0`.
+        x0: [batch, ...] at `t0`.
+        num_steps: for equal steps from `t0` to `t1`; either this or `grid`.
+        method: "euler", "midpoint", "heun", "rk4" or a tableau. Costs 1, 2, 2 and 4 evaluations a step.
+        t0: where `x0` is.
+        t1: where to go. `t1 < t0` runs backward, from data to noise.
+        grid: times [num_steps + 1], strictly monotone in either direction.
+        trajectory: whether to keep the states at all grid times.
+
+    Returns:
+        `Solution`: x [batch, ...] at the end; nfe, a scalar; trajectory [num_steps + 1, batch, ...] if asked for.
+
+    Raises:
+        ValueError: for a bad grid, number of steps, method or state.
+
+    Example:
+        >>> solution = sample_ode(lambda t, x: x, jnp.ones((1, 1)), num_steps=10, method="rk4")
+        >>> float(abs(solution.x[0, 0] - jnp.e)) < 1e-5, int(solution.nfe)
+        (True, 40)
+    """
+    method = _method(method)
+    x0 = jnp.asarray(x0)
+    check_state(x0)
+    times = time_grid(num_steps, grid, t0, t1, x0)
+
+    def step(x: Array, interval: tuple[Array, Array]) -> tuple[Array, Array | None]:
+        x = ode_step(v, *interval, x, method)
+        return x, x if trajectory else None
+
+    x, states = jax.lax.scan(step, x0, (times[:-1], times[1:]))
+    nfe = jnp.asarray((len(times) - 1) * method.stages * nfe_per_call(v))
+    return Solution(x, nfe, None if states is None else jnp.concatenate([x0[None], states]))
