@@ -76,6 +76,22 @@ def save_grid(
         _save(figure, path)
 
 
+def save_sheet(path: PathLike, images: np.ndarray, *, columns: int = 8) -> None:
+    """Draws images [n, h, w, c] in [-1, 1], row by row and nothing else."""
+    rows = [images[i : i + columns] for i in range(0, len(images), columns)]
+    Image.fromarray(_montage(rows, min(columns, len(images)))).save(path)
+
+
+def save_points(path: PathLike, points: np.ndarray) -> None:
+    """Draws points [n, 2]."""
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4, 4), layout="constrained")
+        axes = figure.subplots()
+        axes.scatter(*np.asarray(points).T, s=2.0, color=BLUE, linewidths=0)
+        axes.set(aspect="equal")
+        _save(figure, path)
+
+
 def save_animation(
     path: PathLike, frames: np.ndarray, *, times: np.ndarray | None = None, columns: int = 10, hold: float = 2.0
 ) -> None:

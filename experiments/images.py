@@ -1,4 +1,4 @@
-"""Class-conditional flow matching on images: what the experiments on digits, MNIST, Fashion-MNIST and CIFAR-10 share."""
+"""Class-conditional flow matching on images: what the experiments on digits, MNIST and the like share."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ from experiments.classifier import fit_classifier
 from experiments.command_line import parse
 from experiments.figures import save_animation, save_grid, save_loss_curve
 from experiments.method import Method, make_loss
-from experiments.sampling import Sampling, generate_many, make_generate
+from experiments.sampling import DrawSource, Sampling, generate_many, make_generate
 from experiments.training import Training, sampling_params, train
 from fm_jax.data.digits import load_digits
 from fm_jax.data.images import ImageDataset, load_images, to_float
@@ -29,11 +29,17 @@ from fm_jax.train.metrics import read_metrics
 from fm_jax.types import ApplyFn
 
 UNETS = ("tiny", "mnist_fast", "mnist", "cifar10", "cifar10_edm")
+SMOKE_UNET = dict(
+    channels=8, channel_mults=(1,), num_blocks=1, attention_levels=(), num_heads=1, head_channels=None, patch_size=4
+)
+SMOKE_DIT = dict(hidden=16, num_layers=1, num_heads=1, patch_size=4)
 
 
 @dataclass(frozen=True)
 class Config:
     """A run on images. The command line has an option for every field."""
+
+    EXPERIMENT: ClassVar[str] = "images"
 
     dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"]
     """Which images; "digits" are embedded in scikit-learn, the others come from TFDS."""
@@ -69,6 +75,7 @@ class Experiment(NamedTuple):
 
     model: nn.Module
     apply_fn: ApplyFn
+    draw_x0: DrawSource
     event_shape: tuple[int, ...]
     num_classes: int
 
@@ -76,9 +83,6 @@ class Experiment(NamedTuple):
 def build(config: Config) -> Experiment:
     """The network and the shape of its images, without reading any data."""
     event_shape = {"digits": (8, 8, 1), "cifar10": (32, 32, 3)}.get(config.dataset, (28, 28, 1))
-    make, name = (make_unet, config.model)
-    if config.model not in UNETS:
-        make, name = make_dit, {"dit_tiny": "tiny"}.get(config.model, config.model.removeprefix("dit_").upper())
     options: dict[str, Any] = dict(
         num_classes=10,
         label_dropout=config.label_dropout,
@@ -86,12 +90,14 @@ def build(config: Config) -> Experiment:
         dtype=jnp.dtype(config.dtype).type,
         remat=config.remat,
     )
-    if config.smoke:
-        options |= dict(channels=8, channel_mults=(1,), num_blocks=1, attention_levels=(), num_heads=1)
-        options |= dict(head_channels=None, num_groups=4)
-        make, name = make_unet, "tiny"
-    model = make(name, **options)
-    return Experiment(model, linen_apply(model), event_shape, 10)
+    if config.model in UNETS:
+        model = make_unet(config.model, **options | (SMOKE_UNET if config.smoke else {}))
+    else:
+        name = config.model.removeprefix("dit_")
+        model = make_dit(name if name == "tiny" else name.upper(), **options | (SMOKE_DIT if config.smoke else {}))
+    return Experiment(
+        model, linen_apply(model), lambda key, num: jax.random.normal(key, (num, *event_shape)), event_shape, 10
+    )
 
 
 def load(config: Config, split: Literal["train", "test"]) -> ImageDataset:
@@ -133,8 +139,8 @@ def run(config: Config) -> dict[str, Any]:
 
     def draw(step: int, state: TrainState) -> None:
         labels = np.arange(config.sampling.sample_batch) % experiment.num_classes
-        shape, size = experiment.event_shape, config.sampling.sample_batch
-        images, _ = generate_many(generate, sampling_params(state, config.training), key_draw, shape, labels, size)
+        params = sampling_params(state, config.training)
+        images, _ = generate_many(generate, params, key_draw, experiment.draw_x0, labels, len(labels))
         _save_grid(run_dir / "samples" / f"step_{step:06d}.png", np.asarray(images), labels, dataset)
 
     state = train(config, params, loss_fn, data, draw)
@@ -157,7 +163,7 @@ def _generator(config: Config, experiment: Experiment, **options):
 def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDataset, generate) -> dict[str, Any]:
     """Draws `num_samples` with and without guidance, has the classifier name them, and saves the pictures."""
     run_dir, sampling = config.training.run_dir, config.sampling
-    shape, size = experiment.event_shape, sampling.sample_batch
+    draw_x0, size = experiment.draw_x0, sampling.sample_batch
     classify, results = None, {}
     if config.dataset != "cifar10":  # pixels alone do not tell objects apart
         test = load(config, "test")
@@ -166,9 +172,9 @@ def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDat
     unguided = dataclasses.replace(config, sampling=dataclasses.replace(sampling, guidance=1.0))
     labels = np.arange(config.num_samples) % experiment.num_classes
     for name, function in (("guided", generate), ("unguided", _generator(unguided, experiment))):
-        generate_many(function, params, key, shape, labels[:size], size)[0].block_until_ready()  # compiles
+        generate_many(function, params, key, draw_x0, labels[:size], size)[0].block_until_ready()  # compiles
         start = time.perf_counter()
-        images, nfe = generate_many(function, params, key, shape, labels, size)
+        images, nfe = generate_many(function, params, key, draw_x0, labels, size)
         images = np.asarray(images)
         drawn = -(-config.num_samples // size) * size
         results[name] = {"seconds_per_image": (time.perf_counter() - start) / drawn, "nfe": nfe}
@@ -178,9 +184,8 @@ def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDat
             _save_grid(run_dir / "samples.png", images, labels, dataset)
     times = np.linspace(*velocity_domain(config.method.prediction, config.method.schedule), 3 if config.smoke else 31)
     animate = _generator(config, experiment, times=times)
-    labels = np.repeat(np.arange(experiment.num_classes), 5)
-    x0 = jax.random.normal(jax.random.fold_in(key, 1), (len(labels), *shape))
-    frames = animate(params, key, x0, labels).trajectory
+    labels = np.repeat(np.arange(experiment.num_classes), 1 if config.smoke else 5)
+    frames = animate(params, key, draw_x0(jax.random.fold_in(key, 1), len(labels)), labels).trajectory
     save_animation(run_dir / "animation.gif", np.asarray(frames), times=times, columns=10)
     return results
 
@@ -200,8 +205,8 @@ def _report(config: Config, results: dict[str, Any]) -> None:
     print(f"\n{run_dir}: samples.png, animation.gif, loss.png, metrics.jsonl, config.json, results.json, checkpoints/")
     if "agreement" in guided:
         print(
-            f"classifier agrees with the label: {guided['agreement']:.1%} of {config.num_samples:,} samples at guidance "
-            f"{config.sampling.guidance:g}, {unguided['agreement']:.1%} without "
+            f"classifier agrees with the label: {guided['agreement']:.1%} of {config.num_samples:,} samples at "
+            f"guidance {config.sampling.guidance:g}, {unguided['agreement']:.1%} without "
             f"(on real held-out images it is right on {results['classifier_accuracy_on_real']:.1%})"
         )
     print(

@@ -1,6 +1,6 @@
 """Class-conditional flow matching on MNIST (28x28).
 
-Paper: Lipman et al. 2022 (arXiv:2210.02747); a network of the size of TorchCFM's MNIST notebook, with class conditioning.
+Paper: Lipman et al. 2022 (arXiv:2210.02747); a network of the size of TorchCFM's MNIST notebook, with labels.
 Command: `python -m experiments.mnist` (once before it: `python -m fm_jax.data.images mnist`).
 Hardware and results: see `experiments/README.md`.
 Expect: digits of every class that a person reads at once.

@@ -7,17 +7,17 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from experiments.method import Method
 from fm_jax.guidance import classifier_free_model
 from fm_jax.parameterization import velocity_domain, velocity_fn
 from fm_jax.paths import source
 from fm_jax.samplers import sample_adaptive, sample_ode, sample_sde
 from fm_jax.types import ApplyFn, Array, Cond, Key, Params, Solution
 
-from experiments.method import Method
-
 FIXED = ("euler", "midpoint", "heun", "rk4")
 ADAPTIVE = ("bosh3", "tsit5", "dopri5", "dopri8")
 Generate = Callable[[Params, Key, Array, Cond], Solution]
+DrawSource = Callable[[Key, int], Array]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def make_generate(
 
     Returns:
         A function of parameters, key (only the stochastic solver uses it), standard normal noise [batch, ...] and
-        labels [batch].
+        labels [batch], which an unconditional network does not see.
     """
     t0, t1 = velocity_domain(method.prediction, method.schedule)
 
@@ -64,15 +64,18 @@ def make_generate(
         def model_fn(t: Array, x: Array, cond: Cond = None) -> Array:
             return apply_fn(params, t, x, cond, train=False, rngs=None)
 
-        if null_label is not None:
+        if null_label is None:
+            labels = None
+        else:
             model_fn = classifier_free_model(
                 model_fn, null_label, sampling.guidance, interval=sampling.guidance_interval
             )
         v = velocity_fn(model_fn, method.prediction, method.schedule, labels)
         x0 = source(method.schedule, x0, t0)
         if sampling.solver in FIXED:
-            steps = {"num_steps": sampling.steps} if times is None else {"grid": times}
-            return sample_ode(v, x0, **steps, method=sampling.solver, t0=t0, t1=t1, trajectory=times is not None)
+            if times is not None:
+                return sample_ode(v, x0, grid=times, method=sampling.solver, trajectory=True)
+            return sample_ode(v, x0, num_steps=sampling.steps, method=sampling.solver, t0=t0, t1=t1)
         if sampling.solver in ADAPTIVE or times is not None:
             solver, tolerance = sampling.solver if sampling.solver in ADAPTIVE else "tsit5", sampling.tolerance
             return sample_adaptive(v, x0, rtol=tolerance, atol=tolerance, solver=solver, t0=t0, t1=t1, times=times)
@@ -84,7 +87,7 @@ def make_generate(
 
 
 def generate_many(
-    generate: Generate, params: Params, key: Key, event_shape: tuple[int, ...], labels: Array, batch_size: int
+    generate: Generate, params: Params, key: Key, draw_x0: DrawSource, labels: Array, batch_size: int
 ) -> tuple[Array, float]:
     """Draws a sample for every label, in batches of one size so that all share one compilation.
 
@@ -92,7 +95,7 @@ def generate_many(
         generate: from `make_generate`.
         params: network parameters.
         key: PRNG key.
-        event_shape: shape of one sample.
+        draw_x0: `draw_x0(key, num)`, source samples [num, ...].
         labels: [num].
         batch_size: samples drawn at once.
 
@@ -104,7 +107,7 @@ def generate_many(
     samples, nfe = [], []
     for i, part in enumerate(padded.reshape(-1, batch_size)):
         key_x0, key_sampler = jax.random.split(jax.random.fold_in(key, i))
-        solution = generate(params, key_sampler, jax.random.normal(key_x0, (batch_size, *event_shape)), part)
+        solution = generate(params, key_sampler, draw_x0(key_x0, batch_size), part)
         samples.append(solution.x)
         nfe.append(solution.nfe)
     return jnp.concatenate(samples)[:num], float(jnp.mean(jnp.asarray(nfe)))

@@ -68,7 +68,7 @@ def train(
     """Trains to the end, from wherever the run folder is, on all local devices under `pmap`.
 
     Args:
-        config: dataclass with a `training: Training`; written to `config.json`.
+        config: dataclass with a `training: Training` and the name of its module, `EXPERIMENT`; written to `config.json`.
         params: initial parameters.
         loss_fn: from `fm_jax.losses`.
         data: batches, with a position that can be saved.
@@ -159,7 +159,7 @@ def config_to_json(config: Any) -> dict[str, Any]:
 
 def write_config(config: Any) -> None:
     """Writes `config.json`, with the module that can read it back."""
-    record = {"experiment": type(config).__module__.removeprefix("experiments.")} | config_to_json(config)
+    record = {"experiment": config.EXPERIMENT} | config_to_json(config)
     (config.training.run_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -167,7 +167,7 @@ def from_json(kind: type, record: dict[str, Any]) -> Any:
     """The dataclass `kind` from what `config_to_json` made of it. Raises `ValueError` for a field it has not."""
     hints = typing.get_type_hints(kind)
     if unknown := sorted(record.keys() - hints.keys()):
-        raise ValueError(f"config.json has the fields {unknown}, which {kind.__name__} has not: was it another version?")
+        raise ValueError(f"config.json has {unknown}, which {kind.__name__} has not: was it another version?")
     return kind(**{name: _from_json(hints[name], value) for name, value in record.items()})
 
 

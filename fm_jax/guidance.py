@@ -5,6 +5,7 @@ Classifier-free guidance is due to Ho & Salimans 2022 (arXiv:2207.12598, eq. 6),
 """
 
 import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from fm_jax.nfe import nfe_per_call, with_nfe_per_call
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, ArrayTree, Cond, ModelFn, VelocityFn
+
 
 def _is_off(scale: ArrayTree) -> bool:
     return isinstance(scale, (int, float)) and scale == 1

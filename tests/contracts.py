@@ -1,4 +1,4 @@
-"""Every schedule, time sampler, weight and coupling, listed once. Whatever is added here goes through the same contract."""
+"""Every schedule, time sampler, weight and coupling, listed once: what is added here goes through the same contract."""
 
 import numpy as np
 

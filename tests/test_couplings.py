@@ -11,7 +11,11 @@ from fm_jax.couplings import minibatch_ot
 @pytest.fixture
 def batch(key):
     key0, key1, key2 = jax.random.split(key, 3)
-    return jax.random.normal(key0, (32, 3, 2)), jax.random.normal(key1, (32, 3, 2)), jax.random.randint(key2, (32,), 0, 3)
+    return (
+        jax.random.normal(key0, (32, 3, 2)),
+        jax.random.normal(key1, (32, 3, 2)),
+        jax.random.randint(key2, (32,), 0, 3),
+    )
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS, ids=lambda f: f.__name__)

@@ -20,8 +20,12 @@ class TestEverySchedule:
     def test_derivatives_equal_central_differences(self, schedule, x64):
         t, h = interior(schedule), 1e-6
         alpha, sigma, d_alpha, d_sigma = coefficients(schedule, t)
-        np.testing.assert_allclose(d_alpha, (schedule.alpha(t + h) - schedule.alpha(t - h)) / (2 * h), rtol=1e-5, atol=1e-7)
-        np.testing.assert_allclose(d_sigma, (schedule.sigma(t + h) - schedule.sigma(t - h)) / (2 * h), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(
+            d_alpha, (schedule.alpha(t + h) - schedule.alpha(t - h)) / (2 * h), rtol=1e-5, atol=1e-7
+        )
+        np.testing.assert_allclose(
+            d_sigma, (schedule.sigma(t + h) - schedule.sigma(t - h)) / (2 * h), rtol=1e-5, atol=1e-7
+        )
         np.testing.assert_array_equal(alpha, schedule.alpha(t))
         np.testing.assert_array_equal(sigma, schedule.sigma(t))
 
@@ -44,7 +48,9 @@ class TestEverySchedule:
         assert coefficients(schedule, 0.3).alpha.shape == ()
 
     def test_is_a_value(self, schedule):
-        assert hash(schedule) == hash(eval(repr(schedule), vars(schedules)) if "betas" not in repr(schedule) else schedule)
+        assert hash(schedule) == hash(
+            eval(repr(schedule), vars(schedules)) if "betas" not in repr(schedule) else schedule
+        )
 
 
 CLOSED_FORMS = {  # alpha and sigma at t = 0.3, by hand
@@ -72,7 +78,9 @@ def test_ends_are_exact_in_float32(schedule):
     np.testing.assert_allclose(ends, [0, 1], atol=1e-7)
 
 
-@pytest.mark.parametrize("schedule", [schedules.VP(), schedules.LinearVP(), schedules.DDPM(), schedules.Cosine()], ids=str)
+@pytest.mark.parametrize(
+    "schedule", [schedules.VP(), schedules.LinearVP(), schedules.DDPM(), schedules.Cosine()], ids=str
+)
 def test_variance_preserving(schedule, x64):
     t = interior(schedule)
     np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1, atol=1e-12)

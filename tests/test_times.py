@@ -74,7 +74,10 @@ def test_stratified_average_varies_less(key):
         (lambda: times.Mode(2.0), r"scale must be in \[-1"),
         (lambda: times.Beta(a=0.0), "a and b must be positive"),
         (lambda: times.EDMLogNormal(std=-1.0), "std must be positive"),
-        (lambda: times.Rescale(times.Uniform(0.1, 0.9), 0.0, 0.5), r"sampler must draw from \[0, 1\], got \[0.1, 0.9\]"),
+        (
+            lambda: times.Rescale(times.Uniform(0.1, 0.9), 0.0, 0.5),
+            r"sampler must draw from \[0, 1\], got \[0.1, 0.9\]",
+        ),
     ],
 )
 def test_bad_input(build, message):

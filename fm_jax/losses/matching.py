@@ -1,7 +1,6 @@
 """Regression losses on a conditional path: flow matching and its relatives, all one function."""
 
 import jax
-import jax.numpy as jnp
 
 from fm_jax.couplings import independent
 from fm_jax.paths.affine import targets

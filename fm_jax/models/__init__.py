@@ -74,8 +74,8 @@ def init_params(module: nn.Module, key: Key, event_shape: tuple[int, ...]) -> Pa
         return module.init(key, jnp.zeros(1), jnp.zeros((1, *event_shape)))["params"]
 
     # Random initialisers are slow to compile, and run once: 11 s become 3 s for a small U-Net on a CPU.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, compiler_options=options)(key)
+    on_cpu = jax.default_backend() == "cpu" and not isinstance(key, jax.core.Tracer)
+    return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None)(key)
 
 
 def num_params(params: Params) -> int:

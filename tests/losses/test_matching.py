@@ -26,7 +26,9 @@ def test_value_by_hand(schedule, x64):
     targets = {"velocity": d_alpha * x1 + d_sigma * x0, "data": x1, "noise": x0, "score": -x0 / sigma}
     batch = {"x1": x1, "x0": x0, "t": t}
     path = AffinePath(schedule)
-    results = jax.jit(lambda: {kind: flow_matching(scaled_identity, path, kind=kind)(0.7, None, batch) for kind in KINDS})()
+    results = jax.jit(
+        lambda: {kind: flow_matching(scaled_identity, path, kind=kind)(0.7, None, batch) for kind in KINDS}
+    )()
     for kind, (loss, metrics) in results.items():
         expected = np.square(0.7 * (alpha * x1 + sigma * x0) - targets[kind]).mean()
         np.testing.assert_allclose(loss, expected, rtol=1e-10)
@@ -76,7 +78,9 @@ def test_named_losses_are_the_one_function(key):
         (losses.score_matching, "score", lambda t, kind, schedule: schedule.sigma(t) ** 2),
     ]:
         a = named(scaled_identity, path)(0.3, key, batch)[0]
-        np.testing.assert_array_equal(a, flow_matching(scaled_identity, path, kind=kind, weight=weight)(0.3, key, batch)[0])
+        np.testing.assert_array_equal(
+            a, flow_matching(scaled_identity, path, kind=kind, weight=weight)(0.3, key, batch)[0]
+        )
 
 
 def test_weighted_score_loss_is_the_noise_loss(key, x64):

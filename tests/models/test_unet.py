@@ -69,37 +69,39 @@ def test_parameter_count_block_by_block(resample, film):
     params, out = shapes(module, (4, 6, 3))
     emb = 32
     change = {"conv": conv, "pool": lambda *_: 0, "resblock": lambda n, m: res(n, m, emb, film)}[resample]
-    expected = conv(8, emb, 1) + conv(emb, emb, 1) + 5 * emb  # time, labels with the null class
-    expected += (
-        conv(3, 8) + res(8, 8, emb, film) + change(8, 8) + res(8, 16, emb, film) + attention(16)
-    )  # skips 8 8 8 16
+    expected = conv(8, emb, 1) + conv(emb, emb, 1) + 5 * emb  # time; labels with the null class
+    # Down: the skips have 8, 8, 8 and 16 channels. Then the middle, and up.
+    expected += conv(3, 8) + res(8, 8, emb, film) + change(8, 8) + res(8, 16, emb, film) + attention(16)
     expected += 2 * res(16, 16, emb, film) + attention(16)
-    expected += (
-        res(16 + 16, 16, emb, film) + attention(16) + res(16 + 8, 16, emb, film) + attention(16) + change(16, 16)
-    )
+    expected += res(16 + 16, 16, emb, film) + res(16 + 8, 16, emb, film) + 2 * attention(16) + change(16, 16)
     expected += res(16 + 8, 8, emb, film) + res(8 + 8, 8, emb, film)
     expected += 2 * 8 + conv(8, 5)
     assert num_params(params) == expected
     assert out.shape == (1, 4, 6, 5)
 
 
-@pytest.mark.parametrize("resize", [None, halve, double])
-def test_residual_block_starts_as_the_identity(resize):
-    block = ResBlock(features=4, film=True, dropout=0.0, num_groups=2, dtype=jnp.float32, resize=resize)
+def res_block(resize=None):
+    return ResBlock(features=4, film=True, dropout=0.0, num_groups=2, dtype=jnp.float32, resize=resize)
+
+
+def test_residual_block_starts_as_the_identity():
     x, emb = jax.random.normal(jax.random.key(0), (2, 4, 4, 4)), jnp.ones((2, 3))
-    out, _ = block.init_with_output(jax.random.key(1), x, emb, False)
-    np.testing.assert_array_equal(out, x if resize is None else resize(x))
+    variables = jax.jit(lambda: res_block().init(jax.random.key(1), x, emb, False))()
+    for resize in (None, halve, double):
+        out = jax.jit(lambda resize=resize: res_block(resize).apply(variables, x, emb, False))()
+        np.testing.assert_allclose(out, x if resize is None else resize(x), rtol=1e-6)
 
 
 def test_film_scales_and_shifts_after_the_norm():
     """A scale of -1 removes the features, whatever they are: silu(shift) alone reaches the second convolution."""
-    block = ResBlock(features=4, film=True, dropout=0.0, num_groups=2, dtype=jnp.float32)
+    block, rng = res_block(), np.random.default_rng(0)
     x, emb, shift = jax.random.normal(jax.random.key(0), (2, 4, 4, 4)), jnp.ones((2, 3)), 0.7
-    params = block.init(jax.random.key(1), x, emb, False)["params"]
+    params = jax.eval_shape(lambda: block.init(jax.random.key(1), x, emb, False)["params"])
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), "float32"), params)
     params["embed"] = {"kernel": jnp.zeros((3, 8)), "bias": jnp.array([-1.0] * 4 + [shift] * 4)}
     centre = jnp.zeros((3, 3, 4, 4)).at[1, 1].set(jnp.eye(4))
     params["conv_out"] = {"kernel": centre, "bias": jnp.zeros(4)}
-    out = block.apply({"params": params}, x, emb, False)
+    out = jax.jit(lambda: block.apply({"params": params}, x, emb, False))()
     np.testing.assert_allclose(out, x + jax.nn.silu(shift), rtol=1e-5, atol=1e-6)
 
 
@@ -107,6 +109,7 @@ def test_film_scales_and_shifts_after_the_norm():
     ("options", "event_shape", "message"),
     [
         ({"channel_mults": (1, 1, 1)}, (6, 8, 1), "height and width must be divisible by 4, got 6x8"),
+        ({"patch_size": 2}, (6, 8, 1), "height and width must be divisible by 4, got 6x8"),
         ({}, (8, 8), r"x must be \[batch, height, width, channels\], got shape \(1, 8, 8\)"),
         ({"resample": "stride"}, None, "resample must be one of 'conv', 'pool', 'resblock', got 'stride'"),
         ({"channel_mults": ()}, None, r"channel_mults must hold at least one positive factor, got \(\)"),
@@ -123,5 +126,7 @@ def test_refuses(options, event_shape, message):
 
 
 def test_make_unet_lists_its_names():
-    with pytest.raises(ValueError, match="name must be one of 'tiny', 'mnist', 'cifar10', 'cifar10_edm', got 'big'"):
+    with pytest.raises(
+        ValueError, match="name must be one of 'tiny', 'mnist_fast', 'mnist', 'cifar10', 'cifar10_edm', got 'big'"
+    ):
         make_unet("big")

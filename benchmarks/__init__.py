@@ -1,0 +1,1 @@
+"""Benchmarks: each prints one JSON object. They measure; nothing here is a test."""

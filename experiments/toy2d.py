@@ -1,0 +1,196 @@
+"""Flow matching between two-dimensional distributions.
+
+Paper: Lipman et al. 2022 (arXiv:2210.02747); Tong et al. 2023 (arXiv:2302.00482) for the pairs and the couplings.
+Command: `python -m experiments.toy2d --source moons --data eight_gaussians --coupling minibatch_ot`
+Hardware: about a minute on two CPU cores.
+Expect: a Wasserstein distance near its floor, which is the distance of two independent draws of the data themselves;
+both are printed.
+"""
+
+import dataclasses
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from experiments.command_line import parse
+from experiments.figures import save_loss_curve, save_scatter
+from experiments.method import Method, make_loss
+from experiments.sampling import DrawSource, Sampling, make_generate
+from experiments.training import Training, sampling_params, train
+from fm_jax.data.toy import make_toy
+from fm_jax.models import MLP, init_params, linen_apply
+from fm_jax.parameterization import velocity_domain
+from fm_jax.train.metrics import read_metrics
+from fm_jax.types import ApplyFn, Array, Key
+
+Toy = Literal["eight_gaussians", "moons", "checkerboard", "s_curve", "circles", "pinwheel"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run on toy data. The command line has an option for every field."""
+
+    EXPERIMENT: ClassVar[str] = "toy2d"
+
+    training: Training
+    data: Toy = "eight_gaussians"
+    """Where to."""
+    source: Literal["normal", "eight_gaussians", "moons", "checkerboard", "s_curve", "circles", "pinwheel"] = "normal"
+    """Where from; anything but "normal" needs a velocity prediction and an ODE solver."""
+    method: Method = field(default_factory=Method)
+    sampling: Sampling = field(default_factory=Sampling)
+    width: int = 128
+    """Width of the network."""
+    depth: int = 3
+    """Hidden layers of the network."""
+    num_samples: int = 1000
+    """Samples to judge at the end."""
+    smoke: bool = False
+    """Run the whole path once with next to no computation."""
+
+
+CONFIG = Config(
+    training=Training(
+        run_dir=Path("runs/toy2d"),
+        total_steps=5000,
+        batch_size=256,
+        learning_rate=2e-3,
+        decay="cosine",
+        log_every=100,
+        save_every=2500,
+        sample_every=2500,
+    ),
+    sampling=Sampling(solver="dopri5", tolerance=1e-4, guidance=1.0),
+)
+
+
+class Experiment(NamedTuple):
+    """The objects that a configuration stands for."""
+
+    model: nn.Module
+    apply_fn: ApplyFn
+    draw_x0: DrawSource
+    event_shape: tuple[int, ...] = (2,)
+    num_classes: None = None
+
+
+def build(config: Config) -> Experiment:
+    """The network."""
+    model = MLP(features=(config.width,) * config.depth)
+    return Experiment(model, linen_apply(model), _draw_normal if config.source == "normal" else make_toy(config.source))
+
+
+def _draw_normal(key: Key, num: int) -> Array:
+    return jax.random.normal(key, (num, 2))
+
+
+class Batches:
+    """Fresh pairs without end: the n-th batch is a function of the seed and n."""
+
+    def __init__(self, config: Config, draw_x0: DrawSource):
+        self._key = jax.random.key(config.training.seed)
+        self._position = 0
+
+        def draw(key: Key) -> dict[str, Array]:
+            key_x0, key_x1 = jax.random.split(key)
+            num = config.training.batch_size
+            return {"x0": draw_x0(key_x0, num), "x1": make_toy(config.data)(key_x1, num)}
+
+        self._draw = jax.jit(draw)
+
+    def __iter__(self) -> Iterator[dict[str, Array]]:
+        return self
+
+    def __next__(self) -> dict[str, Array]:
+        self._position += 1
+        return self._draw(jax.random.fold_in(self._key, self._position))
+
+    def get_state(self) -> dict[str, Any]:
+        """The position as JSON values."""
+        return {"position": self._position}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position that `get_state` gave."""
+        self._position = state["position"]
+
+
+def wasserstein2(x: np.ndarray, y: np.ndarray) -> float:
+    """The exact 2-Wasserstein distance between two empirical distributions of the same size [n, d]."""
+    from scipy.optimize import linear_sum_assignment
+
+    cost = np.square(np.asarray(x)[:, None] - np.asarray(y)[None]).sum(-1)
+    return float(np.sqrt(cost[linear_sum_assignment(cost)].mean()))
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, samples, judges, draws; returns the numbers it prints."""
+    config = _smoke(config) if config.smoke else config
+    _check(config)
+    experiment, run_dir = build(config), config.training.run_dir
+    key_init, key_x0, key_x1, key_floor, key_sampler = jax.random.split(jax.random.key(config.training.seed), 5)
+    loss_fn = make_loss(config.method, experiment.apply_fn)
+    state = train(config, init_params(experiment.model, key_init, (2,)), loss_fn, Batches(config, experiment.draw_x0))
+    params = sampling_params(state, config.training)
+
+    times = np.linspace(*velocity_domain(config.method.prediction, config.method.schedule), 3 if config.smoke else 31)
+    generate = make_generate(config.sampling, config.method, experiment.apply_fn, null_label=None)
+    animate = make_generate(config.sampling, config.method, experiment.apply_fn, null_label=None, times=times)
+    x0 = experiment.draw_x0(key_x0, config.num_samples)
+    generate(params, key_sampler, x0, None).x.block_until_ready()  # compiles
+    start = time.perf_counter()
+    solution = jax.block_until_ready(generate(params, key_sampler, x0, None))
+    seconds = time.perf_counter() - start
+    x1, other_x1 = (make_toy(config.data)(key, config.num_samples) for key in (key_x1, key_floor))
+    results = {
+        "wasserstein2": wasserstein2(solution.x, x1),
+        "wasserstein2_floor": wasserstein2(other_x1, x1),
+        "nfe": float(solution.nfe),
+        "seconds_per_sample": seconds / config.num_samples,
+    }
+    trajectory = np.asarray(animate(params, key_sampler, x0, None).trajectory)
+    save_scatter(run_dir / "samples.png", np.asarray(x0), np.asarray(solution.x), trajectory, np.asarray(x1))
+    rows = read_metrics(run_dir)
+    save_loss_curve(run_dir / "loss.png", [row["step"] for row in rows], [row["loss"] for row in rows])
+    (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\n{run_dir}: samples.png, loss.png, metrics.jsonl, config.json, results.json, checkpoints/")
+    print(
+        f"2-Wasserstein distance to {config.data}: {results['wasserstein2']:.3f} with {config.num_samples:,} samples "
+        f"(two draws of the data themselves: {results['wasserstein2_floor']:.3f}), NFE {results['nfe']:.0f}"
+    )
+    return results
+
+
+def _check(config: Config) -> None:
+    stochastic = config.sampling.solver == "euler_maruyama"
+    if config.source != "normal" and (config.method.prediction != "velocity" or stochastic):
+        raise SystemExit(f"--source {config.source} needs --prediction velocity and an ODE solver: it has no noise.")
+
+
+def _smoke(config: Config) -> Config:
+    """A few steps in a folder of its own, started afresh, without spending time on optimising compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    run_dir = config.training.run_dir.with_name(config.training.run_dir.name + "-smoke")
+    shutil.rmtree(run_dir, ignore_errors=True)
+    batch_size = 8 * jax.local_device_count()
+    training = dataclasses.replace(
+        config.training, run_dir=run_dir, total_steps=4, batch_size=batch_size, log_every=2, save_every=2
+    )
+    sampling = dataclasses.replace(config.sampling, solver="euler", steps=2)
+    return dataclasses.replace(config, training=training, sampling=sampling, width=8, depth=1, num_samples=64)
+
+
+def main() -> None:
+    """The command line."""
+    run(parse(Config, CONFIG, __doc__))
+
+
+if __name__ == "__main__":
+    main()

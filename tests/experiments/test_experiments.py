@@ -1,0 +1,171 @@
+"""Every experiment from data to pictures in smoke mode, its command line, and its checkpoints."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
+
+from experiments import cifar10, digits, fashion_mnist, images, mnist, sample, toy2d
+from experiments.command_line import parse
+from experiments.method import Method
+from experiments.training import config_to_json, from_json
+from fm_jax.train.checkpoint import CheckpointError
+from fm_jax.train.metrics import read_metrics
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _defaults(monkeypatch):
+    """Smoke mode turns XLA's optimisations off for the process; prepared data may lie beside the checkout."""
+    if "TFDS_DATA_DIR" not in os.environ and (ROOT.parent / "shared" / "tfds").is_dir():
+        monkeypatch.setenv("TFDS_DATA_DIR", str(ROOT.parent / "shared" / "tfds"))
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def smoke(config, run_dir, **changes):
+    training = dataclasses.replace(config.training, run_dir=run_dir)
+    return dataclasses.replace(config, smoke=True, training=training, **changes)
+
+
+@pytest.mark.parametrize("module", [digits, mnist, fashion_mnist, cifar10], ids=lambda m: m.__name__.split(".")[-1])
+def test_images(module, tmp_path, capsys):
+    config = smoke(module.CONFIG, tmp_path / "run")
+    try:
+        results = images.run(config)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    run_dir = tmp_path / "run-smoke"
+    pictures = ("samples.png", "animation.gif", "loss.png", "samples/step_000004.png")
+    for name in (*pictures, "metrics.jsonl", "config.json", "results.json"):
+        assert (run_dir / name).stat().st_size > 0, name
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["2", "4"]
+    assert [row["step"] for row in read_metrics(run_dir)] == [2, 4]
+    assert (results["guided"]["nfe"], results["unguided"]["nfe"]) == (4, 2)  # two Euler steps, guided ones cost double
+    assert json.loads((run_dir / "results.json").read_text()) == results
+    out = capsys.readouterr().out
+    assert str(run_dir) in out
+    assert "time per image sampled" in out
+    assert "images/s" in out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "dit_tiny"},
+        {"method": Method(path="vp", prediction="noise", weight="min_snr")},
+        {"method": Method(path="cosine", prediction="data", coupling="minibatch_ot", times="logit_normal")},
+    ],
+    ids=["dit", "vp noise", "cosine data ot"],
+)
+def test_one_option_changes_the_method(changes, tmp_path):
+    config = smoke(digits.CONFIG, tmp_path / "run", **changes)
+    assert np.isfinite([row["loss"] for row in _trained(config)]).all()
+
+
+def _trained(config):
+    images.run(config)
+    return read_metrics(config.training.run_dir.with_name("run-smoke"))
+
+
+def test_sample_draws_from_a_run(tmp_path, capsys):
+    images.run(smoke(digits.CONFIG, tmp_path / "run"))
+    run = tmp_path / "moved"
+    (tmp_path / "run-smoke").rename(run)
+    draw = lambda **options: sample.run(sample.Config(run=run, num=5, steps=3, solver="heun", **options))  # noqa: E731
+    draw(out=tmp_path / "a.npz", label=3, guidance=2.0)
+    draw(out=tmp_path / "b.npz", label=3, guidance=2.0)
+    draw(out=tmp_path / "c.npz", label=3, guidance=1.0)
+    a, b, c = (np.load(tmp_path / f"{name}.npz") for name in "abc")
+    assert a["samples"].shape == (5, 8, 8, 1)
+    np.testing.assert_array_equal(a["labels"], 3)
+    np.testing.assert_array_equal(a["samples"], b["samples"])
+    assert np.abs(a["samples"] - c["samples"]).max() > 0
+    out = capsys.readouterr().out
+    assert "5 samples from step 4 with heun, NFE 12" in out  # three steps of two evaluations, guided
+    assert "NFE 6" in out
+    draw(out=tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 0
+    for options, message in [
+        ({"out": tmp_path / "x.jpg"}, "--out must end in .png or .npz"),
+        ({"label": 10}, "--class must be one of the run's 10 classes, got 10"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            draw(**options)
+    with pytest.raises(SystemExit, match=r"is not the folder of a run: it has no config.json"):
+        sample.run(sample.Config(run=tmp_path / "nowhere"))
+
+
+def test_toy2d(tmp_path, capsys):
+    results = toy2d.run(smoke(toy2d.CONFIG, tmp_path / "run", source="moons"))
+    assert results["wasserstein2_floor"] > 0
+    assert (tmp_path / "run-smoke" / "samples.png").exists()
+    sample.run(sample.Config(run=tmp_path / "run-smoke", num=16, out=tmp_path / "points.npz"))
+    assert np.load(tmp_path / "points.npz")["samples"].shape == (16, 2)
+    with pytest.raises(SystemExit, match="--source moons needs --prediction velocity and an ODE solver"):
+        toy2d.run(smoke(toy2d.CONFIG, tmp_path / "run", source="moons", method=Method(prediction="noise")))
+
+
+def short(run_dir, total_steps, **changes):
+    training = dataclasses.replace(
+        toy2d.CONFIG.training, run_dir=run_dir, total_steps=total_steps, batch_size=16, decay="constant", save_every=3
+    )
+    sampling = dataclasses.replace(toy2d.CONFIG.sampling, solver="euler", steps=2)
+    training = dataclasses.replace(training, log_every=1, **changes)
+    return dataclasses.replace(toy2d.CONFIG, training=training, sampling=sampling, width=8, depth=1, num_samples=32)
+
+
+def test_a_longer_run_continues_bit_for_bit_and_another_config_is_refused(tmp_path):
+    toy2d.run(short(tmp_path / "whole", 6))
+    toy2d.run(short(tmp_path / "parts", 3))
+    toy2d.run(short(tmp_path / "parts", 6))
+    whole, parts = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("whole", "parts"))
+    assert len(whole) == 6
+    assert whole == parts
+    before = (tmp_path / "parts" / "config.json").read_text()
+    with pytest.raises(CheckpointError, match=r"training.learning_rate=0.002, and this run has .*=0.1.*another --run-dir"):
+        toy2d.run(short(tmp_path / "parts", 6, learning_rate=0.1))
+    assert (tmp_path / "parts" / "config.json").read_text() == before
+
+
+def test_config_survives_json():
+    for module in (images, toy2d):
+        config = cifar10.CONFIG if module is images else toy2d.CONFIG
+        assert from_json(module.Config, json.loads(json.dumps(config_to_json(config)))) == config
+    with pytest.raises(ValueError, match=r"config.json has \['depht'\], which Config has not"):
+        from_json(toy2d.Config, {"depht": 3})
+
+
+def test_every_field_is_an_option_with_help(capsys, monkeypatch):
+    for config in (digits.CONFIG, toy2d.CONFIG):
+        monkeypatch.setattr(sys, "argv", ["prog", "--help"])
+        with pytest.raises(SystemExit):
+            parse(type(config), config)
+        text = capsys.readouterr().out
+        kinds = [type(config), *(type(getattr(config, f.name)) for f in dataclasses.fields(config))]
+        for kind in filter(dataclasses.is_dataclass, kinds):
+            for f in dataclasses.fields(kind):
+                if not dataclasses.is_dataclass(getattr(config, f.name, None)):
+                    assert f"--{f.name.replace('_', '-')}" in text, f.name
+
+
+def test_a_typo_is_an_error_that_names_the_nearest_field():
+    command = [sys.executable, "-m", "experiments.digits", "--bath-size", "64"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "--batch-size" in done.stderr + done.stdout
+
+
+def test_batch_must_divide_by_the_devices(tmp_path):
+    training = dataclasses.replace(digits.CONFIG.training, run_dir=tmp_path, batch_size=127)
+    with pytest.raises(SystemExit, match="--batch-size 127 must be a multiple of the 4 devices"):
+        images.run(dataclasses.replace(digits.CONFIG, training=training))

@@ -1,0 +1,170 @@
+"""The contract of every signature: callables, params, key, t, x, cond, then options by keyword."""
+
+import importlib
+import inspect
+import pkgutil
+
+import contracts
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import fm_jax
+from fm_jax import guidance, losses, parameterization, samplers, schedules, types
+from fm_jax.models import MLP, linen_apply
+from fm_jax.paths import AffinePath
+from fm_jax.train import make_step
+
+# The names that have one meaning everywhere, by their place. Others may stand between them.
+PLACE = {
+    name: place
+    for place, names in enumerate(
+        ["v v_cond v_uncond apply_fn model_fn", "params", "key", "t", "t_next", "x x0 x1 x_t", "cond"]
+    )
+    for name in names.split()
+}
+POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+def positional(function) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [each.name for each in parameters if each.kind in POSITIONAL and each.name != "self"]
+
+
+def keyword_only(function) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+
+
+def public_functions() -> dict:
+    """Every public function, and every public method and `__call__` of the public classes."""
+    found = {}
+    for info in pkgutil.walk_packages(fm_jax.__path__, "fm_jax."):
+        module = importlib.import_module(info.name)
+        for name, member in vars(module).items():
+            if name.startswith("_") or getattr(member, "__module__", None) != info.name:
+                continue
+            if inspect.isfunction(member):
+                found[f"{info.name}.{name}"] = member
+            elif inspect.isclass(member):
+                for method, function in vars(member).items():
+                    if inspect.isfunction(function) and (method == "__call__" or not method.startswith("_")):
+                        found[f"{info.name}.{name}.{method}"] = function
+    return found
+
+
+FUNCTIONS = public_functions()
+
+
+def test_arguments_are_in_the_one_order():
+    assert len(FUNCTIONS) > 100
+    wrong = {}
+    for name, function in FUNCTIONS.items():
+        known = [each for each in positional(function) if each in PLACE]
+        if known != sorted(known, key=PLACE.__getitem__):
+            wrong[name] = positional(function)
+    assert wrong == {}
+
+
+def test_the_order_can_fail():
+    known = positional(lambda x, t: None)
+    assert known != sorted(known, key=PLACE.__getitem__)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "members"),
+    [
+        (types.Schedule, contracts.SCHEDULES),
+        (types.TimeSampler, contracts.TIME_SAMPLERS),
+        (types.Coupling, contracts.COUPLINGS),
+        (types.Path, [AffinePath(schedule) for schedule in contracts.SCHEDULES]),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_members_have_the_methods_of_their_protocol(protocol, members):
+    """Every member of the contract has what its Protocol has, with the same arguments in the same order."""
+    names = [name for name in vars(protocol) if name == "__call__" or not name.startswith("_")]
+    assert names
+    for member in members:
+        for name in names:
+            declared = vars(protocol)[name]
+            if isinstance(declared, property):
+                assert hasattr(member, name), f"{member} has no {name}"
+            else:
+                given = member if name == "__call__" else getattr(member, name)
+                assert positional(given) == positional(declared), f"{member}.{name}"
+
+
+@pytest.mark.parametrize("weight", contracts.WEIGHTS, ids=str)
+def test_weights(weight):
+    assert positional(weight) == ["t", "kind", "schedule"]
+
+
+def _constant(t, x, cond=None):
+    return jnp.zeros_like(x)
+
+
+APPLY, PATH = linen_apply(MLP()), AffinePath()
+LOSS = (["params", "key", "batch"], ["target_params"])
+LINEAR, COSINE = schedules.Linear(), schedules.Cosine()
+
+
+@pytest.mark.parametrize(
+    ("made", "arguments", "options"),
+    [
+        (APPLY, ["params", "t", "x", "cond"], ["train", "rngs"]),
+        (losses.flow_matching(APPLY, PATH), *LOSS),
+        (losses.score_matching(APPLY, PATH), *LOSS),
+        (losses.noise_prediction(APPLY, PATH), *LOSS),
+        (losses.data_prediction(APPLY, PATH), *LOSS),
+        (make_step(losses.flow_matching(APPLY, PATH), optax.sgd(0.1)), ["state", "key", "batch"], []),
+        (parameterization.velocity_fn(_constant, "data", LINEAR), ["t", "x"], []),
+        (parameterization.score_fn(_constant, LINEAR), ["t", "x"], []),
+        (parameterization.reschedule(_constant, LINEAR, COSINE), ["r", "x"], []),
+        (guidance.classifier_free(_constant, _constant, 2.0), ["t", "x"], []),
+        (guidance.classifier_free_model(_constant, 0, 2.0), ["t", "x", "cond"], []),
+    ],
+)
+def test_what_is_made_is_called_alike(made, arguments, options):
+    """Losses, steps, velocities and networks that functions return: each interface has one signature."""
+    assert positional(made) == arguments
+    assert keyword_only(made) == options
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [
+        (samplers.sample_ode, ["v", "x0"]),
+        (samplers.sample_adaptive, ["v", "x0"]),
+        (samplers.sample_sde, ["v", "score", "diffusion", "key", "x0"]),
+        (losses.flow_matching, ["apply_fn", "path"]),
+        (guidance.classifier_free, ["v_cond", "v_uncond", "scale"]),
+        (parameterization.convert, ["kind", "value", "t", "x_t", "schedule"]),
+    ],
+)
+def test_options_are_keywords(function, arguments):
+    """Everything after the objects worked on is named at the call."""
+    assert positional(function) == arguments
+    assert all(
+        each.default is not inspect.Parameter.empty
+        for each in inspect.signature(function).parameters.values()
+        if each.kind is inspect.Parameter.KEYWORD_ONLY
+    )
+
+
+def test_samplers_share_their_options():
+    """The same words for the same things."""
+    fixed, sde = keyword_only(samplers.sample_ode), keyword_only(samplers.sample_sde)
+    assert fixed == ["num_steps", "method", "t0", "t1", "grid", "trajectory"]
+    assert [name for name in sde if name != "schedule"] == fixed
+    assert set(keyword_only(samplers.sample_adaptive)) & set(fixed) == {"t0", "t1"}
+
+
+def test_the_loss_is_what_jax_differentiates():
+    """`jax.value_and_grad(loss_fn, has_aux=True)` works as it is."""
+    loss_fn = losses.flow_matching(lambda params, t, x, cond, **_: params * x, PATH)
+    batch = {"x1": jnp.ones((2, 1)), "x0": jnp.zeros((2, 1)), "t": jnp.array([0.25, 0.5])}
+    (loss, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(2.0, None, batch)
+    assert float(loss) == float(metrics["loss"]) == 0.125
+    assert float(gradient) == float(jnp.mean(2 * (2 * batch["t"] - 1) * batch["t"]))
