@@ -23,10 +23,11 @@ def parse(kind: type, default: Any = None, description: str | None = None) -> An
         import tyro
     except ImportError as error:
         raise ImportError("experiments need their extra: pip install 'fm_jax[experiments]'.") from error
-    if jax.config.jax_compilation_cache_dir is None:  # a second run starts at once
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second run starts at once
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fm_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
-    options = {} if default is None else {"default": default}
-    options["prog"] = f"python -m {sys.modules['__main__'].__spec__.name}"
+    options: dict[str, Any] = {} if default is None else {"default": default}
+    if spec := sys.modules["__main__"].__spec__:
+        options["prog"] = f"python -m {spec.name}"
     # One flat list of options: --batch-size rather than --training.batch-size.
     return tyro.cli(kind, description=description, config=(tyro.conf.OmitArgPrefixes,), **options)

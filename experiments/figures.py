@@ -87,7 +87,8 @@ def save_points(path: PathLike, points: np.ndarray) -> None:
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(4, 4), layout="constrained")
         axes = figure.subplots()
-        axes.scatter(*np.asarray(points).T, s=2.0, color=BLUE, linewidths=0)
+        x, y = np.asarray(points).T
+        axes.scatter(x, y, s=2.0, color=BLUE, linewidths=0)
         axes.set(aspect="equal")
         _save(figure, path)
 
@@ -124,7 +125,7 @@ def save_animation(
 
 
 def save_loss_curve(
-    path: PathLike, steps: np.ndarray, losses: np.ndarray, *, label: str = "loss", title: str | None = None
+    path: PathLike, steps: Sequence[int], losses: Sequence[float], *, label: str = "loss", title: str | None = None
 ) -> None:
     """Draws a training loss on a log scale: every value lightly, a centred moving average over it.
 
@@ -135,17 +136,17 @@ def save_loss_curve(
         label: what the loss is, for the axis.
         title: written above.
     """
-    steps, losses = np.asarray(steps), np.asarray(losses, dtype=np.float64)
-    window = np.ones(max(1, len(losses) // 30))
-    smooth = np.convolve(losses, window, mode="same") / np.convolve(np.ones_like(losses), window, mode="same")
+    x, y = np.asarray(steps), np.asarray(losses, dtype=np.float64)
+    window = np.ones(max(1, len(y) // 30))
+    smooth = np.convolve(y, window, mode="same") / np.convolve(np.ones_like(y), window, mode="same")
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         axes = figure.add_subplot()
-        axes.plot(steps, losses, color=SKY, alpha=0.45, linewidth=0.6, label="each value")
-        axes.plot(steps, smooth, color=BLUE, linewidth=1.6, label="moving average")
-        axes.annotate(f" {smooth[-1]:.3g}", (steps[-1], smooth[-1]), va="center", color=BLUE, annotation_clip=False)
+        axes.plot(x, y, color=SKY, alpha=0.45, linewidth=0.6, label="each value")
+        axes.plot(x, smooth, color=BLUE, linewidth=1.6, label="moving average")
+        axes.annotate(f" {smooth[-1]:.3g}", (x[-1], smooth[-1]), va="center", color=BLUE, annotation_clip=False)
         axes.set_yscale("log")
-        decade = np.nanmax(losses) > 10 * np.nanmin(losses)
+        decade = np.nanmax(y) > 10 * np.nanmin(y)
         axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)) if decade else ticker.MaxNLocator(6))
         axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(ticker.NullLocator())

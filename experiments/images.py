@@ -90,6 +90,7 @@ def build(config: Config) -> Experiment:
         dtype=jnp.dtype(config.dtype).type,
         remat=config.remat,
     )
+    model: nn.Module
     if config.model in UNETS:
         model = make_unet(config.model, **options | (SMOKE_UNET if config.smoke else {}))
     else:
@@ -164,7 +165,7 @@ def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDat
     """Draws `num_samples` with and without guidance, has the classifier name them, and saves the pictures."""
     run_dir, sampling = config.training.run_dir, config.sampling
     draw_x0, size = experiment.draw_x0, sampling.sample_batch
-    classify, results = None, {}
+    classify, results = None, dict[str, Any]()
     if config.dataset != "cifar10":  # pixels alone do not tell objects apart
         test = load(config, "test")
         classify = fit_classifier(in_unit_range(dataset.images), dataset.labels)
@@ -174,8 +175,8 @@ def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDat
     for name, function in (("guided", generate), ("unguided", _generator(unguided, experiment))):
         generate_many(function, params, key, draw_x0, labels[:size], size)[0].block_until_ready()  # compiles
         start = time.perf_counter()
-        images, nfe = generate_many(function, params, key, draw_x0, labels, size)
-        images = np.asarray(images)
+        samples, nfe = generate_many(function, params, key, draw_x0, labels, size)
+        images = np.asarray(samples)
         drawn = -(-config.num_samples // size) * size
         results[name] = {"seconds_per_image": (time.perf_counter() - start) / drawn, "nfe": nfe}
         if classify is not None:

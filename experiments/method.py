@@ -23,7 +23,11 @@ WEIGHTS = {
     "min_snr": losses.MinSNRWeight(),
     "edm": losses.EDMWeight(),
 }
-TIMES = {"logit_normal": times.LogitNormal(), "mode": times.Mode(), "beta": times.Beta(2.0, 2.0)}
+TIMES: dict[str, TimeSampler] = {
+    "logit_normal": times.LogitNormal(),
+    "mode": times.Mode(),
+    "beta": times.Beta(2.0, 2.0),
+}
 
 
 @dataclass(frozen=True)

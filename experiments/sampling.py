@@ -6,13 +6,14 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.method import Method
 from fm_jax.guidance import classifier_free_model
 from fm_jax.parameterization import velocity_domain, velocity_fn
 from fm_jax.paths import source
 from fm_jax.samplers import sample_adaptive, sample_ode, sample_sde
-from fm_jax.types import ApplyFn, Array, Cond, Key, Params, Solution
+from fm_jax.types import ApplyFn, Array, Cond, Key, ModelFn, Params, Solution
 
 FIXED = ("euler", "midpoint", "heun", "rk4")
 ADAPTIVE = ("bosh3", "tsit5", "dopri5", "dopri8")
@@ -42,7 +43,7 @@ class Sampling:
 
 
 def make_generate(
-    sampling: Sampling, method: Method, apply_fn: ApplyFn, *, null_label: int | None, times: Array | None = None
+    sampling: Sampling, method: Method, apply_fn: ApplyFn, *, null_label: int | None, times: np.ndarray | None = None
 ) -> Generate:
     """Builds `generate(params, key, x0, labels) -> Solution`, jitted.
 
@@ -61,14 +62,15 @@ def make_generate(
     t0, t1 = velocity_domain(method.prediction, method.schedule)
 
     def generate(params: Params, key: Key, x0: Array, labels: Cond) -> Solution:
-        def model_fn(t: Array, x: Array, cond: Cond = None) -> Array:
+        def network(t: Array, x: Array, cond: Cond = None, /) -> Array:
             return apply_fn(params, t, x, cond, train=False, rngs=None)
 
+        model_fn: ModelFn = network
         if null_label is None:
             labels = None
         else:
             model_fn = classifier_free_model(
-                model_fn, null_label, sampling.guidance, interval=sampling.guidance_interval
+                network, null_label, sampling.guidance, interval=sampling.guidance_interval
             )
         v = velocity_fn(model_fn, method.prediction, method.schedule, labels)
         x0 = source(method.schedule, x0, t0)
@@ -87,7 +89,7 @@ def make_generate(
 
 
 def generate_many(
-    generate: Generate, params: Params, key: Key, draw_x0: DrawSource, labels: Array, batch_size: int
+    generate: Generate, params: Params, key: Key, draw_x0: DrawSource, labels: Array | np.ndarray, batch_size: int
 ) -> tuple[Array, float]:
     """Draws a sample for every label, in batches of one size so that all share one compilation.
 
@@ -103,7 +105,7 @@ def generate_many(
         Samples [num, ...], and the mean number of network evaluations an example.
     """
     num = len(labels)
-    padded = jnp.resize(labels, -(-num // batch_size) * batch_size)
+    padded = jnp.resize(labels, (-(-num // batch_size) * batch_size,))
     samples, nfe = [], []
     for i, part in enumerate(padded.reshape(-1, batch_size)):
         key_x0, key_sampler = jax.random.split(jax.random.fold_in(key, i))

@@ -122,7 +122,7 @@ class Batches:
         self._position = state["position"]
 
 
-def wasserstein2(x: np.ndarray, y: np.ndarray) -> float:
+def wasserstein2(x: Array, y: Array) -> float:
     """The exact 2-Wasserstein distance between two empirical distributions of the same size [n, d]."""
     from scipy.optimize import linear_sum_assignment
 

@@ -10,16 +10,15 @@ from typing import Any, Literal
 
 import jax
 
-from fm_jax.models import Params
 from fm_jax.train import TrainState, create_state, make_optimizer, make_step
 from fm_jax.train.checkpoint import Checkpointer
 from fm_jax.train.loop import DataIterator, fit
 from fm_jax.train.metrics import MetricsWriter
 from fm_jax.train.parallel import pmap_step, split_batch
-from fm_jax.types import LossFn
+from fm_jax.types import LossFn, Params
 
-_MAY_CHANGE = ("data_dir", "sampling", "num_samples", "training.run_dir", "training.log_every", "training.save_every")
-_MAY_CHANGE += ("training.sample_every", "training.keep")
+_MAY_CHANGE: tuple[str, ...] = ("data_dir", "sampling", "num_samples")
+_MAY_CHANGE += tuple(f"training.{name}" for name in ("run_dir", "log_every", "save_every", "sample_every", "keep"))
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def train(
     """Trains to the end, from wherever the run folder is, on all local devices under `pmap`.
 
     Args:
-        config: dataclass with a `training: Training` and the name of its module, `EXPERIMENT`; written to `config.json`.
+        config: dataclass with a `training: Training` and the name of its module, `EXPERIMENT`.
         params: initial parameters.
         loss_fn: from `fm_jax.losses`.
         data: batches, with a position that can be saved.
@@ -172,7 +171,7 @@ def from_json(kind: type, record: dict[str, Any]) -> Any:
 
 
 def _from_json(hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return from_json(hint, value)
     if isinstance(value, list):
         return tuple(value)

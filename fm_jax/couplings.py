@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.types import Array, Cond, Key, Pairing
+from fm_jax.types import Array, ArrayTree, Cond, Key, Pairing
 
 
 def independent(key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
@@ -67,7 +67,7 @@ def minibatch_ot(key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pa
     return Pairing(x0[index0], x1, cond, index0)
 
 
-def _assign(x0: Array, x1: Array, labels: Array) -> np.ndarray:
+def _assign(x0: ArrayTree, x1: ArrayTree, labels: ArrayTree) -> np.ndarray:
     """For each data sample the row of `x0` that the optimal assignment within its class gives it."""
     from scipy.optimize import linear_sum_assignment  # imported here: it would double the time to import fm_jax
 

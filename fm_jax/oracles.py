@@ -170,8 +170,8 @@ def flow_map(mixture: GaussianMixture, schedule: Schedule, t0: float, t1: float,
         raise ValueError(f"flow_map needs a single Gaussian, got {mixture.means.shape[0]} components.")
     mean, eigenvalues, eigenvectors = mixture.means, mixture.eigenvalues[0], mixture.eigenvectors[0]
 
-    def location_and_scale(t: float) -> tuple[Array, Array]:
-        t = jnp.asarray(t, dtype=x.dtype)
+    def location_and_scale(time: float) -> tuple[Array, Array]:
+        t = jnp.asarray(time, dtype=x.dtype)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         return alpha * mean, jnp.sqrt(alpha**2 * eigenvalues + sigma**2)
 

@@ -1,5 +1,7 @@
 """Regression losses on a conditional path: flow matching and its relatives, all one function."""
 
+from typing import Any
+
 import jax
 
 from fm_jax.couplings import independent
@@ -73,6 +75,7 @@ def flow_matching(
             is traced, if the batch has no `x1`, or its shapes do not fit.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from fm_jax.paths import AffinePath
         >>> loss_fn = flow_matching(lambda params, t, x, cond, **_: params * x, AffinePath())
         >>> batch = {"x1": jnp.ones((2, 3)), "x0": jnp.zeros((2, 3)), "t": jnp.array([0.25, 0.5])}
@@ -112,19 +115,16 @@ def _inputs(key: Key | None, batch: Batch, time_sampler: TimeSampler) -> tuple:
     """x0, x1, t, the keys of the coupling and the path, and the network's rngs."""
     if "x1" not in batch:
         raise ValueError(f"the batch must hold 'x1', got {sorted(batch)}.")
+    if key is None and not ("x0" in batch and "t" in batch):
+        raise ValueError("without a key the batch must hold 'x0' and 't'.")
     x1 = batch["x1"]
-    if key is None:
-        if "x0" not in batch or "t" not in batch:
-            raise ValueError("without a key the batch must hold 'x0' and 't'.")
-        key_x0 = key_t = key_coupling = key_path = rngs = None
-    else:
-        key_x0, key_t, key_coupling, key_path, key_dropout = jax.random.split(key, 5)
-        rngs = {"dropout": key_dropout}
+    keys: Any = [None] * 5 if key is None else jax.random.split(key, 5)
+    key_x0, key_t, key_coupling, key_path, key_dropout = keys
     x0 = batch["x0"] if "x0" in batch else jax.random.normal(key_x0, x1.shape, dtype=x1.dtype)
     t = batch["t"] if "t" in batch else time_sampler(key_t, x1.shape[0])
     if t.shape != x1.shape[:1]:
         raise ValueError(f"t must be [batch] = {x1.shape[:1]}, got shape {t.shape}.")
-    return x0, x1, t, key_coupling, key_path, rngs
+    return x0, x1, t, key_coupling, key_path, None if key is None else {"dropout": key_dropout}
 
 
 def score_matching(apply_fn: ApplyFn, path: Path, *, weight: Weight | None = None, **options) -> LossFn:

@@ -5,6 +5,7 @@ The losses and samplers see any network as a function (`fm_jax.types.ApplyFn`); 
 
 import math
 from collections.abc import Mapping
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -48,7 +49,8 @@ def linen_apply(module: nn.Module) -> ApplyFn:
     def apply_fn(
         params: Params, t: Array, x: Array, cond: Cond, /, *, train: bool, rngs: Mapping[str, Key] | None
     ) -> Array:
-        return module.apply({"params": params}, t, x, cond, train=train, rngs=rngs)
+        out = module.apply({"params": params}, t, x, cond, train=train, rngs=None if rngs is None else dict(rngs))
+        return cast(Array, out)
 
     return apply_fn
 

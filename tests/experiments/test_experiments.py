@@ -132,7 +132,9 @@ def test_a_longer_run_continues_bit_for_bit_and_another_config_is_refused(tmp_pa
     assert len(whole) == 6
     assert whole == parts
     before = (tmp_path / "parts" / "config.json").read_text()
-    with pytest.raises(CheckpointError, match=r"training.learning_rate=0.002, and this run has .*=0.1.*another --run-dir"):
+    with pytest.raises(
+        CheckpointError, match=r"training.learning_rate=0.002, and this run has .*=0.1.*another --run-dir"
+    ):
         toy2d.run(short(tmp_path / "parts", 6, learning_rate=0.1))
     assert (tmp_path / "parts" / "config.json").read_text() == before
 
