@@ -37,8 +37,7 @@ def convert(kind: Kind, value: Array, t: Array, x_t: Array, schedule: Schedule) 
 
     Example:
         >>> x = jnp.ones((1, 2))
-        >>> from fm_jax.nfe import nfe_per_call, with_nfe_per_call
-    from fm_jax.schedules import Linear
+        >>> from fm_jax.schedules import Linear
         >>> convert("data", jnp.zeros((1, 2)), 0.5, x, Linear()).velocity
         Array([[-2., -2.]], dtype=float32)
     """

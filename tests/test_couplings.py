@@ -65,7 +65,7 @@ def test_inside_pmap(batch):
 
 
 def test_bad_input(batch):
-    x0, x1, cond = batch
+    x0, x1, _ = batch
     with pytest.raises(ValueError, match="x0 and x1 must have the same shape"):
         minibatch_ot(None, x0[:4], x1)
     with pytest.raises(ValueError, match=r"integer labels \[batch\] = \(32,\) as cond, got float32"):
