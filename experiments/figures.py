@@ -137,7 +137,7 @@ def save_loss_curve(
         title: written above.
     """
     x, y = np.asarray(steps), np.asarray(losses, dtype=np.float64)
-    window = np.ones(max(1, len(y) // 30))
+    window = np.ones(min(len(y), max(5, len(y) // 30)))
     smooth = np.convolve(y, window, mode="same") / np.convolve(np.ones_like(y), window, mode="same")
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")

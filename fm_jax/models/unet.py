@@ -55,7 +55,7 @@ class ResBlock(nn.Module):
             h, x = self.resize(h), self.resize(x)
         h = conv3x3(self.features, self.dtype, "conv_in")(h)
         width = 2 * self.features if self.film else self.features
-        modulation = nn.Dense(width, dtype=self.dtype, name="embed")(nn.silu(emb))[:, None, None, :]
+        modulation = jnp.expand_dims(nn.Dense(width, dtype=self.dtype, name="embed")(nn.silu(emb)), (1, 2))
         norm = group_norm(self.features, self.num_groups, self.dtype, "norm_out")
         if self.film:
             scale, shift = jnp.split(modulation, 2, axis=-1)
