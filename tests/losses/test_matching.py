@@ -125,7 +125,12 @@ def test_default_times_stay_where_the_target_is_finite(key):
 
 def test_traces_once(key):
     loss_fn = flow_matching(scaled_identity, AffinePath())
-    gradient = jax.jit(chex.assert_max_traces(jax.grad(lambda *a: loss_fn(*a)[0]), n=1))
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def gradient(params, key, batch):
+        return jax.grad(loss_fn, has_aux=True)(params, key, batch)
+
     for i in range(3):
         gradient(float(i), jax.random.fold_in(key, i), {"x1": jnp.full((4, 2), float(i))})
 
