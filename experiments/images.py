@@ -18,7 +18,7 @@ from experiments.command_line import parse
 from experiments.figures import save_animation, save_grid, save_loss_curve
 from experiments.method import Method, make_loss
 from experiments.sampling import DrawSource, Sampling, generate_many, make_generate
-from experiments.training import Training, sampling_params, train
+from experiments.training import Training, is_config_of_run, sampling_params, train
 from fm_jax.data.digits import load_digits
 from fm_jax.data.images import ImageDataset, load_images, to_float
 from fm_jax.data.pipeline import batches
@@ -121,8 +121,17 @@ def run(config: Config) -> dict[str, Any]:
             f"--batch-size {config.training.batch_size} must be a multiple of the {jax.local_device_count()} devices."
         )
     experiment, run_dir = build(config), config.training.run_dir
+    results_path = run_dir / "results.json"
+    if results_path.exists() and is_config_of_run(config):
+        results = json.loads(results_path.read_text())
+        print(
+            f"{run_dir} is finished: these are its results. Remove the folder, or give another --run-dir, to run anew."
+        )
+        _report(config, results)
+        return results
+    results_path.unlink(missing_ok=True)
     dataset = load(config, "train")
-    key_init, key_draw, key_judge = jax.random.split(jax.random.key(config.training.seed), 3)
+    key_train, key_init, key_draw, key_judge = jax.random.split(jax.random.key(config.training.seed), 4)
     params = init_params(experiment.model, key_init, experiment.event_shape)
     print(
         f"{config.dataset}: {len(dataset.images):,} images, {config.model} with {num_params(params):,} parameters, "
@@ -144,13 +153,13 @@ def run(config: Config) -> dict[str, Any]:
         images, _ = generate_many(generate, params, key_draw, experiment.draw_x0, labels, len(labels))
         _save_grid(run_dir / "samples" / f"step_{step:06d}.png", np.asarray(images), labels, dataset)
 
-    state = train(config, params, loss_fn, data, draw)
+    state = train(config, key_train, params, loss_fn, data, draw)
     results = judge(config, experiment, sampling_params(state, config.training), key_judge, dataset, generate)
     rows = read_metrics(run_dir)
     rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
     results["training_images_per_second"] = float(np.median(rates)) if rates else None
     save_loss_curve(run_dir / "loss.png", [row["step"] for row in rows], [row["loss"] for row in rows])
-    (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    results_path.write_text(json.dumps(results, indent=2) + "\n")
     _report(config, results)
     return results
 

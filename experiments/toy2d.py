@@ -93,10 +93,10 @@ def _draw_normal(key: Key, num: int) -> Array:
 
 
 class Batches:
-    """Fresh pairs without end: the n-th batch is a function of the seed and n."""
+    """Fresh pairs without end: the n-th batch is a function of the key and n."""
 
-    def __init__(self, config: Config, draw_x0: DrawSource):
-        self._key = jax.random.key(config.training.seed)
+    def __init__(self, config: Config, key: Key, draw_x0: DrawSource):
+        self._key = key
         self._position = 0
 
         def draw(key: Key) -> dict[str, Array]:
@@ -135,9 +135,11 @@ def run(config: Config) -> dict[str, Any]:
     config = _smoke(config) if config.smoke else config
     _check(config)
     experiment, run_dir = build(config), config.training.run_dir
-    key_init, key_x0, key_x1, key_floor, key_sampler = jax.random.split(jax.random.key(config.training.seed), 5)
+    keys = jax.random.split(jax.random.key(config.training.seed), 7)
+    key_train, key_data, key_init, key_x0, key_x1, key_floor, key_sampler = keys
     loss_fn = make_loss(config.method, experiment.apply_fn)
-    state = train(config, init_params(experiment.model, key_init, (2,)), loss_fn, Batches(config, experiment.draw_x0))
+    params = init_params(experiment.model, key_init, (2,))
+    state = train(config, key_train, params, loss_fn, Batches(config, key_data, experiment.draw_x0))
     params = sampling_params(state, config.training)
 
     times = np.linspace(*velocity_domain(config.method.prediction, config.method.schedule), 3 if config.smoke else 31)

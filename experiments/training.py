@@ -15,7 +15,7 @@ from fm_jax.train.checkpoint import Checkpointer
 from fm_jax.train.loop import DataIterator, fit
 from fm_jax.train.metrics import MetricsWriter
 from fm_jax.train.parallel import pmap_step, split_batch
-from fm_jax.types import LossFn, Params
+from fm_jax.types import Key, LossFn, Params
 
 _MAY_CHANGE: tuple[str, ...] = ("data_dir", "sampling", "num_samples")
 _MAY_CHANGE += tuple(f"training.{name}" for name in ("run_dir", "log_every", "save_every", "sample_every", "keep"))
@@ -59,6 +59,7 @@ class Training:
 
 def train(
     config: Any,
+    key: Key,
     params: Params,
     loss_fn: LossFn,
     data: DataIterator,
@@ -68,6 +69,7 @@ def train(
 
     Args:
         config: dataclass with a `training: Training` and the name of its module, `EXPERIMENT`.
+        key: what the loss draws with.
         params: initial parameters.
         loss_fn: from `fm_jax.losses`.
         data: batches, with a position that can be saved.
@@ -78,7 +80,7 @@ def train(
     """
     training = config.training
     optimizer = _optimizer(training)
-    state, key = create_state(params, optimizer, training.ema_decays), jax.random.key(training.seed)
+    state = create_state(params, optimizer, training.ema_decays)
     checkpointer = _checkpointer(config)
     if (restored := checkpointer.restore(state)) is not None:
         state, key, position = restored
@@ -158,8 +160,17 @@ def config_to_json(config: Any) -> dict[str, Any]:
 
 def write_config(config: Any) -> None:
     """Writes `config.json`, with the module that can read it back."""
-    record = {"experiment": config.EXPERIMENT} | config_to_json(config)
-    (config.training.run_dir / "config.json").write_text(json.dumps(record, indent=2) + "\n")
+    (config.training.run_dir / "config.json").write_text(_config_text(config))
+
+
+def is_config_of_run(config: Any) -> bool:
+    """Whether the run folder was last used with this very configuration."""
+    path = config.training.run_dir / "config.json"
+    return path.exists() and path.read_text() == _config_text(config)
+
+
+def _config_text(config: Any) -> str:
+    return json.dumps({"experiment": config.EXPERIMENT} | config_to_json(config), indent=2) + "\n"
 
 
 def from_json(kind: type, record: dict[str, Any]) -> Any:

@@ -58,9 +58,16 @@ def test_images(module, tmp_path, capsys):
     assert "images/s" in out
 
 
-def test_one_option_changes_the_network(tmp_path):
-    images.run(smoke(digits.CONFIG, tmp_path / "run", model="dit_tiny"))
+def test_one_option_changes_the_network_and_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
+    small = images._smoke(smoke(digits.CONFIG, tmp_path / "run", model="dit_tiny"))
+    monkeypatch.setattr(images, "_smoke", lambda config: config)
+    results = images.run(small)
     assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run-smoke"))
+
+    monkeypatch.setattr(images, "train", lambda *_: pytest.fail("trained again"))
+    assert images.run(small) == results
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        images.run(dataclasses.replace(small, num_samples=10))
 
 
 @pytest.mark.parametrize(
