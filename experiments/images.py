@@ -145,7 +145,8 @@ def run(config: Config) -> dict[str, Any]:
         dequantize=config.dequantize,
     )
     loss_fn = make_loss(config.method, experiment.apply_fn)
-    generate = _generator(config, experiment)
+    # A smoke run compiles one guided sampler for samples and animation alike.
+    generate = _animator(config, experiment) if config.smoke else _generator(config, experiment)
 
     def draw(step: int, state: TrainState) -> None:
         labels = np.arange(config.sampling.sample_batch) % experiment.num_classes
@@ -170,6 +171,16 @@ def _generator(config: Config, experiment: Experiment, **options):
     )
 
 
+def _animator(config: Config, experiment: Experiment):
+    return _generator(config, experiment, times=_times(config))
+
+
+def _times(config: Config) -> np.ndarray:
+    """The times of the animation's frames, from the start of the path to its end."""
+    start, end = velocity_domain(config.method.prediction, config.method.schedule)
+    return np.linspace(start, end, 3 if config.smoke else 31)
+
+
 def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDataset, generate) -> dict[str, Any]:
     """Draws `num_samples` with and without guidance, has the classifier name them, and saves the pictures."""
     run_dir, sampling = config.training.run_dir, config.sampling
@@ -192,11 +203,10 @@ def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDat
             results[name]["agreement"] = _share(classify(images), labels)
         if name == "guided":
             _save_grid(run_dir / "samples.png", images, labels, dataset)
-    times = np.linspace(*velocity_domain(config.method.prediction, config.method.schedule), 3 if config.smoke else 31)
-    animate = _generator(config, experiment, times=times)
-    labels = np.repeat(np.arange(experiment.num_classes), 1 if config.smoke else 5)
+    animate = generate if config.smoke else _animator(config, experiment)
+    labels = np.repeat(np.arange(experiment.num_classes), 2 if config.smoke else 5)
     frames = animate(params, key, draw_x0(jax.random.fold_in(key, 1), len(labels)), labels).trajectory
-    save_animation(run_dir / "animation.gif", np.asarray(frames), times=times, columns=10)
+    save_animation(run_dir / "animation.gif", np.asarray(frames), times=_times(config), columns=10)
     return results
 
 
