@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +16,12 @@ from experiments.classifier import fit_classifier
 from experiments.command_line import parse
 from experiments.figures import save_animation, save_grid, save_loss_curve
 from experiments.method import Method, make_loss
-from experiments.sampling import DrawSource, Sampling, generate_many, make_generate
-from experiments.training import Training, is_config_of_run, sampling_params, train
+from experiments.sampling import DrawSource, Sampling, frame_times, generate_many, make_generate
+from experiments.training import Training, is_config_of_run, sampling_params, smoke_training, train
 from fm_jax.data.digits import load_digits
 from fm_jax.data.images import ImageDataset, load_images, to_float
 from fm_jax.data.pipeline import batches
 from fm_jax.models import init_params, linen_apply, make_dit, make_unet, num_params
-from fm_jax.parameterization import velocity_domain
 from fm_jax.train import TrainState
 from fm_jax.train.metrics import read_metrics
 from fm_jax.types import ApplyFn
@@ -176,9 +174,7 @@ def _animator(config: Config, experiment: Experiment):
 
 
 def _times(config: Config) -> np.ndarray:
-    """The times of the animation's frames, from the start of the path to its end."""
-    start, end = velocity_domain(config.method.prediction, config.method.schedule)
-    return np.linspace(start, end, 3 if config.smoke else 31)
+    return frame_times(config.method, 3 if config.smoke else 31)
 
 
 def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDataset, generate) -> dict[str, Any]:
@@ -238,20 +234,8 @@ def _report(config: Config, results: dict[str, Any]) -> None:
 
 
 def _smoke(config: Config) -> Config:
-    """A few steps in a folder of its own, started afresh, without spending time on optimising compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    run_dir = config.training.run_dir.with_name(config.training.run_dir.name + "-smoke")
-    shutil.rmtree(run_dir, ignore_errors=True)
-    training = dataclasses.replace(
-        config.training,
-        run_dir=run_dir,
-        total_steps=4,
-        warmup_steps=0,
-        batch_size=8 * jax.local_device_count(),
-        log_every=2,
-        save_every=2,
-        sample_every=4,
-    )
+    """Next to no computation."""
+    training = smoke_training(config.training)
     sampling = dataclasses.replace(config.sampling, solver="euler", steps=2, sample_batch=20)
     return dataclasses.replace(config, training=training, sampling=sampling, num_samples=20)
 

@@ -27,6 +27,7 @@ TIMES: dict[str, TimeSampler] = {
     "logit_normal": times.LogitNormal(),
     "mode": times.Mode(),
     "beta": times.Beta(2.0, 2.0),
+    "edm": times.EDMLogNormal(),
 }
 
 
@@ -69,7 +70,5 @@ def _time_sampler(method: Method) -> TimeSampler:
             return times.Uniform(low, high)
         case "stratified":
             return times.Stratified(low, high)
-        case "edm":
-            return times.Rescale(times.EDMLogNormal(), low, high)
         case name:
             return times.Rescale(TIMES[name], low, high)

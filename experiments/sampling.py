@@ -42,6 +42,11 @@ class Sampling:
     """Samples drawn at once."""
 
 
+def frame_times(method: Method, num: int) -> np.ndarray:
+    """Times [num] from the start to the end of what can be sampled, for the frames of an animation."""
+    return np.linspace(*velocity_domain(method.prediction, method.schedule), num)
+
+
 def make_generate(
     sampling: Sampling, method: Method, apply_fn: ApplyFn, *, null_label: int | None, times: np.ndarray | None = None
 ) -> Generate:

@@ -9,7 +9,6 @@ both are printed.
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,11 +22,10 @@ import numpy as np
 from experiments.command_line import parse
 from experiments.figures import save_loss_curve, save_scatter
 from experiments.method import Method, make_loss
-from experiments.sampling import DrawSource, Sampling, make_generate
-from experiments.training import Training, sampling_params, train
+from experiments.sampling import DrawSource, Sampling, frame_times, make_generate
+from experiments.training import Training, sampling_params, smoke_training, train
 from fm_jax.data.toy import make_toy
 from fm_jax.models import MLP, init_params, linen_apply
-from fm_jax.parameterization import velocity_domain
 from fm_jax.train.metrics import read_metrics
 from fm_jax.types import ApplyFn, Array, Key
 
@@ -142,7 +140,7 @@ def run(config: Config) -> dict[str, Any]:
     state = train(config, key_train, params, loss_fn, Batches(config, key_data, experiment.draw_x0))
     params = sampling_params(state, config.training)
 
-    times = np.linspace(*velocity_domain(config.method.prediction, config.method.schedule), 3 if config.smoke else 31)
+    times = frame_times(config.method, 3 if config.smoke else 31)
     generate = make_generate(config.sampling, config.method, experiment.apply_fn, null_label=None)
     animate = make_generate(config.sampling, config.method, experiment.apply_fn, null_label=None, times=times)
     x0 = experiment.draw_x0(key_x0, config.num_samples)
@@ -177,14 +175,8 @@ def _check(config: Config) -> None:
 
 
 def _smoke(config: Config) -> Config:
-    """A few steps in a folder of its own, started afresh, without spending time on optimising compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    run_dir = config.training.run_dir.with_name(config.training.run_dir.name + "-smoke")
-    shutil.rmtree(run_dir, ignore_errors=True)
-    batch_size = 8 * jax.local_device_count()
-    training = dataclasses.replace(
-        config.training, run_dir=run_dir, total_steps=4, batch_size=batch_size, log_every=2, save_every=2
-    )
+    """Next to no computation."""
+    training = smoke_training(config.training)
     sampling = dataclasses.replace(config.sampling, solver="euler", steps=2)
     return dataclasses.replace(config, training=training, sampling=sampling, width=8, depth=1, num_samples=64)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,23 @@ class Training:
     """Checkpoints kept."""
     sample_every: int = 500
     """Steps between two pictures of samples drawn during training."""
+
+
+def smoke_training(training: Training) -> Training:
+    """A few steps in a folder of its own, started afresh, without spending time on optimising compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    run_dir = training.run_dir.with_name(training.run_dir.name + "-smoke")
+    shutil.rmtree(run_dir, ignore_errors=True)
+    return dataclasses.replace(
+        training,
+        run_dir=run_dir,
+        total_steps=4,
+        warmup_steps=0,
+        batch_size=8 * jax.local_device_count(),
+        log_every=2,
+        save_every=2,
+        sample_every=4,
+    )
 
 
 def train(

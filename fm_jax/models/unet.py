@@ -239,28 +239,20 @@ class UNet(nn.Module):
         return depth_to_space(conv3x3(out_channels, jnp.float32, "out", init=zeros)(h), self.patch_size)
 
 
+# Averages instead of strided convolutions, whose gradients are slow on a CPU.
+_SMALL: dict[str, Any] = {
+    "channel_mults": (1, 2),
+    "num_blocks": 1,
+    "attention_levels": (1,),
+    "num_heads": 4,
+    "resample": "pool",
+    "num_groups": 8,
+}
 UNET_CONFIGS: dict[str, dict[str, Any]] = {
-    # 8x8 digits on a CPU. Averages instead of strided convolutions, whose gradients are slow there.
-    "tiny": {
-        "channels": 24,
-        "channel_mults": (1, 2),
-        "num_blocks": 1,
-        "attention_levels": (1,),
-        "num_heads": 4,
-        "resample": "pool",
-        "num_groups": 8,
-    },
+    # 8x8 digits on a CPU.
+    "tiny": _SMALL | {"channels": 24},
     # 28x28 MNIST on a CPU: the same on 14x14 squares of four pixels.
-    "mnist_fast": {
-        "channels": 32,
-        "channel_mults": (1, 2),
-        "num_blocks": 1,
-        "attention_levels": (1,),
-        "num_heads": 4,
-        "resample": "pool",
-        "num_groups": 8,
-        "patch_size": 2,
-    },
+    "mnist_fast": _SMALL | {"channels": 32, "patch_size": 2},
     # 28x28 MNIST, the size of TorchCFM's notebooks.
     "mnist": {
         "channels": 32,
