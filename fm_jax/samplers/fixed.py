@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 
 from fm_jax.nfe import nfe_per_call
 from fm_jax.samplers.grids import check_state, time_dtype, time_grid
+from fm_jax.samplers.loop import sample_on_grid
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, ArrayTree, Solution, VelocityFn, check_member
 
@@ -44,6 +44,8 @@ METHODS = {
     "euler": Method(order=1, a=((),), b=(1.0,), c=(0.0,)),
     "midpoint": Method(order=2, a=((), (0.5,)), b=(0.0, 1.0), c=(0.0, 0.5)),
     "heun": Method(order=2, a=((), (1.0,)), b=(0.5, 0.5), c=(0.0, 1.0)),
+    "ralston": Method(order=2, a=((), (2 / 3,)), b=(1 / 4, 3 / 4), c=(0.0, 2 / 3)),
+    "heun3": Method(order=3, a=((), (1 / 3,), (0.0, 2 / 3)), b=(1 / 4, 0.0, 3 / 4), c=(0.0, 1 / 3, 2 / 3)),
     "rk4": Method(
         order=4,
         a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
@@ -75,7 +77,7 @@ def ode_step(v: VelocityFn, t: Array, t_next: Array, x: Array, method: str | Met
         t: scalar or [batch].
         t_next: in the shape of `t`, after or before it.
         x: [batch, ...] at `t`.
-        method: "euler", "midpoint", "heun", "rk4" or a tableau.
+        method: "euler", "midpoint", "heun", "ralston", "heun3", "rk4" or a tableau.
 
     Returns:
         [batch, ...] at `t_next`, in the dtype of `x`.
@@ -121,7 +123,8 @@ def sample_ode(
         v: velocity function; called with a scalar t in the dtype of `x0`.
         x0: [batch, ...] at `t0`.
         num_steps: for equal steps from `t0` to `t1`; either this or `grid`.
-        method: "euler", "midpoint", "heun", "rk4" or a tableau. Costs 1, 2, 2 and 4 evaluations a step.
+        method: "euler", "midpoint", "heun", "ralston", "heun3", "rk4" or a tableau. Costs 1, 2, 2, 2, 3 and 4
+            evaluations a step.
         t0: where `x0` is.
         t1: where to go. `t1 < t0` runs backward, from data to noise.
         grid: times [num_steps + 1], strictly monotone in either direction.
@@ -143,10 +146,8 @@ def sample_ode(
     check_state(x0)
     times = time_grid(num_steps, grid, t0, t1, x0)
 
-    def step(x: Array, interval: tuple[Array, Array]) -> tuple[Array, Array | None]:
-        x = ode_step(v, *interval, x, method)
-        return x, x if trajectory else None
+    def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
+        return ode_step(v, t, t_next, x, method), memory
 
-    x, states = jax.lax.scan(step, x0, (times[:-1], times[1:]))
-    nfe = jnp.asarray((len(times) - 1) * method.stages * nfe_per_call(v))
-    return Solution(x, nfe, None if states is None else jnp.concatenate([x0[None], states]))
+    nfe = (len(times) - 1) * method.stages * nfe_per_call(v)
+    return sample_on_grid(step, x0, times, nfe=nfe, trajectory=trajectory)

@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 
 from fm_jax.nfe import nfe_per_call
 from fm_jax.parameterization import convert
 from fm_jax.samplers.grids import check_state, time_dtype, time_grid
+from fm_jax.samplers.loop import check_key, sample_on_grid, step_noise
 from fm_jax.types import Array, ArrayTree, Diffusion, Key, Schedule, Solution, VelocityFn, check_member
 
 ScoreFn = Callable[[Array, Array], Array]
@@ -125,19 +125,13 @@ def sample_sde(
     """
     check_member("method", method, METHODS)
     _check(score, schedule, diffusion)
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ()):
-        raise ValueError(f"key must be one typed key, as from jax.random.key(0), got {key!r}.")
+    check_key(key)
     x0 = jnp.asarray(x0)
     check_state(x0)
     times = time_grid(num_steps, grid, t0, t1, x0, forward=True)
-    steps = len(times) - 1
 
-    def step(x: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array | None]:
-        i, t, t_next = inputs
-        noise = jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)
-        x = sde_step(v, score, diffusion, t, t_next, x, noise, schedule=schedule)
-        return x, x if trajectory else None
+    def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
+        return sde_step(v, score, diffusion, t, t_next, x, step_noise(key, i, x), schedule=schedule), memory
 
-    x, states = jax.lax.scan(step, x0, (jnp.arange(steps), times[:-1], times[1:]))
-    nfe = jnp.asarray(steps * (nfe_per_call(v) + (0 if score is None else nfe_per_call(score))))
-    return Solution(x, nfe, None if states is None else jnp.concatenate([x0[None], states]))
+    nfe = (len(times) - 1) * (nfe_per_call(v) + (0 if score is None else nfe_per_call(score)))
+    return sample_on_grid(step, x0, times, nfe=nfe, trajectory=trajectory)

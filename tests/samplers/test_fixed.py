@@ -140,7 +140,7 @@ def test_a_step_takes_one_time_for_each_example():
     np.testing.assert_allclose(x, jnp.array([[0.5] * 3, [-0.125] * 3]))
 
 
-@pytest.mark.parametrize(("method", "stages"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
+@pytest.mark.parametrize(("method", "stages"), [(name, method.stages) for name, method in METHODS.items()])
 def test_nfe_counts_the_calls_that_happen(method, stages):
     calls = []
 
@@ -256,7 +256,10 @@ def test_low_precision_states_keep_exact_steps():
 X = jnp.ones((2, 3))
 BAD = [
     ({"num_steps": 0}, "num_steps must be at least 1, got 0."),
-    ({"num_steps": 4, "method": "rk5"}, "method must be one of 'euler', 'midpoint', 'heun', 'rk4', got 'rk5'."),
+    (
+        {"num_steps": 4, "method": "rk5"},
+        "method must be one of 'euler', 'midpoint', 'heun', 'ralston', 'heun3', 'rk4', got 'rk5'.",
+    ),
     ({}, "Exactly one of num_steps and grid must be given."),
     ({"num_steps": 4, "x0": jnp.ones((2, 3), dtype=int)}, "x0 must be floating point, got int32."),
     ({"num_steps": 4, "v": lambda t, x: x[:, :1]}, r"v\(t, x\) must have the shape of x, \(2, 3\), got \(2, 1\)."),
