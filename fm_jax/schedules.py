@@ -228,6 +228,37 @@ class VE:
         return (-log_snr / 2 - math.log(self.sigma_max)) / math.log(self.sigma_min / self.sigma_max)
 
 
+@dataclass(frozen=True)
+class EDM:
+    """alpha = 1, sigma = sigma_max (1 - t): the variance-exploding diffusion that runs at constant speed in sigma.
+
+    Euler and Heun steps in t are then those in sigma of Karras et al. 2022 (arXiv:2206.00364, algorithm 1), whose time is
+    sigma. Sampling starts from `paths.source`, as with `VE`.
+
+    Raises:
+        ValueError: unless `sigma_max` is positive and finite.
+    """
+
+    sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_max < math.inf:
+            raise ValueError(f"sigma_max must be positive and finite, got {self.sigma_max}.")
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def alpha(self, t: Array) -> Array:
+        return jnp.ones_like(t)
+
+    def sigma(self, t: Array) -> Array:
+        return self.sigma_max * (1 - t)
+
+    def t_from_log_snr(self, log_snr: Array) -> Array:
+        return 1 - jnp.exp(-log_snr / 2) / self.sigma_max
+
+
 def linear_betas(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> tuple[float, ...]:
     """The beta table of Ho et al. 2020 (arXiv:2006.11239, sec. 4), equally spaced from `beta_start` to `beta_end`."""
     if num_steps < 2:

@@ -14,6 +14,7 @@ SCHEDULES = [
     schedules.VP(beta_min=1.0, beta_max=1.0),
     schedules.LinearVP(),
     schedules.VE(),
+    schedules.EDM(),
     schedules.DDPM(),
 ]
 TIME_SAMPLERS = [

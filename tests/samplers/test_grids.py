@@ -2,8 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
+from contracts import SCHEDULES, TIME_SAMPLERS
+from scipy.special import expit
 
-from fm_jax.samplers.grids import check_state, time_dtype, time_grid, uniform
+from fm_jax import schedules, times
+from fm_jax.samplers.grids import check_state, cosine, edm, quantiles, time_dtype, time_grid, uniform
 
 X = jnp.zeros((2, 3))
 
@@ -80,3 +84,72 @@ def test_bad_grids_are_refused(options, message):
 def test_bad_states_are_refused(x0, message):
     with pytest.raises(ValueError, match=message):
         check_state(x0)
+
+
+def test_cosine_is_dense_at_both_ends():
+    np.testing.assert_allclose(cosine(6, 0.2, 0.8), 0.5 - 0.3 * np.cos(np.pi * np.arange(7) / 6), atol=1e-7)
+    np.testing.assert_allclose(cosine(6, 0.8, 0.2), cosine(6, 0.2, 0.8)[::-1], atol=1e-7)
+
+
+def test_edm_levels_are_those_of_the_paper():
+    """Karras et al. 2022, eq. 5, with noise-to-signal ratio (1 - t) / t on the linear path."""
+    i = np.arange(18)
+    sigma = (80 ** (1 / 7) + i / 17 * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    expected = np.array([0, *(1 / (1 + sigma[1:])), 1])
+    np.testing.assert_allclose(edm(18, schedules.Linear()), expected, rtol=1e-6)
+    np.testing.assert_allclose(edm(18, schedules.Linear(), 1.0, 0.0), expected[::-1], rtol=1e-6)
+
+
+def test_edm_with_a_finite_range_of_levels_uses_all_of_it(x64):
+    """rho = 1 is uniform in sigma / alpha, rho = inf in its logarithm, from the first to the last level."""
+    schedule = schedules.VE(sigma_min=0.01, sigma_max=50.0)
+    np.testing.assert_allclose(schedule.sigma(edm(5, schedule, rho=1.0)), np.linspace(50, 0.01, 6), rtol=1e-9)
+    np.testing.assert_allclose(edm(5, schedule, rho=np.inf), np.linspace(0, 1, 6), atol=1e-12)
+    ratio = 2 * np.log(np.array([0.1, 0.9]) / np.array([0.9, 0.1]))
+    inner = schedules.log_snr(schedules.Linear(), edm(4, schedules.Linear(), 0.1, 0.9, rho=np.inf))
+    np.testing.assert_allclose(inner, np.linspace(*ratio, 5), rtol=1e-9)
+
+
+def test_quantiles_of_closed_forms():
+    u = np.arange(9) / 8
+    np.testing.assert_allclose(quantiles(8, times.Stratified()), u, atol=1e-4)
+    np.testing.assert_allclose(quantiles(8, times.Beta(2.0, 1.0)), np.sqrt(u), atol=0.005)
+    normal = scipy.stats.norm.ppf(u)
+    np.testing.assert_allclose(
+        quantiles(8, times.LogitNormal(0.5, 0.8), 1.0, 0.0)[::-1], expit(0.5 + 0.8 * normal), atol=0.005
+    )
+    # Between t0 and t1 they are those of the distribution cut off there.
+    np.testing.assert_allclose(quantiles(8, times.Beta(2.0, 1.0), 0.6, 0.8), np.sqrt(0.36 + 0.28 * u), atol=0.005)
+
+
+@pytest.mark.parametrize("sampler", TIME_SAMPLERS, ids=str)
+def test_quantiles_of_every_time_sampler(sampler):
+    grid = np.asarray(quantiles(10, sampler))
+    assert (grid[0], grid[-1]) == (0, 1)
+    assert (np.diff(grid) > 0).all()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_edm_on_every_schedule(schedule):
+    t0, t1 = schedule.domain
+    grid = np.asarray(jax.jit(lambda: edm(10, schedule, t0, t1))())  # concrete also while tracing
+    assert (grid[0], grid[-1]) == (np.float32(t0), np.float32(t1))
+    assert (np.diff(grid) > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: cosine(0), "num_steps must be at least 1, got 0."),
+        (lambda: cosine(4, 0.5, 0.5), "t0 and t1 must differ, both are 0.5."),
+        (lambda: edm(0, schedules.Linear()), "num_steps must be at least 1, got 0."),
+        (lambda: edm(4, schedules.Linear(), rho=0.0), "rho must be positive, got 0.0."),
+        (lambda: edm(4, schedules.Linear(), sigma_min=1.0, sigma_max=0.5), "0 < sigma_min < sigma_max must hold"),
+        (lambda: edm(4, schedules.Linear(), 0.999, 1.0), "The inner times must increase strictly"),
+        (lambda: quantiles(0, times.Uniform()), "num_steps must be at least 1, got 0."),
+        (lambda: quantiles(4, times.Uniform(0.2, 0.7), 0.8, 0.9), "hardly any mass between t0 = 0.8 and t1 = 0.9."),
+    ],
+)
+def test_impossible_grids_are_not_made(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
