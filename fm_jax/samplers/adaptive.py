@@ -15,7 +15,9 @@ from fm_jax.types import Array, ArrayTree, Solution, VelocityFn, check_member
 if TYPE_CHECKING:
     import diffrax
 
-SOLVERS = {"tsit5": "Tsit5", "dopri5": "Dopri5", "dopri8": "Dopri8", "bosh3": "Bosh3", "heun": "Heun"}
+EXPLICIT = {"tsit5": "Tsit5", "dopri5": "Dopri5", "dopri8": "Dopri8", "bosh3": "Bosh3", "heun": "Heun"}
+IMPLICIT = {"kvaerno3": "Kvaerno3", "kvaerno5": "Kvaerno5"}
+SOLVERS = EXPLICIT | IMPLICIT
 _EXAMPLE_AXIS = "fm_jax_example"
 _FIRST_STEP_NFE = 2
 
@@ -50,7 +52,7 @@ def _counting_controller() -> type:
     return CountingController
 
 
-def _solver(solver: "str | diffrax.AbstractERK | None") -> "diffrax.AbstractERK":
+def _solver(solver: "str | diffrax.AbstractRungeKutta | None") -> "diffrax.AbstractRungeKutta":
     if isinstance(solver, str):
         check_member("solver", solver, tuple(SOLVERS))
     try:
@@ -59,8 +61,8 @@ def _solver(solver: "str | diffrax.AbstractERK | None") -> "diffrax.AbstractERK"
         raise ImportError("sample_adaptive needs Diffrax: pip install diffrax.") from error
     if solver is None or isinstance(solver, str):
         return getattr(diffrax, SOLVERS[solver or "tsit5"])()
-    if not isinstance(solver, diffrax.AbstractERK):
-        raise ValueError(f"solver must be a name or an explicit Runge-Kutta solver of Diffrax, got {solver!r}.")
+    if not isinstance(solver, diffrax.AbstractRungeKutta):
+        raise ValueError(f"solver must be a name or a Runge-Kutta solver of Diffrax, got {solver!r}.")
     return solver
 
 
@@ -102,7 +104,7 @@ def sample_adaptive(
     *,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    solver: "str | diffrax.AbstractERK | None" = None,
+    solver: "str | diffrax.AbstractRungeKutta | None" = None,
     t0: float = 0.0,
     t1: float = 1.0,
     per_sample: bool = False,
@@ -124,8 +126,8 @@ def sample_adaptive(
         x0: [batch, ...] at `t0`, float32 or float64.
         rtol: relative tolerance.
         atol: absolute tolerance.
-        solver: "tsit5" (the same as `None`), "dopri5", "dopri8", "bosh3", "heun", or an explicit Runge-Kutta solver of
-            Diffrax.
+        solver: explicit, "tsit5" (the same as `None`), "dopri5", "dopri8", "bosh3" or "heun"; implicit, for stiff
+            fields in few dimensions, "kvaerno3" or "kvaerno5", which need `per_sample`; or such a solver of Diffrax.
         t0: where `x0` is.
         t1: where to go. `t1 < t0` runs backward, from data to noise.
         per_sample: one step size an example instead of one for the batch.
@@ -136,7 +138,8 @@ def sample_adaptive(
 
     Returns:
         `Solution`: x [batch, ...] at `t1`; nfe, all evaluations including those for rejected steps and for the first
-        step size, a scalar or [batch] with `per_sample`; trajectory [num_times, batch, ...] if `times` is given.
+        step size, a scalar or [batch] with `per_sample`; NaN for an implicit solver, whose Newton iterations Diffrax
+        does not report; trajectory [num_times, batch, ...] if `times` is given.
 
     Raises:
         ValueError: for bad tolerances, solver, times or state.
@@ -167,6 +170,10 @@ def sample_adaptive(
         _check_times(times, t0, t1)
     solver = _solver(solver)
     import diffrax
+
+    implicit = not isinstance(solver, diffrax.AbstractERK)
+    if implicit and not per_sample:
+        raise ValueError("An implicit solver needs per_sample=True: a Jacobian over the whole batch would be too large.")
 
     pid = diffrax.PIDController(rtol, atol)
     controller = _counting_controller()(rtol, atol, pid.norm, pid, solver.tableau)
@@ -208,4 +215,5 @@ def sample_adaptive(
     if per_sample:
         solve = jax.vmap(solve, axis_name=_EXAMPLE_AXIS, out_axes=(1, 0))
     states, nfe = solve(x0)
-    return Solution(states[-1], nfe * nfe_per_call(v), None if times is None else states[:-1])
+    nfe = jnp.full(nfe.shape, jnp.nan) if implicit else nfe * nfe_per_call(v)
+    return Solution(states[-1], nfe, None if times is None else states[:-1])
