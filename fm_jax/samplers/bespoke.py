@@ -1,0 +1,135 @@
+"""Bespoke solvers: a few steps whose times and weights are learned for one velocity field.
+
+A non-stationary solver (Shaul et al. 2024, arXiv:2403.01329) with n evaluations computes, for i < n,
+
+    x_(i+1) = a_i x_0 + sum_(j <= i) b_ij v(t_j, x_j)
+
+with its own times t_i, a_i and b_ij in every step. Every Runge-Kutta and multistep method is of this form; from one of
+them the n (n + 5) / 2 numbers are trained towards fine solutions by `loss`; `fm_jax.train.bespoke` has the loop.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fm_jax.nfe import nfe_per_call
+from fm_jax.samplers.fixed import METHODS, Method, evaluate
+from fm_jax.samplers.grids import check_state, uniform
+from fm_jax.shapes import mean_over_event
+from fm_jax.types import Array, Solution, VelocityFn, check_member
+
+
+class BespokeSolver(NamedTuple):
+    """The numbers of a solver with n evaluations: a pytree to optimise and to save.
+
+    `log_steps` [n]: the times between evaluations are its softmax times the whole; `a` [n]; `b` [n, n], of which the
+    lower triangle counts; `ends` [2]: the first and the last time, which are not trained.
+    """
+
+    log_steps: Array
+    a: Array
+    b: Array
+    ends: Array
+
+    @property
+    def times(self) -> Array:
+        """The times [n + 1]: one for each evaluation, then the end."""
+        t0, t1 = jax.lax.stop_gradient(self.ends)
+        elapsed = jnp.cumsum(jax.nn.softmax(self.log_steps))
+        return jnp.concatenate([t0[None], t0 + (t1 - t0) * elapsed[:-1], t1[None]])
+
+
+def from_method(method: str | Method, num_steps: int, t0: float = 0.0, t1: float = 1.0) -> BespokeSolver:
+    """The bespoke solver that is a Runge-Kutta method on a uniform grid: where training starts.
+
+    Args:
+        method: "euler", "midpoint", "ralston", "heun3" or a tableau whose stages come one after the other in time.
+        num_steps: steps of that method; evaluations are as many times its stages.
+        t0: first time.
+        t1: last time.
+
+    Returns:
+        `BespokeSolver` with n = `num_steps` times the number of stages.
+
+    Raises:
+        ValueError: if the method is unknown or evaluates twice at one time, as "heun" does.
+
+    Example:
+        >>> from_method("midpoint", 2).times
+        Array([0.  , 0.25, 0.5 , 0.75, 1.  ], dtype=float32)
+    """
+    if not isinstance(method, Method):
+        check_member("method", method, tuple(METHODS))
+        method = METHODS[method]
+    if not all(c < c_next for c, c_next in zip(method.c, (*method.c[1:], 1.0), strict=True)):
+        raise ValueError(f"The stages of the method must come one after the other before the end, got c = {method.c}.")
+    stages = method.stages
+    uniform(num_steps, t0, t1)  # refuses what is not a grid
+    n, h = num_steps * stages, (t1 - t0) / num_steps
+    times = np.append((t0 + h * (np.arange(num_steps)[:, None] + np.array(method.c))).ravel(), t1)
+    b = np.zeros((n, n))
+    for i in range(n):
+        step, stage = divmod(i + 1, stages)  # row i leads to evaluation i + 1, or to the end
+        b[i, : step * stages] = h * np.tile(method.b, step)
+        if stage:
+            b[i, step * stages : i + 1] = h * np.array(method.a[stage])
+    log_steps = np.log(np.diff(times) / (t1 - t0))
+    return BespokeSolver(jnp.asarray(log_steps), jnp.ones(n), jnp.asarray(b), jnp.array([t0, t1], dtype=float))
+
+
+def sample_bespoke(v: VelocityFn, solver: BespokeSolver, x0: Array) -> Solution:
+    """The end of the few steps of a bespoke solver.
+
+    The steps are written out one by one rather than looped over: there are few, and gradients of convolutions are slow
+    inside loops on CPU. Differentiable also with respect to `solver`.
+
+    Args:
+        v: velocity function; called with a scalar t in the dtype of `x0`.
+        solver: from `from_method`, trained or not.
+        x0: [batch, ...] at the first time.
+
+    Returns:
+        `Solution`: x [batch, ...]; nfe, a scalar.
+
+    Raises:
+        ValueError: for a bad state, or if `v` returns another shape than that of `x0`.
+
+    Example:
+        >>> sample_bespoke(lambda t, x: x, from_method("euler", 2), jnp.ones((1, 1))).x
+        Array([[2.25]], dtype=float32)
+    """
+    x0 = jnp.asarray(x0)
+    check_state(x0)
+    x, velocities = x0, []
+    for i, t in enumerate(solver.times[:-1]):
+        velocities.append(evaluate(v, t, x))
+        x = solver.a[i] * x0 + sum(solver.b[i, j] * u for j, u in enumerate(velocities))
+        x = x.astype(x0.dtype)
+    return Solution(x, jnp.asarray(len(solver.a) * nfe_per_call(v)))
+
+
+def loss(v: VelocityFn, solver: BespokeSolver, x0: Array, x1: Array) -> Array:
+    """The mean over examples of the logarithm of the mean squared error, which is minus the PSNR up to a constant.
+
+    Args:
+        v: velocity function.
+        solver: to be trained.
+        x0: [batch, ...] at the first time.
+        x1: [batch, ...], where a fine solution starting from `x0` ends.
+
+    Returns:
+        A scalar; times 10 / ln 10 it is in decibels.
+
+    References:
+        Shaul et al. 2024 (arXiv:2403.01329).
+    """
+    error = mean_over_event((sample_bespoke(v, solver, x0).x - x1) ** 2)
+    return jnp.log(jnp.maximum(error, jnp.finfo(error.dtype).tiny)).mean()
+
+
+def decibels(loss: Array, peak: float = 2.0) -> Array:
+    """The peak signal-to-noise ratio in dB that a `loss` stands for, for data with values `peak` apart."""
+    return 10 / math.log(10) * (2 * math.log(peak) - loss)
