@@ -123,7 +123,7 @@ LINEAR, COSINE = schedules.Linear(), schedules.Cosine()
         (parameterization.score_fn(_constant, LINEAR), ["t", "x"], []),
         (parameterization.reschedule(_constant, LINEAR, COSINE), ["r", "x"], []),
         (guidance.classifier_free(_constant, _constant, 2.0), ["t", "x"], []),
-        (guidance.classifier_free_model(_constant, 0, 2.0), ["t", "x", "cond"], []),
+        (guidance.classifier_free_batched(_constant, "velocity", LINEAR, jnp.zeros(2), 0, 2.0), ["t", "x"], []),
     ],
 )
 def test_what_is_made_is_called_alike(made, arguments, options):

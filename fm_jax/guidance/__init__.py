@@ -1,0 +1,17 @@
+"""Guidance: velocity functions made of other velocity functions."""
+
+from fm_jax.guidance.classifier import classifier
+from fm_jax.guidance.classifier_free import classifier_free, classifier_free_batched, compose
+from fm_jax.guidance.rules import Extrapolate, Projected, Rescale, Rule, ZeroStar
+
+__all__ = [
+    "Extrapolate",
+    "Projected",
+    "Rescale",
+    "Rule",
+    "ZeroStar",
+    "classifier",
+    "classifier_free",
+    "classifier_free_batched",
+    "compose",
+]

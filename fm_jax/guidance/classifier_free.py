@@ -1,0 +1,195 @@
+"""Classifier-free guidance: by another velocity function, or by the same network under another condition."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from fm_jax.guidance.rules import Extrapolate, Rule
+from fm_jax.guidance.scale import ALWAYS, check_interval, check_scale, is_number, scale_at
+from fm_jax.nfe import nfe_per_call, with_nfe_per_call
+from fm_jax.parameterization import velocity_fn
+from fm_jax.shapes import expand_time
+from fm_jax.types import Array, ArrayTree, Cond, Kind, ModelFn, Schedule, VelocityFn
+
+_EXTRAPOLATE = Extrapolate()
+
+
+def classifier_free(
+    v_cond: VelocityFn,
+    v_uncond: VelocityFn,
+    scale: ArrayTree,
+    *,
+    interval: tuple[float, float] = ALWAYS,
+    rule: Rule = _EXTRAPOLATE,
+) -> VelocityFn:
+    """The guided velocity `v_u + scale (v_c - v_u)`, or another rule's, from two velocity functions.
+
+    Any two will do. With a weaker model of the same data as `v_uncond`, smaller or less trained and under the same
+    condition, this is autoguidance (Karras et al. 2024, arXiv:2406.02507).
+
+    Args:
+        v_cond: conditional velocity function.
+        v_uncond: unconditional velocity function.
+        scale: a number, or [batch]. 1 is off (`v_cond` itself is returned for the number 1), 0 unconditional.
+        interval: guidance only for t inside, `v_cond` alone outside, whatever the rule (Kynkaanniemi et al. 2024,
+            arXiv:2404.07724). Both are evaluated everywhere. The velocity jumps at the ends: put them on the time grid.
+        rule: how the two velocities become one: `Extrapolate`, `Rescale`, `ZeroStar`, `Projected` or your own.
+
+    Returns:
+        `v(t, x)`; its `nfe_per_call` is the sum of both.
+
+    Raises:
+        ValueError: if `scale` is not finite or has two axes, or `interval` is reversed or outside [0, 1]; when called,
+            if `scale` is of another batch than `x`.
+
+    Example:
+        >>> v = classifier_free(lambda t, x: x, lambda t, x: 0 * x, 3.0)
+        >>> v(0.5, jnp.ones((1, 2))), v.nfe_per_call
+        (Array([[3., 3.]], dtype=float32), 2)
+    """
+    check_scale(scale)
+    check_interval(interval)
+    if is_number(scale, 1):
+        return v_cond
+
+    def guided(t: Array, x: Array) -> Array:
+        scale_t = scale_at(scale, t, x, interval=interval, outside=1)
+        return rule(t, x, v_cond(t, x), v_uncond(t, x), scale_t)
+
+    return with_nfe_per_call(guided, nfe_per_call(v_cond) + nfe_per_call(v_uncond))
+
+
+def classifier_free_batched(
+    model_fn: ModelFn,
+    kind: Kind,
+    schedule: Schedule,
+    cond: Cond,
+    null_cond: Cond,
+    scale: ArrayTree,
+    *,
+    interval: tuple[float, float] = ALWAYS,
+    rule: Rule = _EXTRAPOLATE,
+) -> VelocityFn:
+    """`classifier_free` of one network under two conditions, both in one call of twice the batch.
+
+    A negative condition, to be avoided, is given as `null_cond`: `v_negative + scale (v_cond - v_negative)`.
+
+    Args:
+        model_fn: `model_fn(t, x, cond)`, with its parameters bound.
+        kind: what it predicts.
+        schedule: of the path it was trained on.
+        cond: what to guide towards, a pytree of [batch, ...].
+        null_cond: what stands for "no condition": a pytree like `cond`, each leaf broadcast to that of `cond`, such as
+            the number of the null class.
+        scale: a number, or [batch]. 1 is off (`velocity_fn` under `cond` is returned for the number 1).
+        interval: as in `classifier_free`.
+        rule: as in `classifier_free`; it sees velocities, whatever the kind.
+
+    Returns:
+        `v(t, x)`; its `nfe_per_call` is twice that of `model_fn`, or once where the scale is the number 1.
+
+    Raises:
+        ValueError: as `classifier_free`; if `cond` is `None` or `kind` unknown.
+
+    Example:
+        >>> from fm_jax.schedules import Linear
+        >>> model_fn = lambda t, x, cond: x * cond[:, None]
+        >>> v = classifier_free_batched(model_fn, "velocity", Linear(), jnp.array([1, 2]), 0, 3.0)
+        >>> v(0.5, jnp.ones((2, 1)))
+        Array([[3.],
+               [6.]], dtype=float32)
+    """
+    check_scale(scale)
+    check_interval(interval)
+    branches = _one_batch(model_fn, kind, schedule, [cond], null_cond)
+    if is_number(scale, 1):
+        return velocity_fn(model_fn, kind, schedule, cond)
+
+    def guided(t: Array, x: Array) -> Array:
+        scale_t = scale_at(scale, t, x, interval=interval, outside=1)
+        conditional, unconditional = branches(t, x)
+        return rule(t, x, conditional, unconditional, scale_t)
+
+    return with_nfe_per_call(guided, nfe_per_call(branches))
+
+
+def compose(
+    model_fn: ModelFn,
+    kind: Kind,
+    schedule: Schedule,
+    conds: Sequence[Cond],
+    null_cond: Cond,
+    scales: Sequence[ArrayTree],
+    *,
+    interval: tuple[float, float] = ALWAYS,
+) -> VelocityFn:
+    """Several conditions at once, `v_u + sum_i scale_i (v_i - v_u)`, all in one call of the network.
+
+    Liu et al. 2022 (arXiv:2206.01714): a positive scale asks for its condition, a negative one for its contrary.
+
+    Args:
+        model_fn: `model_fn(t, x, cond)`, with its parameters bound.
+        kind: what it predicts.
+        schedule: of the path it was trained on.
+        conds: the conditions, pytrees of [batch, ...] of one structure and shape.
+        null_cond: what stands for "no condition", as in `classifier_free_batched`.
+        scales: one for each condition, each a number or [batch].
+        interval: guidance only for t inside. Outside, each scale is clipped to [-1, 1]: every condition still counts,
+            and none is exaggerated; for one condition and a scale of at least 1 as in `classifier_free`.
+
+    Returns:
+        `v(t, x)`; its `nfe_per_call` is that of `model_fn` times one more than there are conditions.
+
+    Raises:
+        ValueError: without conditions, if one is `None` or there are more or fewer scales; as `classifier_free`.
+
+    Example:
+        >>> from fm_jax.schedules import Linear
+        >>> model_fn = lambda t, x, cond: x * cond[:, None]
+        >>> conds = [jnp.array([1, 2]), jnp.array([3, 3])]
+        >>> v = compose(model_fn, "velocity", Linear(), conds, 0, [2.0, -1.0])
+        >>> v(0.5, jnp.ones((2, 1))), v.nfe_per_call
+        (Array([[-1.],
+               [ 1.]], dtype=float32), 3)
+    """
+    if len(conds) != len(scales) or len(conds) == 0:
+        raise ValueError(
+            f"conds and scales must be of one length, at least 1, got {len(conds)} conditions and {len(scales)} scales."
+        )
+    for scale in scales:
+        check_scale(scale)
+    check_interval(interval)
+    branches = _one_batch(model_fn, kind, schedule, conds, null_cond)
+
+    def guided(t: Array, x: Array) -> Array:
+        *conditional, unconditional = branches(t, x)
+        total = unconditional
+        for scale, each in zip(scales, conditional, strict=True):
+            clipped = jnp.clip(jnp.asarray(scale, dtype=x.dtype), -1, 1)
+            scale_t = scale_at(scale, t, x, interval=interval, outside=clipped)
+            total = total + expand_time(scale_t, x) * (each - unconditional)
+        return total
+
+    return with_nfe_per_call(guided, nfe_per_call(branches))
+
+
+def _one_batch(
+    model_fn: ModelFn, kind: Kind, schedule: Schedule, conds: Sequence[Cond], null_cond: Cond
+) -> Callable[[Array, Array], list[Array]]:
+    """`branches(t, x)`: the velocities under each of `conds` and, last, `null_cond`, by one call of the network."""
+    if any(cond is None for cond in conds):
+        raise ValueError("cond must be given: classifier-free guidance needs a condition to guide towards.")
+    num = len(conds) + 1
+
+    def stack(*leaves: Array) -> Array:
+        *given, null = map(jnp.asarray, leaves)
+        return jnp.concatenate([*given, jnp.broadcast_to(null.astype(given[0].dtype), given[0].shape)])
+
+    v = velocity_fn(model_fn, kind, schedule, jax.tree.map(stack, *conds, null_cond))
+
+    def branches(t: Array, x: Array) -> list[Array]:
+        repeated_t = t if jnp.ndim(t) == 0 else jnp.concatenate([t] * num)
+        return jnp.split(v(repeated_t, jnp.concatenate([x] * num)), num)
+
+    return with_nfe_per_call(branches, num * nfe_per_call(model_fn))

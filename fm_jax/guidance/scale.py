@@ -1,0 +1,59 @@
+"""The guidance scale: a number or one for each example, in force within an interval of times.
+
+Guidance in an interval is due to Kynkaanniemi et al. 2024 (arXiv:2404.07724). The velocity jumps at the ends of the
+interval: put them on the time grid.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fm_jax.types import Array, ArrayTree
+
+ALWAYS = (0.0, 1.0)
+
+
+def check_scale(scale: ArrayTree) -> None:
+    """Raises `ValueError` unless `scale` is a number or [batch], and finite where its values are known."""
+    if np.ndim(scale) > 1:
+        raise ValueError(f"scale must be a number or [batch], got shape {np.shape(scale)}.")
+    if not isinstance(scale, jax.core.Tracer) and not np.isfinite(scale).all():
+        raise ValueError(f"scale must be finite, got {scale}.")
+
+
+def check_interval(interval: tuple[float, float]) -> None:
+    """Raises `ValueError` unless `interval` is (start, end) with 0 <= start < end <= 1."""
+    start, end = interval
+    if not (math.isfinite(start) and math.isfinite(end) and 0 <= start < end <= 1):
+        raise ValueError(f"interval must be (start, end) with 0 <= start < end <= 1, got {interval}.")
+
+
+def is_number(scale: ArrayTree, value: float) -> bool:
+    """Whether `scale` is that Python number, known when the velocity function is built."""
+    return isinstance(scale, (int, float)) and scale == value
+
+
+def scale_at(scale: ArrayTree, t: Array, x: Array, *, interval: tuple[float, float], outside: ArrayTree) -> Array:
+    """The scale at time `t`.
+
+    Args:
+        scale: a number, or [batch].
+        t: scalar or [batch].
+        x: [batch, ...].
+        interval: the times at which `scale` holds, ends included.
+        outside: what holds at other times, in the shape of `scale` or a number.
+
+    Returns:
+        A scalar or [batch], in the dtype of `x`.
+
+    Raises:
+        ValueError: if `scale` is of another batch than `x`.
+    """
+    scale = jnp.asarray(scale, dtype=x.dtype)
+    if scale.ndim and scale.shape != x.shape[:1]:
+        raise ValueError(f"scale must be a number or [batch] = {x.shape[:1]}, got shape {scale.shape}.")
+    if interval == ALWAYS:
+        return scale
+    return jnp.where((interval[0] <= t) & (t <= interval[1]), scale, outside)
