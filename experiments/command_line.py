@@ -30,4 +30,7 @@ def parse(kind: type, default: Any = None, description: str | None = None) -> An
     if spec := sys.modules["__main__"].__spec__:
         options["prog"] = f"python -m {spec.name}"
     # One flat list of options: --batch-size rather than --training.batch-size.
-    return tyro.cli(kind, description=description, config=(tyro.conf.OmitArgPrefixes,), **options)
+    try:
+        return tyro.cli(kind, description=description, config=(tyro.conf.OmitArgPrefixes,), **options)
+    except ValueError as error:  # a configuration that refuses its values
+        raise SystemExit(str(error)) from error

@@ -19,6 +19,7 @@ from fm_jax.data.images import to_uint8
 
 # Okabe and Ito's palette; these also differ in lightness, so they survive a grey printer.
 BLUE, ORANGE, SKY = "#0072B2", "#E69F00", "#56B4E9"
+_CURVES = ("#000000", ORANGE, "#D55E00", SKY, BLUE, "#009E73", "#CC79A7", "#777777")
 INK, GREY, PALE = "#222222", "#9A9A9A", "#E8E8E8"
 _STYLE: dict = dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK)
 _STYLE |= {"font.size": 9.0, "axes.titlesize": 10.0, "axes.edgecolor": GREY, "axes.linewidth": 0.6}
@@ -194,6 +195,33 @@ def save_scatter(
         for axes, header in ((left, "data"), (middle, "trajectories"), (right, "samples")):
             axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", title=header, xticks=[], yticks=[])
         figure.suptitle(title or "", size=11)
+        _save(figure, path)
+
+
+def save_error_curves(path: PathLike, panels: dict[str, dict[str, dict[int, float]]]) -> None:
+    """Draws error against network evaluations, both on logarithmic axes, a panel for each problem.
+
+    Args:
+        path: the file to write.
+        panels: {title: {name of a sampler: {evaluations: error}}}, the samplers of the first panel in all of them.
+    """
+    names = list(next(iter(panels.values())))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(4.6 * len(panels), 3.9), layout="constrained")
+        for axes, (title, curves) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items(), strict=True):
+            for name, colour, marker in zip(names, _CURVES, "os^vDPX*", strict=False):
+                nfe = sorted(curves[name])
+                axes.loglog(
+                    nfe, [curves[name][n] for n in nfe], color=colour, marker=marker, ms=4.5, lw=1.2, label=name
+                )
+            ticks = sorted({n for curve in curves.values() for n in curve})
+            axes.set(title=title, xlabel="network evaluations", ylabel="RMS error against the exact flow")
+            axes.set_xticks([n for n in ticks if n in (5, 10, 20, 50)])
+            axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+            axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+            axes.grid(color=PALE, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="best", fontsize=8)
         _save(figure, path)
 
 

@@ -50,6 +50,17 @@ class Method:
     def schedule(self) -> Schedule:
         return SCHEDULES[self.path]
 
+    @property
+    def time_sampler(self) -> TimeSampler:
+        low, high = target_domain(self.prediction, self.schedule)
+        match self.times:
+            case "uniform":
+                return times.Uniform(low, high)
+            case "stratified":
+                return times.Stratified(low, high)
+            case name:
+                return times.Rescale(TIMES[name], low, high)
+
 
 def make_loss(method: Method, apply_fn: ApplyFn) -> LossFn:
     """The loss of a method for a network."""
@@ -57,18 +68,7 @@ def make_loss(method: Method, apply_fn: ApplyFn) -> LossFn:
         apply_fn,
         AffinePath(method.schedule),
         coupling=COUPLINGS[method.coupling],
-        time_sampler=_time_sampler(method),
+        time_sampler=method.time_sampler,
         kind=method.prediction,
         weight=WEIGHTS[method.weight],
     )
-
-
-def _time_sampler(method: Method) -> TimeSampler:
-    low, high = target_domain(method.prediction, method.schedule)
-    match method.times:
-        case "uniform":
-            return times.Uniform(low, high)
-        case "stratified":
-            return times.Stratified(low, high)
-        case name:
-            return times.Rescale(TIMES[name], low, high)

@@ -3,7 +3,9 @@
 Command: `python -m experiments.sample --run runs/digits --num 64 --class 3 --guidance 2 --solver heun --steps 20 \
 --out samples.png`
 
-Writes a picture (`.png`) or the arrays (`.npz`: samples, labels), and prints the number of network evaluations.
+Writes a picture (`.png`) or the arrays (`.npz`: samples, labels), and prints the number of network evaluations. With
+`--avoid 5` guidance leads away from class 5 rather than from no class; with `--weak-run DIR` away from a weaker
+network, such as that of a shorter run (autoguidance).
 """
 
 import dataclasses
@@ -11,7 +13,7 @@ import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,9 +21,11 @@ import tyro
 
 from experiments import figures
 from experiments.command_line import parse
-from experiments.sampling import generate_many, make_generate
+from experiments.sampling import SOLVER_HELP, Grid, RuleName, Sampling, Weak, generate_many, make_generate
 from experiments.training import from_json, restore, sampling_params
 from fm_jax.models import init_params
+from fm_jax.samplers import BespokeSolver
+from fm_jax.types import Params
 
 EXPERIMENTS = ("images", "toy2d")
 
@@ -38,62 +42,134 @@ class Config:
     """How many samples."""
     label: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Class of all samples; by default every class in turn."""
-    guidance: float | None = None
-    """Scale of classifier-free guidance; 1 is none."""
-    solver: (
-        Literal["euler", "midpoint", "heun", "rk4", "bosh3", "tsit5", "dopri5", "dopri8", "euler_maruyama"] | None
-    ) = None
-    """Solver."""
+    avoid: int | None = None
+    """Class to be guided away from: a negative condition."""
+    weak_run: Path | None = None
+    """Folder of a run with a weaker network of the same method, to be guided away from."""
+    solver: Annotated[str | None, SOLVER_HELP] = None
+    bespoke: Path | None = None
+    """File of a solver trained by `python -m experiments.bespoke`, in place of a sampler's name."""
     steps: int | None = None
-    """Steps of a solver with fixed steps."""
+    """Steps of a sampler with fixed steps."""
+    grid: Grid | None = None
+    """Their times."""
     tolerance: float | None = None
-    """Tolerance of an adaptive solver."""
+    """Tolerance of an adaptive sampler."""
+    diffusion: float | None = None
+    """Noise coefficient of an SDE."""
+    eta: float | None = None
+    """Share of fresh noise in ddim, 0 to 1."""
+    churn: float | None = None
+    """Fresh noise of the sampler churn."""
+    guidance: float | None = None
+    """Scale of guidance; 1 is none."""
+    guidance_interval: tuple[float, float] | None = None
+    """Times between which to guide."""
+    guidance_rule: RuleName | None = None
+    """How the two branches are combined."""
     seed: int = 0
     """Seed of the noise."""
 
 
+SAMPLING_OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling) if field.name in Config.__annotations__)
+
+
+class Restored(NamedTuple):
+    """A run as it was left."""
+
+    config: Any
+    experiment: Any
+    step: int
+    params: Params
+
+
 def run(config: Config) -> None:
     """Restores the run, draws, writes."""
-    record = _read(config)
-    module = importlib.import_module(f"experiments.{record.pop('experiment')}")
-    # The folder may have been moved since it was written.
-    run_config = from_json(module.Config, record)
-    run_config = dataclasses.replace(run_config, training=dataclasses.replace(run_config.training, run_dir=config.run))
-    experiment = module.build(run_config)
-    labels = _labels(config, experiment.num_classes)
-
-    key_init, key = jax.random.key(0), jax.random.key(config.seed)
-    shapes = jax.eval_shape(lambda k: init_params(experiment.model, k, experiment.event_shape), key_init)
-    state = restore(run_config, shapes)
-    given = {name: getattr(config, name) for name in ("guidance", "solver", "steps", "tolerance")}
-    sampling = dataclasses.replace(run_config.sampling, **{k: v for k, v in given.items() if v is not None})
-    generate = make_generate(sampling, run_config.method, experiment.apply_fn, null_label=experiment.num_classes)
-    params, size = sampling_params(state, run_config.training), min(config.num, sampling.sample_batch)
-    samples, nfe = generate_many(generate, params, key, experiment.draw_x0, labels, size)
+    _check(config)
+    restored = restore_run(config.run)
+    experiment, num_classes = restored.experiment, restored.experiment.num_classes
+    labels = _labels(config, num_classes)
+    null_label, weak = num_classes, None
+    if config.avoid is not None:
+        null_label = _label("--avoid", config.avoid, num_classes)
+    if config.weak_run is not None:
+        weaker = restore_run(config.weak_run)
+        if weaker.config.method != restored.config.method:
+            raise SystemExit(f"{config.weak_run} was trained by another method than {config.run}.")
+        weak = Weak(weaker.experiment.apply_fn, weaker.params)
+    given = {name: getattr(config, name) for name in SAMPLING_OPTIONS}
+    try:
+        sampling = dataclasses.replace(restored.config.sampling, **{k: v for k, v in given.items() if v is not None})
+        generate = make_generate(
+            sampling,
+            restored.config.method,
+            experiment.apply_fn,
+            null_label=null_label,
+            weak=weak,
+            bespoke=None if config.bespoke is None else load_solver(config.bespoke),
+        )
+        size, key = min(config.num, sampling.sample_batch), jax.random.key(config.seed)
+        samples, nfe = generate_many(generate, restored.params, key, experiment.draw_x0, labels, size)
+    except ValueError as error:  # what a sampler or a rule of guidance refuses
+        raise SystemExit(str(error)) from error
     _write(config, np.asarray(samples), labels)
-    print(f"{config.out}: {config.num} samples from step {int(state.step):,} with {sampling.solver}, NFE {nfe:.0f}")
+    solver = config.bespoke or sampling.solver
+    print(f"{config.out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe:.0f}")
 
 
-def _read(config: Config) -> dict:
+def _check(config: Config) -> None:
     if config.num < 1:
         raise SystemExit(f"--num must be at least 1, got {config.num}.")
     if config.out.suffix not in (".png", ".npz"):
         raise SystemExit(f"--out must end in .png or .npz, got {config.out}.")
-    path = config.run / "config.json"
+    if config.avoid is not None and config.weak_run is not None:
+        raise SystemExit("--avoid and --weak-run are two ways to guide: give one.")
+    if config.bespoke is not None and config.solver is not None:
+        raise SystemExit("--bespoke takes the place of --solver: give one.")
+
+
+def restore_run(run_dir: Path) -> Restored:
+    """The configuration, network and parameters of a run; `SystemExit` says what is wrong with the folder."""
+    path = run_dir / "config.json"
     if not path.exists():
-        raise SystemExit(f"{config.run} is not the folder of a run: it has no config.json.")
+        raise SystemExit(f"{run_dir} is not the folder of a run: it has no config.json.")
     record = json.loads(path.read_text())
     if record.get("experiment") not in EXPERIMENTS:
         raise SystemExit(f"{path} was not written by one of the experiments {', '.join(EXPERIMENTS)}.")
-    return record
+    module = importlib.import_module(f"experiments.{record.pop('experiment')}")
+    # The folder may have been moved since it was written.
+    config = from_json(module.Config, record)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, run_dir=run_dir))
+    experiment = module.build(config)
+    shapes = jax.eval_shape(lambda key: init_params(experiment.model, key, experiment.event_shape), jax.random.key(0))
+    state = restore(config, shapes)
+    return Restored(config, experiment, int(state.step), sampling_params(state, config.training))
+
+
+def save_solver(path: Path, solver: BespokeSolver) -> None:
+    """Writes the numbers of a bespoke solver, for `load_solver`."""
+    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in solver._asdict().items()}
+    np.savez(path, **arrays)
+
+
+def load_solver(path: Path) -> BespokeSolver:
+    """A bespoke solver from the file that `experiments.bespoke` wrote."""
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist: python -m experiments.bespoke writes such a file.")
+    with np.load(path) as arrays:
+        return BespokeSolver(**{name: jax.numpy.asarray(arrays[name]) for name in BespokeSolver._fields})
+
+
+def _label(option: str, label: int, num_classes: int | None) -> int:
+    if num_classes is None or not 0 <= label < num_classes:
+        raise SystemExit(f"{option} must be one of the run's {num_classes or 0} classes, got {label}.")
+    return label
 
 
 def _labels(config: Config, num_classes: int | None) -> np.ndarray:
     if config.label is None:
         return np.arange(config.num) % (num_classes or 1)
-    if num_classes is None or not 0 <= config.label < num_classes:
-        raise SystemExit(f"--class must be one of the run's {num_classes or 0} classes, got {config.label}.")
-    return np.full(config.num, config.label)
+    return np.full(config.num, _label("--class", config.label, num_classes))
 
 
 def _write(config: Config, samples: np.ndarray, labels: np.ndarray) -> None:

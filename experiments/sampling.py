@@ -1,94 +1,197 @@
-"""Sampling of any experiment: one function from parameters and noise to samples, by the name of a solver."""
+"""Sampling of any experiment: one function from parameters and noise to samples, by the name of a sampler."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 
 from experiments.method import Method
-from fm_jax.guidance import classifier_free_model
-from fm_jax.parameterization import velocity_domain, velocity_fn
+from fm_jax.guidance import Extrapolate, Projected, Rescale, Rule, ZeroStar, classifier_free, classifier_free_batched
+from fm_jax.parameterization import conversion_domain, velocity_domain, velocity_fn
 from fm_jax.paths import source
-from fm_jax.samplers import sample_adaptive, sample_ode, sample_sde
-from fm_jax.types import ApplyFn, Array, Cond, Key, ModelFn, Params, Solution
+from fm_jax.samplers import SAMPLERS, BespokeSolver, grids, sample, sample_bespoke, table
+from fm_jax.types import ApplyFn, Array, Cond, Key, Params, Solution, VelocityFn, check_member
 
-FIXED = ("euler", "midpoint", "heun", "rk4")
-ADAPTIVE = ("bosh3", "tsit5", "dopri5", "dopri8")
 Generate = Callable[[Params, Key, Array, Cond], Solution]
 DrawSource = Callable[[Key, int], Array]
+SOLVER_HELP = tyro.conf.arg(metavar="NAME", help="Sampler, one of\n\n" + table())
+Grid = Literal["uniform", "cosine", "edm", "log_snr", "training_times"]
+RuleName = Literal["extrapolate", "rescale", "zero_star", "projected"]
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How samples are drawn."""
 
-    solver: Literal["euler", "midpoint", "heun", "rk4", "bosh3", "tsit5", "dopri5", "dopri8", "euler_maruyama"] = "heun"
-    """Fixed steps: euler (order 1), midpoint, heun (2), rk4 (4). Adaptive, by Diffrax: bosh3, tsit5, dopri5, dopri8.
-    Stochastic, with the same marginals: euler_maruyama."""
+    solver: Annotated[str, SOLVER_HELP] = "heun"
     steps: int = 20
-    """Steps of a solver with fixed steps."""
+    """Steps of a sampler with fixed steps."""
+    grid: Grid = "uniform"
+    """Their times: those of EDM with rho = 7, equal steps in log-SNR, or quantiles of the training times."""
     tolerance: float = 1e-3
-    """Relative and absolute tolerance of an adaptive solver."""
-    diffusion: float = 1.0
-    """Noise coefficient of the stochastic solver."""
+    """Relative and absolute tolerance of an adaptive sampler."""
+    diffusion: float | None = None
+    """Noise coefficient of an SDE; by default noise is added as fast as the path sheds it."""
+    eta: float = 0.0
+    """Share of fresh noise in ddim, 0 to 1."""
+    churn: float = 40.0
+    """Fresh noise of the sampler churn."""
     guidance: float = 2.0
-    """Scale of classifier-free guidance; 1 is none."""
+    """Scale of guidance; 1 is none."""
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     """Times between which to guide."""
+    guidance_rule: RuleName = "extrapolate"
+    """How the two branches are combined: plain classifier-free guidance, with the spread of the conditional branch
+    restored (rescale), CFG-Zero* (zero_star), or adaptive projected guidance (projected)."""
     sample_batch: int = 100
     """Samples drawn at once."""
+
+    def __post_init__(self) -> None:
+        check_member("solver", self.solver, tuple(SAMPLERS))
+
+
+class Weak(NamedTuple):
+    """A weaker network for autoguidance, which leads away from what it does."""
+
+    apply_fn: ApplyFn
+    params: Params
+
+
+def sampled_times(method: Method) -> tuple[float, float]:
+    """Where sampling starts and ends: the velocity is finite there, and says what data and noise are."""
+    domains = velocity_domain(method.prediction, method.schedule), conversion_domain(method.schedule)
+    starts, ends = zip(*domains, strict=True)
+    return max(starts), min(ends)
 
 
 def frame_times(method: Method, num: int) -> np.ndarray:
     """Times [num] from the start to the end of what can be sampled, for the frames of an animation."""
-    return np.linspace(*velocity_domain(method.prediction, method.schedule), num)
+    return np.linspace(*sampled_times(method), num)
+
+
+def make_grid(sampling: Sampling, method: Method) -> Array:
+    """The times [steps + 1] of a sampler with fixed steps."""
+    steps, ends = sampling.steps, sampled_times(method)
+    if sampling.grid in ("edm", "log_snr"):
+        return grids.edm(steps, method.schedule, *ends, rho=7.0 if sampling.grid == "edm" else np.inf)
+    if sampling.grid == "training_times":
+        return grids.quantiles(steps, method.time_sampler, *ends)
+    return (grids.cosine if sampling.grid == "cosine" else grids.uniform)(steps, *ends)
+
+
+def make_rule(sampling: Sampling, method: Method) -> Rule:
+    """The rule of guidance."""
+    rules: dict[str, Rule] = {
+        "extrapolate": Extrapolate(),
+        "rescale": Rescale(),
+        "zero_star": ZeroStar(),
+        "projected": Projected(method.schedule),
+    }
+    return rules[sampling.guidance_rule]
+
+
+def sampler_options(sampling: Sampling, method: Method, times: np.ndarray | None = None) -> tuple[str, dict[str, Any]]:
+    """The name and the options that `fm_jax.samplers.sample` is called with.
+
+    Args:
+        sampling: how to draw.
+        method: that the network was trained with.
+        times: if given, the trajectory is wanted at these times, from the start of the path to its end; they are the
+            steps of a sampler with fixed steps, and adaptive random ones give way to tsit5.
+    """
+    name = sampling.solver
+    options: dict[str, Any] = {}
+    if times is not None and SAMPLERS[name].nfe_per_step is None and SAMPLERS[name].stochastic:
+        name = "tsit5"
+    sampler = SAMPLERS[name]
+    if sampler.nfe_per_step is None:
+        options["t0"], options["t1"] = sampled_times(method)
+        options["rtol"] = options["atol"] = sampling.tolerance
+        if times is not None:
+            options["times"] = times
+    else:
+        options["grid"] = make_grid(sampling, method) if times is None else times
+        options["trajectory"] = times is not None
+    own = {"diffusion": sampling.diffusion, "eta": sampling.eta, "churn": sampling.churn}
+    return name, options | {option: own[option] for option in sampler.own_options if own.get(option) is not None}
+
+
+def guided_velocity(
+    sampling: Sampling,
+    method: Method,
+    apply_fn: ApplyFn,
+    params: Params,
+    labels: Cond,
+    *,
+    null_label: int | None,
+    weak: Weak | None = None,
+) -> VelocityFn:
+    """The velocity function that is sampled: of the network, with its guidance.
+
+    Args:
+        sampling: the guidance.
+        method: that the network was trained with.
+        apply_fn: the network.
+        params: its parameters.
+        labels: [batch], which an unconditional network does not see.
+        null_label: the label to be led away from: that which stands for none, or a class to avoid; `None` for an
+            unconditional network, which is guided by `weak` alone.
+        weak: guides away from a weaker network in place of a label (autoguidance).
+    """
+    kind, schedule, rule = method.prediction, method.schedule, make_rule(sampling, method)
+    scale, interval = sampling.guidance, sampling.guidance_interval
+    cond = None if null_label is None else labels
+
+    def bound(apply_fn: ApplyFn, params: Params) -> Callable[..., Array]:
+        return lambda t, x, cond=None: apply_fn(params, t, x, cond, train=False, rngs=None)
+
+    network = bound(apply_fn, params)
+    if weak is not None:
+        strong, weaker = (velocity_fn(each, kind, schedule, cond) for each in (network, bound(*weak)))
+        return classifier_free(strong, weaker, scale, interval=interval, rule=rule)
+    if null_label is None:
+        return velocity_fn(network, kind, schedule)
+    return classifier_free_batched(network, kind, schedule, cond, null_label, scale, interval=interval, rule=rule)
 
 
 def make_generate(
-    sampling: Sampling, method: Method, apply_fn: ApplyFn, *, null_label: int | None, times: np.ndarray | None = None
+    sampling: Sampling,
+    method: Method,
+    apply_fn: ApplyFn,
+    *,
+    null_label: int | None,
+    weak: Weak | None = None,
+    times: np.ndarray | None = None,
+    bespoke: BespokeSolver | None = None,
 ) -> Generate:
     """Builds `generate(params, key, x0, labels) -> Solution`, jitted.
 
     Args:
-        sampling: solver and guidance.
+        sampling: sampler and guidance.
         method: that the network was trained with.
         apply_fn: the network.
-        null_label: the label that stands for none; `None` for an unconditional network, which is not guided.
-        times: if given, the solution also has the trajectory at these times, from the start of the path to its end;
-            they are the steps of a solver with fixed steps, and the stochastic solver gives way to tsit5.
+        null_label: as in `guided_velocity`.
+        weak: as in `guided_velocity`.
+        times: if given, the solution also has the trajectory at these times; see `sampler_options`.
+        bespoke: a solver trained for this velocity, in place of the sampler.
 
     Returns:
-        A function of parameters, key (only the stochastic solver uses it), standard normal noise [batch, ...] and
-        labels [batch], which an unconditional network does not see.
+        A function of parameters, key (only random samplers use it), standard normal noise [batch, ...] and labels
+        [batch].
     """
-    t0, t1 = velocity_domain(method.prediction, method.schedule)
+    name, options = sampler_options(sampling, method, times)
+    t0, _ = sampled_times(method)
 
     def generate(params: Params, key: Key, x0: Array, labels: Cond) -> Solution:
-        def network(t: Array, x: Array, cond: Cond = None, /) -> Array:
-            return apply_fn(params, t, x, cond, train=False, rngs=None)
-
-        model_fn: ModelFn = network
-        if null_label is None:
-            labels = None
-        else:
-            model_fn = classifier_free_model(
-                network, null_label, sampling.guidance, interval=sampling.guidance_interval
-            )
-        v = velocity_fn(model_fn, method.prediction, method.schedule, labels)
+        v = guided_velocity(sampling, method, apply_fn, params, labels, null_label=null_label, weak=weak)
         x0 = source(method.schedule, x0, t0)
-        if sampling.solver in FIXED:
-            if times is not None:
-                return sample_ode(v, x0, grid=times, method=sampling.solver, trajectory=True)
-            return sample_ode(v, x0, num_steps=sampling.steps, method=sampling.solver, t0=t0, t1=t1)
-        if sampling.solver in ADAPTIVE or times is not None:
-            solver, tolerance = sampling.solver if sampling.solver in ADAPTIVE else "tsit5", sampling.tolerance
-            return sample_adaptive(v, x0, rtol=tolerance, atol=tolerance, solver=solver, t0=t0, t1=t1, times=times)
-        return sample_sde(
-            v, None, sampling.diffusion, key, x0, schedule=method.schedule, num_steps=sampling.steps, t0=t0, t1=t1
-        )
+        if bespoke is not None:
+            return sample_bespoke(v, bespoke, x0)
+        return sample(name, v, key, x0, schedule=method.schedule, **options)
 
     return jax.jit(generate)
 

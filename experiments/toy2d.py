@@ -26,6 +26,7 @@ from experiments.sampling import DrawSource, Sampling, frame_times, make_generat
 from experiments.training import Training, sampling_params, smoke_training, train
 from fm_jax.data.toy import make_toy
 from fm_jax.models import MLP, init_params, linen_apply
+from fm_jax.samplers import SAMPLERS
 from fm_jax.train.metrics import read_metrics
 from fm_jax.types import ApplyFn, Array, Key
 
@@ -169,9 +170,11 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _check(config: Config) -> None:
-    stochastic = config.sampling.solver == "euler_maruyama"
-    if config.source != "normal" and (config.method.prediction != "velocity" or stochastic):
-        raise SystemExit(f"--source {config.source} needs --prediction velocity and an ODE solver: it has no noise.")
+    gaussian = SAMPLERS[config.sampling.solver].needs_schedule or config.method.prediction != "velocity"
+    if config.source != "normal" and gaussian:
+        raise SystemExit(
+            f"--source {config.source} needs --prediction velocity and a solver such as heun: it is not noise."
+        )
 
 
 def _smoke(config: Config) -> Config:

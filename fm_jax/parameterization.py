@@ -10,10 +10,11 @@ the others, except where the division below is by zero; there the result is not 
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 
 from fm_jax.nfe import nfe_per_call, with_nfe_per_call
-from fm_jax.schedules import coefficients, vanishes
+from fm_jax.schedules import coefficients, stands_still, vanishes
 from fm_jax.shapes import batch_time, expand_time
 from fm_jax.types import KINDS, Array, Cond, Kind, ModelFn, Prediction, Schedule, VelocityFn, check_member
 
@@ -121,6 +122,29 @@ def velocity_domain(kind: Kind, schedule: Schedule, margin: float = 1e-3) -> tup
     if kind in ("noise", "score") and vanishes(schedule.alpha, t_min):
         t_min += margin
     return t_min, t_max
+
+
+def conversion_domain(schedule: Schedule, margin: float = 1e-3) -> tuple[float, float]:
+    """The range of times on which a velocity says what the data and the noise are.
+
+    It is `schedule.domain`, less `margin` at an end where the log-SNR stands still, alpha sigma' = sigma alpha'. Of
+    the schedules here only `Polynomial` with n > 1 does so, at t = 0. Samplers that work with data and noise go from
+    its lower to its upper end; the score is still infinite where sigma = 0.
+
+    Args:
+        schedule: of the path.
+        margin: distance kept from such a time.
+
+    Returns:
+        (t_min, t_max).
+    """
+
+    def kept_from(t: float) -> float:
+        with jax.ensure_compile_time_eval():
+            return margin * bool(stands_still(schedule, jnp.asarray(t, dtype=float)))
+
+    t_min, t_max = schedule.domain
+    return t_min + kept_from(t_min), t_max - kept_from(t_max)
 
 
 def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule) -> VelocityFn:

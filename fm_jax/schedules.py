@@ -56,6 +56,12 @@ def vanishes(coefficient: Callable[[Array], Array], t: float) -> bool:
         return bool(coefficient(jnp.asarray(t, dtype=float)) == 0)
 
 
+def stands_still(schedule: Schedule, t: Array) -> Array:
+    """Whether alpha sigma' = sigma alpha' at `t`: the log-SNR stands still, and a velocity says nothing of the data."""
+    c = coefficients(schedule, t)
+    return c.alpha * c.d_sigma == c.sigma * c.d_alpha
+
+
 @dataclass(frozen=True)
 class Linear:
     """alpha = t, sigma = 1 - (1 - sigma_min) t: straight lines, the conditional optimal-transport path.
@@ -232,8 +238,8 @@ class VE:
 class EDM:
     """alpha = 1, sigma = sigma_max (1 - t): the variance-exploding diffusion that runs at constant speed in sigma.
 
-    Euler and Heun steps in t are then those in sigma of Karras et al. 2022 (arXiv:2206.00364, algorithm 1), whose time is
-    sigma. Sampling starts from `paths.source`, as with `VE`.
+    Euler and Heun steps in t are then those in sigma of Karras et al. 2022 (arXiv:2206.00364, algorithm 1). Sampling
+    starts from `paths.source`, as with `VE`.
 
     Raises:
         ValueError: unless `sigma_max` is positive and finite.

@@ -29,7 +29,8 @@ LAYERS = [
     ["shapes", "nfe", "manifolds"],
     ["schedules"],
     ["times", "couplings", "oracles", "paths", "parameterization"],
-    ["losses", "guidance", "samplers", "likelihood", "fewstep"],
+    ["losses", "guidance", "samplers", "divergence"],
+    ["likelihood", "fewstep"],
 ]
 CORE = {name: height for height, names in enumerate(LAYERS) for name in names}
 LEAVES = ["models", "data", "metrics", "train"]  # each may import the core, which imports none of them

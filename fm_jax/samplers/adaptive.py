@@ -173,7 +173,9 @@ def sample_adaptive(
 
     implicit = not isinstance(solver, diffrax.AbstractERK)
     if implicit and not per_sample:
-        raise ValueError("An implicit solver needs per_sample=True: a Jacobian over the whole batch would be too large.")
+        raise ValueError(
+            "An implicit solver needs per_sample=True: a Jacobian over the whole batch would be too large."
+        )
 
     pid = diffrax.PIDController(rtol, atol)
     controller = _counting_controller()(rtol, atol, pid.norm, pid, solver.tableau)

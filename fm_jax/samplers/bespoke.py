@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm_jax.nfe import nfe_per_call
-from fm_jax.samplers.fixed import METHODS, Method, evaluate
+from fm_jax.samplers.fixed import Method, evaluate, tableau
 from fm_jax.samplers.grids import check_state, uniform
 from fm_jax.shapes import mean_over_event
-from fm_jax.types import Array, Solution, VelocityFn, check_member
+from fm_jax.types import Array, Solution, VelocityFn
 
 
 class BespokeSolver(NamedTuple):
@@ -61,9 +61,7 @@ def from_method(method: str | Method, num_steps: int, t0: float = 0.0, t1: float
         >>> from_method("midpoint", 2).times
         Array([0.  , 0.25, 0.5 , 0.75, 1.  ], dtype=float32)
     """
-    if not isinstance(method, Method):
-        check_member("method", method, tuple(METHODS))
-        method = METHODS[method]
+    method = tableau(method)
     if not all(c < c_next for c, c_next in zip(method.c, (*method.c[1:], 1.0), strict=True)):
         raise ValueError(f"The stages of the method must come one after the other before the end, got c = {method.c}.")
     stages = method.stages

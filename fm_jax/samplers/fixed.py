@@ -55,7 +55,8 @@ METHODS = {
 }
 
 
-def _method(method: str | Method) -> Method:
+def tableau(method: str | Method) -> Method:
+    """The tableau of that name, or the tableau itself; raises `ValueError` for an unknown name."""
     if isinstance(method, Method):
         return method
     check_member("method", method, tuple(METHODS))
@@ -100,7 +101,7 @@ def ode_step(
         >>> ode_step(lambda t, x: x, 0.0, 1.0, jnp.ones((1, 1)), "rk4")
         Array([[2.7083335]], dtype=float32)
     """
-    method = _method(method)
+    method = tableau(method)
     t, t_next = jnp.asarray(t, dtype=time_dtype(x)), jnp.asarray(t_next, dtype=time_dtype(x))
     h = expand_time(t_next - t, x)
     stages = [evaluate(v, t, x) if first is None else first]
@@ -147,7 +148,7 @@ def sample_ode(
         >>> float(abs(solution.x[0, 0] - jnp.e)) < 1e-5, int(solution.nfe)
         (True, 40)
     """
-    method = _method(method)
+    method = tableau(method)
     x0 = jnp.asarray(x0)
     check_state(x0)
     times = time_grid(num_steps, grid, t0, t1, x0)

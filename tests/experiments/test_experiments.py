@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
 
-from experiments import cifar10, digits, fashion_mnist, images, mnist, sample, toy2d
+from experiments import bespoke, cifar10, digits, fashion_mnist, images, mnist, sample, toy2d
 from experiments.command_line import parse
 from experiments.method import Method
 from experiments.training import config_to_json, from_json
@@ -103,14 +103,65 @@ def test_sample_draws_from_a_run(tmp_path, capsys):
     assert "NFE 6" in out
     draw(out=tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 0
+    draw(out=tmp_path / "d.npz", label=3, avoid=5, guidance_rule="projected", guidance=2.0)
+    draw(out=tmp_path / "e.npz", label=3, weak_run=run, guidance=2.0)
+    d, e = (np.load(tmp_path / f"{name}.npz") for name in "de")
+    assert np.abs(d["samples"] - a["samples"]).max() > 0
+    # Leading away from a network by itself leads nowhere.
+    np.testing.assert_allclose(e["samples"], c["samples"], atol=1e-5)
     for options, message in [
         ({"out": tmp_path / "x.jpg"}, "--out must end in .png or .npz"),
         ({"label": 10}, "--class must be one of the run's 10 classes, got 10"),
+        ({"avoid": 10}, "--avoid must be one of the run's 10 classes, got 10"),
+        ({"avoid": 1, "weak_run": run}, "--avoid and --weak-run are two ways to guide: give one"),
+        ({"bespoke": tmp_path / "no.npz"}, "--bespoke takes the place of --solver"),
     ]:
         with pytest.raises(SystemExit, match=message):
             draw(**options)
     with pytest.raises(SystemExit, match=r"is not the folder of a run: it has no config.json"):
         sample.run(sample.Config(run=tmp_path / "nowhere"))
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    config = smoke(toy2d.CONFIG, tmp_path_factory.mktemp("toy") / "run")
+    toy2d.run(config)
+    return config.training.run_dir.with_name("run-smoke")
+
+
+def test_samplers_by_name(toy_run, tmp_path, capsys):
+    """One of each family; `--help` lists all of them."""
+    nfe = {"ab3": 5, "ddim": 3, "ddpm": 3, "unipc_2": 3, "churn": 6, "predictor_corrector": 5, "tsit5": None}
+    for name, expected in nfe.items():
+        out = tmp_path / f"{name}.npz"
+        sample.run(sample.Config(run=toy_run, num=8, out=out, solver=name, steps=3, grid="edm", tolerance=1e-2))
+        assert np.isfinite(np.load(out)["samples"]).all()
+        assert expected is None or f"with {name}, NFE {expected}" in capsys.readouterr().out, name
+    with pytest.raises(SystemExit, match=r"solver must be one of .*, got .eular."):
+        sample.run(sample.Config(run=toy_run, out=tmp_path / "x.npz", solver="eular"))
+    with pytest.raises(SystemExit, match=r"eta must be in \[0, 1\], got 2.0"):
+        sample.run(sample.Config(run=toy_run, out=tmp_path / "x.npz", solver="ddim", eta=2.0))
+    with pytest.raises(SystemExit, match="num_steps must be at least 1, got 0"):
+        sample.run(sample.Config(run=toy_run, out=tmp_path / "x.npz", solver="heun", steps=0))
+
+
+def test_help_lists_the_samplers_with_order_and_cost(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["sample", "--help"])
+    with pytest.raises(SystemExit):
+        parse(sample.Config)
+    out = capsys.readouterr().out
+    for line in ("dpm_solver_3: order 3, 3 NFE a step", "ddpm: weak order 1, 1 NFE a step, random"):
+        assert line in out
+
+
+def test_bespoke_solver_of_a_run(toy_run, tmp_path, capsys):
+    config = bespoke.Config(run=toy_run, calls=(2, 3), num=32, fine_steps=5, iterations=3, batch_size=16)
+    results = bespoke.run(config)
+    assert results.keys() == {"2", "3"}
+    assert np.isfinite([value for found in results.values() for value in found.values()]).all()
+    sample.run(sample.Config(run=toy_run, num=8, out=tmp_path / "b.npz", bespoke=toy_run / "bespoke_3.npz"))
+    assert "NFE 3" in capsys.readouterr().out
 
 
 def test_toy2d(tmp_path, capsys):
@@ -119,7 +170,7 @@ def test_toy2d(tmp_path, capsys):
     assert (tmp_path / "run-smoke" / "samples.png").exists()
     sample.run(sample.Config(run=tmp_path / "run-smoke", num=16, out=tmp_path / "points.npz"))
     assert np.load(tmp_path / "points.npz")["samples"].shape == (16, 2)
-    with pytest.raises(SystemExit, match="--source moons needs --prediction velocity and an ODE solver"):
+    with pytest.raises(SystemExit, match="--source moons needs --prediction velocity and a solver such as heun"):
         toy2d.run(smoke(toy2d.CONFIG, tmp_path / "run", source="moons", method=Method(prediction="noise")))
 
 

@@ -1,0 +1,359 @@
+"""Error against network evaluations for every sampler, its overhead, and its compile time.
+
+Command: `python -m benchmarks.samplers --run runs/digits`, which needs a finished `python -m experiments.digits`
+
+Three questions, each answered with all samplers in one process:
+
+* On the closed form, a Gaussian mixture with four components in eight dimensions: how far from the exact flow does a
+  sampler end (root mean square over coordinates, float64), with 5, 10, 20 and 50 evaluations? A random sampler follows
+  no flow: it is judged, as are the others, by the energy distance of 2,000 samples to as many of the data, beside the
+  distance of two draws of the data. On uniform times and on those of EDM.
+* On a trained network, the run's: the same against a fine solution of the network's own flow, without guidance.
+* On a network that matters, a DiT: the time of a sampler over the time of as many evaluations in a bare loop, and what
+  it takes to compile.
+
+Writes `samplers.json`, tables as `samplers.md` and a figure `samplers.png` into `--out`.
+"""
+
+import functools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import images
+from experiments.command_line import parse
+from experiments.figures import save_error_curves
+from experiments.sample import restore_run
+from fm_jax import oracles
+from fm_jax.models import forward_flops, init_params, linen_apply, make_dit
+from fm_jax.parameterization import velocity_fn
+from fm_jax.samplers import SAMPLERS, bespoke, grids, sample, sample_ode
+from fm_jax.schedules import Linear
+from fm_jax.train.bespoke import fit_bespoke
+from fm_jax.types import Array, Key, Schedule, VelocityFn
+
+BUDGETS = (5, 10, 20, 50)
+FIXED = tuple(name for name, sampler in SAMPLERS.items() if sampler.nfe_per_step is not None)
+GRIDS = ("uniform", "edm")
+FIGURE = ("euler", "heun", "rk4", "ab2", "ab4", "dpm_solver++_2m", "unipc_3", "bespoke")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to measure."""
+
+    run: Path | None = None
+    """Folder of a finished run, for the second part; without it that part is left out."""
+    out: Path = Path("runs/benchmark_samplers")
+    """Where the results go."""
+    parts: tuple[Literal["oracle", "network", "overhead"], ...] = ("oracle", "network", "overhead")
+    """What to measure."""
+    num: int = 256
+    """Samples on the trained network."""
+    bespoke_iterations: int = 300
+    """Training steps of a bespoke solver."""
+
+
+class Problem(NamedTuple):
+    """A flow to solve: where it starts, where it ends exactly, and draws of the data to compare with."""
+
+    v: VelocityFn
+    schedule: Schedule
+    x0: Array
+    exact: Array
+    data: Array
+    other_data: Array
+
+
+def steps_within(name: str, budget: int) -> tuple[int, int]:
+    """The most steps, and the evaluations they take, within a budget; (0, 0) if there is none."""
+
+    @functools.cache
+    def nfe(num_steps: int) -> int:
+        def v(t: Array, x: Array) -> Array:
+            return -x
+
+        return int(sample(name, v, jax.random.key(0), jnp.ones((1, 1)), schedule=Linear(), num_steps=num_steps).nfe)
+
+    for num_steps in range(budget // SAMPLERS[name].nfe_per_step + 2, 0, -1):
+        if (used := nfe(num_steps)) <= budget:
+            return num_steps, used
+    return 0, 0
+
+
+def energy_distance(x: Array, y: Array) -> float:
+    """2 E|x - y| - E|x - x'| - E|y - y'|, unbiased: 0 on average for two draws of one law, and so at times negative."""
+
+    def mean_distance(a: Array, b: Array) -> Array:
+        return jnp.sqrt(jnp.maximum(((a[:, None] - b[None]) ** 2).sum(axis=-1), 1e-30)).mean()
+
+    a, b = (z.reshape(len(z), -1) for z in (x, y))
+    correction = len(a) / (len(a) - 1)
+    return float(2 * mean_distance(a, b) - correction * (mean_distance(a, a) + mean_distance(b, b)))
+
+
+def times_of(grid: str, num_steps: int, schedule: Schedule) -> Array:
+    """A grid over the whole path."""
+    return grids.uniform(num_steps) if grid == "uniform" else grids.edm(num_steps, schedule)
+
+
+def errors(problem: Problem, names: tuple[str, ...], grid_names: tuple[str, ...]) -> list[dict[str, Any]]:
+    """A row for every sampler, grid and budget."""
+    rows = []
+    for name in names:
+        for budget in BUDGETS:
+            num_steps, nfe = steps_within(name, budget)
+            if num_steps == 0:
+                continue
+            for grid in grid_names:
+                times = times_of(grid, num_steps, problem.schedule)
+                draw = jax.jit(
+                    lambda key, x0, name=name, times=times: (
+                        sample(name, problem.v, key, x0, schedule=problem.schedule, grid=times).x
+                    )
+                )
+                start = time.perf_counter()
+                x = jax.block_until_ready(draw(jax.random.key(1), problem.x0))
+                rows.append(_row(problem, name, budget, grid, nfe, x, time.perf_counter() - start))
+                print(rows[-1], flush=True)
+    return rows
+
+
+def _row(problem: Problem, name: str, budget: int, grid: str, nfe: int, x: Array, seconds: float) -> dict[str, Any]:
+    stochastic = name in SAMPLERS and SAMPLERS[name].stochastic
+    return {
+        "sampler": name,
+        "budget": budget,
+        "grid": grid,
+        "nfe": nfe,
+        "rmse": None if stochastic else float(jnp.sqrt(jnp.mean((x - problem.exact) ** 2))),
+        "energy_distance": energy_distance(x, problem.data),
+        "seconds_with_compilation": seconds,
+    }
+
+
+def bespoke_errors(
+    problem: Problem, key: Key, x0: Array, x1: Array, iterations: int, batch_size: int
+) -> list[dict[str, Any]]:
+    """Rows of solvers trained for this flow, on other starting points than those judged."""
+    rows = []
+    for budget in (5, 10):
+        method = "midpoint" if budget % 2 == 0 else "euler"
+        start = bespoke.from_method(method, budget // 2 if method == "midpoint" else budget)
+        begin = time.perf_counter()
+        solver, _ = fit_bespoke(
+            lambda _: problem.v, start, key, x0, x1, num_iterations=iterations, batch_size=batch_size
+        )
+        jax.block_until_ready(solver)
+        seconds = time.perf_counter() - begin
+        draw = jax.jit(lambda solver, x0: bespoke.sample_bespoke(problem.v, solver, x0).x)
+        for name, each in ((f"bespoke start ({method})", start), ("bespoke", solver)):
+            x = draw(each, problem.x0)
+            rows.append(_row(problem, name, budget, "learned" if each is solver else "uniform", budget, x, seconds))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def oracle(config: Config) -> dict[str, Any]:
+    """The closed form, in float64."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(0)
+        mixture = oracles.gaussian_mixture(1.5 * rng.normal(size=(4, 8)), [0.2, 0.3, 0.4, 0.5], [0.4, 0.3, 0.2, 0.1])
+        v, num = oracles.velocity(mixture, Linear()), 2000
+        keys = jax.random.split(jax.random.key(0), 5)
+        fine = jax.jit(lambda x0: sample_ode(v, x0, num_steps=1000, method="rk4").x)
+        x0, train_x0 = (jax.random.normal(key, (num, 8)) for key in keys[:2])
+        data, other = (oracles.sample(mixture, key, num) for key in keys[2:4])
+        problem = Problem(v, Linear(), x0, fine(x0), data, other)
+        rows = errors(problem, FIXED, GRIDS)
+        rows += bespoke_errors(problem, keys[4], train_x0, fine(train_x0), 10 * config.bespoke_iterations, 256)
+        return {"rows": rows, **_floors(problem), "problem": "4 Gaussians in 8 dimensions, linear path, float64"}
+
+
+def _floors(problem: Problem) -> dict[str, float]:
+    return {
+        "energy_distance_exact_flow": energy_distance(problem.exact, problem.data),
+        "energy_distance_floor": energy_distance(problem.other_data, problem.data),
+    }
+
+
+def network(config: Config) -> dict[str, Any]:
+    """The network of a run, without guidance."""
+    assert config.run is not None
+    restored = restore_run(config.run)
+    experiment, method, num = restored.experiment, restored.config.method, config.num
+    labels = jnp.arange(num) % experiment.num_classes
+
+    def model_fn(t: Array, x: Array, cond: Any = None) -> Array:
+        return experiment.apply_fn(restored.params, t, x, cond, train=False, rngs=None)
+
+    # Every batch has the classes in turn, so that one condition serves all.
+    v = velocity_fn(model_fn, method.prediction, method.schedule, labels)
+    fine = jax.jit(lambda x0: sample_ode(v, x0, num_steps=100, method="rk4").x)
+    keys = jax.random.split(jax.random.key(0), 4)
+    x0 = experiment.draw_x0(keys[0], num)
+    real = images.in_unit_range(images.load(restored.config, "train").images)
+    halves = np.split(np.random.default_rng(0).permutation(len(real))[: 2 * num], 2)
+    data, other = (jnp.asarray(real[half]) for half in halves)
+    problem = Problem(v, method.schedule, x0, fine(x0), data, other)
+    rows = errors(problem, tuple(name for name in FIXED if name not in ("sea", "sra1")), ("uniform",))
+    train_x0 = experiment.draw_x0(keys[1], num)
+    rows += bespoke_errors(problem, keys[2], train_x0, fine(train_x0), config.bespoke_iterations, num)
+    return {"rows": rows, **_floors(problem), "problem": f"{config.run.name}, {num} samples, {x0.dtype}, unguided"}
+
+
+def overhead() -> dict[str, Any]:
+    """Time of each sampler over that of as many evaluations in a bare loop; a DiT-S/4 on 32 x 32 images, batch 4."""
+    model, shape, num_steps = make_dit("S/4"), (32, 32, 3), 6
+    params, apply_fn = init_params(model, jax.random.key(0), shape), linen_apply(model)
+    x0, key = jax.random.normal(jax.random.key(1), (4, *shape)), jax.random.key(2)
+
+    def v_of(params: Any) -> VelocityFn:
+        return lambda t, x: apply_fn(params, jnp.full(len(x), t), x, None, train=False, rngs=None)
+
+    def bare(params: Any, key: Key, x: Array) -> Array:
+        v = v_of(params)
+        return jax.lax.fori_loop(0, 2 * num_steps, lambda i, x: v(jnp.float32(0.5), x), x)
+
+    def timed(f: Callable[..., Array]) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(f(params, key, x0))
+        return time.perf_counter() - start
+
+    bare, bare_compile = _compiled(bare, params, key, x0)
+    rows = []
+    for name in FIXED:
+        nfe = int(sample(name, lambda t, x: -x, key, jnp.ones((1, 1)), schedule=Linear(), num_steps=num_steps).nfe)
+        run, compile_seconds = _compiled(
+            lambda params, key, x, name=name: (
+                sample(name, v_of(params), key, x, schedule=Linear(), num_steps=num_steps).x
+            ),
+            params,
+            key,
+            x0,
+        )
+        # In turns, so that both see the same machine; the least of a few, so that neighbours count least.
+        pairs = [(timed(run) / nfe, timed(bare) / (2 * num_steps)) for _ in range(5)]
+        ratio = min(p for p, _ in pairs) / min(q for _, q in pairs)
+        rows.append(
+            {
+                "sampler": name,
+                "nfe": nfe,
+                "overhead": ratio,
+                "compile_over_forward_loop": compile_seconds / bare_compile,
+            }
+        )
+        print(rows[-1], flush=True)
+    return {
+        "rows": rows,
+        "problem": f"DiT-S/4, 32 x 32 x 3, batch 4, float32, {forward_flops(model, shape) / 1e9:.1f} GFLOP a forward",
+        "seconds_a_forward": statistics.median(timed(bare) for _ in range(3)) / (2 * num_steps),
+        "compile_seconds_bare_loop": bare_compile,
+    }
+
+
+def _compiled(f: Callable[..., Array], *args: Any) -> tuple[Callable[..., Array], float]:
+    lowered = jax.jit(f).lower(*args)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    jax.block_until_ready(compiled(*args))
+    return compiled, seconds
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as tables."""
+    parts = [f"Device: {results['device']}, jax {results['jax']}.\n"]
+    for part in ("oracle", "network"):
+        if part not in results:
+            continue
+        found = results[part]
+        for quantity, title in (
+            ("rmse", "Root mean square error against the exact flow"),
+            ("energy_distance", "Energy distance to the data"),
+        ):
+            parts.append(f"### {title}: {found['problem']}\n")
+            if quantity == "energy_distance":
+                flow, floor = found["energy_distance_exact_flow"], found["energy_distance_floor"]
+                parts.append(f"The exact flow: {flow:.4f}; two draws of the data: {floor:.4f}.\n")
+            rows = [row for row in found["rows"] if row[quantity] is not None]
+            parts.append(_table(rows, quantity))
+    if "overhead" in results:
+        found = results["overhead"]
+        parts.append(f"### Overhead and compile time: {found['problem']}\n")
+        lines = [
+            "| sampler | NFE | time over NFE forwards | compile time over that of a bare loop |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {r['sampler']} | {r['nfe']} | {r['overhead']:.3f} | {r['compile_over_forward_loop']:.2f} |"
+            for r in found["rows"]
+        ]
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def _table(rows: list[dict[str, Any]], quantity: str) -> str:
+    lines = [
+        "| sampler | times | " + " | ".join(f"{budget} NFE" for budget in BUDGETS) + " |",
+        "|---" * (2 + len(BUDGETS)) + "|",
+    ]
+    best = {budget: min((row[quantity] for row in rows if row["budget"] == budget), default=0.0) for budget in BUDGETS}
+    for name, grid in dict.fromkeys((row["sampler"], row["grid"]) for row in rows):
+        found = {row["budget"]: row for row in rows if (row["sampler"], row["grid"]) == (name, grid)}
+        cells = []
+        for budget in BUDGETS:
+            if budget not in found:
+                cells.append("")
+                continue
+            value = found[budget][quantity]
+            text = f"{value:.2g}" if value < 0.1 else f"{value:.3f}"
+            cells.append(f"**{text}**" if value == best[budget] else text)
+        lines.append(f"| {name} | {grid} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def figure(results: dict[str, Any], path: Path) -> None:
+    """Error against evaluations, a panel for each problem; each sampler on the better of its grids."""
+    panels: dict[str, dict[str, dict[int, float]]] = {}
+    for part in ("oracle", "network"):
+        if part in results:
+            panel = panels.setdefault(results[part]["problem"], {name: {} for name in FIGURE})
+            for row in results[part]["rows"]:
+                if row["sampler"] in panel:
+                    curve, nfe = panel[row["sampler"]], row["nfe"]
+                    curve[nfe] = min(row["rmse"], curve.get(nfe, math.inf))
+    save_error_curves(path, panels)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measures, writes and returns what was asked for."""
+    if "network" in config.parts and config.run is None:
+        raise SystemExit(
+            "The part network needs --run, the folder of a finished run; or leave it out: --parts oracle overhead"
+        )
+    config.out.mkdir(parents=True, exist_ok=True)
+    path = config.out / "samplers.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    parts = {"oracle": lambda: oracle(config), "network": lambda: network(config), "overhead": overhead}
+    for part in config.parts:
+        results[part] = parts[part]()
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    (config.out / "samplers.md").write_text(markdown(results))
+    if {"oracle", "network"} & set(results):
+        figure(results, config.out / "samplers.png")
+    return results
+
+
+if __name__ == "__main__":
+    run(parse(Config, description=__doc__))

@@ -1,0 +1,120 @@
+"""Trains solvers of a few steps for the network of a finished run, and says what they gain.
+
+Paper: Shaul et al. 2024 (arXiv:2403.01329). Command: `python -m experiments.bespoke --run runs/digits --calls 5 10`
+Hardware: minutes on two CPU cores for the digits. Writes `bespoke_<calls>.npz` into the run's folder, for
+`python -m experiments.sample --run runs/digits --bespoke runs/digits/bespoke_5.npz`.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments.command_line import parse
+from experiments.sample import restore_run, save_solver
+from experiments.sampling import guided_velocity, sampled_times
+from fm_jax.paths import source
+from fm_jax.samplers import bespoke, sample, sample_ode
+from fm_jax.train.bespoke import fit_bespoke
+from fm_jax.types import Array, VelocityFn
+
+OTHERS = ("euler", "midpoint", "ab2", "dpm_solver++_2m", "unipc_2")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to train."""
+
+    run: Path
+    """Folder of the run; its own guidance is used."""
+    calls: tuple[int, ...] = (5, 10)
+    """Calls of the velocity: a solver is trained for each. Guidance makes a call two network evaluations."""
+    num: int = 512
+    """Pairs of noise and fine solution to train on; half as many are kept to judge."""
+    fine_steps: int = 50
+    """Steps of rk4 in a fine solution."""
+    iterations: int = 300
+    """Training steps."""
+    batch_size: int = 64
+    """Pairs a training step."""
+    learning_rate: float = 5e-3
+    """Of Adam, at the start."""
+    seed: int = 0
+    """Seed of noise and batches."""
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, judges on new noise, writes; returns what it prints, in decibels."""
+    restored = restore_run(config.run)
+    experiment, method, sampling = restored.experiment, restored.config.method, restored.config.sampling
+    t0, t1 = sampled_times(method)
+    key_train, key_judge, key_fit = jax.random.split(jax.random.key(config.seed), 3)
+
+    def v_of(labels: Array) -> VelocityFn:
+        return guided_velocity(
+            sampling, method, experiment.apply_fn, restored.params, labels, null_label=experiment.num_classes
+        )
+
+    @jax.jit
+    def fine(x0: Array, labels: Array) -> Array:
+        return sample_ode(v_of(labels), x0, num_steps=config.fine_steps, method="rk4", t0=t0, t1=t1).x
+
+    def pairs(key: Array, num: int) -> tuple[Array, Array, Array]:
+        x0, labels = (
+            source(method.schedule, experiment.draw_x0(key, num), t0),
+            jnp.arange(num) % (experiment.num_classes or 1),
+        )
+        return x0, fine(x0, labels), labels
+
+    x0, x1, labels = pairs(key_train, config.num)
+    judge_x0, judge_x1, judge_labels = pairs(key_judge, max(1, config.num // 2))
+    peak = float(x1.max() - x1.min())
+
+    def decibels(x: Array) -> float:
+        return float(10 * jnp.log10(peak**2 / ((x - judge_x1) ** 2).reshape(len(x), -1).mean(axis=1)).mean())
+
+    results: dict[str, Any] = {}
+    for calls in config.calls:
+        method_name, steps = ("midpoint", calls // 2) if calls % 2 == 0 else ("euler", calls)
+        start = time.perf_counter()
+        solver, _ = fit_bespoke(
+            v_of,
+            bespoke.from_method(method_name, steps, t0, t1),
+            key_fit,
+            x0,
+            x1,
+            labels,
+            num_iterations=config.iterations,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+        )
+        jax.block_until_ready(solver)
+        seconds = time.perf_counter() - start
+        draw = jax.jit(lambda solver, x0, labels: bespoke.sample_bespoke(v_of(labels), solver, x0).x)
+        found = {"bespoke": decibels(draw(solver, judge_x0, judge_labels))}
+        for name in OTHERS:
+            num_steps = calls // 2 if name == "midpoint" else calls
+            if num_steps:
+                by_name = jax.jit(
+                    lambda x0, labels, name=name, num_steps=num_steps: (
+                        sample(
+                            name, v_of(labels), None, x0, schedule=method.schedule, num_steps=num_steps, t0=t0, t1=t1
+                        ).x
+                    )
+                )
+                found[name] = decibels(by_name(judge_x0, judge_labels))
+        path = config.run / f"bespoke_{calls}.npz"
+        save_solver(path, solver)
+        print(f"{path}: {calls} calls, trained in {seconds:.0f} s; PSNR to the fine solution in dB:")
+        print("  " + ", ".join(f"{name} {value:.1f}" for name, value in found.items()), flush=True)
+        results[str(calls)] = found | {"seconds": seconds}
+    (config.run / "bespoke.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+if __name__ == "__main__":
+    run(parse(Config, description=__doc__))

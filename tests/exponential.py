@@ -1,0 +1,219 @@
+"""What the tests of the exponential integrators (DDIM, DPM-Solver, UniPC) share: fields, grids and measurements."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+
+from fm_jax import oracles
+from fm_jax.guidance import classifier_free
+from fm_jax.samplers.fixed import sample_ode
+from fm_jax.schedules import VP, Linear, Polynomial, coefficients
+
+NUM_STEPS = [64, 128, 256]
+RANGES = {"linear": (Linear(), 0.05, 0.95), "vp": (VP(), 0.2, 0.9)}
+"""Schedules with a range of times on which the log-SNR is finite."""
+
+
+def guided_by_half(schedule, batch):
+    """The velocity of a mixture, unguided in the first half of the batch and guided with scale 2 in the second."""
+    cats = oracles.gaussian_mixture([[-1.0, 0.0], [1.0, 0.5]], [0.6, 0.8], [0.3, 0.7])
+    everything = oracles.gaussian_mixture([[0.0, 0.0], [0.5, -0.5]], [1.0, 0.7])
+    scale = np.repeat([1.0, 2.0], batch // 2)
+    return classifier_free(oracles.velocity(cats, schedule), oracles.velocity(everything, schedule), scale)
+
+
+def even(n):
+    return np.linspace(0, 1, n + 1)
+
+
+def slow_start(n):
+    """Two first steps of length 1 / (4 n^2), so that the low orders of a multistep method's start do not matter."""
+    return np.concatenate([np.array([0, 1, 2]) / (4 * n**2), even(n)[1:]])
+
+
+def padded(grids):
+    """The grids as one array, so that they compile once, with steps of length 0 that change nothing.
+
+    They come first: after the last step UniPC would find an evaluation to correct it with.
+    """
+    return np.stack([np.pad(grid, (max(map(len, grids)) - len(grid), 0), mode="edge") for grid in grids])
+
+
+def orders(samplers, ranges):
+    """Measured orders {(name, range, start, field): order}, from one compiled call a range."""
+    grids = padded([start(n) for start in (even, slow_start) for n in NUM_STEPS])
+    out = {}
+    for place in ranges:
+        schedule, t0, t1 = RANGES[place]
+        x0 = jax.random.normal(jax.random.key(0), (8, 2), dtype=float)
+        v = guided_by_half(schedule, len(x0))
+
+        @jax.jit
+        def ends(grids, v=v, schedule=schedule, x0=x0):
+            return {
+                name: jax.vmap(lambda grid, sampler=sampler: sampler(v, x0, schedule=schedule, grid=grid).x)(grids)
+                for name, sampler in samplers.items()
+            }
+
+        reference = jax.jit(functools.partial(sample_ode, v, num_steps=1000, method="rk4", t0=t0, t1=t1))(x0).x
+        for name, x in ends(t0 + (t1 - t0) * grids).items():
+            # [start, num_steps, field]
+            errors = np.abs(x - reference[None]).reshape(2, len(NUM_STEPS), 2, -1).mean(axis=-1)
+            for i, start in enumerate(["even", "slow start"]):
+                for j, field in enumerate(["mixture", "guided"]):
+                    out[name, place, start, field] = slope(errors[i, :, j])
+    return out
+
+
+def slope(errors):
+    return -np.polyfit(np.log(NUM_STEPS), np.log(errors), 1)[0]
+
+
+POINT = np.array([[0.7, -0.4]])
+
+
+def point_velocity(schedule, x1):
+    """The velocity where all data is the one point x1 [1, d]."""
+
+    def v(t, x):
+        alpha, sigma, d_alpha, d_sigma = coefficients(schedule, t)
+        return d_alpha * x1 + d_sigma * (x - alpha * x1) / sigma
+
+    return v
+
+
+def point_errors(cases):
+    """Largest distance from the exact end point where all data is one point, for each of [(sampler, schedule)].
+
+    Forward over the whole domain and backward from its middle. The data prediction, and the noise prediction along the
+    flow, are constant, so that every exponential integrator is exact however few its steps.
+    """
+    x = np.array([[1.0, 2.0], [-0.5, 0.3]])
+
+    def error(sampler, schedule):
+        start, end = schedule.domain
+        if schedule == Polynomial(2.0):
+            start = 1e-3  # the path stands still at 0, and its velocity says nothing of the data
+        middle = (start + end) / 2
+        v = point_velocity(schedule, POINT)
+
+        def distance(grid):
+            (a0, a1), (s0, s1) = schedule.alpha(grid[jnp.array([0, -1])]), schedule.sigma(grid[jnp.array([0, -1])])
+            exact = a1 * POINT + s1 / s0 * (x - a0 * POINT)
+            return jnp.abs(sampler(v, jnp.asarray(x), schedule=schedule, grid=grid).x - exact).max()
+
+        return jax.vmap(distance)(jnp.array([[start, middle, end], [middle, (start + middle) / 2, start]])).max()
+
+    return np.array(jax.jit(lambda: [error(*case) for case in cases])())
+
+
+def one_draw_an_example(key, i, x):
+    """Instead of normal noise: 1 in step i for example i + 2, otherwise 0."""
+    return jnp.asarray(jnp.arange(len(x)) == i + 2, dtype=x.dtype)[:, None]
+
+
+def gaussian_moments(samplers, ranges):
+    """Mean and variance errors at the end for data N(0.5, 0.6^2), without Monte Carlo error, each over NUM_STEPS.
+
+    On a single Gaussian a sampler is affine in its start and its noise, so that the law at the end follows from its
+    responses: example 0 starts at 0 without noise, 1 at 1, and the others have a unit of noise in one step each. To be
+    called with `step_noise` replaced by `one_draw_an_example`.
+    """
+    grids = padded([even(n) for n in NUM_STEPS])
+    key, x0 = jax.random.key(0), jnp.zeros((NUM_STEPS[-1] + 2, 1), dtype=float).at[1].set(1.0)
+    mixture = oracles.gaussian_mixture([[0.5]], 0.6)
+
+    @jax.jit
+    def ends():
+        out = {}
+        for place in ranges:
+            schedule, t0, t1 = RANGES[place]
+            v = oracles.velocity(mixture, schedule)
+            for name, sampler in samplers.items():
+                sample = functools.partial(sampler, v, x0, schedule=schedule, key=key)
+                out[name, place] = jax.vmap(lambda grid, sample=sample: sample(grid=grid).x[:, 0])(
+                    t0 + (t1 - t0) * grids
+                )
+        return out
+
+    errors = {}
+    for (name, place), x in ends().items():
+        schedule, *times = RANGES[place]
+        (a0, a1), (s0, s1) = schedule.alpha(jnp.array(times)), schedule.sigma(jnp.array(times))
+        response = x[:, 1:] - x[:, :1]
+        mean = x[:, 0] + response[:, 0] * a0 * 0.5
+        variance = response[:, 0] ** 2 * (a0**2 * 0.36 + s0**2) + (response[:, 1:] ** 2).sum(axis=1)
+        errors[name, place] = np.abs(mean - a1 * 0.5), np.abs(variance - (a1**2 * 0.36 + s1**2))
+    return errors
+
+
+MEANS, SCALES, WEIGHTS = np.array([[-1.5, 0.0], [1.0, 0.5]]), [0.4, 0.7], [0.3, 0.7]
+
+
+def p_values(sampler, schedule=None, num_steps=200):
+    """Kolmogorov-Smirnov p-values of four projections of 4,000 samples against the exact distribution functions."""
+    schedule = Linear() if schedule is None else schedule
+    v = oracles.velocity(oracles.gaussian_mixture(MEANS, SCALES, WEIGHTS), schedule)
+    x0 = jax.random.normal(jax.random.key(5), (4000, 2))
+    x = np.asarray(jax.jit(lambda x: sampler(v, x, schedule=schedule, num_steps=num_steps).x)(x0))
+
+    def p_value(angle):
+        direction = np.array([np.cos(angle), np.sin(angle)])
+
+        def cdf(y):
+            components = zip(WEIGHTS, MEANS @ direction, SCALES, strict=True)
+            return sum(w * scipy.stats.norm.cdf(y, mean, scale) for w, mean, scale in components)
+
+        return scipy.stats.kstest(x @ direction, cdf).pvalue
+
+    return [p_value(angle) for angle in np.pi * np.arange(4) / 4]
+
+
+def field(t, x):
+    """A velocity that is cheap to compile, not linear, and smooth from end to end, as those of real data are."""
+    return jnp.sin(2 * x) + jnp.cos(3 * t) - t * x
+
+
+def end_to_end(samplers):
+    """From infinite to infinite log-SNR on `Linear` with `field`, {name: (errors, gradients)}.
+
+    errors: of coming back to the start, after 64 and 128 steps each way. gradients: of the end with respect to the
+    start and to a time inside, in three steps.
+    """
+    x0 = np.array([[0.5, -1.0], [2.0, 0.1]])
+
+    def results(sampler, grids):
+        def there(x, grid):
+            return sampler(field, x, schedule=Linear(), grid=grid).x
+
+        def in_three(x, middle):
+            return there(x, jnp.stack([0 * middle, middle, 0 * middle + 0.8, 0 * middle + 1])).sum()
+
+        # One loop over both directions, so that the sampler compiles once.
+        x, _ = jax.lax.scan(
+            lambda x, grids: (jax.vmap(there)(x, grids), None), jnp.stack([x0, x0]), jnp.stack([grids, grids[:, ::-1]])
+        )
+        return jnp.abs(x - x0[None]).mean(axis=(1, 2)), jax.grad(in_three, argnums=(0, 1))(jnp.asarray(x0), 0.3)
+
+    grids = jnp.asarray(padded([even(64), even(128)]))
+    return jax.jit(lambda grids: {name: results(sampler, grids) for name, sampler in samplers.items()})(grids)
+
+
+def calls_and_nfe(sampler, *grids):
+    """How often the network really ran on each of the grids, and what the sampler says: [(calls, nfe)]."""
+    calls, out = [], []
+
+    def network(t, x):
+        jax.debug.callback(lambda: calls.append(1))
+        return -x
+
+    sample = jax.jit(lambda grid: sampler(network, jnp.ones((3, 1)), schedule=Linear(), grid=grid))
+    for grid in grids:
+        calls.clear()
+        solution = jax.block_until_ready(sample(jnp.asarray(grid)))
+        jax.effects_barrier()
+        out.append((len(calls), int(solution.nfe)))
+    return out
