@@ -198,7 +198,7 @@ def network(config: Config) -> dict[str, Any]:
 
     # Every batch has the classes in turn, so that one condition serves all.
     v = velocity_fn(model_fn, method.prediction, method.schedule, labels)
-    fine = jax.jit(lambda x0: sample_ode(v, x0, num_steps=100, method="rk4").x)
+    fine = jax.jit(lambda x0: sample_ode(v, x0, num_steps=40, method="rk4").x)
     keys = jax.random.split(jax.random.key(0), 4)
     x0 = experiment.draw_x0(keys[0], num)
     real = images.in_unit_range(images.load(restored.config, "train").images)

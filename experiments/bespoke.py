@@ -33,9 +33,9 @@ class Config:
     """Folder of the run; its own guidance is used."""
     calls: tuple[int, ...] = (5, 10)
     """Calls of the velocity: a solver is trained for each. Guidance makes a call two network evaluations."""
-    num: int = 512
+    num: int = 256
     """Pairs of noise and fine solution to train on; half as many are kept to judge."""
-    fine_steps: int = 50
+    fine_steps: int = 20
     """Steps of rk4 in a fine solution."""
     iterations: int = 300
     """Training steps."""

@@ -198,6 +198,29 @@ def save_scatter(
         _save(figure, path)
 
 
+def save_density(path: PathLike, data: np.ndarray, density: np.ndarray, samples: np.ndarray, limit: float) -> None:
+    """Draws two-dimensional data, the density of a model and its samples, side by side.
+
+    Args:
+        path: the file to write.
+        data: [n, 2].
+        density: on a square lattice over [-limit, limit]^2, rows along the second coordinate.
+        samples: [n, 2].
+        limit: half the side of the square.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.6, 2.8), layout="constrained")
+        left, middle, right = figure.subplots(1, 3)
+        for axes, points, title in ((left, data, "data"), (right, samples, "samples")):
+            axes.scatter(*points[:4000].T, s=1.6, color=INK, alpha=0.45, linewidths=0)
+            axes.set_title(title)
+        middle.imshow(density, extent=(-limit, limit, -limit, limit), origin="lower", cmap="Blues")
+        middle.set_title("density of the model")
+        for axes in (left, middle, right):
+            axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+        _save(figure, path)
+
+
 def save_error_curves(path: PathLike, panels: dict[str, dict[str, dict[int, float]]]) -> None:
     """Draws error against network evaluations, both on logarithmic axes, a panel for each problem.
 

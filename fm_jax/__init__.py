@@ -5,19 +5,33 @@ Time runs from 0 (source, noise) to 1 (data). The core, imported here, needs jax
 * `schedules`, `paths`, `couplings`, `times`: what to regress, and where;
 * `losses`: `flow_matching` and its relatives, for any network library;
 * `parameterization`: velocity, data, noise and score, and the way between them;
-* `guidance`, `samplers`: velocity in, velocity or samples out;
+* `guidance`, `samplers`, `likelihood`: velocity in; velocity, samples or log-density out;
 * `oracles`: the closed forms that all of it is checked against.
 
 `fm_jax.models`, `fm_jax.train` and `fm_jax.data` are imported by name.
 """
 
-from fm_jax import couplings, guidance, losses, oracles, parameterization, paths, samplers, schedules, times
+from fm_jax import (
+    couplings,
+    divergence,
+    guidance,
+    likelihood,
+    losses,
+    oracles,
+    parameterization,
+    paths,
+    samplers,
+    schedules,
+    times,
+)
 from fm_jax._version import __version__
 
 __all__ = [
     "__version__",
     "couplings",
+    "divergence",
     "guidance",
+    "likelihood",
     "losses",
     "oracles",
     "parameterization",

@@ -179,12 +179,12 @@ def check_ends(t0: float, t1: float) -> None:
         raise ValueError(f"t0 and t1 must differ, both are {t0}.")
 
 
-def check_state(x0: Array) -> None:
-    """Raises `ValueError` unless the initial state is real floating point with a batch axis."""
-    if not jnp.issubdtype(x0.dtype, jnp.floating):
-        raise ValueError(f"x0 must be floating point, got {x0.dtype}.")
-    if x0.ndim == 0:
-        raise ValueError("x0 must be [batch, ...], got a scalar.")
+def check_state(x: Array, name: str = "x0") -> None:
+    """Raises `ValueError`, with the name of the argument, unless a state is real floating point with a batch axis."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating point, got {x.dtype}.")
+    if x.ndim == 0:
+        raise ValueError(f"{name} must be [batch, ...], got a scalar.")
 
 
 def time_dtype(x: Array) -> jnp.dtype:
