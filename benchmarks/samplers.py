@@ -4,10 +4,10 @@ Command: `python -m benchmarks.samplers --run runs/digits`, which needs a finish
 
 Three questions, each answered with all samplers in one process:
 
-* On the closed form, a Gaussian mixture with four components in eight dimensions: how far from the exact flow does a
-  sampler end (root mean square over coordinates, float64), with 5, 10, 20 and 50 evaluations? A random sampler follows
-  no flow: it is judged, as are the others, by the energy distance of 2,000 samples to as many of the data, beside the
-  distance of two draws of the data. On uniform times and on those of EDM.
+* On the closed form, a Gaussian mixture with four components in eight dimensions, on the linear and on the VP path: how
+  far from the exact flow does a sampler end (root mean square over coordinates, float64), with 5, 10, 20 and 50
+  evaluations? A random sampler follows no flow: it is judged, as are the others, by the energy distance of 2,000
+  samples to as many of the data, beside the distance of two draws of the data. On uniform times and on those of EDM.
 * On a trained network, the run's: the same against a fine solution of the network's own flow, without guidance.
 * On a network that matters, a DiT: the time of a sampler over the time of as many evaluations in a bare loop, and what
   it takes to compile.
@@ -36,8 +36,9 @@ from experiments.sample import restore_run
 from fm_jax import oracles
 from fm_jax.models import forward_flops, init_params, linen_apply, make_dit
 from fm_jax.parameterization import velocity_fn
+from fm_jax.paths import source
 from fm_jax.samplers import SAMPLERS, bespoke, grids, sample, sample_ode
-from fm_jax.schedules import Linear
+from fm_jax.schedules import VP, Linear
 from fm_jax.train.bespoke import fit_bespoke
 from fm_jax.types import Array, Key, Schedule, VelocityFn
 
@@ -55,7 +56,7 @@ class Config:
     """Folder of a finished run, for the second part; without it that part is left out."""
     out: Path = Path("runs/benchmark_samplers")
     """Where the results go."""
-    parts: tuple[Literal["oracle", "network", "overhead"], ...] = ("oracle", "network", "overhead")
+    parts: tuple[Literal["linear", "vp", "network", "overhead"], ...] = ("linear", "vp", "network", "overhead")
     """What to measure."""
     num: int = 256
     """Samples on the trained network."""
@@ -103,7 +104,8 @@ def energy_distance(x: Array, y: Array) -> float:
 
 def times_of(grid: str, num_steps: int, schedule: Schedule) -> Array:
     """A grid over the whole path."""
-    return grids.uniform(num_steps) if grid == "uniform" else grids.edm(num_steps, schedule)
+    ends = schedule.domain
+    return grids.uniform(num_steps, *ends) if grid == "uniform" else grids.edm(num_steps, schedule, *ends)
 
 
 def errors(problem: Problem, names: tuple[str, ...], grid_names: tuple[str, ...]) -> list[dict[str, Any]]:
@@ -142,13 +144,19 @@ def _row(problem: Problem, name: str, budget: int, grid: str, nfe: int, x: Array
 
 
 def bespoke_errors(
-    problem: Problem, key: Key, x0: Array, x1: Array, iterations: int, batch_size: int
+    problem: Problem,
+    key: Key,
+    start_from: Callable[..., bespoke.BespokeSolver],
+    x0: Array,
+    x1: Array,
+    iterations: int,
+    batch_size: int,
 ) -> list[dict[str, Any]]:
     """Rows of solvers trained for this flow, on other starting points than those judged."""
     rows = []
     for budget in (5, 10):
         method = "midpoint" if budget % 2 == 0 else "euler"
-        start = bespoke.from_method(method, budget // 2 if method == "midpoint" else budget)
+        start = start_from(method, budget // 2 if method == "midpoint" else budget)
         begin = time.perf_counter()
         solver, _ = fit_bespoke(
             lambda _: problem.v, start, key, x0, x1, num_iterations=iterations, batch_size=batch_size
@@ -163,20 +171,22 @@ def bespoke_errors(
     return rows
 
 
-def oracle(config: Config) -> dict[str, Any]:
+def oracle(config: Config, schedule: Schedule) -> dict[str, Any]:
     """The closed form, in float64."""
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         mixture = oracles.gaussian_mixture(1.5 * rng.normal(size=(4, 8)), [0.2, 0.3, 0.4, 0.5], [0.4, 0.3, 0.2, 0.1])
-        v, num = oracles.velocity(mixture, Linear()), 2000
+        v, num, (t0, t1) = oracles.velocity(mixture, schedule), 2000, schedule.domain
         keys = jax.random.split(jax.random.key(0), 5)
-        fine = jax.jit(lambda x0: sample_ode(v, x0, num_steps=1000, method="rk4").x)
-        x0, train_x0 = (jax.random.normal(key, (num, 8)) for key in keys[:2])
+        fine = jax.jit(lambda x0: sample_ode(v, x0, grid=times_of("edm", 2000, schedule), method="rk4").x)
+        x0, train_x0 = (source(schedule, jax.random.normal(key, (num, 8)), t0) for key in keys[:2])
         data, other = (oracles.sample(mixture, key, num) for key in keys[2:4])
-        problem = Problem(v, Linear(), x0, fine(x0), data, other)
+        problem = Problem(v, schedule, x0, fine(x0), data, other)
         rows = errors(problem, FIXED, GRIDS)
-        rows += bespoke_errors(problem, keys[4], train_x0, fine(train_x0), 10 * config.bespoke_iterations, 256)
-        return {"rows": rows, **_floors(problem), "problem": "4 Gaussians in 8 dimensions, linear path, float64"}
+        start = functools.partial(bespoke.from_method, t0=t0, t1=t1)
+        rows += bespoke_errors(problem, keys[4], start, train_x0, fine(train_x0), 10 * config.bespoke_iterations, 256)
+        name = type(schedule).__name__
+        return {"rows": rows, **_floors(problem), "problem": f"4 Gaussians in 8 dimensions, {name} path, float64"}
 
 
 def _floors(problem: Problem) -> dict[str, float]:
@@ -207,7 +217,9 @@ def network(config: Config) -> dict[str, Any]:
     problem = Problem(v, method.schedule, x0, fine(x0), data, other)
     rows = errors(problem, tuple(name for name in FIXED if name not in ("sea", "sra1")), ("uniform",))
     train_x0 = experiment.draw_x0(keys[1], num)
-    rows += bespoke_errors(problem, keys[2], train_x0, fine(train_x0), config.bespoke_iterations, num)
+    rows += bespoke_errors(
+        problem, keys[2], bespoke.from_method, train_x0, fine(train_x0), config.bespoke_iterations, num
+    )
     return {"rows": rows, **_floors(problem), "problem": f"{config.run.name}, {num} samples, {x0.dtype}, unguided"}
 
 
@@ -273,7 +285,7 @@ def _compiled(f: Callable[..., Array], *args: Any) -> tuple[Callable[..., Array]
 def markdown(results: dict[str, Any]) -> str:
     """The results as tables."""
     parts = [f"Device: {results['device']}, jax {results['jax']}.\n"]
-    for part in ("oracle", "network"):
+    for part in ("linear", "vp", "network"):
         if part not in results:
             continue
         found = results[part]
@@ -325,7 +337,7 @@ def _table(rows: list[dict[str, Any]], quantity: str) -> str:
 def figure(results: dict[str, Any], path: Path) -> None:
     """Error against evaluations, a panel for each problem; each sampler on the better of its grids."""
     panels: dict[str, dict[str, dict[int, float]]] = {}
-    for part in ("oracle", "network"):
+    for part in ("linear", "vp", "network"):
         if part in results:
             panel = panels.setdefault(results[part]["problem"], {name: {} for name in FIGURE})
             for row in results[part]["rows"]:
@@ -339,18 +351,23 @@ def run(config: Config) -> dict[str, Any]:
     """Measures, writes and returns what was asked for."""
     if "network" in config.parts and config.run is None:
         raise SystemExit(
-            "The part network needs --run, the folder of a finished run; or leave it out: --parts oracle overhead"
+            "The part network needs --run, the folder of a finished run; or leave it out: --parts linear vp overhead"
         )
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "samplers.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     results |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    parts = {"oracle": lambda: oracle(config), "network": lambda: network(config), "overhead": overhead}
+    parts = {
+        "linear": lambda: oracle(config, Linear()),
+        "vp": lambda: oracle(config, VP()),
+        "network": lambda: network(config),
+        "overhead": overhead,
+    }
     for part in config.parts:
         results[part] = parts[part]()
         path.write_text(json.dumps(results, indent=1) + "\n")
     (config.out / "samplers.md").write_text(markdown(results))
-    if {"oracle", "network"} & set(results):
+    if {"linear", "vp", "network"} & set(results):
         figure(results, config.out / "samplers.png")
     return results
 
