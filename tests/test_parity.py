@@ -3,6 +3,7 @@
 Only their public functions are called. See "Parity with PyTorch peers" in CONTRIBUTING.md for the environment.
 """
 
+import functools
 import importlib
 from types import ModuleType
 
@@ -13,10 +14,11 @@ import pytest
 
 from fm_jax import schedules
 from fm_jax.couplings import minibatch_ot
+from fm_jax.likelihood import encode_and_log_prob
 from fm_jax.models import make_unet
 from fm_jax.parameterization import convert, reschedule
 from fm_jax.paths import AffinePath
-from fm_jax.samplers import sample_ode
+from fm_jax.samplers import sample_adaptive, sample_ode
 from fm_jax.samplers.fixed import Method
 from fm_jax.schedules import coefficients, log_snr
 
@@ -162,8 +164,8 @@ THREE_EIGHTHS = Method(
 
 @pytest.mark.parametrize(
     ("method", "theirs"),
-    [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2"), (THREE_EIGHTHS, "rk4")],
-    ids=["euler", "midpoint", "heun", "rk4 (3/8)"],
+    [("euler", "euler"), ("midpoint", "midpoint"), ("heun", "heun2"), ("heun3", "heun3"), (THREE_EIGHTHS, "rk4")],
+    ids=["euler", "midpoint", "heun", "heun3", "rk4 (3/8)"],
 )
 @pytest.mark.parametrize("grid", [np.linspace(0, 1, 9), [0.05, 0.1, 0.3, 0.55, 1.0], [1.0, 0.6, 0.5, 0.0]])
 def test_fixed_step_solvers(method, theirs, grid, x64):
@@ -181,6 +183,35 @@ def test_the_step_size_of_the_solver_is_one_over_num_steps(x64):
     (x0,) = arrays(1)
     expected = solver.sample(x_init=tensor(x0), step_size=0.1, method="heun2", time_grid=tensor([0.0, 1.0]))
     assert_close(sample_ode(field, jnp.asarray(x0), num_steps=10).x, expected.numpy())
+
+
+def test_adaptive_solver(x64):
+    """Two implementations of dopri5 choose different steps: they agree as far as their tolerance goes."""
+    (x0,) = arrays(1)
+    x, times = tensor(x0), tensor([0.0, 1.0])
+    expected = peer("torchdiffeq").odeint(lambda t, x: field(t, x), x, times, rtol=1e-9, atol=1e-9, method="dopri5")[-1]
+    ours = jax.jit(lambda x: sample_adaptive(field, x, rtol=1e-9, atol=1e-9, solver="dopri5").x)(x0)
+    assert_close(ours, expected.numpy(), atol=1e-7)
+
+
+def test_likelihood(x64):
+    """Exact divergence, midpoint steps, back from the data; theirs takes a loop over the dimensions of [batch, d]."""
+    torch = peer("torch")
+    solver = peer("flow_matching.solver.ode_solver").ODESolver(lambda x, t: field(t, x))
+    (x1,) = arrays(1, shape=(5, 3))
+    normal = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(3).double(), 1.0), 1)
+    source, expected = solver.compute_likelihood(
+        x_1=tensor(x1),
+        log_p0=normal.log_prob,
+        step_size=0.1,
+        method="midpoint",
+        time_grid=tensor([1.0, 0.0]),
+        exact_divergence=True,
+    )
+    solve = functools.partial(sample_ode, num_steps=10, method="midpoint")
+    solution, log_prob = jax.jit(lambda x: encode_and_log_prob(field, x, solve=solve))(x1)
+    assert_close(solution.x, source.numpy(), atol=DOUBLE)
+    assert_close(log_prob, expected.numpy(), atol=1e-10)
 
 
 # torchcfm
