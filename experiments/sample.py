@@ -3,9 +3,9 @@
 Command: `python -m experiments.sample --run runs/digits --num 64 --class 3 --guidance 2 --solver heun --steps 20 \
 --out samples.png`
 
-Writes a picture (`.png`) or the arrays (`.npz`: samples, labels), and prints the number of network evaluations. With
-`--avoid 5` guidance leads away from class 5 rather than from no class; with `--weak-run DIR` away from a weaker
-network, such as that of a shorter run (autoguidance).
+Writes a picture (`.png`) or the arrays (`.npz`: samples, labels), and prints the number of network evaluations.
+Guidance leads away from no class in particular; with `--avoid 5` away from class 5, with `--weak-run DIR` away from a
+weaker network, such as that of a shorter run (autoguidance); with `--also 8` to class 8 as well.
 """
 
 import dataclasses
@@ -42,6 +42,8 @@ class Config:
     """How many samples."""
     label: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Class of all samples; by default every class in turn."""
+    also: int | None = None
+    """A second class, to be guided towards at the same time; the two scales add up."""
     avoid: int | None = None
     """Class to be guided away from: a negative condition."""
     weak_run: Path | None = None
@@ -105,6 +107,7 @@ def run(config: Config) -> None:
             restored.config.method,
             experiment.apply_fn,
             null_label=null_label,
+            also=None if config.also is None else _label("--also", config.also, num_classes),
             weak=weak,
             bespoke=None if config.bespoke is None else load_solver(config.bespoke),
         )
@@ -122,8 +125,10 @@ def _check(config: Config) -> None:
         raise SystemExit(f"--num must be at least 1, got {config.num}.")
     if config.out.suffix not in (".png", ".npz"):
         raise SystemExit(f"--out must end in .png or .npz, got {config.out}.")
-    if config.avoid is not None and config.weak_run is not None:
-        raise SystemExit("--avoid and --weak-run are two ways to guide: give one.")
+    if sum(each is not None for each in (config.avoid, config.also, config.weak_run)) > 1:
+        raise SystemExit("--also, --avoid and --weak-run are three ways to guide: give one.")
+    if config.also is not None and config.guidance_rule not in (None, "extrapolate"):
+        raise SystemExit(f"--also goes with --guidance-rule extrapolate, got {config.guidance_rule}.")
     if config.bespoke is not None and config.solver is not None:
         raise SystemExit("--bespoke takes the place of --solver: give one.")
 

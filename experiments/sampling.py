@@ -10,7 +10,16 @@ import numpy as np
 import tyro
 
 from experiments.method import Method
-from fm_jax.guidance import Extrapolate, Projected, Rescale, Rule, ZeroStar, classifier_free, classifier_free_batched
+from fm_jax.guidance import (
+    Extrapolate,
+    Projected,
+    Rescale,
+    Rule,
+    ZeroStar,
+    classifier_free,
+    classifier_free_batched,
+    compose,
+)
 from fm_jax.parameterization import conversion_domain, velocity_domain, velocity_fn
 from fm_jax.paths import source
 from fm_jax.samplers import SAMPLERS, BespokeSolver, grids, sample, sample_bespoke, table
@@ -27,7 +36,7 @@ RuleName = Literal["extrapolate", "rescale", "zero_star", "projected"]
 class Sampling:
     """How samples are drawn."""
 
-    solver: Annotated[str, SOLVER_HELP] = "heun"
+    solver: Annotated[str, SOLVER_HELP] = "ab2"
     steps: int = 20
     """Steps of a sampler with fixed steps."""
     grid: Grid = "uniform"
@@ -128,6 +137,7 @@ def guided_velocity(
     labels: Cond,
     *,
     null_label: int | None,
+    also: int | None = None,
     weak: Weak | None = None,
 ) -> VelocityFn:
     """The velocity function that is sampled: of the network, with its guidance.
@@ -140,6 +150,7 @@ def guided_velocity(
         labels: [batch], which an unconditional network does not see.
         null_label: the label to be led away from: that which stands for none, or a class to avoid; `None` for an
             unconditional network, which is guided by `weak` alone.
+        also: a second label, to be guided towards with the same scale.
         weak: guides away from a weaker network in place of a label (autoguidance).
     """
     kind, schedule, rule = method.prediction, method.schedule, make_rule(sampling, method)
@@ -155,6 +166,9 @@ def guided_velocity(
         return classifier_free(strong, weaker, scale, interval=interval, rule=rule)
     if null_label is None:
         return velocity_fn(network, kind, schedule)
+    if also is not None:
+        both = [labels, jnp.full_like(labels, also)]
+        return compose(network, kind, schedule, both, null_label, [scale, scale], interval=interval)
     return classifier_free_batched(network, kind, schedule, cond, null_label, scale, interval=interval, rule=rule)
 
 
@@ -164,6 +178,7 @@ def make_generate(
     apply_fn: ApplyFn,
     *,
     null_label: int | None,
+    also: int | None = None,
     weak: Weak | None = None,
     times: np.ndarray | None = None,
     bespoke: BespokeSolver | None = None,
@@ -174,8 +189,9 @@ def make_generate(
         sampling: sampler and guidance.
         method: that the network was trained with.
         apply_fn: the network.
-        null_label: as in `guided_velocity`.
-        weak: as in `guided_velocity`.
+        null_label: as in `guided_velocity`, like the next two.
+        also: a second label.
+        weak: a weaker network.
         times: if given, the solution also has the trajectory at these times; see `sampler_options`.
         bespoke: a solver trained for this velocity, in place of the sampler.
 
@@ -187,7 +203,7 @@ def make_generate(
     t0, _ = sampled_times(method)
 
     def generate(params: Params, key: Key, x0: Array, labels: Cond) -> Solution:
-        v = guided_velocity(sampling, method, apply_fn, params, labels, null_label=null_label, weak=weak)
+        v = guided_velocity(sampling, method, apply_fn, params, labels, null_label=null_label, also=also, weak=weak)
         x0 = source(method.schedule, x0, t0)
         if bespoke is not None:
             return sample_bespoke(v, bespoke, x0)

@@ -77,7 +77,7 @@ def evaluate(v: VelocityFn, t: Array, x: Array) -> Array:
 
 
 def ode_step(
-    v: VelocityFn, t: Array, t_next: Array, x: Array, method: str | Method = "heun", *, first: Array | None = None
+    v: VelocityFn, t: Array, t_next: Array, x: Array, method: str | Method = "midpoint", *, first: Array | None = None
 ) -> Array:
     """One step of dx/dt = v(t, x) from `t` to `t_next`.
 
@@ -116,7 +116,7 @@ def sample_ode(
     x0: Array,
     *,
     num_steps: int | None = None,
-    method: str | Method = "heun",
+    method: str | Method = "midpoint",
     t0: float = 0.0,
     t1: float = 1.0,
     grid: ArrayTree | None = None,

@@ -105,7 +105,10 @@ def test_sample_draws_from_a_run(tmp_path, capsys):
     assert (tmp_path / "sheet.png").stat().st_size > 0
     draw(out=tmp_path / "d.npz", label=3, avoid=5, guidance_rule="projected", guidance=2.0)
     draw(out=tmp_path / "e.npz", label=3, weak_run=run, guidance=2.0)
-    d, e = (np.load(tmp_path / f"{name}.npz") for name in "de")
+    draw(out=tmp_path / "f.npz", label=3, also=8, guidance=2.0)
+    assert "NFE 18" in capsys.readouterr().out  # three branches
+    d, e, f = (np.load(tmp_path / f"{name}.npz") for name in "def")
+    assert np.abs(f["samples"] - a["samples"]).max() > 0
     assert np.abs(d["samples"] - a["samples"]).max() > 0
     # Leading away from a network by itself leads nowhere.
     np.testing.assert_allclose(e["samples"], c["samples"], atol=1e-5)
@@ -113,7 +116,8 @@ def test_sample_draws_from_a_run(tmp_path, capsys):
         ({"out": tmp_path / "x.jpg"}, "--out must end in .png or .npz"),
         ({"label": 10}, "--class must be one of the run's 10 classes, got 10"),
         ({"avoid": 10}, "--avoid must be one of the run's 10 classes, got 10"),
-        ({"avoid": 1, "weak_run": run}, "--avoid and --weak-run are two ways to guide: give one"),
+        ({"avoid": 1, "weak_run": run}, "--also, --avoid and --weak-run are three ways to guide: give one"),
+        ({"also": 1, "guidance_rule": "rescale"}, "--also goes with --guidance-rule extrapolate, got rescale"),
         ({"bespoke": tmp_path / "no.npz"}, "--bespoke takes the place of --solver"),
     ]:
         with pytest.raises(SystemExit, match=message):
