@@ -4,8 +4,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import marginals
 import numpy as np
-import scipy.stats
+from marginals import two_gaussians
 
 from fm_jax import oracles
 from fm_jax.guidance import classifier_free
@@ -150,26 +151,11 @@ def gaussian_moments(samplers, ranges):
     return errors
 
 
-MEANS, SCALES, WEIGHTS = np.array([[-1.5, 0.0], [1.0, 0.5]]), [0.4, 0.7], [0.3, 0.7]
-
-
 def p_values(sampler, schedule=None, num_steps=200):
-    """Kolmogorov-Smirnov p-values of four projections of 4,000 samples against the exact distribution functions."""
+    """`marginals.p_values` of 4,000 samples."""
     schedule = Linear() if schedule is None else schedule
-    v = oracles.velocity(oracles.gaussian_mixture(MEANS, SCALES, WEIGHTS), schedule)
-    x0 = jax.random.normal(jax.random.key(5), (4000, 2))
-    x = np.asarray(jax.jit(lambda x: sampler(v, x, schedule=schedule, num_steps=num_steps).x)(x0))
-
-    def p_value(angle):
-        direction = np.array([np.cos(angle), np.sin(angle)])
-
-        def cdf(y):
-            components = zip(WEIGHTS, MEANS @ direction, SCALES, strict=True)
-            return sum(w * scipy.stats.norm.cdf(y, mean, scale) for w, mean, scale in components)
-
-        return scipy.stats.kstest(x @ direction, cdf).pvalue
-
-    return [p_value(angle) for angle in np.pi * np.arange(4) / 4]
+    v, x0 = oracles.velocity(two_gaussians(), schedule), jax.random.normal(jax.random.key(5), (4000, 2))
+    return marginals.p_values(jax.jit(lambda x: sampler(v, x, schedule=schedule, num_steps=num_steps).x)(x0))
 
 
 def field(t, x):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
+from marginals import p_values, two_gaussians
 
 from fm_jax import oracles
 from fm_jax.guidance import classifier_free
@@ -17,7 +17,6 @@ from fm_jax.schedules import VE, VP, Linear
 NUM_STEPS = [32, 64, 128, 256]
 ORDERS = {"euler": 1, "heun": 2}
 X = np.ones((2, 3), dtype=np.float32)
-MEANS, SCALES, WEIGHTS = np.array([[-1.5, 0.0], [1.0, 0.5]]), [0.4, 0.7], [0.3, 0.7]
 
 
 def swing(t, x):
@@ -118,22 +117,13 @@ def test_weak_order_is_the_order_of_the_method(moments, method):
     np.testing.assert_allclose(-np.polyfit(np.log(NUM_STEPS), np.log(errors), 1)[0], ORDERS[method], atol=0.15)
 
 
-def p_values(x):
-    def exact(direction):
-        components = list(zip(WEIGHTS, MEANS @ direction, SCALES, strict=True))
-        return lambda y: sum(w * scipy.stats.norm.cdf(y, mean, scale) for w, mean, scale in components)
-
-    directions = [np.array([np.cos(a), np.sin(a)]) for a in np.pi * np.arange(4) / 4]
-    return [scipy.stats.kstest(np.asarray(x) @ direction, exact(direction)).pvalue for direction in directions]
-
-
 def test_marginal_nfe_and_the_power_of_the_test():
     """Kolmogorov-Smirnov on four projections, 4,000 samples, each p-value refused below 1e-4.
 
     A right sampler fails with probability below 4e-4 under a fresh key. Noise too large by a quarter is refused.
     """
     calls = []
-    mixture = oracles.gaussian_mixture(MEANS, SCALES, WEIGHTS)
+    mixture = two_gaussians()
 
     def v(t, x):
         jax.debug.callback(lambda: calls.append(1))

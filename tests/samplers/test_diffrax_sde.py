@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
+from marginals import p_values, source_cdf, two_gaussians
 
 from fm_jax import oracles
 from fm_jax.guidance import classifier_free
@@ -13,12 +13,11 @@ from fm_jax.samplers.diffrax_sde import sample_sde_diffrax
 from fm_jax.schedules import Linear
 
 NUM_STEPS, FINEST = [4, 8, 16, 32], 128
-MEANS, SCALES, WEIGHTS = np.array([[-1.5, 0.0], [1.0, 0.5]]), [0.4, 0.7], [0.3, 0.7]
 X = np.ones((2, 3), dtype=np.float32)
 
 
 def mixture():
-    return oracles.gaussian_mixture(MEANS, SCALES, WEIGHTS)
+    return two_gaussians()
 
 
 def counted(v, calls):
@@ -60,17 +59,6 @@ def test_strong_order_on_a_shared_brownian_path():
     np.testing.assert_allclose(-np.polyfit(np.log(NUM_STEPS), np.log(errors), 1)[0], 1.5, atol=0.2)
 
 
-def p_values(x, exact):
-    """Kolmogorov-Smirnov on four projections of samples [4000, 2] against `exact(direction)(y)`."""
-    directions = [np.array([np.cos(a), np.sin(a)]) for a in np.pi * np.arange(4) / 4]
-    return [scipy.stats.kstest(np.asarray(x) @ direction, exact(direction)).pvalue for direction in directions]
-
-
-def data_cdf(direction):
-    components = list(zip(WEIGHTS, MEANS @ direction, SCALES, strict=True))
-    return lambda y: sum(w * scipy.stats.norm.cdf(y, mean, scale) for w, mean, scale in components)
-
-
 def test_adaptive_steps_reach_the_marginal_and_count_what_they_cost():
     """Each of four p-values is refused below 1e-4: a right sampler fails with probability below 4e-4 under a fresh key.
 
@@ -87,10 +75,10 @@ def test_adaptive_steps_reach_the_marginal_and_count_what_they_cost():
     solution = finish(sample(jax.random.key(6), x0))
     assert int(solution.nfe) == len(calls)
     assert int(solution.nfe) < 400
-    assert min(p_values(solution.x, data_cdf)) > 1e-4
+    assert min(p_values(solution.x)) > 1e-4
     np.testing.assert_array_equal(sample(jax.random.key(6), x0).x, solution.x)
     assert np.abs(sample(jax.random.key(7), x0).x - solution.x).mean() > 0.1
-    assert min(p_values(sample(jax.random.key(6), 1.5 * x0).x, data_cdf)) < 1e-6
+    assert min(p_values(sample(jax.random.key(6), 1.5 * x0).x)) < 1e-6
 
 
 def test_fixed_steps_backward_reach_the_source():
@@ -109,8 +97,8 @@ def test_fixed_steps_backward_reach_the_source():
     assert solution.trajectory.shape == (65, 4000, 2)
     np.testing.assert_array_equal(solution.trajectory[0], start)
     np.testing.assert_array_equal(solution.trajectory[-1], solution.x)
-    assert min(p_values(solution.x, lambda _: scipy.stats.norm.cdf)) > 1e-4
-    assert min(p_values(sample(start[:1] + 0 * start).x, lambda _: scipy.stats.norm.cdf)) < 1e-6
+    assert min(p_values(solution.x, source_cdf)) > 1e-4
+    assert min(p_values(sample(start[:1] + 0 * start).x, source_cdf)) < 1e-6
 
 
 def test_importing_it_does_not_import_diffrax():

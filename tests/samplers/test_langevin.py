@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
+from marginals import p_values, two_gaussians
 
 from fm_jax import oracles
 from fm_jax.guidance import classifier_free
@@ -13,7 +13,6 @@ from fm_jax.samplers.loop import step_noise
 from fm_jax.samplers.sde import sample_sde, sde_step
 from fm_jax.schedules import Cosine, Linear
 
-MEANS, SCALES, WEIGHTS = np.array([[-1.5, 0.0], [1.0, 0.5]]), [0.4, 0.7], [0.3, 0.7]
 X = np.ones((2, 3), dtype=np.float32)
 
 
@@ -59,7 +58,7 @@ def test_a_step_size_from_an_examples_own_norms_would_bias_the_law():
 
 def test_the_step_size_is_at_most_the_one_from_the_norms_of_the_score():
     """The mean of |score|^2 is at most d / sigma^2, on which the sampler's step size is built."""
-    mixture = oracles.gaussian_mixture(MEANS, SCALES, WEIGHTS)
+    mixture = two_gaussians()
 
     @jax.jit
     def mean_square(t):
@@ -125,22 +124,13 @@ def test_nfe_counts_the_calls_that_happen_and_none_for_the_score_at_sigma_zero(d
     assert int(sample_predictor_corrector(guided, jax.random.key(0), X, **options).nfe) == 2 * len(calls)
 
 
-def p_values(x):
-    def exact(direction):
-        components = list(zip(WEIGHTS, MEANS @ direction, SCALES, strict=True))
-        return lambda y: sum(w * scipy.stats.norm.cdf(y, mean, scale) for w, mean, scale in components)
-
-    directions = [np.array([np.cos(a), np.sin(a)]) for a in np.pi * np.arange(4) / 4]
-    return [scipy.stats.kstest(np.asarray(x) @ direction, exact(direction)).pvalue for direction in directions]
-
-
 def test_marginal_and_the_way_back_to_it_from_a_wrong_start():
     """Kolmogorov-Smirnov on four projections, 4,000 samples, each p-value refused below 1e-4.
 
     A right sampler fails with probability below 4e-4 under a fresh key. From a start too wide by half the predictor
     alone ends elsewhere, and is refused; the corrector brings the law back.
     """
-    v = oracles.velocity(oracles.gaussian_mixture(MEANS, SCALES, WEIGHTS), Linear())
+    v = oracles.velocity(two_gaussians(), Linear())
     x0 = jax.random.normal(jax.random.key(5), (4000, 2))
 
     def sample(**options):

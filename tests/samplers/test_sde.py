@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
+from marginals import p_values, source_cdf, two_gaussians
 
 from fm_jax import oracles
 from fm_jax.guidance import classifier_free
@@ -122,7 +122,6 @@ def test_strong_order_one_on_a_shared_brownian_path(x64, method):
     np.testing.assert_allclose(slope(errors), 1, atol=0.15)
 
 
-MIXTURE_MEANS, MIXTURE_SCALES, MIXTURE_WEIGHTS = np.array([[-1.5, 0.0], [1.0, 0.5]]), [0.4, 0.7], [0.3, 0.7]
 MARGINALS = {
     "vanishing at the data": (Linear(), lambda t: jnp.sqrt(1 - t), "heun", 100),
     "song": (VP(), lambda t: jnp.sqrt(0.1 + (1 - t) * 19.9), "euler_maruyama", 400),
@@ -130,20 +129,9 @@ MARGINALS = {
 KEY_START, KEY_DATA, KEY_PATH = (jax.random.key(i) for i in (5, 7, 6))
 
 
-def p_values(x, exact):
-    """Kolmogorov-Smirnov on four projections of samples [4000, 2] against `exact(direction)(y)`."""
-    directions = [np.array([np.cos(a), np.sin(a)]) for a in np.pi * np.arange(4) / 4]
-    return [scipy.stats.kstest(np.asarray(x) @ direction, exact(direction)).pvalue for direction in directions]
-
-
-def data_cdf(direction):
-    components = list(zip(MIXTURE_WEIGHTS, MIXTURE_MEANS @ direction, MIXTURE_SCALES, strict=True))
-    return lambda y: sum(w * scipy.stats.norm.cdf(y, mean, scale) for w, mean, scale in components)
-
-
 def sampler(schedule, g, method, num_steps, **options):
     """`sample(x, factor)` on the mixture, with `factor` times the true score."""
-    mixture = oracles.gaussian_mixture(MIXTURE_MEANS, MIXTURE_SCALES, MIXTURE_WEIGHTS)
+    mixture = two_gaussians()
     v = oracles.velocity(mixture, schedule)
 
     def sample(x, factor=None):
@@ -162,23 +150,23 @@ def test_every_diffusion_reaches_the_same_marginal(name):
     """
     schedule = MARGINALS[name][0]
     x = sampler(*MARGINALS[name], t1=schedule.domain[1])(jax.random.normal(KEY_START, (4000, 2)))
-    assert min(p_values(x, data_cdf)) > 1e-4
+    assert min(p_values(x)) > 1e-4
 
 
 def test_the_marginal_test_refuses_a_wrong_score_term():
     sample, x0 = sampler(Linear(), 0.7, "euler_maruyama", 400), jax.random.normal(KEY_START, (4000, 2))
-    assert min(p_values(sample(x0, 1.0), data_cdf)) > 1e-4
-    assert min(p_values(sample(x0, 0.5), data_cdf)) < 1e-6
-    assert min(p_values(sample(x0, 0.0), data_cdf)) < 1e-6
+    assert min(p_values(sample(x0, 1.0))) > 1e-4
+    assert min(p_values(sample(x0, 0.5))) < 1e-6
+    assert min(p_values(sample(x0, 0.0))) < 1e-6
 
 
 def test_backward_reaches_the_source():
     """False-alarm rate as above; the sign that the score term has in forward time is refused."""
-    mixture = oracles.gaussian_mixture(MIXTURE_MEANS, MIXTURE_SCALES, MIXTURE_WEIGHTS)
+    mixture = two_gaussians()
     x = 0.95 * oracles.sample(mixture, KEY_DATA, 4000) + 0.05 * jax.random.normal(KEY_START, (4000, 2))
     sample = sampler(Linear(), 0.7, "heun", 50, t0=0.95, t1=0.0)
-    assert min(p_values(sample(x, 1.0), lambda _: scipy.stats.norm.cdf)) > 1e-4
-    assert min(p_values(sample(x, -1.0), lambda _: scipy.stats.norm.cdf)) < 1e-6
+    assert min(p_values(sample(x, 1.0), source_cdf)) > 1e-4
+    assert min(p_values(sample(x, -1.0), source_cdf)) < 1e-6
 
 
 def swing(t, x):
