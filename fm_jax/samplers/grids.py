@@ -179,6 +179,13 @@ def check_ends(t0: float, t1: float) -> None:
         raise ValueError(f"t0 and t1 must differ, both are {t0}.")
 
 
+def first_time(t0: float, grid: ArrayTree | None) -> float | None:
+    """The first time that a sampler's arguments ask for; `None` where it is not known, in a grid that is traced."""
+    if isinstance(grid, jax.core.Tracer):
+        return None
+    return t0 if grid is None else float(np.ravel(np.asarray(grid))[0])
+
+
 def check_state(x: Array, name: str = "x0") -> None:
     """Raises `ValueError`, with the name of the argument, unless a state is real floating point with a batch axis."""
     if not jnp.issubdtype(x.dtype, jnp.floating):

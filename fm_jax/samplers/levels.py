@@ -11,7 +11,7 @@ data and noise along the flow,
 add the change of d or n over the step.
 
 The velocity gives d and n wherever the path moves: not at a time at which both alpha' and sigma' are 0, as with
-`Polynomial(2)` at t = 0; start after it.
+`Polynomial(2)` at t = 0, which is refused as a start.
 
 All levels depend on the grid alone, so that they are computed once, before the scan, and indexed by the step's number.
 """
@@ -21,10 +21,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fm_jax.parameterization import convert
-from fm_jax.samplers.grids import time_dtype
+from fm_jax.samplers.grids import first_time, time_dtype
 from fm_jax.samplers.loop import check_key
 from fm_jax.schedules import stands_still
 from fm_jax.types import Array, ArrayTree, Key, Schedule, VelocityFn
@@ -58,17 +57,14 @@ class Levels(NamedTuple):
 
 
 def check_start(schedule: Schedule, t0: float, grid: ArrayTree | None) -> None:
-    """Raises `ValueError` if the velocity says nothing of the data at the first time, where that time is known."""
-    if isinstance(grid, jax.core.Tracer):
-        return
-    first = t0 if grid is None else float(np.ravel(np.asarray(grid))[0])
+    """Raises `ValueError` if the velocity says nothing of data and noise at the first time, where that is known."""
+    first = first_time(t0, grid)
     with jax.ensure_compile_time_eval():
-        silent = bool(stands_still(schedule, jnp.asarray(first, dtype=float)))
-    if silent:
-        raise ValueError(
-            f"The velocity says nothing of the data where the log-SNR stands still, at t = {first} on {schedule}: "
-            "start or end short of it, e.g. at t = 0.001."
-        )
+        if first is not None and bool(stands_still(schedule, jnp.asarray(first, dtype=float))):
+            raise ValueError(
+                f"The velocity says nothing of data and noise where the log-SNR stands still, at t = {first} on "
+                f"{schedule}: start or end short of it, e.g. at t = 0.001."
+            )
 
 
 def levels(schedule: Schedule, times: Array) -> Levels:

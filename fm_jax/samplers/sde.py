@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fm_jax.nfe import nfe_per_call
 from fm_jax.parameterization import convert
+from fm_jax.samplers import levels
 from fm_jax.samplers.fixed import evaluate
-from fm_jax.samplers.grids import check_state, time_dtype, time_grid
+from fm_jax.samplers.grids import check_state, first_time, time_dtype, time_grid
 from fm_jax.samplers.loop import check_key, sample_on_grid, step_noise
 from fm_jax.schedules import stands_still, vanishes
 from fm_jax.types import Array, ArrayTree, Diffusion, Key, Schedule, Solution, VelocityFn, check_member
@@ -40,19 +40,11 @@ def score_missing(schedule: Schedule, t: Array) -> Array:
 
 def check_start(schedule: Schedule, t0: float, grid: ArrayTree | None) -> None:
     """Raises `ValueError` if there is no finite score by `schedule` at the first time, where that time is known."""
-    if isinstance(grid, jax.core.Tracer):
-        return
-    first = t0 if grid is None else float(np.asarray(grid)[0])
-    with jax.ensure_compile_time_eval():
-        missing = bool(score_missing(schedule, jnp.asarray(first, dtype=float)))
-    if missing and vanishes(schedule.sigma, first):
+    levels.check_start(schedule, t0, grid)
+    first = first_time(t0, grid)
+    if first is not None and vanishes(schedule.sigma, first):
         raise ValueError(
             f"The score is infinite where sigma = 0, at t = {first}: start or end short of it, e.g. at t = 0.999."
-        )
-    if missing:
-        raise ValueError(
-            f"The velocity does not tell the score where alpha and its slope are 0, at t = {first}: "
-            "start or end short of it, e.g. at t = 0.001."
         )
 
 

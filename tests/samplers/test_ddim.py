@@ -25,7 +25,7 @@ from fm_jax.samplers import ddim
 from fm_jax.samplers.ddim import noise_shares, sample_ddim
 from fm_jax.samplers.fixed import sample_ode
 from fm_jax.samplers.levels import levels, phi
-from fm_jax.schedules import DDPM, VE, VP, Cosine, Linear, linear_betas
+from fm_jax.schedules import DDPM, VE, VP, Cosine, Linear, Polynomial, linear_betas
 
 KEY = jax.random.key(3)
 
@@ -235,6 +235,10 @@ BAD = [
     ({"eta": 0.5, "key": KEY, "t0": 1.0, "t1": 0.0}, "Time must run forward, got a grid from 1.0 to 0.0."),
     ({"x0": jnp.ones((2, 2), dtype=int)}, "x0 must be floating point, got int32."),
     ({"v": lambda t, x: x[:, :1]}, "value and x_t must have the same shape"),
+    (
+        {"schedule": Polynomial(2.0)},
+        "The velocity says nothing of data and noise where the log-SNR stands still, at t = 0.0",
+    ),
 ]
 
 

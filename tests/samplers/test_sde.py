@@ -289,7 +289,10 @@ BAD = [
     ({"num_steps": 0}, "num_steps must be at least 1, got 0."),
     ({"t0": 1.0, "t1": 0.0}, "The score is infinite where sigma = 0, at t = 1.0: start or end short of it"),
     ({"num_steps": None, "grid": [1.0, 0.5, 0.0]}, "The score is infinite where sigma = 0"),
-    ({"schedule": Polynomial(2.0)}, "The velocity does not tell the score where alpha and its slope are 0, at t = 0.0"),
+    (
+        {"schedule": Polynomial(2.0)},
+        "The velocity says nothing of data and noise where the log-SNR stands still, at t = 0.0",
+    ),
     ({"num_steps": None, "grid": [0.5, 0.0, 0.2]}, "grid must be finite and strictly monotone"),
     ({"method": "euler"}, "method must be one of 'euler_maruyama', 'heun', got 'euler'."),
     ({"diffusion": -1.0}, "diffusion must be finite and not negative, got -1.0."),
