@@ -15,7 +15,7 @@ demo: .venv/.demo-stamp  ## Trains on 8x8 digits and draws samples of every clas
 	@$(BIN)/python -m experiments.digits $(ARGS)
 
 test: .venv/.test-stamp  ## Runs the tests and the examples in the docstrings.
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 lint: .venv/.dev-stamp  ## Checks style, formatting and types.
 	@$(BIN)/ruff check
