@@ -79,6 +79,7 @@ class Problem(NamedTuple):
     other_data: Array
 
 
+@functools.cache
 def steps_within(name: str, budget: int) -> tuple[int, int]:
     """The most steps, and the evaluations they take, within a budget; (0, 0) if there is none."""
 

@@ -141,13 +141,19 @@ class NoisyDigits(nn.Module):
         return nn.Dense(10)(h)
 
 
-DIGITS = load_digits("train")
 NUM = 300
-IMAGES, LABELS = DIGITS.images[:NUM].reshape(-1, 64), DIGITS.labels[:NUM]
 
 
 @pytest.fixture(scope="module")
-def trained():
+def few_digits():
+    """Images [300, 64] and their labels."""
+    pytest.importorskip("sklearn")
+    digits = load_digits("train")
+    return digits.images[:NUM].reshape(-1, 64), digits.labels[:NUM]
+
+
+@pytest.fixture(scope="module")
+def trained(few_digits):
     """`log_probs(t, x)` [batch, 10] of a classifier trained on 300 digits with noise, along the linear path."""
     model, path, num_steps = NoisyDigits(), AffinePath(LINEAR), 1500
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
@@ -170,7 +176,7 @@ def trained():
         keys = jax.random.split(key, num_steps)
         return jax.lax.scan(step, (params, optimizer.init(params)), keys)[0][0]
 
-    params = train(jax.random.key(0), IMAGES, LABELS)
+    params = train(jax.random.key(0), *few_digits)
     return lambda t, x: jax.nn.log_softmax(model.apply(params, t, x))
 
 
@@ -188,11 +194,12 @@ def test_the_trained_classifier_reads_noisy_digits(trained):
     assert accuracy[2] < 0.2
 
 
-def test_a_trained_classifier_leads_to_its_class(trained):
+def test_a_trained_classifier_leads_to_its_class(trained, few_digits):
     """The unconditional field is exact, each of the 300 digits a narrow Gaussian. Samples end at one of them: 90% at
     one of their class, and 7% without guidance.
     """
-    v = oracles.velocity(oracles.gaussian_mixture(IMAGES, 0.1), LINEAR)
+    images, labels = few_digits
+    v = oracles.velocity(oracles.gaussian_mixture(images, 0.1), LINEAR)
     wanted = jnp.arange(100) % 10
 
     def log_prob_fn(t, x):
@@ -204,8 +211,8 @@ def test_a_trained_classifier_leads_to_its_class(trained):
         return sample_ode(classifier(v, log_prob_fn, scale, LINEAR, interval=(0.1, 1.0)), x0, num_steps=30).x
 
     def agreement(scale):
-        nearest = ((np.asarray(samples(scale))[:, None] - IMAGES[None]) ** 2).sum(axis=2).argmin(axis=1)
-        return (LABELS[nearest] == wanted).mean()
+        nearest = ((np.asarray(samples(scale))[:, None] - images[None]) ** 2).sum(axis=2).argmin(axis=1)
+        return (labels[nearest] == wanted).mean()
 
     assert agreement(8.0) > 0.8
     assert agreement(0.0) < 0.2
