@@ -33,6 +33,7 @@ from experiments import images
 from experiments.command_line import parse
 from experiments.figures import save_error_curves
 from experiments.sample import restore_run
+from experiments.sampling import bind
 from fm_jax import oracles
 from fm_jax.models import forward_flops, init_params, linen_apply, make_dit
 from fm_jax.parameterization import velocity_fn
@@ -56,11 +57,11 @@ FIGURE = ("euler", "heun", "rk4", "ab2", "ab4", "dpm_solver++_2m", "unipc_3", "b
 class Config:
     """What to measure."""
 
-    run: Path | None = None
-    """Folder of a finished run, for the second part; without it that part is left out."""
+    run: Path = Path("runs/digits")
+    """Folder of a finished run, for the part network."""
     out: Path = Path("runs/benchmark_samplers")
     """Where the results go."""
-    parts: tuple[Literal["linear", "vp", "network", "overhead"], ...] = ("linear", "vp", "network", "overhead")
+    parts: tuple[Literal["linear", "vp", "network", "overhead"], ...] = ("network", "linear", "vp", "overhead")
     """What to measure."""
     num: int = 256
     """Samples on the trained network."""
@@ -80,19 +81,20 @@ class Problem(NamedTuple):
 
 
 @functools.cache
+def nfe_of(name: str, num_steps: int) -> int:
+    """The evaluations that so many steps from 0 to 1 on the linear path take."""
+
+    def v(t: Array, x: Array) -> Array:
+        return -x
+
+    return int(sample(name, v, jax.random.key(0), jnp.ones((1, 1)), schedule=Linear(), num_steps=num_steps).nfe)
+
+
 def steps_within(name: str, budget: int) -> tuple[int, int]:
     """The most steps, and the evaluations they take, within a budget; (0, 0) if there is none."""
-
-    @functools.cache
-    def nfe(num_steps: int) -> int:
-        def v(t: Array, x: Array) -> Array:
-            return -x
-
-        return int(sample(name, v, jax.random.key(0), jnp.ones((1, 1)), schedule=Linear(), num_steps=num_steps).nfe)
-
     for num_steps in range(budget // SAMPLERS[name].nfe_per_step + 2, 0, -1):
-        if (used := nfe(num_steps)) <= budget:
-            return num_steps, used
+        if (nfe := nfe_of(name, num_steps)) <= budget:
+            return num_steps, nfe
     return 0, 0
 
 
@@ -159,8 +161,7 @@ def bespoke_errors(
     """Rows of solvers trained for this flow, on other starting points than those judged."""
     rows = []
     for budget in (5, 10):
-        method, steps = ("midpoint", budget // 2) if budget % 2 == 0 else ("euler", budget)
-        start = bespoke.from_method(method, steps, *problem.schedule.domain)
+        start = bespoke.start_for(budget, *problem.schedule.domain)
         begin = time.perf_counter()
         solver, _ = fit_bespoke(v_of, start, key, *pairs, num_iterations=iterations, batch_size=batch_size)
         jax.block_until_ready(solver)
@@ -198,16 +199,12 @@ def _floors(problem: Problem) -> dict[str, float]:
 
 def network(config: Config) -> dict[str, Any]:
     """The network of a run, without guidance."""
-    assert config.run is not None
     restored = restore_run(config.run)
     experiment, method, num = restored.experiment, restored.config.method, config.num
     labels = jnp.arange(num) % experiment.num_classes
 
-    def model_fn(t: Array, x: Array, cond: Any = None) -> Array:
-        return experiment.apply_fn(restored.params, t, x, cond, train=False, rngs=None)
-
     def v_of(labels: Array) -> VelocityFn:
-        return velocity_fn(model_fn, method.prediction, method.schedule, labels)
+        return velocity_fn(bind(experiment.apply_fn, restored.params), method.prediction, method.schedule, labels)
 
     v = v_of(labels)
     fine = jax.jit(lambda x0: sample_ode(v, x0, num_steps=40, method="rk4").x)
@@ -231,7 +228,7 @@ def overhead() -> dict[str, Any]:
     x0, key = jax.random.normal(jax.random.key(1), (4, *shape)), jax.random.key(2)
 
     def v_of(params: Any) -> VelocityFn:
-        return lambda t, x: apply_fn(params, jnp.full(len(x), t), x, None, train=False, rngs=None)
+        return velocity_fn(bind(apply_fn, params), "velocity", Linear())
 
     def bare(params: Any, key: Key, x: Array) -> Array:
         v = v_of(params)
@@ -249,7 +246,7 @@ def overhead() -> dict[str, Any]:
     bare, bare_compile = _compiled(bare, params, key, x0)
     rows = []
     for name in NAMES:
-        nfe = int(sample(name, lambda t, x: -x, key, jnp.ones((1, 1)), schedule=Linear(), num_steps=num_steps).nfe)
+        nfe = nfe_of(name, num_steps)
         run, compile_seconds = _compiled(
             lambda params, key, x, name=name: (
                 sample(name, v_of(params), key, x, schedule=Linear(), num_steps=num_steps).x
@@ -358,10 +355,6 @@ def figure(results: dict[str, Any], path: Path) -> None:
 
 def run(config: Config) -> dict[str, Any]:
     """Measures, writes and returns what was asked for."""
-    if "network" in config.parts and config.run is None:
-        raise SystemExit(
-            "The part network needs --run, the folder of a finished run; or leave it out: --parts linear vp overhead"
-        )
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "samplers.json"
     results = json.loads(path.read_text()) if path.exists() else {}

@@ -75,15 +75,14 @@ def run(config: Config) -> dict[str, Any]:
     peak = float(x1.max() - x1.min())
 
     def decibels(x: Array) -> float:
-        return float(10 * jnp.log10(peak**2 / ((x - judge_x1) ** 2).reshape(len(x), -1).mean(axis=1)).mean())
+        return float(bespoke.decibels(bespoke.log_error(x, judge_x1), peak))
 
     results: dict[str, Any] = {}
     for calls in config.calls:
-        method_name, steps = ("midpoint", calls // 2) if calls % 2 == 0 else ("euler", calls)
         start = time.perf_counter()
         solver, _ = fit_bespoke(
             v_of,
-            bespoke.from_method(method_name, steps, t0, t1),
+            bespoke.start_for(calls, t0, t1),
             key_fit,
             x0,
             x1,

@@ -25,13 +25,14 @@ import numpy as np
 
 from experiments.command_line import parse
 from experiments.figures import save_density
+from experiments.sampling import bind
 from experiments.toy2d import Batches, Toy
 from experiments.training import Training, sampling_params, smoke_training, train
 from fm_jax.data.toy import make_toy
 from fm_jax.likelihood import log_prob
 from fm_jax.models import MLP, init_params, linen_apply
 from fm_jax.samplers import sample_ode
-from fm_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, Params, VelocityFn
+from fm_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, Params
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,6 @@ def negative_log_likelihood(apply_fn: ApplyFn, num_steps: int) -> LossFn:
         return -log_prob(bind(apply_fn, params), batch["x1"], solve=solve).mean(), {}
 
     return loss_fn
-
-
-def bind(apply_fn: ApplyFn, params: Params) -> VelocityFn:
-    """The velocity function of a network with these parameters."""
-    return lambda t, x: apply_fn(params, t, x, None, train=False, rngs=None)
 
 
 def run(config: Config) -> dict[str, Any]:

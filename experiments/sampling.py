@@ -23,7 +23,7 @@ from fm_jax.guidance import (
 from fm_jax.parameterization import conversion_domain, velocity_domain, velocity_fn
 from fm_jax.paths import source
 from fm_jax.samplers import SAMPLERS, BespokeSolver, grids, sample, sample_bespoke, table
-from fm_jax.types import ApplyFn, Array, Cond, Key, Params, Solution, VelocityFn, check_member
+from fm_jax.types import ApplyFn, Array, Cond, Key, ModelFn, Params, Solution, VelocityFn, check_member
 
 Generate = Callable[[Params, Key, Array, Cond], Solution]
 DrawSource = Callable[[Key, int], Array]
@@ -68,6 +68,11 @@ class Weak(NamedTuple):
 
     apply_fn: ApplyFn
     params: Params
+
+
+def bind(apply_fn: ApplyFn, params: Params) -> ModelFn:
+    """The network with its parameters bound, out of training: `f(t, x, cond)`."""
+    return lambda t, x, cond=None: apply_fn(params, t, x, cond, train=False, rngs=None)
 
 
 def sampled_times(method: Method) -> tuple[float, float]:
@@ -157,12 +162,9 @@ def guided_velocity(
     scale, interval = sampling.guidance, sampling.guidance_interval
     cond = None if null_label is None else labels
 
-    def bound(apply_fn: ApplyFn, params: Params) -> Callable[..., Array]:
-        return lambda t, x, cond=None: apply_fn(params, t, x, cond, train=False, rngs=None)
-
-    network = bound(apply_fn, params)
+    network = bind(apply_fn, params)
     if weak is not None:
-        strong, weaker = (velocity_fn(each, kind, schedule, cond) for each in (network, bound(*weak)))
+        strong, weaker = (velocity_fn(each, kind, schedule, cond) for each in (network, bind(*weak)))
         return classifier_free(strong, weaker, scale, interval=interval, rule=rule)
     if null_label is None:
         return velocity_fn(network, kind, schedule)

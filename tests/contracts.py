@@ -3,6 +3,7 @@
 import numpy as np
 
 from fm_jax import couplings, losses, oracles, schedules, times
+from fm_jax.guidance import classifier_free
 
 SCHEDULES = [
     schedules.Linear(),
@@ -37,3 +38,11 @@ def mixture() -> oracles.GaussianMixture:
     """Three Gaussians in the plane with different full covariances, one of them narrow."""
     covariances = np.array([[[0.5, 0.2], [0.2, 0.3]], [[0.1, 0.0], [0.0, 0.4]], [[0.05, -0.02], [-0.02, 0.05]]])
     return oracles.gaussian_mixture([[-1.5, 0.5], [1.0, 1.0], [0.5, -1.5]], covariances, [0.5, 0.3, 0.2])
+
+
+def guided_by_half(schedule, batch):
+    """The velocity of a mixture, unguided in the first half of the batch and guided with scale 2 in the second."""
+    cats = oracles.gaussian_mixture([[-1.0, 0.0], [1.0, 0.5]], [0.6, 0.8], [0.3, 0.7])
+    everything = oracles.gaussian_mixture([[0.0, 0.0], [0.5, -0.5]], [1.0, 0.7])
+    scale = np.repeat([1.0, 2.0], batch // 2)
+    return classifier_free(oracles.velocity(cats, schedule), oracles.velocity(everything, schedule), scale)

@@ -6,24 +6,16 @@ import jax
 import jax.numpy as jnp
 import marginals
 import numpy as np
+from contracts import guided_by_half
 from marginals import two_gaussians
 
 from fm_jax import oracles
-from fm_jax.guidance import classifier_free
 from fm_jax.samplers.fixed import sample_ode
 from fm_jax.schedules import VP, Linear, Polynomial, coefficients
 
 NUM_STEPS = [64, 128, 256]
 RANGES = {"linear": (Linear(), 0.05, 0.95), "vp": (VP(), 0.2, 0.9)}
 """Schedules with a range of times on which the log-SNR is finite."""
-
-
-def guided_by_half(schedule, batch):
-    """The velocity of a mixture, unguided in the first half of the batch and guided with scale 2 in the second."""
-    cats = oracles.gaussian_mixture([[-1.0, 0.0], [1.0, 0.5]], [0.6, 0.8], [0.3, 0.7])
-    everything = oracles.gaussian_mixture([[0.0, 0.0], [0.5, -0.5]], [1.0, 0.7])
-    scale = np.repeat([1.0, 2.0], batch // 2)
-    return classifier_free(oracles.velocity(cats, schedule), oracles.velocity(everything, schedule), scale)
 
 
 def even(n):
@@ -203,3 +195,17 @@ def calls_and_nfe(sampler, *grids):
         jax.effects_barrier()
         out.append((len(calls), int(solution.nfe)))
     return out
+
+
+def traces(sampler, **options):
+    """What is traced when the jitted sampler is called three times."""
+    traced = []
+
+    @jax.jit
+    def sample(x):
+        traced.append("trace")
+        return sampler(lambda t, x: traced.append("v") or -x, x, schedule=Linear(), num_steps=10, **options).x
+
+    for i in range(3):
+        sample(jnp.full((2, 2), float(i)))
+    return traced

@@ -22,6 +22,26 @@ _EXAMPLE_AXIS = "fm_jax_example"
 _FIRST_STEP_NFE = 2
 
 
+def import_diffrax(caller: str) -> Any:
+    """Diffrax, which is slow to import and so waits until it is needed; `ImportError` names the caller."""
+    try:
+        import diffrax
+    except ImportError as error:
+        raise ImportError(f"{caller} needs Diffrax: pip install diffrax.") from error
+    return diffrax
+
+
+def check_tolerances(rtol: float | None, atol: float | None, max_steps: int) -> None:
+    """Raises `ValueError` unless adaptive steps can be taken with these."""
+    for name, tolerance in (("rtol", rtol), ("atol", atol)):
+        if tolerance is None or not (math.isfinite(tolerance) and tolerance >= 0):
+            raise ValueError(f"{name} must be finite and not negative, got {tolerance}.")
+    if rtol == 0 and atol == 0:
+        raise ValueError("rtol and atol must not both be 0.")
+    if max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
+
+
 @functools.cache
 def _counting_controller() -> type:
     """A PID controller that counts network evaluations; a class made on demand, since importing Diffrax is slow."""
@@ -55,10 +75,7 @@ def _counting_controller() -> type:
 def _solver(solver: "str | diffrax.AbstractRungeKutta | None") -> "diffrax.AbstractRungeKutta":
     if isinstance(solver, str):
         check_member("solver", solver, tuple(SOLVERS))
-    try:
-        import diffrax
-    except ImportError as error:
-        raise ImportError("sample_adaptive needs Diffrax: pip install diffrax.") from error
+    diffrax = import_diffrax("sample_adaptive")
     if solver is None or isinstance(solver, str):
         return getattr(diffrax, SOLVERS[solver or "tsit5"])()
     if not isinstance(solver, diffrax.AbstractRungeKutta):
@@ -152,13 +169,7 @@ def sample_adaptive(
         >>> float(abs(solution.x[0, 0] - jnp.e)) < 1e-4, int(solution.nfe)
         (True, 27)
     """
-    for name, tolerance in (("rtol", rtol), ("atol", atol)):
-        if not (math.isfinite(tolerance) and tolerance >= 0):
-            raise ValueError(f"{name} must be finite and not negative, got {tolerance}.")
-    if rtol == 0 and atol == 0:
-        raise ValueError("rtol and atol must not both be 0.")
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
+    check_tolerances(rtol, atol, max_steps)
     check_ends(t0, t1)
     x0 = jnp.asarray(x0)
     check_state(x0)

@@ -109,6 +109,19 @@ def sample_bespoke(v: VelocityFn, solver: BespokeSolver, x0: Array) -> Solution:
     return Solution(x, jnp.asarray(len(solver.a) * nfe_per_call(v)))
 
 
+def start_for(num_evaluations: int, t0: float = 0.0, t1: float = 1.0) -> BespokeSolver:
+    """Where to start training a solver with so many evaluations: the midpoint rule, Euler's method if it is odd."""
+    if num_evaluations % 2 == 0:
+        return from_method("midpoint", num_evaluations // 2, t0, t1)
+    return from_method("euler", num_evaluations, t0, t1)
+
+
+def log_error(x: Array, x1: Array) -> Array:
+    """The mean over examples of the logarithm of the mean squared difference of two [batch, ...]; a scalar."""
+    error = mean_over_event((x - x1) ** 2)
+    return jnp.log(jnp.maximum(error, jnp.finfo(error.dtype).tiny)).mean()
+
+
 def loss(v: VelocityFn, solver: BespokeSolver, x0: Array, x1: Array) -> Array:
     """The mean over examples of the logarithm of the mean squared error, which is minus the PSNR up to a constant.
 
@@ -124,10 +137,9 @@ def loss(v: VelocityFn, solver: BespokeSolver, x0: Array, x1: Array) -> Array:
     References:
         Shaul et al. 2024 (arXiv:2403.01329).
     """
-    error = mean_over_event((sample_bespoke(v, solver, x0).x - x1) ** 2)
-    return jnp.log(jnp.maximum(error, jnp.finfo(error.dtype).tiny)).mean()
+    return log_error(sample_bespoke(v, solver, x0).x, x1)
 
 
-def decibels(loss: Array, peak: float = 2.0) -> Array:
-    """The peak signal-to-noise ratio in dB that a `loss` stands for, for data with values `peak` apart."""
-    return 10 / math.log(10) * (2 * math.log(peak) - loss)
+def decibels(log_error: Array, peak: float = 2.0) -> Array:
+    """The peak signal-to-noise ratio in dB that a `log_error` stands for, for data with values `peak` apart."""
+    return 10 / math.log(10) * (2 * math.log(peak) - log_error)

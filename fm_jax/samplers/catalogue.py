@@ -22,7 +22,7 @@ from fm_jax.schedules import coefficients
 from fm_jax.types import Array, Diffusion, Key, Schedule, Solution, VelocityFn, check_member
 
 FIXED_STEPS = ("num_steps", "grid", "trajectory")
-ADAPTIVE_STEPS = ("rtol", "atol", "times")
+ADAPTIVE_STEPS = ("rtol", "atol")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,8 @@ def _noisy(run: Callable[..., Solution]) -> Callable[..., Solution]:
 
 
 def _adaptive(order: int, **fixed: Any) -> Sampler:
-    return Sampler(_flow(sample_adaptive, **fixed), order, None, own_options=("per_sample", "max_steps", "adjoint"))
+    options = tuple(name for name in ("times", "per_sample", "max_steps", "adjoint") if name not in fixed)
+    return Sampler(_flow(sample_adaptive, **fixed), order, None, own_options=options)
 
 
 def _diffrax_sde(solver: str, order: int, nfe_per_step: int | None, *own_options: str) -> Sampler:
@@ -146,8 +147,8 @@ def sample(
         key: typed key, or `None`, which will do for samplers that are not random.
         x0: [batch, ...] at `t0`.
         schedule: of the path of `v`; may be `None` where the sampler does not need it.
-        options: `t0`, `t1`; `num_steps` or `grid`, and `trajectory`, with fixed steps; `rtol`, `atol` and `times` with
-            adaptive steps; and the sampler's `own_options`.
+        options: `t0`, `t1`; `num_steps` or `grid`, and `trajectory`, with fixed steps; `rtol` and `atol` with adaptive
+            steps; and the sampler's `own_options`.
 
     Returns:
         `Solution`.

@@ -1,12 +1,13 @@
 """The SDEs that share their marginals with the flow, by Diffrax's solvers for additive noise, fixed or adaptive."""
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from fm_jax.nfe import nfe_per_call
+from fm_jax.samplers.adaptive import check_tolerances, import_diffrax
 from fm_jax.samplers.grids import check_ends, check_state, time_dtype, time_grid
 from fm_jax.samplers.loop import check_key
 from fm_jax.samplers.sde import (
@@ -37,14 +38,6 @@ SOLVERS = {
 
 FIRST_STEP, FINEST_STEP = 1e-2, 2.0**-14
 """Of adaptive steps, as fractions of the time span: the first one tried, and the resolution of the Brownian path."""
-
-
-def _import_diffrax() -> Any:
-    try:
-        import diffrax
-    except ImportError as error:
-        raise ImportError("sample_sde_diffrax needs Diffrax: pip install diffrax.") from error
-    return diffrax
 
 
 def sample_sde_diffrax(
@@ -135,7 +128,7 @@ def sample_sde_diffrax(
         times = time_grid(num_steps, grid, t0, t1, x0)
     if schedule is not None:
         check_start(schedule, t0, grid)
-    diffrax = _import_diffrax()
+    diffrax = import_diffrax("sample_sde_diffrax")
     import lineax
 
     # In the time since the start, in which a Brownian path always runs forward.
@@ -197,16 +190,10 @@ def _check_steps(
         raise ValueError("Either num_steps or grid must be given (fixed steps), or rtol and atol (adaptive steps).")
     if not adaptive:
         return False
-    for name, tolerance in (("rtol", rtol), ("atol", atol)):
-        if tolerance is None or not (math.isfinite(tolerance) and tolerance >= 0):
-            raise ValueError(f"{name} must be finite and not negative, got {tolerance}.")
-    if rtol == 0 and atol == 0:
-        raise ValueError("rtol and atol must not both be 0.")
+    check_tolerances(rtol, atol, max_steps)
     if not SOLVERS[solver].adaptive:
         able = ", ".join(repr(name) for name, each in SOLVERS.items() if each.adaptive)
         raise ValueError(f"Adaptive steps need a solver with an error estimate, {able}; {solver!r} has none.")
     if trajectory:
         raise ValueError("trajectory needs a fixed grid: adaptive steps are not known beforehand.")
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
     return True

@@ -2,7 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exponential import even, guided_by_half
+from contracts import guided_by_half
+from exponential import even
 
 from fm_jax.guidance import classifier_free
 from fm_jax.samplers.adams_bashforth import START, sample_adams_bashforth

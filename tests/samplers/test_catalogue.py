@@ -121,6 +121,16 @@ X = jnp.ones((2, 3))
         ("tsit5", {"num_steps": 2}, "'tsit5' takes t0, t1, rtol, atol, times, .*; got num_steps."),
         ("heun", {"num_steps": 2, "rtol": 1e-3}, "'heun' takes t0, t1, num_steps, grid, trajectory; got rtol."),
         ("heun", {"num_steps": 2, "eta": 0.5}, "got eta."),
+        (
+            "kvaerno5",
+            {"per_sample": True},
+            "'kvaerno5' takes t0, t1, rtol, atol, times, max_steps, adjoint; got per_sample.",
+        ),
+        (
+            "adaptive_shark",
+            {"times": [0.5], "schedule": Linear(), "key": jax.random.key(0)},
+            "'adaptive_shark' takes t0, t1, rtol, atol, diffusion, tol, max_steps; got times.",
+        ),
         ("ddim", {"num_steps": 2, "schedule": Linear(), "eta": 1.5}, r"eta must be in \[0, 1\], got 1.5."),
         ("heun", {"num_steps": 0}, "num_steps must be at least 1, got 0."),
         ("heun", {"grid": [0.0, 0.5, 0.2]}, "grid must be finite and strictly monotone"),

@@ -14,6 +14,7 @@ from exponential import (
     p_values,
     point_errors,
     slope,
+    traces,
 )
 
 from fm_jax.guidance import classifier_free
@@ -121,16 +122,7 @@ def test_nfe_counts_both_branches_of_guidance():
 
 
 def test_traced_once():
-    calls = []
-
-    @jax.jit
-    def sample(x):
-        calls.append("trace")
-        return sample_dpm_solver(lambda t, x: calls.append("v") or -x, x, schedule=Linear(), num_steps=10).x
-
-    for i in range(3):
-        sample(jnp.full((2, 2), float(i)))
-    assert calls == ["trace", "v"]
+    assert traces(sample_dpm_solver) == ["trace", "v"]
 
 
 def test_single_precision_loses_little(x64):

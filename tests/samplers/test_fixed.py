@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exponential import guided_by_half
+from contracts import guided_by_half
 
 from fm_jax import oracles
 from fm_jax.guidance import classifier_free

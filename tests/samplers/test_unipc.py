@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from exponential import calls_and_nfe, end_to_end, field, orders, point_errors
+from exponential import calls_and_nfe, end_to_end, field, orders, point_errors, traces
 
 from fm_jax.guidance import classifier_free
 from fm_jax.parameterization import convert
@@ -93,16 +93,7 @@ def test_nfe_counts_the_calls_that_happen():
 
 
 def test_traced_once():
-    calls = []
-
-    @jax.jit
-    def sample(x):
-        calls.append("trace")
-        return sample_unipc(lambda t, x: calls.append("v") or -x, x, schedule=Linear(), num_steps=10).x
-
-    for i in range(3):
-        sample(jnp.full((2, 2), float(i)))
-    assert calls == ["trace", "v"]
+    assert traces(sample_unipc) == ["trace", "v"]
 
 
 def test_single_precision_loses_little(x64):
