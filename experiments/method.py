@@ -6,7 +6,7 @@ from typing import Literal
 from fm_jax import couplings, losses, schedules, times
 from fm_jax.losses import flow_matching, target_domain
 from fm_jax.paths import AffinePath
-from fm_jax.types import ApplyFn, Kind, LossFn, Schedule, TimeSampler
+from fm_jax.types import ApplyFn, Coupling, Kind, LossFn, Schedule, TimeSampler
 
 SCHEDULES: dict[str, Schedule] = {
     "linear": schedules.Linear(),
@@ -16,7 +16,7 @@ SCHEDULES: dict[str, Schedule] = {
     "linear_vp": schedules.LinearVP(),
     "ddpm": schedules.DDPM(),
 }
-COUPLINGS = {"independent": couplings.independent, "minibatch_ot": couplings.minibatch_ot}
+COUPLINGS: dict[str, Coupling] = {"independent": couplings.independent, "minibatch_ot": couplings.minibatch_ot}
 WEIGHTS = {
     "none": None,
     "snr": losses.SNRWeight(),

@@ -16,7 +16,7 @@ Params: TypeAlias = PyTree
 Cond: TypeAlias = PyTree
 """Conditioning with a leading batch axis; `None` is unconditional."""
 Batch: TypeAlias = Mapping[str, PyTree]
-"""`x1` [batch, ...] is required; `x0` [batch, ...], `cond` and `t` [batch] are optional."""
+"""`x1` [batch, ...] is required; `x0` [batch, ...], `cond`, `t` [batch] and `weight` [batch] are optional."""
 Metrics: TypeAlias = Mapping[str, Array]
 
 Kind = Literal["velocity", "data", "noise", "score"]
@@ -34,13 +34,17 @@ class Coefficients(NamedTuple):
 
 
 class PathSample(NamedTuple):
-    """A point on a conditional path: `t` [batch]; `x_t`, `u_t` = dx_t/dt, `x0`, `x1` all [batch, ...]."""
+    """A point on a conditional path: `t` [batch]; `x_t`, `u_t` = dx_t/dt, `x0`, `x1` all [batch, ...].
+
+    `z` [batch, ...] is the latent noise of a bridge, standard normal; `None` where the path has none.
+    """
 
     t: Array
     x_t: Array
     u_t: Array
     x0: Array
     x1: Array
+    z: Array | None = None
 
 
 class Prediction(NamedTuple):
@@ -55,13 +59,15 @@ class Prediction(NamedTuple):
 class Pairing(NamedTuple):
     """What a coupling returns: `x0[i]` goes with `x1[i]` and `cond[i]`.
 
-    `index0` [batch] says where each `x0[i]` came from: `x0 == x0_before[index0]`, a permutation.
+    `index0` [batch] says where each `x0[i]` came from: `x0 == x0_before[index0]`, a permutation. `weight` [batch], of
+    mean 1, is what the pair counts for in a loss, where the transport weighs pairs; `None` counts all alike.
     """
 
     x0: Array
     x1: Array
     cond: Cond
     index0: Array
+    weight: Array | None = None
 
 
 class Solution(NamedTuple):
@@ -132,18 +138,21 @@ class Schedule(Protocol):
 
 
 class Path(Protocol):
-    """A conditional probability path: where an (x0, x1) pair is at time t, and how fast it moves."""
+    """A conditional probability path: where an (x0, x1) pair is at time t, and how fast it moves.
+
+    `domain` is the closed range of `t` on which the velocity is finite. An affine path also has a `schedule`.
+    """
 
     @property
-    def schedule(self) -> Schedule: ...
+    def domain(self) -> tuple[float, float]: ...
 
-    def sample(self, key: Key, t: Array, x0: Array, x1: Array, /) -> PathSample: ...
+    def sample(self, key: Key | None, t: Array, x0: Array, x1: Array, /) -> PathSample: ...
 
 
 class Coupling(Protocol):
     """Pairs source with data samples within a batch. Never drops or repeats an example."""
 
-    def __call__(self, key: Key, x0: Array, x1: Array, cond: Cond = None, /) -> Pairing: ...
+    def __call__(self, key: Key | None, x0: Array, x1: Array, cond: Cond = None, /) -> Pairing: ...
 
 
 class TimeSampler(Protocol):

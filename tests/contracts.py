@@ -31,7 +31,12 @@ TIME_SAMPLERS = [
     times.Rescale(times.LogitNormal(), 0.0, 0.9),
 ]
 WEIGHTS = [losses.SNRWeight(), losses.SNRWeight(0.0), losses.MinSNRWeight(), losses.EDMWeight()]
-COUPLINGS = [couplings.independent, couplings.minibatch_ot]
+COUPLINGS = {
+    "independent": couplings.independent,
+    "paired": couplings.paired,
+    "exact_ot": couplings.ExactOT(),
+    "anti_ot": couplings.ExactOT(maximize=True),
+}
 
 
 def mixture() -> oracles.GaussianMixture:

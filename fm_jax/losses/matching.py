@@ -1,10 +1,10 @@
 """Regression losses on a conditional path: flow matching and its relatives, all one function."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
-from fm_jax.couplings import independent
+from fm_jax.couplings import independent, paired
 from fm_jax.paths.affine import targets
 from fm_jax.schedules import vanishes
 from fm_jax.shapes import mean_over_event
@@ -14,6 +14,7 @@ from fm_jax.types import (
     ApplyFn,
     Array,
     Batch,
+    Cond,
     Coupling,
     Key,
     Kind,
@@ -21,6 +22,7 @@ from fm_jax.types import (
     Metrics,
     Params,
     Path,
+    PathSample,
     Schedule,
     TimeSampler,
     Weight,
@@ -58,21 +60,23 @@ def flow_matching(
 
     Args:
         apply_fn: the network, `apply_fn(params, t, x, cond, train=, rngs=)`.
-        path: conditional path, e.g. `AffinePath(Linear())`.
-        coupling: pairs x0 with x1 within the batch.
+        path: conditional path, e.g. `AffinePath(Linear())` or `BrownianBridge(1.0)`.
+        coupling: pairs x0 with x1 within the batch; its weights of pairs, if it has any, multiply the loss.
         time_sampler: training times; `None` is uniform on the range where the target is finite.
-        kind: what the network predicts.
-        weight: `weight(t, kind, schedule)`; `None` is 1.
+        kind: what the network predicts; on a path that is not affine, "velocity".
+        weight: `weight(t, kind, schedule)` on an affine path; `None` is 1.
 
     Returns:
         `loss_fn(params, key, batch) -> (loss, metrics)`, pure, for `jax.value_and_grad(loss_fn, has_aux=True)`. The
-        batch is a dict: `x1` [batch, ...]; optional `x0` (standard normal if absent), `cond`, and `t` [batch] (drawn if
-        absent). Metrics are `loss` and `mse`, the unweighted error. With `key=None`, nothing may be random: `x0` and
-        `t` must be in the batch, and the network runs with `train=False`.
+        batch is a dict: `x1` [batch, ...]; optional `x0` (standard normal if absent), `cond`, `t` [batch] (drawn if
+        absent) and `weight` [batch], what each example counts for. Metrics are `loss` and `mse`, the unweighted error.
+        With `key=None`, nothing may be random: `x0` and `t` must be in the batch, and the network runs with
+        `train=False`.
 
     Raises:
-        ValueError: if `kind` is unknown or `time_sampler` leaves the range where the target is finite; when the loss
-            is traced, if the batch has no `x1`, or its shapes do not fit.
+        ValueError: if `kind` is unknown, `time_sampler` leaves the range where the target is finite, or `kind` or
+            `weight` needs an affine path and `path` is none; when the loss is traced, if the batch has no `x1`, its
+            shapes do not fit, or pairs of data are to be kept (`paired`) and there is no `x0`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,37 +88,59 @@ def flow_matching(
         0.125
     """
     check_member("kind", kind, KINDS)
-    low, high = target_domain(kind, path.schedule)
-    if time_sampler is None:
-        time_sampler = Uniform(low, high)
-    elif not (low <= time_sampler.domain[0] and time_sampler.domain[1] <= high):
-        raise ValueError(
-            f"time_sampler draws from {list(time_sampler.domain)}, but the {kind} target of {path.schedule} is finite "
-            f"only on {[low, high]}; bring it there with times.Rescale(sampler, {low}, {high})."
-        )
+    schedule: Schedule | None = getattr(path, "schedule", None)
+    if schedule is None and (kind != "velocity" or weight is not None):
+        raise ValueError(f"kind={kind!r} and weights need an affine path; on {path} only the velocity is learned.")
+    domain = path.domain if schedule is None else target_domain(kind, schedule)
+    time_sampler = times_within(time_sampler, domain, f"the {kind} target of {path if schedule is None else schedule}")
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Array, Metrics]:
         del target_params  # for losses with a second network; a regression on the path has none
-        x0, x1, t, key_coupling, key_path, rngs = _inputs(key, batch, time_sampler)
-        x0, x1, cond, _ = coupling(key_coupling, x0, x1, batch.get("cond"))
-        sample = path.sample(key_path, t, x0, x1)
-        target = getattr(targets(sample, path.schedule), kind)
-        prediction = apply_fn(params, sample.t, sample.x_t, cond, train=key is not None, rngs=rngs)
-        if prediction.shape != target.shape:
-            raise ValueError(f"the network must return the shape of x, {target.shape}, got {prediction.shape}.")
-        mse = mean_over_event((prediction.astype(target.dtype) - target) ** 2)
-        loss = mse.mean() if weight is None else (weight(t, kind, path.schedule) * mse).mean()
-        return loss, {"loss": loss, "mse": mse.mean()}
+        pairs = draw_pairs(key, batch, coupling, time_sampler)
+        sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
+        target = sample.u_t if schedule is None else getattr(targets(sample, schedule), kind)
+        mse = squared_error(apply_fn, params, sample, pairs, target)
+        weighted = mse if pairs.weight is None else pairs.weight * mse
+        if weight is not None and schedule is not None:
+            weighted = weight(pairs.t, kind, schedule) * weighted
+        return weighted.mean(), {"loss": weighted.mean(), "mse": mse.mean()}
 
     return loss_fn
 
 
-def _inputs(key: Key | None, batch: Batch, time_sampler: TimeSampler) -> tuple:
-    """x0, x1, t, the keys of the coupling and the path, and the network's rngs."""
+def times_within(time_sampler: TimeSampler | None, domain: tuple[float, float], what: str) -> TimeSampler:
+    """The time sampler, by default uniform on `domain`; raises `ValueError` if it leaves `domain`, where `what` is."""
+    low, high = domain
+    if time_sampler is None:
+        return Uniform(low, high)
+    if not (low <= time_sampler.domain[0] and time_sampler.domain[1] <= high):
+        raise ValueError(
+            f"time_sampler draws from {list(time_sampler.domain)}, but {what} is finite only on {[low, high]}; bring "
+            f"it there with times.Rescale(sampler, {low}, {high})."
+        )
+    return time_sampler
+
+
+class Pairs(NamedTuple):
+    """What a loss draws before it asks the path: a paired batch, times, and what else is random."""
+
+    x0: Array
+    x1: Array
+    cond: Cond
+    weight: Array | None
+    t: Array
+    key_path: Key | None
+    rngs: dict[str, Key] | None
+
+
+def draw_pairs(key: Key | None, batch: Batch, coupling: Coupling, time_sampler: TimeSampler) -> Pairs:
+    """Source, times and pairing of a batch, as `flow_matching` says; raises `ValueError` where it does."""
     if "x1" not in batch:
         raise ValueError(f"the batch must hold 'x1', got {sorted(batch)}.")
+    if "x0" not in batch and coupling is paired:
+        raise ValueError("coupling=paired keeps the pairs of the data: the batch must hold 'x0'.")
     if key is None and not ("x0" in batch and "t" in batch):
         raise ValueError("without a key the batch must hold 'x0' and 't'.")
     x1 = batch["x1"]
@@ -122,9 +148,24 @@ def _inputs(key: Key | None, batch: Batch, time_sampler: TimeSampler) -> tuple:
     key_x0, key_t, key_coupling, key_path, key_dropout = keys
     x0 = batch["x0"] if "x0" in batch else jax.random.normal(key_x0, x1.shape, dtype=x1.dtype)
     t = batch["t"] if "t" in batch else time_sampler(key_t, x1.shape[0])
-    if t.shape != x1.shape[:1]:
-        raise ValueError(f"t must be [batch] = {x1.shape[:1]}, got shape {t.shape}.")
-    return x0, x1, t, key_coupling, key_path, None if key is None else {"dropout": key_dropout}
+    weight = batch.get("weight")
+    for name, value in (("t", t), ("weight", weight)):
+        if value is not None and value.shape != x1.shape[:1]:
+            raise ValueError(f"{name} must be [batch] = {x1.shape[:1]}, got shape {value.shape}.")
+    pairing = coupling(key_coupling, x0, x1, batch.get("cond"))
+    if pairing.weight is not None:
+        weight = pairing.weight if weight is None else weight * pairing.weight
+    rngs = None if key is None else {"dropout": key_dropout}
+    return Pairs(pairing.x0, pairing.x1, pairing.cond, weight, t, key_path, rngs)
+
+
+def squared_error(apply_fn: ApplyFn, params: Params, sample: PathSample, pairs: Pairs, target: Array) -> Array:
+    """The network's squared error against a target [batch, ...], averaged over the event: [batch]."""
+    train = pairs.rngs is not None
+    prediction = apply_fn(params, sample.t, sample.x_t, pairs.cond, train=train, rngs=pairs.rngs)
+    if prediction.shape != target.shape:
+        raise ValueError(f"the network must return the shape of x, {target.shape}, got {prediction.shape}.")
+    return mean_over_event((prediction.astype(target.dtype) - target) ** 2)
 
 
 def score_matching(apply_fn: ApplyFn, path: Path, *, weight: Weight | None = None, **options) -> LossFn:

@@ -25,6 +25,10 @@ class AffinePath:
 
     schedule: Schedule = field(default_factory=Linear)
 
+    @property
+    def domain(self) -> tuple[float, float]:
+        return self.schedule.domain
+
     def sample(self, key: Key | None, t: Array, x0: Array, x1: Array) -> PathSample:
         """The point at `t` between `x0` and `x1`, and its velocity.
 

@@ -93,11 +93,12 @@ def test_weighted_score_loss_is_the_noise_loss(key, x64):
     np.testing.assert_allclose(a, losses.noise_prediction(as_noise, path)(0.4, None, batch)[0], rtol=1e-12)
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("coupling", COUPLINGS.values(), ids=COUPLINGS)
 def test_coupling_and_condition_reach_the_network(coupling, key):
     """With straight pairs recovered, a network that knows the shift has no error; conditions stay with their data."""
     cond = jnp.arange(16)
-    batch = {"x1": 10.0 * cond[:, None] + jnp.zeros((16, 2)), "cond": cond}
+    x0 = jax.random.normal(jax.random.key(7), (16, 2))
+    batch = {"x0": x0, "x1": 10.0 * cond[:, None] + jnp.zeros((16, 2)), "cond": cond}
 
     def network(params, t, x, cond, *, train, rngs):
         assert train
@@ -159,7 +160,7 @@ def test_refused_when_built(build, message):
     [
         ({"x": jnp.ones((2, 2))}, jax.random.key(0), r"the batch must hold 'x1', got \['x'\]"),
         ({"x1": jnp.ones((2, 2))}, None, "without a key the batch must hold 'x0' and 't'"),
-        ({"x1": jnp.ones((2, 2)), "x0": jnp.ones((3, 2))}, jax.random.key(0), "must have the same shape"),
+        ({"x1": jnp.ones((2, 2)), "x0": jnp.ones((3, 2))}, jax.random.key(0), "must have the same batch"),
         ({"x1": jnp.ones((2, 2)), "t": jnp.ones((2, 1))}, jax.random.key(0), r"t must be \[batch\] = \(2,\)"),
     ],
 )

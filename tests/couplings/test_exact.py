@@ -18,7 +18,7 @@ def batch(key):
     )
 
 
-@pytest.mark.parametrize("coupling", COUPLINGS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("coupling", COUPLINGS.values(), ids=COUPLINGS)
 @pytest.mark.parametrize("labelled", [False, True])
 def test_a_permutation_that_leaves_data_in_place(coupling, labelled, batch):
     """Both marginals are kept: nothing dropped, nothing repeated, and the indices say who went where."""

@@ -1,0 +1,79 @@
+"""Costs of moving x0 to x1: functions `(x0 [n, ...], x1 [m, ...]) -> [n, m]`, of NumPy or of JAX arrays alike."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fm_jax.types import Array
+
+Cost: TypeAlias = Callable[[Array, Array], Array]
+"""`cost(x0 [n, ...], x1 [m, ...]) -> [n, m]`, for every pair."""
+
+
+def squared_euclidean(x0: Array, x1: Array) -> Array:
+    """|x0_i - x1_j|^2, summed over the dimensions of an example.
+
+    Args:
+        x0: [n, ...].
+        x1: [m, ...], of the same event shape.
+
+    Returns:
+        [n, m], not negative.
+
+    Example:
+        >>> squared_euclidean(np.array([[0.0, 0.0]]), np.array([[3.0, 4.0], [0.0, 1.0]]))
+        array([[25.,  1.]])
+    """
+    x0, x1 = x0.reshape(x0.shape[0], -1), x1.reshape(x1.shape[0], -1)
+    # Distances do not change with the origin, and rounding is least with it in the middle.
+    middle = x1.mean(axis=0, keepdims=True)
+    x0, x1 = x0 - middle, x1 - middle
+    distance2 = (x0**2).sum(axis=1)[:, None] + (x1**2).sum(axis=1)[None, :] - 2 * (x0 @ x1.T)
+    return distance2.clip(0)
+
+
+def euclidean(x0: Array, x1: Array) -> Array:
+    """|x0_i - x1_j|, as [n, m]: the cost of the 1-Wasserstein distance. Arguments as in `squared_euclidean`."""
+    return squared_euclidean(x0, x1) ** 0.5
+
+
+def cost_matrix(cost: Cost, x0: Array, x1: Array) -> Array:
+    """The costs of all pairs, checked.
+
+    Args:
+        cost: the cost function.
+        x0: [n, ...].
+        x1: [m, ...].
+
+    Returns:
+        [n, m], a NumPy array where `x0` and `x1` are.
+
+    Raises:
+        ValueError: if `cost` returns another shape; or, unless it is traced, a cost that is not finite.
+    """
+    matrix = cost(x0, x1)
+    if matrix.shape != (len(x0), len(x1)):
+        raise ValueError(f"cost(x0, x1) must be [n, m] = {(len(x0), len(x1))}, got shape {matrix.shape}.")
+    if not isinstance(matrix, jax.core.Tracer):
+        check_finite(matrix)
+    return matrix
+
+
+def check_finite(matrix: Array | np.ndarray) -> None:
+    """Raises `ValueError` saying how many costs are not finite, if any are; not for traced arrays."""
+    bad = int((~np.isfinite(np.asarray(matrix))).sum())
+    if bad:
+        raise ValueError(f"costs must be finite, got {bad} of {matrix.size} that are not: look for NaN in x0 and x1.")
+
+
+def on_host(*arrays: Array | None) -> bool:
+    """Whether all of the arrays are NumPy's, so that the work may be done without JAX."""
+    return all(isinstance(each, np.ndarray) for each in arrays if each is not None)
+
+
+def as_arrays(x0: Array, x1: Array) -> tuple[Array, Array]:
+    """The two batches as arrays: NumPy's stay NumPy's, everything else becomes JAX's."""
+    return (x0, x1) if on_host(x0, x1) else (jnp.asarray(x0), jnp.asarray(x1))
