@@ -1,0 +1,172 @@
+"""How far a flow goes out of its way: path energy and straightness.
+
+The integrals over time are one more component of the ODE, so that the sampler's own method takes them at its own
+evaluations (midpoint rule for midpoint, trapezoid for Heun, ...): of its order, and for no evaluation more.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fm_jax.samplers.fixed import Method, evaluate, ode_step, sample_ode
+from fm_jax.samplers.grids import check_state, time_dtype, time_grid
+from fm_jax.types import Array, ArrayTree, VelocityFn
+
+
+def path_energy(
+    v: VelocityFn,
+    x0: Array,
+    *,
+    num_steps: int | None = None,
+    method: str | Method = "midpoint",
+    t0: float = 0.0,
+    t1: float = 1.0,
+    grid: ArrayTree | None = None,
+) -> Array:
+    """The kinetic energy that a flow spends on its way: `E integral |v(t, x_t)|^2 dt`.
+
+    Over [0, 1] it is at least W_2^2 between the source and where the flow arrives, with equality for optimal transport
+    (Benamou & Brenier 2000): that is its floor. The kinetic-optimal paths are those of least energy (Shaul et al.
+    2023, arXiv:2306.06626).
+
+    Args:
+        v: velocity function; called with a scalar t.
+        x0: drawn from the source, [batch, ...].
+        num_steps: for equal steps from `t0` to `t1`; either this or `grid`.
+        method: as in `sample_ode`; the integral is of its order.
+        t0: where `x0` is.
+        t1: where to go, after `t0`.
+        grid: increasing times [num_steps + 1].
+
+    Returns:
+        A scalar: summed over the dimensions of x, averaged over the batch.
+
+    Raises:
+        ValueError: for a bad grid, number of steps, method or state, or if `v` returns another shape than that of `x0`.
+
+    Example:
+        >>> path_energy(lambda t, x: jnp.full_like(x, 2.0), jnp.zeros((5, 3)), num_steps=4)  # 3 times 2^2
+        Array(12., dtype=float32)
+
+    References:
+        Tong et al. 2023 (arXiv:2302.00482).
+    """
+    x0, times = _start(x0, num_steps, t0, t1, grid)
+    _, energy = _transport(v, x0, times, method, origin=jnp.zeros_like(x0))
+    return energy.mean()
+
+
+def normalised_path_energy(v: VelocityFn, x0: Array, wasserstein2: ArrayTree, **options) -> Array:
+    """By how much the energy of a flow differs from that of optimal transport: `|PE - W_2^2| / W_2^2`.
+
+    0 for a flow that transports the source to the data optimally. A flow that falls short of the data can have less
+    energy than that, hence the modulus: give it beside a distance of the samples to the data.
+
+    Args:
+        v: velocity function.
+        x0: drawn from the source, [batch, ...].
+        wasserstein2: W_2 (not its square) between source and data: `wasserstein` of two large samples, or a closed
+            form. Its error goes into the result; see `normalised_path_energy_floor`.
+        **options: as in `path_energy`.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: as `path_energy`; if `wasserstein2` (unless traced) is not positive.
+
+    Example:
+        >>> x0 = jnp.zeros((5, 2))
+        >>> normalised_path_energy(lambda t, x: 0 * x + jnp.array([[3.0, 4.0]]), x0, 5.0, num_steps=4)
+        Array(0., dtype=float32)
+
+    References:
+        Tong et al. 2023 (arXiv:2302.00482).
+    """
+    known = not isinstance(wasserstein2, jax.core.Tracer)
+    if np.shape(wasserstein2) != () or (known and not 0 < float(wasserstein2) < np.inf):
+        raise ValueError(f"wasserstein2 must be a positive number, got {wasserstein2}.")
+    return jnp.abs(path_energy(v, x0, **options) / wasserstein2**2 - 1)
+
+
+def straightness(
+    v: VelocityFn,
+    x0: Array,
+    *,
+    num_steps: int | None = None,
+    method: str | Method = "midpoint",
+    t0: float = 0.0,
+    t1: float = 1.0,
+    grid: ArrayTree | None = None,
+    relative: bool = False,
+) -> Array:
+    """How far a flow is from straight lines at constant speed: `S = E integral |x1 - x0 - v(t, x_t)|^2 dt`.
+
+    0 if and only if one Euler step is exact; that is its floor. On [0, 1] it is what the path energy has in excess of
+    the cost of its own coupling, `S = PE - E|x1 - x0|^2` (Pooladian et al. 2023, arXiv:2304.14772), which a reflow
+    brings down. On another interval x1 - x0 stands for the mean velocity `(x1 - x0) / (t1 - t0)`.
+
+    Args:
+        v: velocity function; called with a scalar t.
+        x0: drawn from the source, [batch, ...].
+        num_steps: for equal steps from `t0` to `t1`; either this or `grid`.
+        method: as in `sample_ode`; the integral is of its order.
+        t0: where `x0` is.
+        t1: where to go, after `t0`.
+        grid: increasing times [num_steps + 1].
+        relative: whether to divide by the energy of the straight lines, `E|x1 - x0|^2` on [0, 1]: a number without
+            unit, to compare data sets and resolutions by.
+
+    Returns:
+        A scalar: summed over the dimensions of x, averaged over the batch.
+
+    Raises:
+        ValueError: as `path_energy`.
+
+    Example:
+        >>> float(straightness(lambda t, x: jnp.full_like(x, 2 * t), jnp.zeros((5, 3)), num_steps=100).round(3))
+        1.0
+
+    References:
+        Liu et al. 2022 (arXiv:2209.03003, sec. 2).
+    """
+    x0, times = _start(x0, num_steps, t0, t1, grid)
+    # About the mean velocity of the first step, as a variance about a provisional mean: as PE - E|x1 - x0|^2, it would
+    # be nothing but rounding where the flow is nearly straight.
+    first = (ode_step(v, times[0], times[1], x0, method) - x0) / (times[1] - times[0])
+    duration = times[-1] - times[0]
+    x1, about_first = _transport(v, x0, times, method, origin=first)
+    excess = about_first - duration * _squares((x1 - x0) / duration - first)
+    if not relative:
+        return excess.mean()
+    return excess.mean() / (_squares(x1 - x0) / duration).mean()
+
+
+def _start(x0: Array, num_steps: int | None, t0: float, t1: float, grid: ArrayTree | None) -> tuple[Array, Array]:
+    """The state in at least float32, in which sums over dimensions and steps are taken, and the times."""
+    x0 = jnp.asarray(x0)
+    check_state(x0)
+    if not x0.size:
+        raise ValueError(f"x0 must not be empty, got shape {x0.shape}.")
+    x0 = x0.astype(time_dtype(x0))
+    return x0, time_grid(num_steps, grid, t0, t1, x0, forward=True)
+
+
+def _transport(v: VelocityFn, x0: Array, times: Array, method: str | Method, origin: Array) -> tuple[Array, Array]:
+    """Where the flow takes `x0`, and the integral of |v(t, x_t) - origin|^2 on the way, [batch]."""
+
+    def state(z: Array) -> Array:
+        return z[:, :-1].reshape(x0.shape)
+
+    def augmented(t: Array, z: Array) -> Array:
+        velocity = evaluate(v, t, state(z)).astype(z.dtype)
+        return jnp.concatenate([velocity.reshape(len(z), -1), _squares(velocity - origin)[:, None]], axis=1)
+
+    z0 = jnp.concatenate([x0.reshape(len(x0), -1), jnp.zeros((len(x0), 1), x0.dtype)], axis=1)
+    z = sample_ode(augmented, z0, grid=times, method=method).x
+    return state(z), z[:, -1]
+
+
+def _squares(x: Array) -> Array:
+    """|x|^2 of each example: [batch, ...] -> [batch]."""
+    return (x**2).reshape(len(x), -1).sum(axis=1)
