@@ -16,7 +16,8 @@ Params: TypeAlias = PyTree
 Cond: TypeAlias = PyTree
 """Conditioning with a leading batch axis; `None` is unconditional."""
 Batch: TypeAlias = Mapping[str, PyTree]
-"""`x1` [batch, ...] is required; `x0` [batch, ...], `cond`, `t` [batch] and `weight` [batch] are optional."""
+"""`x1` [batch, ...] is required; `x0` [batch, ...], `cond`, `t` [batch] and `weight` [batch] are optional.
+`losses.trajectory_matching` takes `x` [batch, times, ...] in place of `x0` and `x1`."""
 Metrics: TypeAlias = Mapping[str, Array]
 
 Kind = Literal["velocity", "data", "noise", "score"]

@@ -1,16 +1,25 @@
 """Losses: `(params, key, batch) -> (scalar, metrics)`, for any network library."""
 
+from fm_jax.losses.bridge import bridge_matching, bridge_score, bridge_velocity, split_channels, two_heads
 from fm_jax.losses.matching import data_prediction, flow_matching, noise_prediction, score_matching, target_domain
+from fm_jax.losses.trajectory import couple_snapshots, trajectory_matching
 from fm_jax.losses.weights import EDMWeight, MinSNRWeight, SNRWeight, error_scale
 
 __all__ = [
     "EDMWeight",
     "MinSNRWeight",
     "SNRWeight",
+    "bridge_matching",
+    "bridge_score",
+    "bridge_velocity",
+    "couple_snapshots",
     "data_prediction",
     "error_scale",
     "flow_matching",
     "noise_prediction",
     "score_matching",
+    "split_channels",
     "target_domain",
+    "trajectory_matching",
+    "two_heads",
 ]

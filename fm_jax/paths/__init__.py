@@ -1,5 +1,25 @@
 """Conditional probability paths: what to regress."""
 
 from fm_jax.paths.affine import AffinePath, source, targets
+from fm_jax.paths.bridge import (
+    BrownianBridge,
+    BrownianNoise,
+    ConstantNoise,
+    QuadraticNoise,
+    SineNoise,
+    StochasticInterpolant,
+)
+from fm_jax.paths.spline import SplinePath
 
-__all__ = ["AffinePath", "source", "targets"]
+__all__ = [
+    "AffinePath",
+    "BrownianBridge",
+    "BrownianNoise",
+    "ConstantNoise",
+    "QuadraticNoise",
+    "SineNoise",
+    "SplinePath",
+    "StochasticInterpolant",
+    "source",
+    "targets",
+]

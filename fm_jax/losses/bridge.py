@@ -1,0 +1,200 @@
+"""Velocity and score of a bridge, learned together: [SF]2M and stochastic interpolants."""
+
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from fm_jax.couplings import independent
+from fm_jax.losses.matching import draw_pairs, times_within
+from fm_jax.nfe import nfe_per_call, with_nfe_per_call
+from fm_jax.paths.affine import AffinePath
+from fm_jax.paths.bridge import StochasticInterpolant, value_and_slope
+from fm_jax.shapes import batch_time, expand_time, mean_over_event
+from fm_jax.types import (
+    ApplyFn,
+    Array,
+    Batch,
+    Cond,
+    Coupling,
+    Key,
+    LossFn,
+    Metrics,
+    Params,
+    TimeSampler,
+    VelocityFn,
+)
+
+PairModelFn: TypeAlias = Callable[[Array, Array, Cond], tuple[Array, Array]]
+"""`f(t, x, cond) -> (drift, noise)`: a network of two outputs whose parameters are bound."""
+
+
+class PairApplyFn(Protocol):
+    """A network as `ApplyFn`, of two outputs `(drift, noise)`, each like `x`."""
+
+    def __call__(
+        self, params: Params, t: Array, x: Array, cond: Cond, /, *, train: bool, rngs: Any
+    ) -> tuple[Array, Array]: ...
+
+
+def bridge_matching(
+    apply_fn: PairApplyFn,
+    path: StochasticInterpolant,
+    *,
+    coupling: Coupling = independent,
+    time_sampler: TimeSampler | None = None,
+) -> LossFn:
+    """The loss of drift and denoiser of a stochastic interpolant, from which velocity and score follow.
+
+    `E |f_1(t, x_t) - (alpha' x1 + sigma' x0)|^2 + |f_2(t, x_t) - z|^2`, each averaged over the dimensions of x. The
+    minimiser is `drift = E[alpha' x1 + sigma' x0 | x_t]` and `noise = E[z | x_t]`, and
+
+        velocity = drift + gamma' noise,    score = -noise / gamma
+
+    by `bridge_velocity` and `bridge_score`. Unlike those two, both targets stay finite where gamma is 0 or has an
+    infinite slope. With `BrownianBridge` and an entropic coupling this is simulation-free score and flow matching,
+    [SF]2M, and the SDE of these two with g = sigma is the Schroedinger bridge; other paths and couplings give the other
+    stochastic interpolants.
+
+    Args:
+        apply_fn: the network, `apply_fn(params, t, x, cond, train=, rngs=) -> (drift, noise)`; made of one network by
+            `split_channels`, of two by `two_heads`.
+        path: with latent noise.
+        coupling: pairs x0 with x1 within the batch; its weights of pairs, if it has any, multiply the loss.
+        time_sampler: training times; `None` is uniform on the domain of `path.interpolant`.
+
+    Returns:
+        `loss_fn(params, key, batch) -> (loss, metrics)`, as from `flow_matching`, with the same batch. The key is
+        required: it draws z. Metrics are `loss`, and `mse_drift` and `mse_noise`, both unweighted.
+
+    Raises:
+        ValueError: if `path` is not a stochastic interpolant or `time_sampler` leaves its range; when the loss is
+            traced, without a key, if the batch does not fit, or if the network does not return two arrays like x.
+
+    References:
+        Tong et al. 2023 (arXiv:2307.03672); Albergo, Boffi & Vanden-Eijnden 2023 (arXiv:2303.08797, sec. 2).
+    """
+    check_latent(path)
+    straight = AffinePath(path.interpolant)
+    time_sampler = times_within(time_sampler, straight.domain, f"the drift target of {path}")
+
+    def loss_fn(
+        params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
+    ) -> tuple[Array, Metrics]:
+        del target_params
+        pairs = draw_pairs(key, batch, coupling, time_sampler)
+        sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
+        targets: tuple[Any, Any] = straight.sample(None, pairs.t, pairs.x0, pairs.x1).u_t, sample.z
+        prediction = apply_fn(params, pairs.t, sample.x_t, pairs.cond, train=True, rngs=pairs.rngs)
+        check_pair(prediction, sample.x_t)
+        mse_drift, mse_noise = (
+            mean_over_event((value.astype(wanted.dtype) - wanted) ** 2)
+            for value, wanted in zip(prediction, targets, strict=True)
+        )
+        weighted = mse_drift + mse_noise
+        if pairs.weight is not None:
+            weighted = pairs.weight * weighted
+        return weighted.mean(), {
+            "loss": weighted.mean(),
+            "mse_drift": mse_drift.mean(),
+            "mse_noise": mse_noise.mean(),
+        }
+
+    return loss_fn
+
+
+def check_latent(path: Any) -> None:
+    """Raises `ValueError` unless `path` has a latent noise gamma z."""
+    if not isinstance(path, StochasticInterpolant):
+        raise ValueError(f"the path must be a StochasticInterpolant, as from BrownianBridge, got {path}.")
+
+
+def check_pair(prediction: Any, x: Array) -> None:
+    """Raises `ValueError` unless `prediction` is two arrays of the shape of `x`."""
+    shapes = [each.shape for each in prediction] if isinstance(prediction, tuple | list) else prediction.shape
+    if shapes != [x.shape, x.shape]:
+        raise ValueError(f"the network must return (drift, noise), both of the shape of x, {x.shape}, got {shapes}.")
+
+
+def split_channels(apply_fn: ApplyFn) -> PairApplyFn:
+    """One network with twice the channels of x, as `(drift, noise)`: the halves of its last axis."""
+
+    def split(params: Params, t: Array, x: Array, cond: Cond, *, train: bool, rngs: Any) -> tuple[Array, Array]:
+        output = apply_fn(params, t, x, cond, train=train, rngs=rngs)
+        if output.shape != (*x.shape[:-1], 2 * x.shape[-1]):
+            raise ValueError(f"the network must return twice the channels of x, {x.shape}, got {output.shape}.")
+        drift, noise = jnp.split(output, 2, axis=-1)
+        return drift, noise
+
+    return split
+
+
+def two_heads(apply_drift: ApplyFn, apply_noise: ApplyFn) -> PairApplyFn:
+    """Two networks as one with two outputs; its parameters are a dict of theirs, `{"drift": ..., "noise": ...}`."""
+
+    def both(params: Params, t: Array, x: Array, cond: Cond, *, train: bool, rngs: Any) -> tuple[Array, Array]:
+        rngs_drift, rngs_noise = rngs, rngs
+        if rngs is not None:
+            keys = {name: jax.random.split(key) for name, key in rngs.items()}
+            rngs_drift, rngs_noise = ({name: key[i] for name, key in keys.items()} for i in range(2))
+        drift = apply_drift(params["drift"], t, x, cond, train=train, rngs=rngs_drift)
+        return drift, apply_noise(params["noise"], t, x, cond, train=train, rngs=rngs_noise)
+
+    return both
+
+
+def bridge_velocity(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond = None) -> VelocityFn:
+    """The velocity `drift + gamma' noise` of a network trained by `bridge_matching`.
+
+    Sample within `path.domain`. A Brownian bridge's begins at t_0 > 0, where the path is no longer at x0 but near
+    `x0 + gamma(t_0) z`: start from there.
+
+    Args:
+        model_fn: `model_fn(t, x, cond) -> (drift, noise)`, with its parameters bound.
+        path: that it was trained on.
+        cond: conditioning [batch, ...] or `None`.
+
+    Returns:
+        `v(t, x)`, `t` a scalar or [batch], `x` [batch, ...]; infinite or NaN outside `path.domain`, where gamma' is.
+    """
+    check_latent(path)
+
+    def velocity(t: Array, x: Array) -> Array:
+        t = batch_time(t, x)
+        drift, noise = model_fn(t, x, cond)
+        return drift + value_and_slope(path.gamma, expand_time(t, x))[1] * noise
+
+    return with_nfe_per_call(velocity, nfe_per_call(model_fn))
+
+
+def bridge_score(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond = None) -> VelocityFn:
+    """The score `-noise / gamma` of a network trained by `bridge_matching`, for `sample_sde(v, score, ...)`.
+
+    Infinite where gamma = 0, at both ends of most paths: an SDE starts and ends short of them, as at `path.domain` of a
+    Brownian bridge. Its steps there have to be short, unless its g vanishes like sqrt(gamma) or faster, as
+    `diffusion=path.gamma` does.
+
+    Args:
+        model_fn: `model_fn(t, x, cond) -> (drift, noise)`, with its parameters bound.
+        path: that it was trained on.
+        cond: conditioning [batch, ...] or `None`.
+
+    Returns:
+        `score(t, x)`, `t` a scalar or [batch], `x` [batch, ...]. In an SDE sampler both this and the velocity call the
+        network at the same point, and both calls are counted; `jit` may make one of them.
+
+    Raises:
+        ValueError: when called with a t known to have gamma = 0.
+    """
+    check_latent(path)
+
+    def score(t: Array, x: Array) -> Array:
+        t = batch_time(t, x)
+        gamma, _ = value_and_slope(path.gamma, t)
+        if not isinstance(gamma, jax.core.Tracer) and bool((gamma == 0).any()):
+            raise ValueError(f"the score is infinite where gamma = 0, at t = {t[gamma == 0].tolist()}.")
+        _, noise = model_fn(t, x, cond)
+        return -noise / expand_time(gamma, x)
+
+    return with_nfe_per_call(score, nfe_per_call(model_fn))
