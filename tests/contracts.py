@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fm_jax import couplings, losses, oracles, schedules, times
+from fm_jax import couplings, losses, oracles, paths, schedules, times
 from fm_jax.guidance import classifier_free
 
 SCHEDULES = [
@@ -36,7 +36,16 @@ COUPLINGS = {
     "paired": couplings.paired,
     "exact_ot": couplings.ExactOT(),
     "anti_ot": couplings.ExactOT(maximize=True),
+    "partial_ot": couplings.PartialOT(0.8),
+    "conditional_ot": couplings.ConditionalOT(),
 }
+BRIDGES = [
+    paths.BrownianBridge(0.8),
+    *(
+        paths.StochasticInterpolant(gamma=g)
+        for g in (paths.ConstantNoise(0.1), paths.QuadraticNoise(), paths.SineNoise())
+    ),
+]
 
 
 def mixture() -> oracles.GaussianMixture:

@@ -11,16 +11,16 @@ import optax
 import pytest
 
 import fm_jax
-from fm_jax import guidance, losses, parameterization, samplers, schedules, types
+from fm_jax import fewstep, guidance, losses, parameterization, samplers, schedules, types
 from fm_jax.models import MLP, linen_apply
-from fm_jax.paths import AffinePath
+from fm_jax.paths import AffinePath, SplinePath
 from fm_jax.train import make_step
 
 # The names that have one meaning everywhere, by their place. Others may stand between them.
 PLACE = {
     name: place
     for place, names in enumerate(
-        ["v v_cond v_uncond apply_fn model_fn", "params", "key", "t", "t_next", "x x0 x1 x_t", "cond"]
+        ["v v_cond v_uncond apply_fn model_fn potential_fn", "params", "key", "t", "t_next", "x x0 x1 x_t", "cond"]
     )
     for name in names.split()
 }
@@ -78,7 +78,7 @@ def test_the_order_can_fail():
         (types.Schedule, contracts.SCHEDULES),
         (types.TimeSampler, contracts.TIME_SAMPLERS),
         (types.Coupling, [*contracts.COUPLINGS.values()]),
-        (types.Path, [AffinePath(schedule) for schedule in contracts.SCHEDULES]),
+        (types.Path, [*(AffinePath(schedule) for schedule in contracts.SCHEDULES), *contracts.BRIDGES]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -105,19 +105,31 @@ def _constant(t, x, cond=None):
     return jnp.zeros_like(x)
 
 
+def _potential(params, x):
+    return (x**2).sum(axis=-1)
+
+
 APPLY, PATH = linen_apply(MLP()), AffinePath()
 LOSS = (["params", "key", "batch"], ["target_params"])
+NETWORK = (["params", "t", "x", "cond"], ["train", "rngs"])
 LINEAR, COSINE = schedules.Linear(), schedules.Cosine()
 
 
 @pytest.mark.parametrize(
     ("made", "arguments", "options"),
     [
-        (APPLY, ["params", "t", "x", "cond"], ["train", "rngs"]),
+        (APPLY, *NETWORK),
         (losses.flow_matching(APPLY, PATH), *LOSS),
         (losses.score_matching(APPLY, PATH), *LOSS),
         (losses.noise_prediction(APPLY, PATH), *LOSS),
         (losses.data_prediction(APPLY, PATH), *LOSS),
+        (losses.bridge_matching(losses.split_channels(APPLY), contracts.BRIDGES[0]), *LOSS),
+        (losses.trajectory_matching(APPLY, SplinePath((0.0, 1.0))), *LOSS),
+        (fewstep.optimal_flow_matching(_potential), *LOSS),
+        (fewstep.distillation(APPLY), *LOSS),
+        (fewstep.straight_velocity(_potential, {}), ["t", "x"], []),
+        (losses.split_channels(APPLY), *NETWORK),
+        (losses.two_heads(APPLY, APPLY), *NETWORK),
         (make_step(losses.flow_matching(APPLY, PATH), optax.sgd(0.1)), ["state", "key", "batch"], []),
         (parameterization.velocity_fn(_constant, "data", LINEAR), ["t", "x"], []),
         (parameterization.score_fn(_constant, LINEAR), ["t", "x"], []),

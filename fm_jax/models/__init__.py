@@ -12,17 +12,21 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.models.dit import DiT, make_dit
-from fm_jax.models.mlp import MLP
+from fm_jax.models.icnn import ICNN, linen_potential
+from fm_jax.models.mlp import MLP, PlainMLP
 from fm_jax.models.unet import UNet, make_unet
 from fm_jax.types import ApplyFn, Array, Cond, Key, Params
 
 __all__ = [
+    "ICNN",
     "MLP",
     "DiT",
+    "PlainMLP",
     "UNet",
     "forward_flops",
     "init_params",
     "linen_apply",
+    "linen_potential",
     "make_dit",
     "make_unet",
     "num_params",

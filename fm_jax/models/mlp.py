@@ -1,6 +1,7 @@
 """A fully connected vector field, for points, latents and other small data."""
 
 import math
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -82,6 +83,52 @@ class MLP(nn.Module):
             h = hidden(width, self.dropout, self.dtype, name=f"hidden_{i}")(h, emb, train)
         dim = math.prod(x.shape[1:])
         return nn.Dense(dim, kernel_init=zeros, name="out")(h.astype(jnp.float32)).reshape(x.shape)
+
+
+class PlainMLP(nn.Module):
+    """A multilayer perceptron on (x, t), concatenated: TorchCFM's network for points, for comparisons with it.
+
+    `h_i = activation(W_i h_{i-1} + b_i)`, `h_0 = (flatten(x), t)`, output `W h_n + b`. Kernels start as PyTorch's do,
+    uniform within 1 / sqrt(inputs); biases at 0.
+
+    Attributes:
+        features: width of each hidden layer.
+        activation: elementwise function.
+
+    Example:
+        >>> import jax
+        >>> variables = PlainMLP().init(jax.random.key(0), 0.5, jnp.zeros((3, 2)))
+        >>> sum(leaf.size for leaf in jax.tree.leaves(variables))
+        8706
+    """
+
+    features: tuple[int, ...] = (64, 64, 64)
+    activation: Callable[[Array], Array] = nn.selu
+
+    @nn.compact
+    def __call__(self, t: Array, x: Array, cond: None = None, *, train: bool = False) -> Array:
+        """Evaluates the field.
+
+        Args:
+            t: time, scalar or [batch].
+            x: state, [batch, ...].
+            cond: must be `None`: this network has no conditioning.
+            train: not used.
+
+        Returns:
+            In the shape of `x`.
+
+        Raises:
+            ValueError: if there is a `cond`.
+        """
+        if cond is not None:
+            raise ValueError("PlainMLP takes no cond; MLP(num_classes=...) does.")
+        flat = x.reshape(x.shape[0], -1)
+        h = jnp.concatenate([flat, batch_time(t, x)[:, None]], axis=1)
+        init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        for width in self.features:
+            h = self.activation(nn.Dense(width, kernel_init=init)(h))
+        return nn.Dense(flat.shape[1], kernel_init=init)(h).reshape(x.shape)
 
 
 class Hidden(nn.Module):

@@ -1,0 +1,189 @@
+"""Reflow: a flow trained on its own pairs of noise and sample, whose paths are straighter, down to one step.
+
+A flow sends x0 to x1 = x0 + integral of v(t, x_t) dt. Trained anew on these pairs in place of independent ones, it
+keeps its marginals, pays no more for any convex cost of transport, and its paths become straighter (Liu et al. 2022,
+arXiv:2209.03003, thm. 3.3, 3.5 and 3.7). Once they are straight, one step samples, and `distillation` polishes it.
+
+The training is the caller's: `flow_matching(apply_fn, AffinePath(), coupling=paired)` on the pairs of `make_pairs`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fm_jax.couplings import paired
+from fm_jax.losses.matching import draw_pairs
+from fm_jax.samplers import SAMPLERS, sample
+from fm_jax.shapes import mean_over_event
+from fm_jax.times import Uniform
+from fm_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, Params, Solution, VelocityFn, check_member
+
+Draw: TypeAlias = Callable[[Key, int], Array]
+"""`draw_x0(key, num) -> [num, ...]`, the source."""
+PairBatch: TypeAlias = dict[str, np.ndarray]
+"""`x0` and `x1`, both [num, ...]: a batch for losses with `coupling=paired`."""
+Distance: TypeAlias = Callable[[Array, Array], Array]
+"""`distance(x, y) -> [batch]`, for x and y [batch, ...]."""
+
+
+def make_pairs(
+    v: VelocityFn,
+    key: Key,
+    draw_x0: Draw,
+    num: int,
+    *,
+    sampler: str | Callable[..., Solution] = "midpoint",
+    batch_size: int = 256,
+    **options: Any,
+) -> tuple[PairBatch, np.ndarray]:
+    """Pairs of a source point and the sample that a flow makes of it.
+
+    Args:
+        v: velocity function of the flow.
+        key: typed key; batch i draws its x0 with `fold_in(key, i)`.
+        draw_x0: `draw_x0(key, num) -> [num, ...]`, the source as the sampler starts from it.
+        num: number of pairs.
+        sampler: a name in `fm_jax.samplers.SAMPLERS`, or a function `sampler(v, x0, **options) -> Solution`. It must
+            not be random, or x1 is no function of x0; a function is taken at its word.
+        batch_size: pairs sampled at once, jitted; the last batch is smaller where it does not divide `num`.
+        options: of the sampler, such as `num_steps`, `rtol` or `schedule`.
+
+    Returns:
+        The pairs, {"x0": [num, ...], "x1": [num, ...]}, on the host; and the NFE spent on each, [num].
+
+    Raises:
+        ValueError: for a random sampler, or `num` or `batch_size` less than 1; if `draw_x0` returns another number of
+            points, or a sample is not finite; and as the sampler.
+
+    Example:
+        >>> pairs, nfe = make_pairs(lambda t, x: x, jax.random.key(0), jax.random.normal, 3, num_steps=50)
+        >>> bool(np.allclose(pairs["x1"], np.e * pairs["x0"], rtol=1e-3)), int(nfe.mean())
+        (True, 100)
+
+    References:
+        Liu et al. 2022 (arXiv:2209.03003, algorithm 1).
+    """
+    for name, value in (("num", num), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}.")
+    solve = jax.jit(_deterministic(v, sampler, options))
+    batches = []
+    for i, start in enumerate(range(0, num, batch_size)):
+        size = min(batch_size, num - start)
+        x0 = jnp.asarray(draw_x0(jax.random.fold_in(key, i), size))
+        if x0.shape[:1] != (size,):
+            raise ValueError(f"draw_x0(key, {size}) must be [{size}, ...], got shape {x0.shape}.")
+        x1, nfe, _ = solve(x0)
+        batches.append(jax.device_get((x0, x1, jnp.broadcast_to(nfe, (size,)))))
+    all_x0, all_x1, all_nfe = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    if bad := int((~np.isfinite(all_x1.reshape(num, -1)).all(axis=1)).sum()):
+        raise ValueError(
+            f"samples must be finite, got {bad} of {num} that are not: look at v, its times and the steps."
+        )
+    return {"x0": all_x0, "x1": all_x1}, all_nfe
+
+
+def _deterministic(
+    v: VelocityFn, sampler: str | Callable[..., Solution], options: dict[str, Any]
+) -> Callable[[Array], Solution]:
+    """`x0 -> Solution`; raises `ValueError` for a sampler that is random by its name or options."""
+    if not isinstance(sampler, str):
+        return functools.partial(sampler, v, **options)
+    check_member("sampler", sampler, tuple(name for name, each in SAMPLERS.items() if not each.stochastic))
+    if options.get("eta", 0) != 0:
+        raise ValueError(f"sampler must not be random, for x1 to be a function of x0, got eta={options['eta']}.")
+    return lambda x0: sample(sampler, v, None, x0, **options)
+
+
+def reflow(
+    fit: Callable[[int, PairBatch], VelocityFn],
+    v: VelocityFn,
+    key: Key,
+    draw_x0: Draw,
+    *,
+    num_pairs: int,
+    rounds: int = 1,
+    **options: Any,
+) -> list[VelocityFn]:
+    """Rectifies a flow `rounds` times: pairs of the last flow, then a new flow fitted to them.
+
+    Args:
+        fit: `fit(round, pairs) -> v`, the training, on a linear path with `coupling=paired`; rounds count from 0.
+        v: velocity function of the first flow, the "1-rectified flow" if it was trained on a linear path.
+        key: round k draws its pairs with `fold_in(key, k)`.
+        draw_x0: `draw_x0(key, num) -> [num, ...]`, the source.
+        num_pairs: pairs a round.
+        rounds: how often.
+        options: of `make_pairs`: `sampler`, `batch_size` and the sampler's own.
+
+    Returns:
+        The velocity functions of the rounds, [rounds].
+
+    Raises:
+        ValueError: if `rounds` is less than 1, and as `make_pairs`.
+
+    References:
+        Liu et al. 2022 (arXiv:2209.03003, algorithm 1).
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be at least 1, got {rounds}.")
+    flows = [v]
+    for k in range(rounds):
+        pairs, _ = make_pairs(flows[-1], jax.random.fold_in(key, k), draw_x0, num_pairs, **options)
+        flows.append(fit(k, pairs))
+    return flows[1:]
+
+
+def distillation(apply_fn: ApplyFn, *, distance: Distance | None = None) -> LossFn:
+    """The loss of a one-step sampler, regressed on the pairs of a flow.
+
+    `E distance(x0 + v(0, x0), x1)`, by default the squared distance averaged over the dimensions of x. Its minimiser is
+    the flow's map, sampled by one Euler step, `sample_ode(v, x0, num_steps=1, method="euler")`.
+
+    Args:
+        apply_fn: the network, predicting velocities, best begun from the parameters of a reflowed one.
+        distance: `distance(x, y) -> [batch]`, such as a perceptual one.
+
+    Returns:
+        `loss_fn(params, key, batch) -> (loss, metrics)` as from `flow_matching`. The batch holds pairs, `x0` and `x1`
+        [batch, ...], and optionally `cond` and `weight`. Metrics are `loss` and `distance`, the unweighted one. With
+        `key=None` the network runs with `train=False`.
+
+    Raises:
+        ValueError: when the loss is traced, if `x0` or `x1` is missing, `t` is given, or shapes do not fit.
+
+    Example:
+        >>> loss_fn = distillation(lambda params, t, x, cond, **_: params * x)
+        >>> batch = {"x0": jnp.ones((2, 3)), "x1": 3 * jnp.ones((2, 3))}
+        >>> float(loss_fn(1.0, None, batch)[0]), float(loss_fn(2.0, None, batch)[0])
+        (1.0, 0.0)
+
+    References:
+        Liu et al. 2022 (arXiv:2209.03003).
+    """
+
+    def loss_fn(
+        params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
+    ) -> tuple[Array, Metrics]:
+        del target_params
+        if "t" in batch:
+            raise ValueError("distillation is for t = 0: take 't' out of the batch.")
+        start = {"t": jnp.zeros(batch["x1"].shape[:1], batch["x1"].dtype)} if "x1" in batch else {}
+        pairs = draw_pairs(key, {**batch, **start}, paired, Uniform())
+        train = pairs.rngs is not None
+        v = apply_fn(params, pairs.t, pairs.x0, pairs.cond, train=train, rngs=pairs.rngs)
+        for name, value in (("x0", pairs.x0), ("the network's output", v)):
+            if value.shape != pairs.x1.shape:
+                raise ValueError(f"{name} must have the shape of x1, {pairs.x1.shape}, got {value.shape}.")
+        end = pairs.x0 + v.astype(pairs.x0.dtype)
+        error = mean_over_event((end - pairs.x1) ** 2) if distance is None else distance(end, pairs.x1)
+        if error.shape != pairs.t.shape:
+            raise ValueError(f"distance must return [batch] = {pairs.t.shape}, got shape {error.shape}.")
+        loss = (error if pairs.weight is None else pairs.weight * error).mean()
+        return loss, {"loss": loss, "distance": error.mean()}
+
+    return loss_fn
