@@ -6,9 +6,10 @@ Time runs from 0 (source, noise) to 1 (data). The core, imported here, needs jax
 * `losses`: `flow_matching` and its relatives, for any network library;
 * `parameterization`: velocity, data, noise and score, and the way between them;
 * `guidance`, `samplers`, `likelihood`: velocity in; velocity, samples or log-density out;
+* `fewstep`: straight flows and flows of one step: reflow, distillation, Optimal Flow Matching;
 * `oracles`: the closed forms that all of it is checked against.
 
-`fm_jax.models`, `fm_jax.train` and `fm_jax.data` are imported by name.
+`fm_jax.models`, `fm_jax.train`, `fm_jax.data` and `fm_jax.metrics` are imported by name.
 """
 
 from fm_jax import (

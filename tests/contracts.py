@@ -39,6 +39,12 @@ COUPLINGS = {
     "partial_ot": couplings.PartialOT(0.8),
     "conditional_ot": couplings.ConditionalOT(),
 }
+OTT_COUPLINGS = {
+    "entropic_ot": couplings.EntropicOT(0.1, relative=True),
+    "unbalanced_ot": couplings.UnbalancedOT(0.1, 0.9, relative=True),
+    "gromov_wasserstein_ot": couplings.GromovWassersteinOT(),
+}
+"""Those that need the extra fm_jax[ot]."""
 BRIDGES = [
     paths.BrownianBridge(0.8),
     *(

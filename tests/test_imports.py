@@ -14,6 +14,7 @@ EXTRAS = [
     "array_record",
     "grain",
     "matplotlib",
+    "ot",
     "ott",
     "sklearn",
     "tensorboardX",
@@ -76,7 +77,7 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 import fm_jax
 from fm_jax.losses import flow_matching
-import fm_jax.models, fm_jax.samplers, fm_jax.train
+import fm_jax.metrics, fm_jax.models, fm_jax.samplers, fm_jax.train
 import fm_jax.train.checkpoint, fm_jax.train.loop, fm_jax.train.metrics, fm_jax.train.parallel
 """)
 

@@ -77,7 +77,7 @@ def test_the_order_can_fail():
     [
         (types.Schedule, contracts.SCHEDULES),
         (types.TimeSampler, contracts.TIME_SAMPLERS),
-        (types.Coupling, [*contracts.COUPLINGS.values()]),
+        (types.Coupling, [*contracts.COUPLINGS.values(), *contracts.OTT_COUPLINGS.values()]),
         (types.Path, [*(AffinePath(schedule) for schedule in contracts.SCHEDULES), *contracts.BRIDGES]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

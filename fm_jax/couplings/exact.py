@@ -4,7 +4,9 @@ With uniform marginals it is an assignment, solved on the host by SciPy's shorte
 from dual potentials of a quarter of the batch, which leaves the optimum as it is and most of the work undone.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ from fm_jax.types import Array, ArrayTree, Cond, Key, Pairing
 
 _COLD = 96
 """Problems up to this size are solved without potentials."""
+_PIECE = 2**16
+"""Bytes that XLA's CPU client copies without a thread of its own; the limit is 100 KiB."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +73,7 @@ class ExactOT:
         if on_host(x0, x1):
             index0 = assign_within(costs, labels)
         else:
-            shape = jax.ShapeDtypeStruct((len(x1),), jnp.int32)
-            index0 = jax.pure_callback(assign_within, shape, costs, labels, vmap_method="sequential")
+            index0 = call_host(assign_within, jax.ShapeDtypeStruct((len(x1),), jnp.int32), costs, labels)
         return Pairing(x0[index0], x1, cond, index0)
 
 
@@ -80,6 +83,41 @@ anti_ot = ExactOT(maximize=True)
 """`ExactOT(maximize=True)`: the most expensive pairing, for study."""
 
 
+def call_host(function: Callable[..., Any], result: ArrayTree, *args: ArrayTree) -> ArrayTree:
+    """`function(*args)` on the host, with NumPy arrays: at once, or inside `jit` as a callback.
+
+    Its result is an index or a weight, constant almost everywhere, so no derivative passes through.
+
+    Args:
+        function: pure, of as many pytrees of NumPy arrays as there are `args`.
+        result: a pytree of `jax.ShapeDtypeStruct`, like what `function` returns.
+        *args: pytrees of arrays.
+
+    Returns:
+        What `function` returns, as JAX arrays.
+    """
+    leaves, tree = jax.tree.flatten(args)
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return jax.tree.map(jnp.asarray, function(*jax.tree.map(np.asarray, args)))
+    leaves = [jax.lax.stop_gradient(jnp.asarray(leaf)) for leaf in leaves]
+    # JAX copies a callback's inputs on one of XLA's threads, of which simulated devices have one each. Those may all be
+    # waiting for this device in a collective: a deadlock, unless the copies are small enough to be made in place.
+    simulated = jax.default_backend() == "cpu" and jax.local_device_count() > 1
+    lengths = [_PIECE // leaf.dtype.itemsize if simulated else max(leaf.size, 1) for leaf in leaves]
+    shapes = [leaf.shape for leaf in leaves]
+    pieces = [
+        [leaf.ravel()[start : start + length] for start in range(0, max(leaf.size, 1), length)]
+        for leaf, length in zip(leaves, lengths)
+    ]
+
+    def on_pieces(pieces):
+        return function(
+            *jax.tree.unflatten(tree, [np.concatenate(x).reshape(shape) for x, shape in zip(pieces, shapes)])
+        )
+
+    return jax.pure_callback(on_pieces, result, pieces, vmap_method="sequential")
+
+
 def as_labels(cond: Cond, batch: int) -> ArrayTree:
     """Labels [batch], all alike if `cond` is `None`; raises `ValueError` unless they are integers of that length."""
     if cond is None:
@@ -87,8 +125,8 @@ def as_labels(cond: Cond, batch: int) -> ArrayTree:
     labels = cond if isinstance(cond, np.ndarray) else jnp.asarray(cond)
     if labels.shape != (batch,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
-            f"exact OT takes integer labels [batch] = ({batch},) as cond, got {labels.dtype} {labels.shape}; "
-            "ConditionalOT takes any other, ExactOT(ignore_cond=True) disregards it."
+            f"cond must be integer labels [batch] = ({batch},), got {labels.dtype} {labels.shape}; ConditionalOT takes "
+            "any other, ignore_cond=True disregards it."
         )
     return labels
 

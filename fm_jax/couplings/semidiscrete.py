@@ -1,0 +1,192 @@
+"""Semi-discrete optimal transport: from a source that can be sampled to a whole data set, not one batch at a time.
+
+Minibatch transport tends to the optimal plan only as the batch grows. Here a potential for each data point is fitted
+once, before training, after which a source sample finds its data point by one argmin.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from fm_jax.couplings.costs import Cost, check_finite, squared_euclidean
+from fm_jax.types import Array, Key
+
+DrawSource: TypeAlias = Callable[[Key, int], Array]
+"""`draw_x0(key, n) -> x0 [n, ...]`: independent samples of the source."""
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["x1", "potential"], meta_fields=["cost"])
+@dataclass(frozen=True)
+class SemidiscreteOT:
+    """The optimal map from a source to the m points of a data set: x0 goes to `x1[argmin_j c(x0, x1_j) - g_j]`.
+
+    As a batch is drawn from the source and takes its data along, train on `batch` with `coupling=paired`.
+
+    Attributes:
+        x1: the data [m, ...].
+        potential: g [m], of mean 0.
+        cost: `cost(x0, x1) -> [n, m]`.
+    """
+
+    x1: Array
+    potential: Array
+    cost: Cost = field(default=squared_euclidean)
+
+    def pair(self, x0: Array) -> Array:
+        """The data point of each source sample, as its index int32 [batch].
+
+        Args:
+            x0: source [batch, ...].
+
+        Raises:
+            ValueError: if `x0` and the data differ in event shape.
+        """
+        if x0.shape[1:] != self.x1.shape[1:]:
+            raise ValueError(f"x0 must be [batch, ...] with events {self.x1.shape[1:]}, got shape {x0.shape}.")
+        return (self.cost(x0, self.x1) - self.potential[None, :]).argmin(axis=1).astype(jnp.int32)
+
+    def batch(self, draw_x0: DrawSource, key: Key, batch_size: int) -> dict[str, Array]:
+        """A batch of the optimal pairs: `x0`, its `x1`, and `index1` int32 [batch], with which to look up labels.
+
+        Args:
+            draw_x0: the source that the potential was fitted to.
+            key: PRNG key.
+            batch_size: number of pairs.
+        """
+        x0 = draw_x0(key, batch_size)
+        index1 = self.pair(x0)
+        return {"x0": x0, "x1": self.x1[index1], "index1": index1}
+
+
+class CellMasses(NamedTuple):
+    """How much of the source goes to each data point; 1/m each would be exact.
+
+    `masses` [m] sum to 1; `worst` is the largest |masses_j - 1/m|, a scalar; `noise` the standard error that sampling
+    leaves in a mass of 1/m: a `worst` of some three or four times that is nothing.
+    """
+
+    masses: Array
+    worst: Array
+    noise: float
+
+
+def cell_masses(
+    draw_x0: DrawSource, key: Key, transport: SemidiscreteOT, *, num_batches: int = 100, batch_size: int = 1000
+) -> CellMasses:
+    """Estimates the mass of every data point's cell, and so whether any is starved.
+
+    Args:
+        draw_x0: the source.
+        key: PRNG key.
+        transport: from `fit_semidiscrete`.
+        num_batches: batches of source samples.
+        batch_size: samples in each.
+
+    Returns:
+        `CellMasses`.
+    """
+    m = len(transport.potential)
+
+    def count(counts: Array, key: Key) -> tuple[Array, None]:
+        return counts.at[transport.pair(draw_x0(key, batch_size))].add(1), None
+
+    keys = jax.random.split(key, num_batches)
+    counts, _ = jax.lax.scan(count, jnp.zeros(m, jnp.int32), keys)
+    masses = counts / (num_batches * batch_size)
+    return CellMasses(masses, jnp.abs(masses - 1 / m).max(), math.sqrt((1 - 1 / m) / m / (num_batches * batch_size)))
+
+
+def fit_semidiscrete(
+    draw_x0: DrawSource,
+    key: Key,
+    x1: Array,
+    *,
+    num_iterations: int = 10_000,
+    batch_size: int = 256,
+    learning_rate: float = 0.01,
+    cost: Cost = squared_euclidean,
+) -> SemidiscreteOT:
+    """Fits the potential of every data point, so that each gets 1/m of the source at the least cost.
+
+    Maximises the concave dual `E min_j (c(x0, x1_j) - g_j) + mean_j g_j`, whose gradient is 1/m minus the mass of each
+    cell, by stochastic steps of Adam's that shrink as 1/sqrt(iteration), averaged over the last half. Each step costs
+    `batch_size` times m. Look at `cell_masses` before use, and take more iterations where they are not near 1/m. Needs
+    `optax`.
+
+    Args:
+        draw_x0: `draw_x0(key, n) -> x0 [n, ...]`, for example
+            `lambda key, n: jax.random.normal(key, (n, *x1.shape[1:]))`.
+        key: PRNG key.
+        x1: the data [m, ...].
+        num_iterations: steps.
+        batch_size: source samples in each.
+        learning_rate: in units of the costs' standard deviation.
+        cost: `cost(x0, x1) -> [n, m]`.
+
+    Returns:
+        `SemidiscreteOT`.
+
+    Raises:
+        ValueError: if an option is not positive, `draw_x0` does not draw what looks like `x1`, or, unless it is traced,
+            the result is not finite.
+
+    Example:
+        >>> draw_x0 = lambda key, n: jax.random.uniform(key, (n, 1))
+        >>> x1 = jnp.array([[3.0], [1.0], [2.0], [4.0]])
+        >>> transport = fit_semidiscrete(draw_x0, jax.random.key(0), x1, num_iterations=1000)
+        >>> transport.pair(jnp.array([[0.1], [0.4], [0.6], [0.9]]))  # a quarter each, in order
+        Array([1, 2, 0, 3], dtype=int32)
+
+    References:
+        Genevay et al. 2016 (arXiv:1605.08527), sec. 4; Mousavi-Hosseini et al. 2025 (arXiv:2509.25519) for its use in
+        flow matching.
+    """
+    for name, value in (
+        ("num_iterations", num_iterations),
+        ("batch_size", batch_size),
+        ("learning_rate", learning_rate),
+    ):
+        if not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}.")
+    x1 = jnp.asarray(x1)
+    if not x1.ndim or not len(x1):
+        raise ValueError(f"x1 must be [m, ...] with at least one example, got shape {x1.shape}.")
+    drawn = jax.eval_shape(lambda key: draw_x0(key, batch_size), key).shape
+    if drawn != (batch_size, *x1.shape[1:]):
+        raise ValueError(f"draw_x0(key, {batch_size}) must be {(batch_size, *x1.shape[1:])}, got shape {drawn}.")
+    potential = _fit(draw_x0, key, x1, learning_rate, cost, num_iterations=num_iterations, batch_size=batch_size)
+    if not isinstance(potential, jax.core.Tracer):
+        check_finite(potential)
+    return SemidiscreteOT(x1, potential, cost)
+
+
+@partial(jax.jit, static_argnames=("draw_x0", "cost", "num_iterations", "batch_size"))
+def _fit(
+    draw_x0: DrawSource, key: Key, x1: Array, learning_rate: float, cost: Cost, *, num_iterations: int, batch_size: int
+) -> Array:
+    import optax
+
+    m, half = len(x1), num_iterations // 2
+    key_scale, key_steps = jax.random.split(key)
+    scale = cost(draw_x0(key_scale, batch_size), x1).std()
+    optimizer = optax.adam(lambda i: learning_rate * scale / jnp.sqrt(1 + 100 * i / num_iterations))
+
+    def step(state, i_key):
+        i, key = i_key
+        potential, average, opt_state = state
+        nearest = (cost(draw_x0(key, batch_size), x1) - potential[None, :]).argmin(axis=1)
+        excess = jnp.zeros_like(potential).at[nearest].add(1 / batch_size) - 1 / m  # minus the gradient
+        updates, opt_state = optimizer.update(excess, opt_state)
+        potential = potential + updates
+        average = average + (potential - average) / jnp.maximum(i - half + 1, 1)
+        return (potential, average, opt_state), None
+
+    start = jnp.zeros(m, scale.dtype)
+    steps = jnp.arange(num_iterations), jax.random.split(key_steps, num_iterations)
+    (_, average, _), _ = jax.lax.scan(step, (start, start, optimizer.init(start)), steps)
+    return average - average.mean()
