@@ -1,0 +1,141 @@
+"""Batches that are paired ahead of time: a coupling's host work runs in a thread while the device trains."""
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import numpy as np
+
+from fm_jax.types import Array, Batch, Coupling, Key
+
+
+class CoupledBatches:
+    """Batches of `data` with `x0` paired to their `x1`, computed a few blocks ahead in a thread.
+
+    `group` successive batches are coupled as one: transport over more examples than a device trains on at once, or over
+    the shares of all devices. With `reuse` above 1, the pairs of as many groups form a block, which is handed out that
+    many times, after the first time cut into batches in another order; the loss draws other times for them. So solving
+    costs `reuse` times less, and neighbouring steps still see different pairs. The n-th batch is a function of `key`,
+    the data and n alone, however fast the thread is.
+
+    Train on them with `coupling=paired`: the pairs are final. Weights of pairs travel as `weight`.
+
+    Args:
+        data: iterator over dicts with `x1` [batch, ...], optionally `x0` and `cond`, as NumPy arrays for speed; with
+            `get_state` and `set_state`, if these are to be used here.
+        coupling: any coupling; `ExactOT` runs in NumPy alone and leaves the interpreter free while it solves.
+        key: typed key of x0, the coupling and the order of reused pairs.
+        draw_x0: `draw_x0(key, num) -> x0 [num, ...]`; by default standard normal in the shape of `x1`. Not called for
+            data that bring their own `x0`.
+        group: batches coupled at once.
+        reuse: how often each pair is trained on. 1 gives every step new pairs; more where solving takes longer than a
+            step.
+        ahead: blocks prepared in advance.
+
+    Raises:
+        ValueError: if `group`, `reuse` or `ahead` is less than 1. What goes wrong in the thread is raised by `next`.
+
+    Example:
+        >>> from fm_jax.couplings import minibatch_ot
+        >>> data = iter([{"x1": np.array([[4.0], [1.0]], dtype=np.float32)}] * 2)
+        >>> batches = CoupledBatches(data, minibatch_ot, jax.random.key(0), draw_x0=lambda key, num: np.eye(num)[:, :1])
+        >>> next(batches)["x0"].tolist()
+        [[1.0], [0.0]]
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        coupling: Coupling,
+        key: Key,
+        *,
+        draw_x0: Callable[[Key, int], Array] | None = None,
+        group: int = 1,
+        reuse: int = 1,
+        ahead: int = 2,
+    ):
+        for name, value in (("group", group), ("reuse", reuse), ("ahead", ahead)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        self._data, self._coupling, self._key, self._draw_x0 = data, coupling, key, draw_x0
+        self._group, self._reuse, self._num_ahead = group, reuse, ahead
+        self._seed = [int(word) for word in np.asarray(jax.random.key_data(key)).ravel()]
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coupling")
+        self._ahead: deque[Future] = deque()
+        self._next_block = 0
+        self._block: tuple[dict[str, Any], deque[Batch]] = ({}, deque())
+
+    def __iter__(self) -> "CoupledBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        if not self._block[1]:
+            self._advance()
+        return self._block[1].popleft()
+
+    def get_state(self) -> dict[str, Any]:
+        """The position, as JSON values: where the data were at the start of the block, and batches taken of it."""
+        if not self._block[1]:
+            self._advance()
+        state, batches = self._block
+        return state | {"taken": state["size"] - len(batches)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position that `get_state` gave."""
+        for future in self._ahead:
+            future.cancel()
+        self._thread.submit(lambda: None).result()  # the block in the making reads the data until then
+        self._ahead.clear()
+        self._data.set_state(state["data"])
+        self._next_block = state["block"]
+        self._advance()
+        for _ in range(state["taken"]):
+            self._block[1].popleft()
+
+    def _advance(self) -> None:
+        while len(self._ahead) < self._num_ahead + 1:
+            self._ahead.append(self._thread.submit(self._make, self._next_block))
+            self._next_block += 1
+        self._block = self._ahead.popleft().result()
+
+    def _make(self, number: int) -> tuple[dict[str, Any], deque[Batch]]:
+        state: dict[str, Any] = {"block": number}
+        if hasattr(self._data, "get_state"):
+            state["data"] = self._data.get_state()
+        rng = np.random.default_rng([*self._seed, number])
+        key = jax.random.fold_in(self._key, number)
+        parts = [next(self._data), *itertools.islice(self._data, self._group * self._reuse - 1)]
+        groups = [parts[i : i + self._group] for i in range(0, len(parts), self._group)]
+        pairs = _joined([self._couple(_joined(g), jax.random.fold_in(key, i), rng) for i, g in enumerate(groups)])
+        ends = np.cumsum([len(part["x1"]) for part in parts])
+        batches: deque[Batch] = deque()
+        for used in range(self._reuse):
+            shuffled = _rows(pairs, rng.permutation(ends[-1])) if used else pairs
+            batches += [_rows(shuffled, slice(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+        return state | {"size": len(batches)}, batches
+
+    def _couple(self, batch: Batch, key: Key, rng: np.random.Generator) -> Batch:
+        key_x0, key_coupling = jax.random.split(key)
+        x1 = batch["x1"]
+        if "x0" in batch:
+            x0 = batch["x0"]
+        elif self._draw_x0 is None:
+            x0 = rng.standard_normal(x1.shape, dtype=np.float32)
+        else:
+            x0 = np.asarray(self._draw_x0(key_x0, len(x1)))
+        pairing = self._coupling(key_coupling, x0, x1, batch.get("cond"))
+        batch = {**batch, "x0": np.asarray(pairing.x0)}
+        if pairing.weight is not None:
+            batch["weight"] = np.asarray(pairing.weight) * batch.get("weight", 1)
+        return batch
+
+
+def _joined(batches: list[Batch]) -> Batch:
+    return jax.tree.map(lambda *leaves: np.concatenate([np.asarray(leaf) for leaf in leaves]), *batches)
+
+
+def _rows(batch: Batch, rows: Any) -> Batch:
+    return jax.tree.map(lambda leaf: leaf[rows], batch)
