@@ -198,6 +198,34 @@ def save_scatter(
         _save(figure, path)
 
 
+def save_trajectory_table(path: PathLike, panels: dict[str, dict[str, np.ndarray]], rows: Sequence[str]) -> None:
+    """Draws two-dimensional flows side by side: a column a method, a row a pair of distributions.
+
+    Args:
+        path: the file to write.
+        panels: {column: {row: trajectories [num_times, n, 2]}}; a row that a column lacks stays empty.
+        rows: their order.
+    """
+    with mpl.rc_context(_STYLE):
+        size = (1.55 * len(panels) + 0.3, 1.55 * len(rows) + 0.25)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(rows), len(panels), squeeze=False)
+        for axes_of_row, row in zip(grid, rows, strict=True):
+            ends = np.concatenate([column[row][[0, -1]] for column in panels.values() if row in column])
+            limit = 1.05 * np.quantile(np.abs(ends), 0.999)
+            for axes, (name, column) in zip(axes_of_row, panels.items(), strict=True):
+                axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+                axes.set_title(name if row == rows[0] else None)
+                axes.spines[:].set_visible(row in column)
+                if row in column:
+                    ways = np.swapaxes(column[row], 0, 1)
+                    axes.add_collection(LineCollection([*ways], colors=GREY, linewidths=0.35, alpha=0.55))
+                    for points, color in ((ways[:, 0], ORANGE), (ways[:, -1], BLUE)):
+                        axes.scatter(*points.T, s=2.0, color=color, linewidths=0, zorder=3)
+            axes_of_row[0].set_ylabel(row)
+        _save(figure, path)
+
+
 def save_density(path: PathLike, data: np.ndarray, density: np.ndarray, samples: np.ndarray, limit: float) -> None:
     """Draws two-dimensional data, the density of a model and its samples, side by side.
 

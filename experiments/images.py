@@ -15,8 +15,8 @@ import numpy as np
 from experiments.classifier import fit_classifier
 from experiments.command_line import parse
 from experiments.figures import save_animation, save_grid, save_loss_curve
-from experiments.method import Method, make_loss
-from experiments.sampling import DrawSource, Sampling, frame_times, generate_many, make_generate
+from experiments.method import DrawSource, Method, couple_ahead, make_loss
+from experiments.sampling import Sampling, frame_times, generate_many, make_generate
 from experiments.training import Training, is_config_of_run, sampling_params, smoke_training, train
 from fm_jax.data.digits import load_digits
 from fm_jax.data.images import ImageDataset, load_images, to_float
@@ -129,7 +129,8 @@ def run(config: Config) -> dict[str, Any]:
         return results
     results_path.unlink(missing_ok=True)
     dataset = load(config, "train")
-    key_train, key_init, key_draw, key_judge = jax.random.split(jax.random.key(config.training.seed), 4)
+    keys = jax.random.split(jax.random.key(config.training.seed), 5)
+    key_train, key_init, key_draw, key_judge, key_pairs = keys
     params = init_params(experiment.model, key_init, experiment.event_shape)
     print(
         f"{config.dataset}: {len(dataset.images):,} images, {config.model} with {num_params(params):,} parameters, "
@@ -142,6 +143,7 @@ def run(config: Config) -> dict[str, Any]:
         flip=config.flip,
         dequantize=config.dequantize,
     )
+    data = couple_ahead(config.method, data, key_pairs, experiment.draw_x0)
     loss_fn = make_loss(config.method, experiment.apply_fn)
     # A smoke run compiles one guided sampler for samples and animation alike.
     generate = _animator(config, experiment) if config.smoke else _generator(config, experiment)

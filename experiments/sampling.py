@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.method import Method
+from experiments.method import DrawSource, Method
 from fm_jax.guidance import (
     Extrapolate,
     Projected,
@@ -26,7 +26,6 @@ from fm_jax.samplers import SAMPLERS, BespokeSolver, grids, sample, sample_bespo
 from fm_jax.types import ApplyFn, Array, Cond, Key, ModelFn, Params, Solution, VelocityFn, check_member
 
 Generate = Callable[[Params, Key, Array, Cond], Solution]
-DrawSource = Callable[[Key, int], Array]
 SOLVER_HELP = tyro.conf.arg(metavar="NAME", help="Sampler, one of\n\n" + table())
 Grid = Literal["uniform", "cosine", "edm", "log_snr", "training_times"]
 RuleName = Literal["extrapolate", "rescale", "zero_star", "projected"]

@@ -1,0 +1,311 @@
+"""TorchCFM's two-dimensional table: every method between every pair of distributions, beside the installed `torchcfm`.
+
+Paper: Tong et al. 2023 (arXiv:2302.00482, table 2); its published code for the data, the network and the optimiser.
+Command: `python -m experiments.toy2d --table`; options by `python -m experiments.toy2d_table --help`. torchcfm is used
+where it is installed, here or in the environment of `--peer-python`.
+Hardware: under an hour on two CPU cores, the peer's trainings on one of them. Interrupted, it goes on where it was.
+Expect: `table.md`, `trajectories.png` and `results.json` in the run folder: the 2-Wasserstein distance to test points
+with its floor, the normalised path energy, network evaluations and training time, over five seeds.
+"""
+
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import torchcfm_2d
+from experiments.command_line import parse
+from experiments.figures import save_trajectory_table
+from experiments.toy2d_methods import METHODS, Recipe, Splits, Trained, by_flow, by_score_and_flow, train
+from fm_jax.data.toy import make_toy
+from fm_jax.metrics import floor, normalised_path_energy_floor, wasserstein
+from fm_jax.types import Array, Key
+
+
+class Problem(NamedTuple):
+    """From where to where; the source `None` is a standard normal."""
+
+    source: str | None
+    data: str
+
+
+PROBLEMS = {
+    "N to 8gaussians": Problem(None, "eight_gaussians"),
+    "moons to 8gaussians": Problem("moons", "eight_gaussians"),
+    "N to moons": Problem(None, "moons"),
+    "N to s-curve": Problem(None, "s_curve"),
+}
+COLUMNS = {
+    "w2": "2-Wasserstein distance from {num} samples to as many test points",
+    "npe": "Normalised path energy",
+    "nfe": "Network evaluations a sample",
+    "seconds": "Training time in seconds, compilation left out",
+}
+PEER = "torchcfm "
+NUM_TRAIN = 10_000
+
+
+@dataclass(frozen=True)
+class Config:
+    """The whole table."""
+
+    out: Path = Path("runs/toy2d_table")
+    """Folder of the results."""
+    seeds: tuple[int, ...] = (42, 43, 44, 45, 46)
+    """One training each."""
+    problems: tuple[str, ...] = tuple(PROBLEMS)
+    """Columns of the table."""
+    methods: tuple[str, ...] = METHODS
+    """Rows of the table."""
+    recipe: Recipe = field(default_factory=Recipe)
+    num_test: int = 1000
+    """Test points, and samples to judge."""
+    num_reference: int = 4096
+    """Points of the exact transport between source and data, which path energies are measured by."""
+    peer_python: Path | None = None
+    """Interpreter that has torchcfm; by default this one, if it has it, or else no comparison."""
+    smoke: bool = False
+    """Run the whole path once with next to no computation."""
+
+
+class Cell(NamedTuple):
+    """One training: who, what, and with which seed."""
+
+    method: str
+    problem: str
+    seed: int
+
+    @property
+    def file(self) -> str:
+        return re.sub(r"\W+", "_", " ".join(map(str, self))) + ".npz"
+
+
+def draw(toy: str | None, key: Key, num: int) -> Array:
+    """Points [num, 2] of a toy distribution or, for `None`, of the standard normal."""
+    return jax.random.normal(key, (num, 2)) if toy is None else make_toy(toy)(key, num)
+
+
+def make_splits(config: Config, cell: Cell) -> Splits:
+    """Training and test points, the same for all methods of a column and seed."""
+    source, data = PROBLEMS[cell.problem]
+    key_x0, key_x1 = jax.random.split(jax.random.key(cell.seed))
+    x0, x1 = (
+        np.asarray(draw(toy, key, NUM_TRAIN + config.num_test)) for toy, key in ((source, key_x0), (data, key_x1))
+    )
+    return Splits(None if source is None else x0[:NUM_TRAIN], x1[:NUM_TRAIN], x0[NUM_TRAIN:], x1[NUM_TRAIN:])
+
+
+def cells(config: Config, methods: tuple[str, ...]) -> Iterator[Cell]:
+    """All trainings of these methods. FM starts from noise and nothing else."""
+    for problem in config.problems:
+        for seed in config.seeds:
+            for method in methods:
+                if method != "FM" or PROBLEMS[problem].source is None:
+                    yield Cell(method, problem, seed)
+
+
+def references(config: Config) -> dict[str, dict[str, Any]]:
+    """For each column the least path energy, W2^2 between source and data, and the floors of both measures."""
+    found = {}
+    for name in config.problems:
+        source, data = (partial(draw, toy) for toy in PROBLEMS[name])
+        keys = jax.random.split(jax.random.key(0), 4)
+        repeats = 2 if config.smoke else 20
+        w2 = floor(wasserstein, data, keys[0], config.num_test, repeats=repeats)
+        npe = normalised_path_energy_floor(source, data, keys[1], config.num_test, repeats=repeats)
+        energy = wasserstein(source(keys[2], config.num_reference), data(keys[3], config.num_reference)) ** 2
+        found[name] = {"energy": energy, "w2": w2.values.tolist(), "npe": npe.values.tolist()}
+    return found
+
+
+def judge(config: Config, cell: Cell, trained: Trained, splits: Splits, energy: float) -> None:
+    """Samples from a trained model and writes its numbers and trajectories to the file of the cell."""
+    x, nfe, path_energy, trajectory = trained.generate(
+        trained.params, jax.random.key(cell.seed), jnp.asarray(splits.x0_test)
+    )
+    np.savez(
+        config.out / "cells" / cell.file,
+        w2=wasserstein(x, splits.x1_test),
+        npe=abs(float(path_energy) - energy) / energy,
+        nfe=float(nfe),
+        seconds=trained.seconds,
+        trajectory=np.asarray(trajectory)[:, :200],
+    )
+
+
+def start_peer(config: Config) -> tuple[list[dict[str, Any]], subprocess.Popen] | None:
+    """Starts torchcfm's trainings in another process, if it is there."""
+    python = config.peer_python or (Path(sys.executable) if find_spec("torchcfm") and find_spec("torch") else None)
+    if python is None:
+        print("torchcfm is not installed: the table goes without it. --peer-python gives an interpreter that has it.")
+        return None
+    folder, jobs = config.out / "torchcfm", []
+    folder.mkdir(exist_ok=True)
+    for cell in cells(config, tuple(m for m in config.methods if m in torchcfm_2d.METHODS)):
+        data = folder / Cell("data", cell.problem, cell.seed).file
+        if not data.exists():
+            splits = make_splits(config, cell)
+            np.savez(data, **{k: v for k, v in splits._asdict().items() if k.endswith("train") and v is not None})
+        recipe = dataclasses.asdict(config.recipe)
+        jobs.append(recipe | cell._asdict() | {"data": str(data), "out": str(folder / cell.file)})
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [str(python), torchcfm_2d.__file__, str(folder / "jobs.json")]
+    return jobs, subprocess.Popen(command)
+
+
+def load_peer(job: dict[str, Any]) -> Trained:
+    """A model that torchcfm has trained, as one of ours."""
+    networks: dict[str, dict] = {}
+    with np.load(job["out"]) as file:
+        seconds = float(file["seconds"])
+        for name in file:
+            if name != "seconds":
+                network, layer, leaf = name.split("/")
+                networks.setdefault(network, {}).setdefault(layer, {})[leaf] = jnp.asarray(file[name])
+    if len(networks) == 1:
+        return Trained(networks["0"], seconds, by_flow)
+    return Trained(networks, seconds, by_score_and_flow(job["bridge_sigma"]))
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, judges and writes the table; returns the results."""
+    config = _smoke(config) if config.smoke else config
+    _prepare(config)
+    peer = start_peer(config)
+    reference = references(config)
+    done = [*cells(config, config.methods)]
+    for cell in done:
+        if not (config.out / "cells" / cell.file).exists():
+            splits = make_splits(config, cell)
+            trained = train(cell.method, config.recipe, splits, cell.seed)
+            judge(config, cell, trained, splits, reference[cell.problem]["energy"])
+            print(f"{cell.method}, {cell.problem}, seed {cell.seed}: {trained.seconds:.1f} s", flush=True)
+    if peer is not None:
+        jobs, process = peer
+        if process.wait():
+            raise SystemExit(f"torchcfm's process ended with status {process.returncode}; what it said is above.")
+        for job in jobs:
+            cell = Cell(PEER + job["method"], job["problem"], job["seed"])
+            judge(config, cell, load_peer(job), make_splits(config, cell), reference[cell.problem]["energy"])
+            done.append(cell)
+    results = {"references": reference, "cells": _collect(config, done)}
+    (config.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = render(config, results)
+    (config.out / "table.md").write_text(text)
+    _figure(config, done)
+    print(f"\n{text}\n{config.out}: table.md, trajectories.png, results.json")
+    return results
+
+
+def render(config: Config, results: dict[str, Any]) -> str:
+    """The results as Markdown: a table for each measure, ours above torchcfm's, and where ours is the worse one."""
+    found, reference = results["cells"], results["references"]
+    methods = [*config.methods, *(PEER + m for m in torchcfm_2d.METHODS)]
+    lines = []
+    for column, title in COLUMNS.items():
+        lines += [f"**{title.format(num=f'{config.num_test:,}')}**", "", "| | " + " | ".join(config.problems) + " |"]
+        lines += ["|---" * (1 + len(config.problems)) + "|"]
+        if column in ("w2", "npe"):
+            floors = [_mean_and_std(reference[name][column]) for name in config.problems]
+            lines += ["| floor | " + " | ".join(floors) + " |"]
+        for method in methods:
+            values = [found.get(method, {}).get(name, {}).get(column) for name in config.problems]
+            if any(values):
+                lines += [f"| {method} | " + " | ".join("-" if v is None else _mean_and_std(v) for v in values) + " |"]
+        lines += [""]
+    worse = [*_worse_cells(config, results)]
+    lines += [
+        "Above both torchcfm and the floor, each by more than two standard errors: "
+        + (", ".join(worse) or "none")
+        + "."
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _worse_cells(config: Config, results: dict[str, Any]) -> Iterator[str]:
+    """Where our distance or path energy is above torchcfm's and above the floor, each by two standard errors."""
+    for method in torchcfm_2d.METHODS:
+        for name in config.problems:
+            for column in ("w2", "npe"):
+                ours, theirs = (
+                    results["cells"].get(who, {}).get(name, {}).get(column) for who in (method, PEER + method)
+                )
+                if (
+                    ours
+                    and theirs
+                    and all(
+                        np.mean(ours) - np.mean(other) > 2 * np.hypot(_standard_error(ours), _standard_error(other))
+                        for other in (theirs, results["references"][name][column])
+                    )
+                ):
+                    yield f"{method}, {name}, {column}"
+
+
+def _standard_error(values: list[float]) -> float:
+    return float(np.std(values) / np.sqrt(max(1, len(values) - 1)))
+
+
+def _mean_and_std(values: list[float]) -> str:
+    mean, std = np.mean(values), np.std(values)
+    return f"{mean:.0f} ± {std:.0f}" if mean >= 20 else f"{mean:.3f} ± {std:.3f}"
+
+
+def _collect(config: Config, done: list[Cell]) -> dict[str, Any]:
+    """{method: {problem: {measure: values over seeds}}}."""
+    found: dict[str, Any] = {}
+    for cell in done:
+        with np.load(config.out / "cells" / cell.file) as file:
+            for column in COLUMNS:
+                row = found.setdefault(cell.method, {}).setdefault(cell.problem, {})
+                row.setdefault(column, []).append(float(file[column]))
+    return found
+
+
+def _figure(config: Config, done: list[Cell]) -> None:
+    panels: dict[str, dict[str, np.ndarray]] = {method: {} for method in config.methods}
+    for cell in done:
+        if cell.method in panels and cell.seed == config.seeds[0]:
+            with np.load(config.out / "cells" / cell.file) as file:
+                panels[cell.method][cell.problem] = file["trajectory"]
+    save_trajectory_table(config.out / "trajectories.png", panels, config.problems)
+
+
+def _prepare(config: Config) -> None:
+    """Makes the folder, or goes on in one that was made for the same table."""
+    text = json.dumps(dataclasses.asdict(dataclasses.replace(config, peer_python=None)), indent=2, default=str) + "\n"
+    path = config.out / "config.json"
+    if path.exists() and path.read_text() != text:
+        raise SystemExit(f"{config.out} holds another table: give another --out, or remove the folder.")
+    (config.out / "cells").mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _smoke(config: Config) -> Config:
+    """Next to no computation, in a folder of its own, without spending time on optimising compilation."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    recipe = dataclasses.replace(config.recipe, steps=100, batch_size=16, ofm_steps=100, reflow_pairs=64, reuse=4)
+    out = config.out.with_name(config.out.name + "-smoke")
+    shutil.rmtree(out, ignore_errors=True)
+    small = {"seeds": config.seeds[:1], "problems": config.problems[:2], "num_test": 64, "num_reference": 64}
+    return dataclasses.replace(config, out=out, recipe=recipe, **small)  # type: ignore[arg-type]
+
+
+def main() -> None:
+    """The command line."""
+    run(parse(Config, Config(), __doc__))
+
+
+if __name__ == "__main__":
+    main()
