@@ -15,9 +15,10 @@ import pytest
 from fm_jax import schedules
 from fm_jax.couplings import minibatch_ot
 from fm_jax.likelihood import encode_and_log_prob
+from fm_jax.metrics import wasserstein
 from fm_jax.models import make_unet
 from fm_jax.parameterization import convert, reschedule
-from fm_jax.paths import AffinePath
+from fm_jax.paths import AffinePath, BrownianBridge, ConstantNoise, StochasticInterpolant
 from fm_jax.samplers import sample_adaptive, sample_ode
 from fm_jax.samplers.fixed import Method
 from fm_jax.schedules import coefficients, log_snr
@@ -241,6 +242,41 @@ def test_flow_matchers(schedule, name, sigma, x64):
     ours = AffinePath(schedule).sample(None, jnp.asarray(t), jnp.asarray(source), jnp.asarray(x1))
     assert_close(ours.x_t, x_t.numpy(), atol=DOUBLE)
     assert_close(ours.u_t, u_t.numpy(), atol=DOUBLE)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "sigma"),
+    [
+        (StochasticInterpolant(schedules.Linear(), ConstantNoise(0.3)), "ConditionalFlowMatcher", 0.3),
+        (
+            StochasticInterpolant(schedules.Cosine(), ConstantNoise(0.3)),
+            "VariancePreservingConditionalFlowMatcher",
+            0.3,
+        ),
+        (BrownianBridge(1.0), "SchrodingerBridgeConditionalFlowMatcher", 1.0),
+        (BrownianBridge(0.3), "SchrodingerBridgeConditionalFlowMatcher", 0.3),
+    ],
+    ids=lambda p: str(p),
+)
+def test_paths_with_latent_noise(path, name, sigma, x64, monkeypatch):
+    """The same x_t and u_t for the same noise. The peer's bridges have 1e-8 in a denominator, hence 1e-6 for them."""
+    matchers = peer("torchcfm.conditional_flow_matching")
+    matcher, t, (x0, x1) = getattr(matchers, name)(sigma=sigma), batch_times(), arrays(2)
+    if name.startswith("Schrodinger"):  # it couples first; here it is given pairs
+        monkeypatch.setattr(matcher.ot_sampler, "sample_plan", lambda x0, x1: (x0, x1))
+    _, x_t, u_t, noise = matcher.sample_location_and_conditional_flow(
+        tensor(x0), tensor(x1), t=tensor(t), return_noise=True
+    )
+    ours = path.at(jnp.asarray(t), jnp.asarray(x0), jnp.asarray(x1), jnp.asarray(noise.numpy()))
+    assert_close(ours.x_t, x_t.numpy(), atol=DOUBLE)
+    assert_close(ours.u_t, u_t.numpy(), atol=1e-6 if name.startswith("Schrodinger") else DOUBLE)
+
+
+@pytest.mark.parametrize("p", [1, 2])
+def test_wasserstein_distance(p):
+    module = peer("torchcfm.optimal_transport")
+    x, y = arrays(2, (60, 3))
+    assert_close(wasserstein(x, y, p=p), module.wasserstein(tensor(x), tensor(y), power=p), rtol=1e-10)
 
 
 @pytest.mark.parametrize("shape", [(40, 2), (24, 4, 4, 3)], ids=["points", "images"])

@@ -1,0 +1,299 @@
+"""What couplings cost: a training step with exact optimal transport and one without; each coupling, and POT's.
+
+Command: `python -m benchmarks.couplings`; `--peer-python` names an interpreter that has torchcfm, whose own training
+step is then timed as well; POT is timed if it is installed.
+
+`step`: TorchCFM's two-dimensional set-up, moons to eight Gaussians with its 3 x 64 network and AdamW, in alternation
+with independent pairs (I-CFM) and with pairs of exact transport made ahead in a thread (OT-CFM), each pair used `reuse`
+times. `mnist`: the same for the 1.1M U-Net on MNIST's shape. `couplings`: one batch at a time of two Gaussians, in 2
+and in 784 dimensions, float32, compilation left out; POT gets float64, as its solvers want, and the same costs,
+regularisation and stopping threshold.
+"""
+
+import dataclasses
+import json
+import statistics
+import subprocess
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import images, torchcfm_2d
+from experiments.command_line import parse
+from experiments.method import Method, make_loss
+from experiments.toy2d_methods import NETWORK, Recipe, Splits, conditional, draws, fit
+from experiments.training import Training
+from fm_jax import couplings
+from fm_jax.couplings.costs import squared_euclidean
+from fm_jax.data.coupled import CoupledBatches
+from fm_jax.data.toy import eight_gaussians, moons
+from fm_jax.models import init_params, num_params
+from fm_jax.train import create_state, make_optimizer, make_step
+from fm_jax.train.parallel import pmap_step, split_batch
+from fm_jax.types import Array, Batch, Coupling
+
+Part = Literal["step", "mnist", "couplings"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to measure."""
+
+    out: Path = Path("runs/benchmark_couplings")
+    """Where the results go."""
+    parts: tuple[Part, ...] = ("step", "mnist", "couplings")
+    """What to measure."""
+    steps: int = 6000
+    """Steps of one timing in two dimensions."""
+    repeats: int = 5
+    """Timings, whose median counts."""
+    mnist_steps: int = 4
+    """Steps of one timing on images."""
+    sizes: tuple[int, ...] = (128, 256, 1024, 4096)
+    """Points of a batch."""
+    peer_python: Path | None = None
+    """Interpreter that has torchcfm."""
+
+
+def toy_step(config: Config) -> list[dict[str, Any]]:
+    """Milliseconds a step in two dimensions, by batch size and reuse."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    x0, x1 = np.asarray(moons(keys[0], 10_000)), np.asarray(eight_gaussians(keys[1], 10_000))
+    splits, rows = Splits(x0, x1, x0[:1], x1[:1]), []
+    params = init_params(NETWORK, keys[2], (2,))
+    for batch_size, reuses in ((128, (1, 8, 16)), (256, (1, 16, 32)), (512, (1, 32, 64))):
+        recipe = dataclasses.replace(Recipe(), batch_size=batch_size)
+
+        def seconds(reuse: int | None, recipe: Recipe = recipe) -> float:
+            batches: Iterator[Batch] = draws(splits, recipe.batch_size, 0)
+            if reuse is not None:
+                batches = CoupledBatches(batches, couplings.ExactOT(), keys[3], reuse=reuse)
+            num_steps = config.steps if reuse != 1 else config.steps // 10
+            return fit(conditional, recipe, params, keys[3], batches, num_steps)[1] / num_steps
+
+        times = [{reuse: seconds(reuse) for reuse in (None, *reuses)} for _ in range(config.repeats)]
+        peer = _peer_steps(config, recipe, splits) if config.peer_python else {}
+        for reuse in reuses:
+            rows.append(
+                {
+                    "batch_size": batch_size,
+                    "reuse": reuse,
+                    "i_cfm_ms": 1e3 * statistics.median(each[None] for each in times),
+                    "ot_cfm_ms": 1e3 * statistics.median(each[reuse] for each in times),
+                    "ratio": statistics.median(each[reuse] / each[None] for each in times),
+                    "ratios": [each[reuse] / each[None] for each in times],
+                }
+                | peer
+            )
+    return rows
+
+
+def _peer_steps(config: Config, recipe: Recipe, splits: Splits) -> dict[str, float]:
+    """Milliseconds a step of torchcfm's I-CFM and OT-CFM on the same data."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.npz"
+        np.savez(data, x0_train=np.asarray(splits.x0_train), x1_train=splits.x1_train)
+        steps = max(100, config.steps // 10)
+        for method in ("I-CFM", "OT-CFM"):
+            jobs, out = Path(folder) / "jobs.json", Path(folder) / f"{method}.npz"
+            job = dataclasses.asdict(recipe) | {"method": method, "seed": 0, "data": str(data), "out": str(out)}
+            jobs.write_text(json.dumps([job | {"steps": steps}]))
+            subprocess.run([str(config.peer_python), torchcfm_2d.__file__, str(jobs)], check=True)
+            with np.load(out) as file:
+                found[f"torchcfm_{method}_ms"] = 1e3 * float(file["seconds"]) / steps
+    found["torchcfm_ratio"] = found["torchcfm_OT-CFM_ms"] / found["torchcfm_I-CFM_ms"]
+    return found
+
+
+def mnist_step(config: Config) -> dict[str, Any]:
+    """Seconds a step of the 1.1M U-Net on random images of MNIST's shape, batch 128."""
+    training = Training(run_dir=Path("unused"))
+    experiment = images.build(images.Config(dataset="mnist", training=training, model="mnist"))
+    params = init_params(experiment.model, jax.random.key(0), experiment.event_shape)
+    optimizer = make_optimizer(training.learning_rate, total_steps=training.total_steps)
+    state = create_state(params, optimizer, training.ema_decays)
+    step = pmap_step(make_step(make_loss(Method(), experiment.apply_fn), optimizer))
+    key, num = jax.random.key(1), training.batch_size
+
+    def draw() -> Iterator[Batch]:
+        rng = np.random.default_rng(0)
+        while True:
+            shape = (num, *experiment.event_shape)
+            x0, x1 = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
+            yield {"x0": x0, "x1": x1, "cond": np.arange(num) % experiment.num_classes}
+
+    iterators = {"i_cfm": draw(), "ot_cfm": CoupledBatches(draw(), couplings.ExactOT(), key)}
+    times: dict[str, list[float]] = {name: [] for name in iterators}
+    for _ in range(1 + config.repeats):
+        for name, batches in iterators.items():
+            start = time.perf_counter()
+            for _ in range(config.mnist_steps):
+                state, _ = step(state, key, split_batch(next(batches), jax.local_device_count()))
+            jax.block_until_ready(state)
+            times[name].append((time.perf_counter() - start) / config.mnist_steps)
+    measured = {name: values[1:] for name, values in times.items()}  # the first compiles
+    return {
+        "parameters": num_params(params),
+        "batch_size": num,
+        **{f"{name}_seconds": statistics.median(values) for name, values in measured.items()},
+        "ratio": statistics.median(b / a for a, b in zip(*measured.values(), strict=True)),
+    }
+
+
+def _pot_couplings(epsilon: float, tau: float) -> dict[str, Callable[[np.ndarray, np.ndarray], Any]]:
+    """POT's solvers of the same problems, as functions of x0 and x1; the cost matrix is a part of the work."""
+    import ot
+
+    def costs(x0: Any, x1: Any) -> Any:
+        return squared_euclidean(x0.astype(np.float64), x1.astype(np.float64))
+
+    def sinkhorn(x0: np.ndarray, x1: np.ndarray) -> np.ndarray:
+        c = costs(x0, x1)
+        return ot.sinkhorn(
+            [], [], c, reg=epsilon * c.mean(), method="sinkhorn_log", stopThr=1e-3 / len(c), numItermax=4000
+        )
+
+    def unbalanced(x0: np.ndarray, x1: np.ndarray) -> np.ndarray:
+        c = costs(x0, x1)
+        reg = epsilon * c.mean()
+        return ot.unbalanced.sinkhorn_stabilized_unbalanced([], [], c, reg=reg, reg_m=reg * tau / (1 - tau))
+
+    return {
+        "exact": lambda x0, x1: ot.emd([], [], costs(x0, x1), numItermax=10**7),
+        "entropic": sinkhorn,
+        "unbalanced": unbalanced,
+        "partial": lambda x0, x1: ot.partial.partial_wasserstein(
+            np.full(len(x0), 1 / len(x0)), np.full(len(x1), 1 / len(x1)), costs(x0, x1), m=0.9, numItermax=10**7
+        ),
+    }
+
+
+def _best_ms(function: Callable[[], Any], seconds: float = 2.0) -> float:
+    """The least of the timings that fit into `seconds`, at least one; the first, which compiles, is left out."""
+    function()
+    times: list[float] = []
+    while not times or (sum(times) < seconds and len(times) < 20):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times)
+
+
+def each_coupling(config: Config) -> list[dict[str, Any]]:
+    """Milliseconds of each coupling and of POT's solver, by size and dimension."""
+    epsilon, tau = 0.05, 0.9
+    ours: dict[str, Coupling] = {
+        "exact": couplings.ExactOT(),
+        "entropic": couplings.EntropicOT(epsilon, relative=True),
+        "unbalanced": couplings.UnbalancedOT(epsilon, tau, relative=True),
+        "partial": couplings.PartialOT(0.9),
+        "conditional": couplings.ConditionalOT(),
+        "gromov": couplings.GromovWassersteinOT(),
+    }
+    try:
+        theirs = _pot_couplings(epsilon, tau)
+    except ImportError:
+        print("POT is not installed: the couplings are timed alone.")
+        theirs = {}
+    rows = []
+    for dim in (2, 784):
+        for num in config.sizes:
+            rng = np.random.default_rng(0)
+            x0, x1 = (
+                rng.standard_normal((2, num, dim), dtype=np.float32) + np.array([0, 1], dtype=np.float32)[:, None, None]
+            )
+            cond = rng.standard_normal((num, 1), dtype=np.float32)
+            for name, coupling in ours.items():
+                if name == "gromov" and num > 1024:
+                    continue
+                conditions = cond if name == "conditional" else None
+                on_device = name in ("entropic", "unbalanced", "gromov")
+                call: Callable[..., Array] = partial(_index0, coupling)
+                arrays = (jnp.asarray(x0), jnp.asarray(x1)) if on_device else (x0, x1)
+                if on_device and name != "gromov":
+                    call = jax.jit(call)
+                ms = _best_ms(lambda: call(*arrays, conditions))  # noqa: B023
+                row = {"coupling": name, "dim": dim, "num": num, "ms": ms}
+                if name in theirs:
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # where it stops unconverged it says so each time
+                        row["pot_ms"] = _best_ms(lambda: theirs[name](x0, x1))  # noqa: B023
+                rows.append(row)
+                print(row, flush=True)
+    return rows
+
+
+def _index0(coupling: Coupling, x0: Array, x1: Array, cond: Array | None) -> Array:
+    return coupling(jax.random.key(0), x0, x1, cond).index0
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The results as tables."""
+    parts = [f"Device: {results['device']}, jax {results['jax']}."]
+    if "step" in results:
+        peer = "torchcfm_ratio" in results["step"][0]
+        head = ["batch", "each pair used", "I-CFM, ms", "OT-CFM, ms", "ratio"]
+        head += ["torchcfm I-CFM, ms", "torchcfm OT-CFM, ms", "ratio"] if peer else []
+        columns = ["batch_size", "reuse", "i_cfm_ms", "ot_cfm_ms", "ratio"]
+        columns += ["torchcfm_I-CFM_ms", "torchcfm_OT-CFM_ms", "torchcfm_ratio"] if peer else []
+        parts += ["### A step in two dimensions", _lines(head, [[r[c] for c in columns] for r in results["step"]])]
+    if "mnist" in results:
+        found = results["mnist"]
+        parts += [
+            "### A step on MNIST's shape",
+            f"{found['parameters']:,} parameters, batch {found['batch_size']}: I-CFM {found['i_cfm_seconds']:.2f} s, "
+            f"OT-CFM {found['ot_cfm_seconds']:.2f} s, ratio {found['ratio']:.3f}.",
+        ]
+    if "couplings" in results:
+        rows = results["couplings"]
+        sizes = sorted({row["num"] for row in rows})
+        for dim in sorted({row["dim"] for row in rows}):
+            cells = {(r["coupling"], r["num"]): r for r in rows if r["dim"] == dim}
+            body = [
+                [name, *(_pair(cells.get((name, num))) for num in sizes)]
+                for name in dict.fromkeys(r["coupling"] for r in rows)
+            ]
+            title = f"### Milliseconds a batch in {dim} dimensions, ours / POT"
+            parts += [title, _lines(["coupling", *map(str, sizes)], body)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _pair(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    return f"{row['ms']:.3g} / {row['pot_ms']:.3g}" if "pot_ms" in row else f"{row['ms']:.3g}"
+
+
+def _lines(head: list[str], rows: list[list[Any]]) -> str:
+    text = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *text])
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measures, writes and returns what was asked for."""
+    config.out.mkdir(parents=True, exist_ok=True)
+    path = config.out / "couplings.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    results |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    parts: dict[Part, Callable[[Config], Any]] = {"step": toy_step, "mnist": mnist_step, "couplings": each_coupling}
+    for part in config.parts:
+        results[part] = parts[part](config)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    text = markdown(results)
+    (config.out / "couplings.md").write_text(text)
+    print(text)
+    return results
+
+
+if __name__ == "__main__":
+    run(parse(Config, description=__doc__))
