@@ -5,10 +5,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 
 from fm_jax.data.toy import moons
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_code_runs():
@@ -23,7 +25,18 @@ def test_code_runs():
     assert np.isfinite(names["loss"])
 
 
-def test_links_lead_somewhere():
-    root = Path(__file__).parents[1]
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (root / target).exists(), target
+def test_code_of_the_page_on_couplings_runs():
+    pytest.importorskip("ott", reason="needs the extra fm_jax[ot]")
+    names = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "couplings.md").read_text(), flags=re.DOTALL):
+        exec(block, names)
+    assert np.isfinite(names["loss"])
+    assert names["forward"].shape == names["backward"].shape == (128, 2)
+    assert names["pairs"]["x1"].shape == (256, 2)
+
+
+@pytest.mark.parametrize("page", ["README.md", "experiments/README.md", "docs/couplings.md", "docs/samplers.md"])
+def test_links_lead_somewhere(page):
+    path = ROOT / page
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert target.startswith("http") or (path.parent / target).exists(), target

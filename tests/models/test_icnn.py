@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from fm_jax.models.icnn import ICNN, linen_potential
 
@@ -13,6 +14,7 @@ MODULES = {
     "rank 0": ICNN(features=(6,), rank=0, strong_convexity=0.05),
     "rank 1": ICNN(features=(5, 7), strong_convexity=0.0),
     "rank 3": ICNN(features=(5, 4, 3), rank=3, strong_convexity=0.3),
+    "sharp": ICNN(features=(5, 7), sharpness=4.0),
 }
 DIM = 3
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -74,6 +76,19 @@ def test_holds_the_maps_between_gaussians(x64):
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
+def test_sharpness_is_that_of_the_bend(x64):
+    """One unit, Psi(x) = |A x|^2 / 2 + b x + w softplus(s (a x + c)) / s, adds w expit(s (a x + c)) a to the map."""
+    module = ICNN(features=(1,), rank=0, strong_convexity=0.0, sharpness=7.0)
+    params = any_params(module)
+    x = np.random.default_rng(5).standard_normal((20, DIM))
+    kernel, b = np.asarray(params["square"]["kernel"]), np.asarray(params["linear"]["kernel"])[:, 0]
+    a, c = np.asarray(params["input_0"]["affine"]["kernel"])[:, 0], float(params["input_0"]["affine"]["bias"][0])
+    w = np.log1p(np.exp(float(params["out"]["kernel"][0, 0])))
+    expected = x @ kernel @ kernel.T + b + w * np.outer(scipy.special.expit(7 * (x @ a + c)), a)
+    actual = jax.grad(lambda x: linen_potential(module)(params, x).sum())(jnp.asarray(x))
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize("event_shape", [(), (1,), (4, 4, 2)])
 def test_any_event_shape(event_shape):
     module, x = ICNN(features=(4, 4)), jnp.ones((3, *event_shape), dtype=jnp.bfloat16)
@@ -98,6 +113,8 @@ def test_derivatives_are_finite_at_the_origin_and_far_out(scale):
         ({"features": (4, 0)}, r"features must hold at least one positive width, got \(4, 0\)"),
         ({"rank": -1}, "rank must not be negative, got -1"),
         ({"strong_convexity": 1.0}, r"strong_convexity must be in \[0, 1\), got 1.0"),
+        ({"sharpness": 0.0}, "sharpness must be positive and finite, got 0.0"),
+        ({"sharpness": float("inf")}, "sharpness must be positive and finite, got inf"),
         ({"strong_convexity": -0.1}, r"strong_convexity must be in \[0, 1\), got -0.1"),
     ],
 )
