@@ -121,7 +121,7 @@ def _rows(points: np.ndarray | None, rng: np.random.Generator, num: int) -> np.n
     )
 
 
-def _source(splits: Splits) -> Callable[[Key, int], Array]:
+def draw_source(splits: Splits) -> Callable[[Key, int], Array]:
     """`draw_x0(key, num)`: training points, or the standard normal."""
     if splits.x0_train is None:
         return lambda key, num: jax.random.normal(key, (num, 2))
@@ -303,7 +303,7 @@ def train(method: str, recipe: Recipe, splits: Splits, seed: int) -> Trained:
             teacher, seconds = fitted(conditional)
             start = time.perf_counter()
             made, _ = make_pairs(
-                bind(APPLY, teacher), key_pairs, _source(splits), recipe.reflow_pairs, sampler="rk4", num_steps=20
+                bind(APPLY, teacher), key_pairs, draw_source(splits), recipe.reflow_pairs, sampler="rk4", num_steps=20
             )
             batches = draws_of_pairs(made["x0"], made["x1"], recipe.batch_size, seed)
             seconds += time.perf_counter() - start

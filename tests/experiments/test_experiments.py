@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
 
-from experiments import bespoke, cifar10, digits, fashion_mnist, images, mnist, sample, toy2d, toy2d_table
+from experiments import bespoke, cifar10, digits, fashion_mnist, images, mnist, reflow, sample, toy2d, toy2d_table
 from experiments.command_line import parse
 from experiments.method import Method
 from experiments.training import config_to_json, from_json
@@ -195,6 +195,18 @@ def test_toy2d_table(tmp_path, capsys, monkeypatch):
     assert text.count("| floor |") == 2
     assert all(text.count(f"| {method} |") == 4 for method in toy2d_table.METHODS)
     assert (out / "trajectories.png").stat().st_size > 0
+
+
+def test_reflow(tmp_path, capsys):
+    results = reflow.run(reflow.Config(out=tmp_path, smoke=True))
+    assert list(results) == ["1-rectified flow", "2-rectified flow", "distilled"]
+    assert np.isfinite([value for row in results.values() for value in row.values()]).all()
+    text = (tmp_path / "reflow.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "floor" in text
+    assert (tmp_path / "reflow.png").stat().st_size > 0
+    with pytest.raises(ValueError, match=r"problem must be one of 'N to 8gaussians', .*, got 'N to N'"):
+        reflow.Config(problem="N to N")
 
 
 def test_toy2d_table_goes_on_where_it_was(tmp_path):
