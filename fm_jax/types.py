@@ -61,7 +61,8 @@ class Pairing(NamedTuple):
     """What a coupling returns: `x0[i]` goes with `x1[i]` and `cond[i]`.
 
     `index0` [batch] says where each `x0[i]` came from: `x0 == x0_before[index0]`, a permutation. `weight` [batch], of
-    mean 1, is what the pair counts for in a loss, where the transport weighs pairs; `None` counts all alike.
+    mean 1 or of expectation 1, is what the pair counts for in a loss, where the transport weighs pairs; `None` counts
+    all alike.
     """
 
     x0: Array

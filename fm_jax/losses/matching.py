@@ -1,5 +1,6 @@
 """Regression losses on a conditional path: flow matching and its relatives, all one function."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -148,15 +149,23 @@ def draw_pairs(key: Key | None, batch: Batch, coupling: Coupling, time_sampler: 
     key_x0, key_t, key_coupling, key_path, key_dropout = keys
     x0 = batch["x0"] if "x0" in batch else jax.random.normal(key_x0, x1.shape, dtype=x1.dtype)
     t = batch["t"] if "t" in batch else time_sampler(key_t, x1.shape[0])
-    weight = batch.get("weight")
-    for name, value in (("t", t), ("weight", weight)):
-        if value is not None and value.shape != x1.shape[:1]:
-            raise ValueError(f"{name} must be [batch] = {x1.shape[:1]}, got shape {value.shape}.")
+    check_per_example(x1, t=t, weight=batch.get("weight"))
     pairing = coupling(key_coupling, x0, x1, batch.get("cond"))
-    if pairing.weight is not None:
-        weight = pairing.weight if weight is None else weight * pairing.weight
+    weight = product(batch.get("weight"), pairing.weight)
     rngs = None if key is None else {"dropout": key_dropout}
     return Pairs(pairing.x0, pairing.x1, pairing.cond, weight, t, key_path, rngs)
+
+
+def check_per_example(x: Array, **values: Array | None) -> None:
+    """Raises `ValueError` naming the first of the values that is there and not [batch], a number for each example."""
+    for name, value in values.items():
+        if value is not None and value.shape != x.shape[:1]:
+            raise ValueError(f"{name} must be [batch] = {x.shape[:1]}, got shape {value.shape}.")
+
+
+def product(*weights: Array | None) -> Array | None:
+    """The product of those weights that are there, `None` if none is."""
+    return functools.reduce(lambda a, b: b if a is None else a if b is None else a * b, weights)
 
 
 def squared_error(apply_fn: ApplyFn, params: Params, sample: PathSample, pairs: Pairs, target: Array) -> Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.couplings import independent
-from fm_jax.losses.matching import Pairs, squared_error, times_within
+from fm_jax.losses.matching import Pairs, check_per_example, product, squared_error, times_within
 from fm_jax.paths.spline import SplinePath
 from fm_jax.types import ApplyFn, Array, Batch, Cond, Coupling, Key, LossFn, Metrics, Params, TimeSampler
 
@@ -56,8 +56,7 @@ def couple_snapshots(coupling: Coupling, key: Key | None, x: Array, cond: Cond =
         pairing = coupling(keys[k], x[:, k], coupled[0], cond)
         coupled.insert(0, pairing.x0)
         indices.insert(0, pairing.index0)
-        if pairing.weight is not None:
-            weight = pairing.weight if weight is None else weight * pairing.weight
+        weight = product(weight, pairing.weight)
     return Chain(jnp.stack(coupled, axis=1), jnp.stack(indices, axis=1), weight)
 
 
@@ -119,13 +118,9 @@ def _draw(key: Key | None, batch: Batch, coupling: Coupling, time_sampler: TimeS
     keys: Any = [None] * 4 if key is None else jax.random.split(key, 4)
     key_t, key_coupling, key_path, key_dropout = keys
     t = batch["t"] if "t" in batch else time_sampler(key_t, x.shape[0])
-    weight = batch.get("weight")
-    for name, value in (("t", t), ("weight", weight)):
-        if value is not None and value.shape != x.shape[:1]:
-            raise ValueError(f"{name} must be [batch] = {x.shape[:1]}, got shape {value.shape}.")
+    check_per_example(x, t=t, weight=batch.get("weight"))
     chain = couple_snapshots(coupling, key_coupling, x, batch.get("cond"))
-    if chain.weight is not None:
-        weight = chain.weight if weight is None else weight * chain.weight
+    weight = product(batch.get("weight"), chain.weight)
     rngs = None if key is None else {"dropout": key_dropout}
     x = chain.x
     return Pairs(x[:, 0], x[:, -1], batch.get("cond"), weight, t, key_path, rngs), x
