@@ -53,7 +53,7 @@ def shuffled(key, x0, x1, cond=None):
 
 
 @pytest.mark.parametrize("run", [in_pmap, in_shard_map, unchecked], ids=["pmap", "shard_map", "unchecked"])
-@pytest.mark.parametrize("coupling", [ExactOT(), PartialOT(0.7), independent], ids=str)
+@pytest.mark.parametrize("coupling", [ExactOT(), PartialOT(0.7), independent], ids=["exact", "partial", "independent"])
 def test_the_shares_are_the_coupling_of_the_union(run, coupling):
     found = run(lambda x0, x1, cond: Gathered(coupling)(None, x0, x1, cond), X0, X1, LABELS)
     jax.tree.map(np.testing.assert_array_equal, found, coupling(None, X0, X1, LABELS))
@@ -102,7 +102,7 @@ def apply_fn(params, t, x, cond, *, train, rngs):
 
 
 @pytest.mark.parametrize("make", [pmap_step, lambda step: shard_map_step(step, mesh())], ids=["pmap", "shard_map"])
-@pytest.mark.parametrize("coupling", [ExactOT(), PartialOT(0.7)], ids=str)
+@pytest.mark.parametrize("coupling", [ExactOT(), PartialOT(0.7)], ids=["exact", "partial"])
 def test_a_training_step_on_four_devices_equals_one_on_one(make, coupling):
     """Pairs and weights of the union, in the loss: the parameters after a few steps are those of one device."""
     params = {"w1": RNG.normal(size=(3, 8)).astype(np.float32), "w2": RNG.normal(size=(8, 3)).astype(np.float32)}
