@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 
 pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
 
-from experiments import bespoke, cifar10, digits, fashion_mnist, images, mnist, reflow, sample, toy2d, toy2d_table
+from experiments import bespoke, cifar10, digits, fashion_mnist, images, mnist, sample, toy2d
 from experiments.command_line import parse
 from experiments.method import Method
 from experiments.training import config_to_json, from_json
@@ -21,15 +19,6 @@ from fm_jax.train.checkpoint import CheckpointError
 from fm_jax.train.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _defaults(monkeypatch):
-    """Smoke mode turns XLA's optimisations off for the process; prepared data may lie beside the checkout."""
-    if "TFDS_DATA_DIR" not in os.environ and (ROOT.parent / "shared" / "tfds").is_dir():
-        monkeypatch.setenv("TFDS_DATA_DIR", str(ROOT.parent / "shared" / "tfds"))
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def smoke(config, run_dir, **changes):
@@ -176,57 +165,6 @@ def test_toy2d(tmp_path, capsys):
     assert np.load(tmp_path / "points.npz")["samples"].shape == (16, 2)
     with pytest.raises(SystemExit, match="--source moons needs --prediction velocity and a solver such as heun"):
         toy2d.run(smoke(toy2d.CONFIG, tmp_path / "run", source="moons", method=Method(prediction="noise")))
-
-
-def test_toy2d_table(tmp_path, capsys, monkeypatch):
-    """`--table --smoke`: every method in two columns, as tables and a figure."""
-    pytest.importorskip("ott", reason="SB-CFM needs the extra fm_jax[ot]")
-    monkeypatch.chdir(tmp_path)
-    results = toy2d.run(dataclasses.replace(toy2d.CONFIG, table=True, smoke=True))
-    out = Path("runs/toy2d_table-smoke")
-    cells = results["cells"]
-    assert set(toy2d_table.METHODS) <= set(cells)
-    assert "moons to 8gaussians" not in cells["FM"]  # FM has no source but noise
-    values = [v for row in cells.values() for cell in row.values() for measured in cell.values() for v in measured]
-    assert np.isfinite(values).all()
-    assert cells["OFM"]["N to 8gaussians"]["nfe"] == [1.0]
-    text = (out / "table.md").read_text()
-    assert text in capsys.readouterr().out
-    assert text.count("| floor |") == 2
-    assert all(text.count(f"| {method} |") == 4 for method in toy2d_table.METHODS)
-    assert (out / "trajectories.png").stat().st_size > 0
-
-
-def test_reflow(tmp_path, capsys):
-    results = reflow.run(reflow.Config(out=tmp_path, smoke=True))
-    assert list(results) == ["1-rectified flow", "2-rectified flow", "distilled"]
-    assert np.isfinite([value for row in results.values() for value in row.values()]).all()
-    text = (tmp_path / "reflow.md").read_text()
-    assert text in capsys.readouterr().out
-    assert "floor" in text
-    assert (tmp_path / "reflow.png").stat().st_size > 0
-    with pytest.raises(ValueError, match=r"problem must be one of 'N to 8gaussians', .*, got 'N to N'"):
-        reflow.Config(problem="N to N")
-
-
-def test_toy2d_table_goes_on_where_it_was(tmp_path):
-    recipe = toy2d_table.Recipe(steps=100, batch_size=8)
-    config = toy2d_table.Config(
-        out=tmp_path,
-        seeds=(1,),
-        problems=("N to moons",),
-        methods=("I-CFM",),
-        recipe=recipe,
-        num_test=32,
-        num_reference=32,
-    )
-    first = toy2d_table.run(config)
-    (cell,) = (path for path in (tmp_path / "cells").iterdir() if path.name.startswith("I_CFM"))
-    written = cell.stat().st_mtime_ns
-    assert toy2d_table.run(config)["cells"]["I-CFM"] == first["cells"]["I-CFM"]
-    assert cell.stat().st_mtime_ns == written
-    with pytest.raises(SystemExit, match="holds another table: give another --out"):
-        toy2d_table.run(dataclasses.replace(config, seeds=(2,)))
 
 
 def short(run_dir, total_steps, **changes):

@@ -1,0 +1,62 @@
+"""The table of two-dimensional flows, and reflow, in smoke mode."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
+
+from experiments import reflow, toy2d, toy2d_table
+
+
+def test_toy2d_table(tmp_path, capsys, monkeypatch):
+    """`--table --smoke`: every method in two columns, as tables and a figure."""
+    pytest.importorskip("ott", reason="SB-CFM needs the extra fm_jax[ot]")
+    monkeypatch.chdir(tmp_path)
+    results = toy2d.run(dataclasses.replace(toy2d.CONFIG, table=True, smoke=True))
+    out = Path("runs/toy2d_table-smoke")
+    cells = results["cells"]
+    assert set(toy2d_table.METHODS) <= set(cells)
+    assert "moons to 8gaussians" not in cells["FM"]  # FM has no source but noise
+    values = [v for row in cells.values() for cell in row.values() for measured in cell.values() for v in measured]
+    assert np.isfinite(values).all()
+    assert cells["OFM"]["N to 8gaussians"]["nfe"] == [1.0]
+    text = (out / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    assert text.count("| floor |") == 2
+    assert all(text.count(f"| {method} |") == 4 for method in toy2d_table.METHODS)
+    assert (out / "trajectories.png").stat().st_size > 0
+
+
+def test_reflow(tmp_path, capsys):
+    results = reflow.run(reflow.Config(out=tmp_path, smoke=True))
+    assert list(results) == ["1-rectified flow", "2-rectified flow", "distilled"]
+    assert np.isfinite([value for row in results.values() for value in row.values()]).all()
+    text = (tmp_path / "reflow.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "floor" in text
+    assert (tmp_path / "reflow.png").stat().st_size > 0
+    with pytest.raises(ValueError, match=r"problem must be one of 'N to 8gaussians', .*, got 'N to N'"):
+        reflow.Config(problem="N to N")
+
+
+def test_toy2d_table_goes_on_where_it_was(tmp_path):
+    recipe = toy2d_table.Recipe(steps=100, batch_size=8)
+    config = toy2d_table.Config(
+        out=tmp_path,
+        seeds=(1,),
+        problems=("N to moons",),
+        methods=("I-CFM",),
+        recipe=recipe,
+        num_test=32,
+        num_reference=32,
+    )
+    first = toy2d_table.run(config)
+    (cell,) = (path for path in (tmp_path / "cells").iterdir() if path.name.startswith("I_CFM"))
+    written = cell.stat().st_mtime_ns
+    assert toy2d_table.run(config)["cells"]["I-CFM"] == first["cells"]["I-CFM"]
+    assert cell.stat().st_mtime_ns == written
+    with pytest.raises(SystemExit, match="holds another table: give another --out"):
+        toy2d_table.run(dataclasses.replace(config, seeds=(2,)))
