@@ -72,7 +72,7 @@ def toy_step(config: Config) -> list[dict[str, Any]]:
     x0, x1 = np.asarray(moons(keys[0], 10_000)), np.asarray(eight_gaussians(keys[1], 10_000))
     splits, rows = Splits(x0, x1, x0[:1], x1[:1]), []
     params = init_params(NETWORK, keys[2], (2,))
-    for batch_size, reuses in ((128, (1, 8, 16)), (256, (1, 16, 32)), (512, (1, 32, 64))):
+    for batch_size, reuses in ((128, (1, 8, 16)), (256, (1, 16, 64)), (512, (1, 32, 128))):
         recipe = dataclasses.replace(Recipe(), batch_size=batch_size)
 
         def seconds(reuse: int | None, recipe: Recipe = recipe) -> float:

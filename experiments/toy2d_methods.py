@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from experiments.sampling import bind
 from fm_jax.couplings import ExactOT, paired, schrodinger_bridge_ot
 from fm_jax.data.coupled import CoupledBatches
 from fm_jax.fewstep import make_pairs, optimal_flow_matching, transport
-from fm_jax.losses import bridge_matching, bridge_score, bridge_velocity, flow_matching, two_heads
+from fm_jax.losses import bridge_score, flow_matching
 from fm_jax.metrics import path_energy
 from fm_jax.models import ICNN, PlainMLP, init_params, linen_apply, linen_potential
 from fm_jax.paths import AffinePath, BrownianBridge, ConstantNoise, StochasticInterpolant
@@ -30,7 +30,7 @@ from fm_jax.samplers import sample_adaptive, sample_sde
 from fm_jax.schedules import Cosine, Linear
 from fm_jax.times import Stratified
 from fm_jax.train import TrainState, create_state, make_optimizer, make_step
-from fm_jax.types import Array, Batch, Coupling, Key, LossFn, Params, VelocityFn
+from fm_jax.types import Array, Batch, Cond, Coupling, Key, LossFn, Params, VelocityFn
 
 CHUNK = 100
 """Steps of one dispatch."""
@@ -194,8 +194,17 @@ def bridge(recipe: Recipe) -> LossFn:
 
 
 def bridge_and_score(recipe: Recipe) -> LossFn:
-    """[SF]2M: velocity and score of Brownian bridges."""
-    return bridge_matching(two_heads(APPLY, APPLY), BrownianBridge(recipe.bridge_sigma), **_OPTIONS)
+    """[SF]2M: velocity and denoiser of Brownian bridges, two networks with the sum of their losses."""
+    path = BrownianBridge(recipe.bridge_sigma)
+    noise = flow_matching(APPLY, path, kind="noise", coupling=paired, time_sampler=Stratified(*path.domain))
+    losses = {"velocity": bridge(recipe), "noise": noise}
+
+    def loss_fn(params: Params, key: Key, batch: Batch, *, target_params: Params | None = None):
+        keys = dict(zip(losses, jax.random.split(key), strict=True))
+        parts = {name: loss(params[name], keys[name], batch)[0] for name, loss in losses.items()}
+        return sum(parts.values()), parts
+
+    return loss_fn
 
 
 def optimal(recipe: Recipe) -> LossFn:
@@ -229,16 +238,21 @@ def _by_sde(
 
 @cache
 def by_bridge(sigma: float) -> Callable[[Params, Key, Array], Generated]:
-    """Samples of drift and denoiser of a Brownian bridge, by its SDE."""
-    path, apply_fn = BrownianBridge(sigma), cast(Any, two_heads(APPLY, APPLY))
+    """Samples of velocity and denoiser of a Brownian bridge, by its SDE."""
+    path = BrownianBridge(sigma)
     t0, t1 = path.domain
 
     def generate(params: Params, key: Key, x0: Array) -> Generated:
         key_start, key_sde = jax.random.split(key)
-        network = cast(Any, bind(apply_fn, params))
+        v, denoiser = (bind(APPLY, params[name]) for name in ("velocity", "noise"))
+
+        def pair(t: Array, x: Array, cond: Cond = None) -> tuple[Array, Array]:
+            return x, denoiser(t, x)  # the score needs the second alone
+
+        score = bridge_score(pair, path)
         # The velocity is infinite at t = 0: the bridge is entered a moment later, where it has spread a little.
         start = x0 + path.gamma(jnp.asarray(t0)) * jax.random.normal(key_start, x0.shape)
-        return _by_sde(bridge_velocity(network, path), bridge_score(network, path), sigma, key_sde, start, t0, t1)
+        return _by_sde(v, score, sigma, key_sde, start, t0, t1)
 
     return jax.jit(generate)
 
@@ -296,7 +310,7 @@ def train(method: str, recipe: Recipe, splits: Splits, seed: int) -> Trained:
             return Trained(*fitted(bridge, coupled(schrodinger_bridge_ot(recipe.bridge_sigma))), by_flow)
         case "[SF]2M":
             keys = jax.random.split(key_init)
-            heads = {name: init_params(NETWORK, key, (2,)) for name, key in zip(("drift", "noise"), keys)}
+            heads = {name: init_params(NETWORK, key, (2,)) for name, key in zip(("velocity", "noise"), keys)}
             batches = coupled(ExactOT())
             return Trained(*fitted(bridge_and_score, batches, params=heads), by_bridge(recipe.bridge_sigma))
         case "2-RF":

@@ -64,7 +64,7 @@ def flow_matching(
         path: conditional path, e.g. `AffinePath(Linear())` or `BrownianBridge(1.0)`.
         coupling: pairs x0 with x1 within the batch; its weights of pairs, if it has any, multiply the loss.
         time_sampler: training times; `None` is uniform on the range where the target is finite.
-        kind: what the network predicts; on a path that is not affine, "velocity".
+        kind: what the network predicts; on a path that is not affine, "velocity" or "noise", which is its latent z.
         weight: `weight(t, kind, schedule)` on an affine path; `None` is 1.
 
     Returns:
@@ -90,8 +90,8 @@ def flow_matching(
     """
     check_member("kind", kind, KINDS)
     schedule: Schedule | None = getattr(path, "schedule", None)
-    if schedule is None and (kind != "velocity" or weight is not None):
-        raise ValueError(f"kind={kind!r} and weights need an affine path; on {path} only the velocity is learned.")
+    if schedule is None and (kind not in ("velocity", "noise") or weight is not None):
+        raise ValueError(f"kind={kind!r} and weights need an affine path; {path} has a velocity and a latent noise.")
     domain = path.domain if schedule is None else target_domain(kind, schedule)
     time_sampler = times_within(time_sampler, domain, f"the {kind} target of {path if schedule is None else schedule}")
 
@@ -101,7 +101,7 @@ def flow_matching(
         del target_params  # for losses with a second network; a regression on the path has none
         pairs = draw_pairs(key, batch, coupling, time_sampler)
         sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
-        target = sample.u_t if schedule is None else getattr(targets(sample, schedule), kind)
+        target = _target(sample, schedule, kind)
         mse = squared_error(apply_fn, params, sample, pairs, target)
         weighted = mse if pairs.weight is None else pairs.weight * mse
         if weight is not None and schedule is not None:
@@ -109,6 +109,15 @@ def flow_matching(
         return weighted.mean(), {"loss": weighted.mean(), "mse": mse.mean()}
 
     return loss_fn
+
+
+def _target(sample: PathSample, schedule: Schedule | None, kind: Kind) -> Array:
+    if schedule is not None:
+        return getattr(targets(sample, schedule), kind)
+    target = sample.u_t if kind == "velocity" else sample.z
+    if target is None:
+        raise ValueError("kind='noise' needs a path with latent noise, as of BrownianBridge: there is no z.")
+    return target
 
 
 def times_within(time_sampler: TimeSampler | None, domain: tuple[float, float], what: str) -> TimeSampler:

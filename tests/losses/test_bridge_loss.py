@@ -5,7 +5,7 @@ import pytest
 
 from fm_jax import oracles, times
 from fm_jax.couplings import ExactOT, paired
-from fm_jax.losses import bridge_matching, bridge_score, bridge_velocity, split_channels, two_heads
+from fm_jax.losses import bridge_matching, bridge_score, bridge_velocity, flow_matching, split_channels, two_heads
 from fm_jax.nfe import nfe_per_call, with_nfe_per_call
 from fm_jax.paths import (
     AffinePath,
@@ -17,7 +17,7 @@ from fm_jax.paths import (
 )
 from fm_jax.samplers import sample_ode, sample_sde
 from fm_jax.schedules import Cosine, Linear
-from fm_jax.types import Pairing
+from fm_jax.types import Pairing, PathSample
 
 SIGMA = 0.7
 MEAN0, COV0 = np.array([-1.0, 0.5]), np.array([[0.8, 0.3], [0.3, 0.5]])
@@ -281,3 +281,29 @@ class Narrow(Linear):
     @property
     def domain(self):
         return 0.1, 0.9
+
+
+def test_denoiser_alone(key):
+    """`flow_matching(kind="noise")` regresses the latent z: the value by hand, and no z is an error."""
+    path = BrownianBridge(0.7)
+    x0, x1 = jax.random.normal(key, (2, 6, 3))
+    batch = {"x0": x0, "x1": x1, "t": jnp.linspace(0.1, 0.9, 6)}
+    seen = {}
+
+    def network(params, t, x, cond, *, train, rngs):
+        seen["x_t"] = x
+        return params * x
+
+    loss, _ = flow_matching(network, path, kind="noise")(0.5, jax.random.key(3), batch)
+    t, gamma = np.asarray(batch["t"])[:, None], 0.7 * np.sqrt(batch["t"] * (1 - batch["t"]))[:, None]
+    z = (np.asarray(seen["x_t"]) - (1 - t) * np.asarray(x0) - t * np.asarray(x1)) / gamma
+    np.testing.assert_allclose(loss, ((0.5 * np.asarray(seen["x_t"]) - z) ** 2).mean(), rtol=1e-5)
+
+    class Bare:
+        domain = (0.0, 1.0)
+
+        def sample(self, key, t, x0, x1):
+            return PathSample(t, x0, x1, x0, x1)
+
+    with pytest.raises(ValueError, match="kind='noise' needs a path with latent noise"):
+        flow_matching(network, Bare(), kind="noise")(0.5, jax.random.key(3), batch)

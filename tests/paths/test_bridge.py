@@ -140,7 +140,14 @@ def test_built_inside_jit(key):
             lambda: flow_matching(lambda *_: 0, BrownianBridge(1.0), time_sampler=times.Uniform()),
             r"is finite only on \[0.001, 0.999\]",
         ),
-        (lambda: flow_matching(lambda *_: 0, BrownianBridge(1.0), kind="noise"), "only the velocity is learned"),
+        (
+            lambda: flow_matching(lambda *_: 0, BrownianBridge(1.0), kind="data"),
+            "'data' and weights need an affine path",
+        ),
+        (
+            lambda: flow_matching(lambda *_: 0, BrownianBridge(1.0), weight=lambda *_: 1),
+            "a velocity and a latent noise",
+        ),
     ],
 )
 def test_refused(build, message):
