@@ -219,7 +219,10 @@ def save_trajectory_table(path: PathLike, panels: dict[str, dict[str, np.ndarray
                 axes.spines[:].set_visible(row in column)
                 if row in column:
                     ways = np.swapaxes(column[row], 0, 1)
-                    axes.add_collection(LineCollection([*ways], colors=GREY, linewidths=0.35, alpha=0.55))
+                    length = np.linalg.norm(np.diff(ways, axis=1), axis=2).sum()
+                    # Of ways that wander, as an SDE's do, a few fill the picture.
+                    drawn = ways[:20] if length > 3 * np.linalg.norm(ways[:, -1] - ways[:, 0], axis=1).sum() else ways
+                    axes.add_collection(LineCollection([*drawn], colors=GREY, linewidths=0.35, alpha=0.55))
                     for points, color in ((ways[:, 0], ORANGE), (ways[:, -1], BLUE)):
                         axes.scatter(*points.T, s=2.0, color=color, linewidths=0, zorder=3)
             axes_of_row[0].set_ylabel(row)
