@@ -26,6 +26,7 @@ from experiments.sampling import bind
 from experiments.toy2d_methods import (
     APPLY,
     NETWORK,
+    PAIR_SAMPLER,
     Recipe,
     conditional,
     draw_source,
@@ -50,8 +51,6 @@ class Config:
     """A column of `experiments.toy2d_table`."""
     rounds: int = 2
     """How often to reflow."""
-    num_pairs: int = 20_000
-    """Pairs that each flow generates for the next one, by 20 steps of rk4."""
     recipe: Recipe = field(default_factory=Recipe)
     num_test: int = 1000
     """Test points, and samples to judge."""
@@ -94,7 +93,6 @@ def run(config: Config) -> dict[str, Any]:
     splits = make_splits(toy2d_table.Config(num_test=config.num_test), Cell("reflow", config.problem, config.seed))
     key_init, key_fit, key_pairs, key_last, key_floor, key_distil = jax.random.split(jax.random.key(config.seed), 6)
     draw_x0 = draw_source(splits)
-    sampler: dict[str, Any] = {"sampler": "rk4", "num_steps": 20}
 
     def batches_of(pairs: Batch) -> Iterator[Batch]:
         return draws_of_pairs(pairs["x0"], pairs["x1"], recipe.batch_size, config.seed)
@@ -109,8 +107,10 @@ def run(config: Config) -> dict[str, Any]:
         return bind(APPLY, flows[-1])
 
     v = bind(APPLY, params)
-    (*_, last) = reflow(refit, v, key_pairs, draw_x0, num_pairs=config.num_pairs, rounds=config.rounds, **sampler)
-    pairs, _ = make_pairs(last, key_last, draw_x0, config.num_pairs, **sampler)
+    (*_, last) = reflow(
+        refit, v, key_pairs, draw_x0, num_pairs=recipe.reflow_pairs, rounds=config.rounds, **PAIR_SAMPLER
+    )
+    pairs, _ = make_pairs(last, key_last, draw_x0, recipe.reflow_pairs, **PAIR_SAMPLER)
     distilled, _ = fit(one_step, recipe, flows[-1], key_distil, batches_of(pairs), recipe.steps)
 
     real = floor(wasserstein, partial(draw, source.data), key_floor, config.num_test, repeats=2 if config.smoke else 20)
@@ -154,8 +154,8 @@ def _table(results: dict[str, dict[str, float]], title: str) -> str:
 def _smoke(config: Config) -> Config:
     """Next to no computation, without spending time on optimising compilation."""
     jax.config.update("jax_disable_most_optimizations", True)
-    recipe = dataclasses.replace(config.recipe, steps=100, batch_size=16)
-    return dataclasses.replace(config, recipe=recipe, num_pairs=64, num_test=64, rounds=1)
+    recipe = dataclasses.replace(config.recipe, steps=100, batch_size=16, reflow_pairs=64)
+    return dataclasses.replace(config, recipe=recipe, num_test=64, rounds=1)
 
 
 def main() -> None:

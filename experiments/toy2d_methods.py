@@ -30,7 +30,7 @@ from fm_jax.samplers import sample_adaptive, sample_sde
 from fm_jax.schedules import Cosine, Linear
 from fm_jax.times import Stratified
 from fm_jax.train import TrainState, create_state, make_optimizer, make_step
-from fm_jax.types import Array, Batch, Cond, Coupling, Key, LossFn, Params, VelocityFn
+from fm_jax.types import Array, Batch, Cond, Coupling, Key, Kind, LossFn, Params, VelocityFn
 
 CHUNK = 100
 """Steps of one dispatch."""
@@ -63,7 +63,7 @@ class Recipe:
     ofm_reuse: int = 4
     """Times that OFM trains on each pair."""
     reflow_pairs: int = 20_000
-    """Pairs that the teacher of 2-RF generates."""
+    """Pairs that a flow generates for the one that is fitted to them, by 20 steps of rk4."""
 
 
 class Splits(NamedTuple):
@@ -92,6 +92,7 @@ class Trained(NamedTuple):
     generate: Callable[[Params, Key, Array], Generated]
 
 
+PAIR_SAMPLER: dict[str, Any] = {"sampler": "rk4", "num_steps": 20}
 NETWORK = PlainMLP()
 APPLY = linen_apply(NETWORK)
 POTENTIAL = ICNN(features=(64, 64), sharpness=5.0)
@@ -184,20 +185,18 @@ def straight(recipe: Recipe) -> LossFn:
     return flow_matching(APPLY, AffinePath(), **_OPTIONS)
 
 
-def bridge(recipe: Recipe) -> LossFn:
+def bridge(recipe: Recipe, kind: Kind = "velocity") -> LossFn:
     """SB-CFM: the velocity of Brownian bridges, between pairs of exact transport as torchcfm's default has it.
 
     Only with the entropic coupling are their marginals a Schroedinger bridge's; it takes longer ways than transport.
     """
     path = BrownianBridge(recipe.bridge_sigma)
-    return flow_matching(APPLY, path, coupling=paired, time_sampler=Stratified(*path.domain))
+    return flow_matching(APPLY, path, kind=kind, coupling=paired, time_sampler=Stratified(*path.domain))
 
 
 def bridge_and_score(recipe: Recipe) -> LossFn:
     """[SF]2M: velocity and denoiser of Brownian bridges, two networks with the sum of their losses."""
-    path = BrownianBridge(recipe.bridge_sigma)
-    noise = flow_matching(APPLY, path, kind="noise", coupling=paired, time_sampler=Stratified(*path.domain))
-    losses = {"velocity": bridge(recipe), "noise": noise}
+    losses = {"velocity": bridge(recipe), "noise": bridge(recipe, "noise")}
 
     def loss_fn(params: Params, key: Key, batch: Batch, *, target_params: Params | None = None):
         keys = dict(zip(losses, jax.random.split(key), strict=True))
@@ -215,16 +214,12 @@ def optimal(recipe: Recipe) -> LossFn:
 _OPTIONS: dict[str, Any] = {"coupling": paired, "time_sampler": Stratified()}
 
 
-def _generated(v: VelocityFn, x0: Array) -> Generated:
-    """By dopri5, as TorchCFM's evaluation does."""
-    solution = sample_adaptive(v, x0, rtol=1e-5, atol=1e-5, solver="dopri5", times=np.linspace(0, 1, 41))
-    return Generated(solution.x, solution.nfe, path_energy(v, x0, num_steps=100), solution.trajectory)
-
-
 @jax.jit
 def by_flow(params: Params, key: Key, x0: Array) -> Generated:
-    """Samples of a velocity network, by its flow."""
-    return _generated(bind(APPLY, params), x0)
+    """Samples of a velocity network, by its flow and dopri5, as TorchCFM's evaluation does."""
+    v = bind(APPLY, params)
+    solution = sample_adaptive(v, x0, rtol=1e-5, atol=1e-5, solver="dopri5", times=np.linspace(0, 1, 41))
+    return Generated(solution.x, solution.nfe, path_energy(v, x0, num_steps=100), solution.trajectory)
 
 
 def _by_sde(
@@ -272,8 +267,7 @@ def by_score_and_flow(sigma: float) -> Callable[[Params, Key, Array], Generated]
 def by_map(params: Params, key: Key, x0: Array) -> Generated:
     """Samples of an OFM potential: one evaluation, straight lines."""
     x1 = transport(POTENTIAL_FN, params, x0)
-    trajectory = jnp.stack([x0 + t * (x1 - x0) for t in (0.0, 1.0)])
-    return Generated(x1, jnp.asarray(1), ((x1 - x0) ** 2).sum(axis=1).mean(), trajectory)
+    return Generated(x1, jnp.asarray(1), ((x1 - x0) ** 2).sum(axis=1).mean(), jnp.stack([x0, x1]))
 
 
 def train(method: str, recipe: Recipe, splits: Splits, seed: int) -> Trained:
@@ -316,9 +310,8 @@ def train(method: str, recipe: Recipe, splits: Splits, seed: int) -> Trained:
         case "2-RF":
             teacher, seconds = fitted(conditional)
             start = time.perf_counter()
-            made, _ = make_pairs(
-                bind(APPLY, teacher), key_pairs, draw_source(splits), recipe.reflow_pairs, sampler="rk4", num_steps=20
-            )
+            v, draw_x0 = bind(APPLY, teacher), draw_source(splits)
+            made, _ = make_pairs(v, key_pairs, draw_x0, recipe.reflow_pairs, **PAIR_SAMPLER)
             batches = draws_of_pairs(made["x0"], made["x1"], recipe.batch_size, seed)
             seconds += time.perf_counter() - start
             student, more_seconds = fitted(straight, batches, key=key_student, params=teacher)

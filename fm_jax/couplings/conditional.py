@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, on_host, squared_euclidean
+from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import assign_within, call_host
 from fm_jax.couplings.pairing import check_same_space
 from fm_jax.types import Array, ArrayTree, Cond, Key, Pairing
@@ -100,11 +100,7 @@ class ConditionalOT:
                 labels, distances = np.zeros(len(costs), dtype=np.int64), conditions
             return assign_conditionally(costs, labels, distances, self.weight, self.ratio)
 
-        index0: ArrayTree
-        if on_host(x0, x1, *jax.tree.leaves(cond)):
-            index0 = solve(np.asarray(costs), jax.tree.map(np.asarray, conditions))
-        else:
-            index0 = call_host(solve, jax.ShapeDtypeStruct((len(x1),), jnp.int32), costs, conditions)
+        index0 = call_host(solve, jax.ShapeDtypeStruct((len(x1),), jnp.int32), costs, conditions)
         return Pairing(x0[index0], x1, cond, index0)
 
 

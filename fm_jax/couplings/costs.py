@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.types import Array
+from fm_jax.types import Array, ArrayTree
 
 Cost: TypeAlias = Callable[[Array, Array], Array]
 """`cost(x0 [n, ...], x1 [m, ...]) -> [n, m]`, for every pair."""
@@ -40,7 +40,7 @@ def euclidean(x0: Array, x1: Array) -> Array:
     return squared_euclidean(x0, x1) ** 0.5
 
 
-def cost_matrix(cost: Cost, x0: Array, x1: Array) -> Array:
+def cost_matrix(cost: Cost, x0: Array, x1: Array) -> ArrayTree:
     """The costs of all pairs, checked.
 
     Args:
@@ -57,9 +57,10 @@ def cost_matrix(cost: Cost, x0: Array, x1: Array) -> Array:
     matrix = cost(x0, x1)
     if matrix.shape != (len(x0), len(x1)):
         raise ValueError(f"cost(x0, x1) must be [n, m] = {(len(x0), len(x1))}, got shape {matrix.shape}.")
-    if not isinstance(matrix, jax.core.Tracer):
-        check_finite(matrix)
-    return matrix
+    if isinstance(matrix, jax.core.Tracer):
+        return matrix
+    check_finite(matrix)
+    return np.asarray(matrix) if on_host(x0, x1) else matrix
 
 
 def check_finite(matrix: Array | np.ndarray) -> None:

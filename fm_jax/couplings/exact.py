@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, on_host, squared_euclidean
+from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.pairing import check_same_space
 from fm_jax.types import Array, ArrayTree, Cond, Key, Pairing
 
@@ -69,11 +69,7 @@ class ExactOT:
         costs = cost_matrix(self.cost, x0, x1)
         if self.maximize:
             costs = -costs
-        index0: ArrayTree
-        if on_host(x0, x1):
-            index0 = assign_within(costs, labels)
-        else:
-            index0 = call_host(assign_within, jax.ShapeDtypeStruct((len(x1),), jnp.int32), costs, labels)
+        index0 = call_host(assign_within, jax.ShapeDtypeStruct((len(x1),), jnp.int32), costs, labels)
         return Pairing(x0[index0], x1, cond, index0)
 
 
@@ -94,11 +90,12 @@ def call_host(function: Callable[..., Any], result: ArrayTree, *args: ArrayTree)
         *args: pytrees of arrays.
 
     Returns:
-        What `function` returns, as JAX arrays.
+        What `function` returns, as NumPy arrays if the first argument is one, or else as JAX arrays.
     """
     leaves, tree = jax.tree.flatten(args)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
-        return jax.tree.map(jnp.asarray, function(*jax.tree.map(np.asarray, args)))
+        found = function(*jax.tree.map(np.asarray, args))
+        return found if isinstance(args[0], np.ndarray) else jax.tree.map(jnp.asarray, found)
     leaves = [jax.lax.stop_gradient(jnp.asarray(leaf)) for leaf in leaves]
     # JAX copies a callback's inputs on one of XLA's threads, of which simulated devices have one each. Those may all be
     # waiting for this device in a collective: a deadlock, unless the copies are small enough to be made in place.

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, on_host, squared_euclidean
+from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import _COLD, as_labels, assign, call_host, extend_potentials, row_potentials
 from fm_jax.couplings.pairing import check_same_space
-from fm_jax.types import Array, ArrayTree, Cond, Key, Pairing
+from fm_jax.types import Array, Cond, Key, Pairing
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,9 @@ class PartialOT:
         x0, x1 = check_same_space(x0, x1)
         labels = as_labels(None if self.ignore_cond else cond, len(x1))
         costs = cost_matrix(self.cost, x0, x1)
-        solve = partial(assign_part_within, mass=self.mass)
-        result: ArrayTree
-        if on_host(x0, x1):
-            result = solve(np.asarray(costs), np.asarray(labels))
-        else:
-            dtype = jnp.promote_types(costs.dtype, jnp.float32)
-            shapes = jax.ShapeDtypeStruct((len(x1),), jnp.int32), jax.ShapeDtypeStruct((len(x1),), dtype)
-            result = call_host(solve, shapes, costs, labels)
-        index0, weight = result
+        dtype = jnp.promote_types(costs.dtype, jnp.float32)
+        shapes = jax.ShapeDtypeStruct((len(x1),), jnp.int32), jax.ShapeDtypeStruct((len(x1),), dtype)
+        index0, weight = call_host(partial(assign_part_within, mass=self.mass), shapes, costs, labels)
         return Pairing(x0[index0], x1, cond, index0, weight)
 
 

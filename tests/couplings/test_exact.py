@@ -78,6 +78,13 @@ def test_numpy_in_numpy_out(batch):
     np.testing.assert_array_equal(pairing.index0, minibatch_ot(None, *batch).index0)
 
 
+def test_numpy_out_under_a_cost_of_jax(batch):
+    x0, x1, _ = map(np.asarray, batch)
+    index0 = ExactOT(cost=lambda x0, x1: jnp.asarray(squared_euclidean(x0, x1)))(None, x0, x1).index0
+    assert type(index0) is np.ndarray
+    np.testing.assert_array_equal(index0, minibatch_ot(None, x0, x1).index0)
+
+
 def test_costs_far_from_the_origin_keep_their_digits():
     """Distances of order 1 between points a million away, in float32: to 1e-6 of the points' own rounding."""
     rng = np.random.default_rng(0)
