@@ -134,6 +134,22 @@ def test_bad_input(arguments, message):
         oracles.gaussian_mixture(*arguments)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_distribution_function_is_scipys(schedule, x64):
+    means, stds, weights = np.array([-1.0, 2.0]), np.array([0.2, 0.7]), np.array([0.3, 0.7])
+    line = oracles.gaussian_mixture(means[:, None], stds, weights)
+    x = np.linspace(-2, 3, 7)
+    for t in T:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        expected = stats.norm.cdf(x[:, None], alpha * means, np.sqrt(alpha**2 * stds**2 + sigma**2)) @ weights
+        np.testing.assert_allclose(oracles.cdf(line, schedule, t, x[:, None]), expected, rtol=1e-9)
+
+
+def test_distribution_function_of_a_plane_is_refused():
+    with pytest.raises(ValueError, match="one dimension, got 2"):
+        oracles.cdf(mixture(), schedules.Linear(), 0.5, X)
+
+
 def test_flow_map_of_a_mixture_is_refused():
     with pytest.raises(ValueError, match="flow_map needs a single Gaussian, got 3 components"):
         oracles.flow_map(mixture(), schedules.Linear(), 0.0, 1.0, X)

@@ -23,6 +23,7 @@ from fm_jax.oracles.gaussian import (
 )
 from fm_jax.oracles.mixture import (
     GaussianMixture,
+    cdf,
     flow_map,
     gaussian_mixture,
     log_prob,
@@ -40,6 +41,7 @@ __all__ = [
     "bridge_moments",
     "bridge_prediction",
     "bures_distance",
+    "cdf",
     "displacement_moments",
     "displacement_velocity",
     "entropic_plan",

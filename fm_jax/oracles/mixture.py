@@ -113,6 +113,32 @@ def log_prob(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array) -
     return _over_batch(lambda t, x: jax.nn.logsumexp(_log_joint(mixture, schedule, t, x)[0]), t, x)
 
 
+def cdf(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array) -> Array:
+    """The distribution function of the marginal in one dimension, P(x_t <= x), for tests of Kolmogorov and Smirnov.
+
+    Args:
+        mixture: the data distribution, on the line.
+        schedule: of the path.
+        t: scalar or [batch].
+        x: [batch, 1].
+
+    Returns:
+        [batch], between 0 and 1.
+
+    Raises:
+        ValueError: if the mixture has more than one dimension.
+    """
+    if mixture.dim != 1:
+        raise ValueError(f"cdf needs a mixture in one dimension, got {mixture.dim}.")
+
+    def single(t: Array, x: Array) -> Array:
+        alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+        std = jnp.sqrt(alpha**2 * mixture.eigenvalues[:, 0] + sigma**2)
+        return mixture.weights @ jax.scipy.stats.norm.cdf(x, alpha * mixture.means[:, 0], std)
+
+    return _over_batch(single, t, x)
+
+
 def prediction(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array) -> Prediction:
     """What perfect networks of all four kinds say at (t, x): the conditional means, finite also at t = 0 and t = 1.
 

@@ -51,6 +51,7 @@ def fit_bespoke(
         raise ValueError(f"batch_size must be between 1 and the {len(x0)} pairs, got {batch_size}.")
     if num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations}.")
+    x0, x1, cond = jax.tree.map(jnp.asarray, (x0, x1, cond))
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_iterations))
 
     # Steps are dispatched one by one: gradients of convolutions are slow inside loops on CPU.

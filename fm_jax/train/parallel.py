@@ -27,9 +27,15 @@ def pmap_step(step: Step, devices: Sequence[jax.Device] | None = None) -> Step:
         `split_batch`; `state` comes back replicated, the metrics as scalars.
 
     Raises:
-        ValueError: if `step` was made for another axis, or for none.
+        ValueError: if `step` was made for another axis, or for none; if there are several processes, each of which
+            would train a model of its own (`shard_map_step` joins them).
     """
     _check_axis(step)
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"pmap_step joins the devices of one process, got {jax.process_count()} processes: use shard_map_step with "
+            f"Mesh(jax.devices(), ({AXIS!r},))."
+        )
     devices = jax.local_devices() if devices is None else list(devices)
     mapped = jax.pmap(
         step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=(0,), devices=devices

@@ -102,6 +102,12 @@ def test_state_is_replicated_donated_and_traced_once(make):
     assert metrics["loss"].shape == ()
 
 
+def test_one_process_does_not_train_beside_the_others(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="one process, got 2 processes: use shard_map_step"):
+        pmap_step(make_step(given, OPTIMIZER))
+
+
 def test_bad_input():
     with pytest.raises(ValueError, match=r"num_devices=3 must divide the batch axis of 'x1', .* shape \(16, 3\)"):
         split_batch({"x1": BATCH["x1"]}, 3)
