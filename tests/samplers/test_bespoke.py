@@ -73,7 +73,7 @@ def pairs():
 
 
 def test_training_beats_the_method_it_starts_from_on_new_points(pairs):
-    """Four evaluations, fitted on one half of the pairs, in NumPy as `make_pairs` gives them, and judged on the other."""
+    """Four evaluations, fitted on one half of the pairs, as `make_pairs` gives them, and judged on the other."""
     x0, x1 = pairs
     start, fitted = bespoke.from_method("midpoint", 2), (np.asarray(x0[:512]), np.asarray(x1[:512]))
     solver, losses = fit_bespoke(lambda _: v, start, jax.random.key(2), *fitted, num_iterations=300, learning_rate=1e-2)
