@@ -1,0 +1,272 @@
+"""The how-to pages: their code runs and says what the page says, their links lead somewhere, their options exist."""
+
+import contextlib
+import importlib
+import importlib.util
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fm_jax import oracles
+from fm_jax.schedules import Linear
+
+ROOT = Path(__file__).parents[1]
+PAGES = {path.stem: path for path in sorted((ROOT / "docs" / "howto").glob("*.md"))}
+NOTEBOOKS = [
+    "01_flows",
+    "02_diffusions",
+    "03_paths",
+    "04_continuity",
+    "05_losses",
+    "06_guidance",
+    "07_likelihood",
+    "08_couplings",
+    "09_images",
+    "10_design_space",
+    "11_bring_your_own",
+]
+
+
+def blocks(page: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page].read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation():
+    """These programs run for a moment and are slow to compile."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs the code of a page from top to bottom, in an empty folder; returns its names."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_page(page: str) -> dict:
+        names: dict = {"__name__": page}
+        for i, block in enumerate(blocks(page, "python")):
+            exec(compile(block, f"{page}.md, block {i}", "exec"), names)
+        return names
+
+    return run_page
+
+
+def test_own_images(run, tmp_path):
+    pytest.importorskip("grain", reason="needs the extra fm_jax[data]")
+    image = pytest.importorskip("PIL.Image", reason="needs the extra fm_jax[data]")
+    names = run("own_images")
+    # 64 samples of two classes; that the labels were not heeded would show in half of them.
+    assert ((names["right"] > names["below"]) == names["wanted"]).mean() > 0.9
+
+    for name, value in (("a", 10), ("b", 200)):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+        image.fromarray(np.full((6, 9, 3), value, np.uint8)).save(tmp_path / "folder" / name / "image.png")
+    loaded = names["load_folder"](tmp_path / "folder", 4)
+    assert loaded.images.shape == (2, 4, 4, 3)
+    assert loaded.class_names == ("a", "b")
+    np.testing.assert_array_equal(loaded.images[:, 0, 0, 0], [10, 200])
+    np.testing.assert_array_equal(loaded.labels, [0, 1])
+
+
+def test_own_project(run):
+    names = run("own_project")
+    # The least loss is pi / 2; over 20,000 examples its standard error is 0.015.
+    assert np.pi / 2 - 0.06 < names["final"] < np.pi / 2 + 0.15
+    np.testing.assert_allclose(names["x1"].mean(axis=0), [1, -1], atol=0.25)
+    np.testing.assert_allclose(names["x1"].std(axis=0), 1, atol=0.25)
+    for name in ("noise_loss", "often_in_the_middle", "by_transport"):
+        loss, _ = jax.eval_shape(names[name], names["params"], jax.random.key(0), names["draw"](jax.random.key(1), 8))
+        assert loss.shape == ()
+
+    eqx, nnx = names["eqx"], names["nnx"]
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.out = nnx.Linear(5, 2, rngs=rngs)
+
+        def __call__(self, t, x, cond):
+            return self.out(jnp.concatenate([x, t[:, None], cond], axis=1))
+
+    class Single(eqx.Module):
+        out: eqx.nn.Linear
+
+        def __call__(self, t, x, cond):
+            return self.out(jnp.concatenate([x, t[None], cond]))
+
+    params, apply_fn = names["from_nnx"](Net(nnx.Rngs(0)))
+    other, other_apply = names["from_equinox"](Single(eqx.nn.Linear(5, 2, key=jax.random.key(0))))
+    kernel, bias = np.ones((5, 2), np.float32), np.zeros(2, np.float32)
+    params = jax.tree.unflatten(jax.tree.structure(params), [bias, kernel])
+    other = jax.tree.unflatten(jax.tree.structure(other), [kernel.T, bias])
+    t, x = np.full(3, 0.5, np.float32), np.ones((3, 2), np.float32)
+    for params_, apply_fn_ in ((params, apply_fn), (other, other_apply)):
+        out = apply_fn_(params_, t, x, x, train=False, rngs=None)
+        np.testing.assert_allclose(out, 4.5)
+
+
+def test_guidance(run):
+    names = run("guidance")
+    (plain, nfe), (guided, guided_nfe) = names["plain"], names["guided"]
+    # Of the data 93.8% are nearest to their own mean, of 1,500 samples with a standard error of 0.6%.
+    assert 0.9 < plain < 0.975
+    assert guided > 0.985
+    assert (nfe, guided_nfe) == (20, 40)
+    assert names["error"] < 1e-4
+
+
+def test_choose_sampler(run):
+    names = run("choose_sampler")
+    errors = names["errors"]
+    assert max(errors["midpoint"], errors["ab2"]) < 0.3 * errors["euler"]
+    np.testing.assert_allclose(names["latent"], names["x0"], atol=2e-3)
+    np.testing.assert_allclose(names["noisy"].std(axis=0), names["accurate"].x.std(axis=0), atol=0.25)
+
+
+def test_devices(run):
+    names = run("devices")
+    assert all(jax.tree.leaves(names["same"]))
+    assert len(names["devices"]) == jax.local_device_count()
+    assert names["gap"] < 1e-4
+
+
+def test_checkpoints(run):
+    names = run("checkpoints")
+    assert all(jax.tree.leaves(names["same"]))
+    assert int(names["resumed"].step) == 60
+    assert int(names["tuned"].step) == 0
+    jax.tree.map(np.testing.assert_array_equal, names["tuned"].params, names["resumed"].ema["0.8"])
+    assert [row["step"] for row in names["rows"]] == [10, 20, 30, 40, 50, 60]
+
+
+def test_likelihood(run):
+    names = run("likelihood")
+    assert jnp.abs(names["nats"] - names["exact"]).max() < 1e-2
+    error = np.asarray(names["error"])
+    assert 0.1 < error.std() < 10
+    assert abs(error.mean()) < 5 * error.std() / np.sqrt(len(error))
+    assert abs(names["bound"].mean() - names["bits"]) < 0.02
+
+
+def test_between_two_datasets(run):
+    names = run("between_two_datasets")
+    assert names["paired_error"] < 0.15
+    # Of the eight Gaussians: E sqrt(25 + 10 z + z^2 + z'^2) = 5.10 up to the fourth order in 1 / 5.
+    assert abs(names["radius"] - 5.1) < 0.4
+    assert abs(jnp.sqrt((names["there"] ** 2).sum(axis=1)).mean() - 5.1) < 0.5
+    np.testing.assert_allclose(names["back"].mean(axis=0), [0, 0.5], atol=0.4)
+    for k, place in ((10, [2, 2]), (20, [4, 0])):
+        np.testing.assert_allclose(names["way"][k].mean(axis=0), place, atol=0.25)
+
+
+def test_few_steps(run):
+    names = run("few_steps")
+    errors, bends = names["errors"], names["bends"]
+    assert errors["distilled"] < errors["reflowed"] < 0.4 * errors["flow"]
+    assert bends["reflowed"] < 0.1 * bends["flow"]
+    assert names["bespoke"] < names["four_steps"]
+
+
+def library_tests(path: str):
+    """A module of the library's own tests, to be applied to what a page defines."""
+    spec = importlib.util.spec_from_file_location(f"howto_{Path(path).stem}", ROOT / "tests" / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_extend(run, monkeypatch):
+    names = run("extend")
+    ratios = np.divide(names["errors"][:-1], names["errors"][1:])
+    assert (ratios > 3.3).all()
+    assert (ratios < 5).all()
+
+    every_schedule = library_tests("test_schedules.py").TestEverySchedule()
+    with jax.enable_x64(True):
+        every_schedule.test_derivatives_equal_central_differences(names["schedule"], None)
+        every_schedule.test_inverse_of_log_snr(names["schedule"], None)
+        every_schedule.test_snr_increases(names["schedule"], None)
+    every_schedule.test_finite_on_the_whole_domain(names["schedule"])
+
+    contract = library_tests("couplings/test_couplings_contract.py")
+    for labelled in (False, True):
+        contract.test_a_permutation_that_leaves_data_in_place(names["by_rank"], labelled)
+
+    models = library_tests("models/test_models_contract.py")
+    monkeypatch.setitem(models.MODELS, "gated", names["Gated"])
+    models.TestContract().test_starts_at_zero_in_float32("gated")
+    models.TestContract().test_depends_on_time_label_and_state_of_its_own_example_only("gated")
+
+    check_marginals(names["Swirl"]())
+
+
+def check_marginals(path):
+    """E[phi(x_t) u_t] = E[phi(x_t) v(t, x_t)] for phi = tanh and phi = 1, within five standard errors of 20,000 draws.
+
+    Turning with the path, the marginals are those of straight lines: v(t, x) = R v_line(t, R^-1 x) + a'(t) J x.
+    """
+    t, rng = 0.3, np.random.default_rng(0)
+    means = np.array([[-1.5, 0.5], [1.0, 1.0]], np.float32)
+    x0, noise = rng.standard_normal((2, 20_000, 2), dtype=np.float32)
+    x1 = means[rng.integers(2, size=20_000)] + 0.5 * noise
+    angle, slope = path.angle * t * (1 - t), path.angle * (1 - 2 * t)
+    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]], np.float32)  # of rows
+    straight = oracles.velocity(oracles.gaussian_mixture(means, 0.5), Linear())
+    x_t, u_t = map(np.asarray, jax.jit(lambda x0, x1: path.sample(None, jnp.asarray(t), x0, x1)[1:3])(x0, x1))
+    v = np.asarray(jax.jit(straight)(t, x_t @ turn.T)) @ turn + slope * np.stack([-x_t[:, 1], x_t[:, 0]], axis=1)
+    for phi in (np.ones_like(v), np.tanh(x_t)):
+        gap = phi * (u_t - v)
+        error = gap.std(axis=0) / np.sqrt(len(gap))
+        assert (np.abs(gap.mean(axis=0)) < 5 * error).all()
+        assert (error < 0.02).all()  # of velocities of size 1
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_form(page):
+    text = PAGES[page].read_text()
+    assert len(re.findall(r"^# ", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)) == 1
+    assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "notebooks/" in target:
+            assert target.removeprefix("../../notebooks/").removesuffix(".ipynb") in NOTEBOOKS, target
+        else:
+            assert target.startswith("http") or (PAGES[page].parent / target).exists(), target
+
+
+def test_the_index_has_every_page():
+    listed = re.findall(r"^\| \[(\w+)\.md\]\(\1\.md\)", PAGES["README"].read_text(), flags=re.MULTILINE)
+    assert sorted(listed) == sorted(PAGES.keys() - {"README"})
+
+
+def commands() -> list[tuple[str, str]]:
+    """Every `python -m module ...` of the pages, in a shell block or in the text."""
+    found = []
+    for page, path in PAGES.items():
+        shell = " ".join(blocks(page, "sh")).replace("\\\n", " ")
+        for text in (*shell.splitlines(), *re.findall(r"`(python -m [^`]*)`", path.read_text())):
+            found += [(page, command) for command in re.findall(r"python -m [^;&|`]*", text)]
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_options_exist(page, command, monkeypatch):
+    """Each command line is read by the parser of its module, which refuses what it does not know."""
+    pytest.importorskip("tyro", reason="needs the extra fm_jax[experiments]")
+    _, _, name, *options = shlex.split(command)
+    module = importlib.import_module(name)
+    monkeypatch.setattr(sys, "argv", [name, *options])
+    if name == "fm_jax.data.images":
+        monkeypatch.setattr(module, "prepare", lambda *_, **__: None)
+        module.main()
+        return
+    parse = importlib.import_module("experiments.command_line").parse
+    default = getattr(module, "CONFIG", None)
+    with contextlib.redirect_stderr(sys.stdout):
+        parse(module.Config if default is None else type(default), default)
