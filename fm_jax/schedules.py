@@ -307,7 +307,8 @@ class DDPM:
 
     def _integrated_beta(self, t: Array) -> Array:
         times, integrated = self._table()
-        return jnp.interp(t, times.astype(t.dtype), integrated.astype(t.dtype))
+        dtype = jnp.result_type(t, float)
+        return jnp.interp(t, times.astype(dtype), integrated.astype(dtype))
 
     def alpha(self, t: Array) -> Array:
         return jnp.exp(-self._integrated_beta(t) / 2)

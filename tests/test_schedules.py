@@ -78,6 +78,13 @@ def test_ends_are_exact_in_float32(schedule):
     np.testing.assert_allclose(ends, [0, 1], atol=1e-7)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_plain_numbers_are_times(schedule):
+    t = sum(schedule.domain) / 2
+    for coefficient in (schedule.alpha, schedule.sigma):
+        np.testing.assert_allclose(coefficient(t), coefficient(jnp.asarray(t)), rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     "schedule", [schedules.VP(), schedules.LinearVP(), schedules.DDPM(), schedules.Cosine()], ids=str
 )
