@@ -102,9 +102,10 @@ def straightness(
 ) -> Array:
     """How far a flow is from straight lines at constant speed: `S = E integral |x1 - x0 - v(t, x_t)|^2 dt`.
 
-    0 if and only if one Euler step is exact; that is its floor. On [0, 1] it is what the path energy has in excess of
-    the cost of its own coupling, `S = PE - E|x1 - x0|^2` (Pooladian et al. 2023, arXiv:2304.14772), which a reflow
-    brings down. On another interval x1 - x0 stands for the mean velocity `(x1 - x0) / (t1 - t0)`.
+    0 if and only if the velocity is constant along every trajectory, and then one Euler step is exact. On [0, 1] it is
+    what the path energy has in excess of the cost of its own coupling, `S = PE - E|x1 - x0|^2` (Pooladian et al. 2023,
+    arXiv:2304.14772), which a reflow brings down. On another interval x1 - x0 stands for the mean velocity
+    `(x1 - x0) / (t1 - t0)`.
 
     Args:
         v: velocity function; called with a scalar t.
