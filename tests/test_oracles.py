@@ -145,6 +145,15 @@ def test_distribution_function_is_scipys(schedule, x64):
         np.testing.assert_allclose(oracles.cdf(line, schedule, t, x[:, None]), expected, rtol=1e-9)
 
 
+def test_jvp_of_a_jitted_density(key):
+    """Of a large batch, with the mixture closed over: jaxlib 0.10.2 crashed here, or gave numbers of its own."""
+    gm, x = mixture(), jax.random.normal(key, (1600, 2))
+    f = jax.jit(lambda t: oracles.log_prob(gm, schedules.Linear(), t, x))
+    _, slope = jax.jvp(f, (jnp.float32(0.7),), (jnp.float32(1.0),))
+    expected = (f(0.705) - f(0.695)) / 0.01
+    np.testing.assert_allclose(slope, expected, atol=2e-2, rtol=2e-2)
+
+
 def test_distribution_function_of_a_plane_is_refused():
     with pytest.raises(ValueError, match="one dimension, got 2"):
         oracles.cdf(mixture(), schedules.Linear(), 0.5, X)

@@ -89,7 +89,8 @@ def _log_joint(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array)
     """log(w_k N(x | alpha m_k, S_k)) [k], Q_k' (x - alpha m_k) [k, d] and the eigenvalues of S_k [k, d]; x is [d]."""
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     variances = alpha**2 * mixture.eigenvalues + sigma**2
-    rotated = jnp.einsum("kij,ki->kj", mixture.eigenvectors, x[None, :] - alpha * mixture.means)
+    # Sums of products, no matrix products: fused with what follows, XLA's on CPU crash under jvp (jaxlib 0.10.2).
+    rotated = (mixture.eigenvectors * (x[None, :] - alpha * mixture.means)[:, :, None]).sum(axis=1)
     log_density = -0.5 * (rotated**2 / variances + jnp.log(2 * jnp.pi * variances)).sum(axis=1)
     return jnp.log(mixture.weights) + log_density, rotated, variances
 
@@ -159,9 +160,9 @@ def prediction(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array)
         alpha, sigma, d_alpha, d_sigma = coefficients(schedule, t)
         log_joint, rotated, variances = _log_joint(mixture, schedule, t, x)
         responsibilities = jax.nn.softmax(log_joint)[:, None]
-        whitened = rotated / variances
-        score = -(responsibilities * jnp.einsum("kij,kj->ki", mixture.eigenvectors, whitened)).sum(axis=0)
-        shift = jnp.einsum("kij,kj->ki", mixture.eigenvectors, mixture.eigenvalues * whitened)
+        whitened = (rotated / variances)[:, None, :]
+        score = -(responsibilities * (mixture.eigenvectors * whitened).sum(axis=2)).sum(axis=0)
+        shift = (mixture.eigenvectors * mixture.eigenvalues[:, None, :] * whitened).sum(axis=2)
         data = (responsibilities * (mixture.means + alpha * shift)).sum(axis=0)
         noise = -sigma * score
         return Prediction(d_alpha * data + d_sigma * noise, data, noise, score)
