@@ -101,7 +101,9 @@ def _to_integers(key: Key, plan: Array, bits: int) -> Array:
     n, total = len(plan), 1 << bits
     running = jnp.cumsum(plan, axis=1)
     offset = jax.random.uniform(key, (n, 1), plan.dtype)
-    units = jnp.diff(jnp.floor(running / running[:, -1:] * total + offset).astype(jnp.int32), axis=1, prepend=0)
+    # In single precision total + offset may be rounded up to total + 1.
+    units = jnp.minimum(jnp.floor(running / running[:, -1:] * total + offset), total).astype(jnp.int32)
+    units = jnp.diff(units, axis=1, prepend=0)
     # The rows are right; columns give up what is too much, and what rows and columns then lack is filled in from the
     # north-west corner, which is the overlap of two partitions of one line.
     units = jnp.diff(jnp.minimum(jnp.cumsum(units, axis=0), total), axis=0, prepend=0)

@@ -65,7 +65,8 @@ def test_weak_marginals_tend_to_the_balanced_plan(x64):
 def test_weighted_pairs_have_the_expectation_of_the_plan(tau):
     """20,000 permutations: the mean weight on each pair is pi_ij over its mass, though all examples are in each draw.
 
-    The largest of 64 deviations in standard errors exceeds 5 in one of 25,000 runs.
+    Of the pairs that the balanced plan draws 200 times and more, which makes their means normal: the largest of 64
+    deviations in standard errors exceeds 5 in one of 25,000 runs.
     """
     x0, x1 = map(jnp.asarray, gaussians(3))
     ot, draws = UnbalancedOT(0.5, tau, threshold=1e-5), 20_000
@@ -78,7 +79,9 @@ def test_weighted_pairs_have_the_expectation_of_the_plan(tau):
     plan = np.asarray(ot.plan(x0, x1), np.float64)
     expected = N * plan / plan.sum()
     z = (table.mean(0) - expected) / (table.std(0) / np.sqrt(draws) + 1 / draws)
-    assert np.abs(z).max() < 5
+    often = draws * np.asarray(EntropicOT(0.5, threshold=1e-5).plan(x0, x1)) > 200
+    assert often.sum() > N
+    assert np.abs(z[often]).max() < 5
     assert np.abs(expected.sum(0) - 1).max() > 0.2  # far from a balanced plan
     assert weight.std() > 0.2
 
