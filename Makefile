@@ -1,10 +1,11 @@
 # Everything happens in .venv; a target installs only when pyproject.toml or requirements.txt has changed.
 PYTHON ?= python3
 EXPERIMENTS ?= digits
+NOTEBOOKS ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -e
 
-.PHONY: help demo test lint smoke
+.PHONY: help demo test lint smoke notebooks docs
 help:  ## Shows this list.
 	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 14
 	@echo
@@ -24,6 +25,12 @@ lint: .venv/.dev-stamp  ## Checks style, formatting and types.
 
 smoke: .venv/.demo-stamp  ## Runs experiments from end to end with next to no computation: EXPERIMENTS="digits mnist".
 	@for name in $(EXPERIMENTS); do $(BIN)/python -m experiments.$$name --smoke $(ARGS) || exit 1; done
+
+notebooks: .venv/.test-stamp  ## Executes the notebooks and stores their outputs: minutes. NOTEBOOKS="04 05" takes some.
+	@$(BIN)/python -m notebooks $(NOTEBOOKS) $(ARGS)
+
+docs: .venv/.dev-stamp  ## Builds the site into site/ and checks every public name, equation and link in it.
+	@$(BIN)/python docs/build.py $(ARGS)
 
 .venv/.python-stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
