@@ -24,6 +24,8 @@ BLUE, ORANGE, GREEN, RED, PINK, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 INK, GREY, PALE = "#222222", "#9A9A9A", "#E8E8E8"
 
 plt.style.use(Path(__file__).with_name("lab.mplstyle"))
+if SMOKE:
+    plt.rcParams.update({"figure.dpi": 40, "savefig.dpi": 40})
 
 _PAGE = """\
 <figure id="{name}" style="margin: 0; max-width: {width}px">
