@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -e
 
 .PHONY: help demo test lint smoke notebooks docs
 help:  ## Shows this list.
-	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 14
+	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 	@echo
 	@echo "  ARGS are passed on:  make demo ARGS='--total-steps 500'   make test ARGS='tests/losses -x'"
 	@echo "  PYTHON picks the interpreter that .venv is made with:  make test PYTHON=python3.12"
