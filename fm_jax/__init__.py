@@ -2,7 +2,7 @@
 
 Time runs from 0 (source, noise) to 1 (data). The core, imported here, needs jax alone:
 
-* `schedules`, `paths`, `couplings`, `times`: what to regress, and where;
+* `sources`, `schedules`, `paths`, `couplings`, `times`: what to regress, and where;
 * `losses`: `flow_matching` and its relatives, for any network library;
 * `parameterization`: velocity, data, noise and score, and the way between them;
 * `guidance`, `samplers`, `likelihood`: velocity in; velocity, samples or log-density out;
@@ -14,7 +14,6 @@ Time runs from 0 (source, noise) to 1 (data). The core, imported here, needs jax
 
 from fm_jax import (
     couplings,
-    divergence,
     guidance,
     likelihood,
     losses,
@@ -23,6 +22,7 @@ from fm_jax import (
     paths,
     samplers,
     schedules,
+    sources,
     times,
 )
 from fm_jax._version import __version__
@@ -30,7 +30,6 @@ from fm_jax._version import __version__
 __all__ = [
     "__version__",
     "couplings",
-    "divergence",
     "guidance",
     "likelihood",
     "losses",
@@ -39,5 +38,6 @@ __all__ = [
     "paths",
     "samplers",
     "schedules",
+    "sources",
     "times",
 ]

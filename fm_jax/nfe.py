@@ -1,17 +1,51 @@
-"""Network function evaluations (NFE): what one call of a function costs, recorded on the function."""
+"""Network function evaluations (NFE): what one call of a function costs, known from a value that carries it.
+
+A function of yours may hide any number of evaluations, so its cost is unknown, never guessed: also that of a `lambda`
+or `functools.partial` around a guided velocity. `velocity_fn` and everything of `fm_jax` that is made of what it
+returns know theirs; `Counted(function, 1)` says so of any other.
+"""
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any
 
-F = TypeVar("F", bound=Callable[..., Any])
+import jax.numpy as jnp
 
-
-def nfe_per_call(v: Callable[..., Any]) -> int:
-    """How many network evaluations one call of `v` costs: its attribute `nfe_per_call`, or 1 where it has none."""
-    return getattr(v, "nfe_per_call", 1)
+from fm_jax.types import Array
 
 
-def with_nfe_per_call(v: F, nfe: int) -> F:
-    """Records on the function `v` that one call costs `nfe` network evaluations; returns `v`."""
-    v.nfe_per_call = nfe  # type: ignore[attr-defined]
-    return v
+@dataclass(frozen=True)
+class Counted:
+    """A function with the network evaluations that one call of it costs, `None` where that is unknown.
+
+    Example:
+        >>> v = Counted(lambda t, x: -x, 1)
+        >>> v(0.5, 2.0), v.nfe
+        (-2.0, 1)
+    """
+
+    function: Callable[..., Any]
+    nfe: int | None
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:  # so that it has the signature of the function
+        return self.function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def cost(function: Callable[..., Any]) -> int | None:
+    """The network evaluations of one call of `function`; `None` unless it is `Counted`."""
+    return function.nfe if isinstance(function, Counted) else None
+
+
+def total(*costs: int | None) -> int | None:
+    """The sum of costs; unknown if one of them is."""
+    return None if None in costs else sum(each for each in costs if each is not None)
+
+
+def spent(times: int | Array, *functions: Callable[..., Any]) -> tuple[Array, Array | None]:
+    """The calls, and their evaluations or `None`, of functions that are each called `times` times."""
+    each = total(*map(cost, functions))
+    return jnp.asarray(times * len(functions)), None if each is None else jnp.asarray(times * each)

@@ -9,14 +9,16 @@ the others, except where the division below is by zero; there the result is not 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fm_jax.nfe import nfe_per_call, with_nfe_per_call
+from fm_jax.checks import check_member, check_same_shape
+from fm_jax.nfe import Counted, cost
 from fm_jax.schedules import coefficients, stands_still, vanishes
-from fm_jax.shapes import batch_time, expand_time
-from fm_jax.types import KINDS, Array, Cond, Kind, ModelFn, Prediction, Schedule, VelocityFn, check_member
+from fm_jax.shapes import batch_time, expand_time, time_dtype
+from fm_jax.types import KINDS, Array, Cond, Kind, ModelFn, Prediction, Schedule, VelocityFn
 
 
 def convert(kind: Kind, value: Array, t: Array, x_t: Array, schedule: Schedule) -> Prediction:
@@ -43,8 +45,7 @@ def convert(kind: Kind, value: Array, t: Array, x_t: Array, schedule: Schedule) 
         Array([[-2., -2.]], dtype=float32)
     """
     check_member("kind", kind, KINDS)
-    if value.shape != x_t.shape:
-        raise ValueError(f"value and x_t must have the same shape, got {value.shape} and {x_t.shape}.")
+    check_same_shape(value=value, x_t=x_t)
     alpha, sigma, d_alpha, d_sigma = coefficients(schedule, expand_time(t, x_t))
     if kind == "velocity":
         velocity = value
@@ -65,7 +66,8 @@ def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = 
     """The velocity function of a network: what every sampler takes.
 
     Args:
-        model_fn: `model_fn(t, x, cond)`, with its parameters bound.
+        model_fn: `model_fn(t, x, cond)`, with its parameters bound. A call of it is one network evaluation, unless it
+            is `nfe.Counted` otherwise.
         kind: what it predicts.
         schedule: of the path it was trained on.
         cond: conditioning [batch, ...] or `None`.
@@ -81,7 +83,12 @@ def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = 
             return prediction
         return convert(kind, prediction, t, x, schedule).velocity
 
-    return with_nfe_per_call(velocity, nfe_per_call(model_fn))
+    return Counted(velocity, network_cost(model_fn))
+
+
+def network_cost(model_fn: Callable[..., Any]) -> int | None:
+    """The network evaluations of a call of a network: 1, or what it says itself where it is `nfe.Counted`."""
+    return cost(model_fn) if isinstance(model_fn, Counted) else 1
 
 
 def score_fn(v: VelocityFn, schedule: Schedule) -> Callable[[Array, Array], Array]:
@@ -98,7 +105,7 @@ def score_fn(v: VelocityFn, schedule: Schedule) -> Callable[[Array, Array], Arra
     def score(t: Array, x: Array) -> Array:
         return convert("velocity", v(t, x), t, x, schedule).score
 
-    return with_nfe_per_call(score, nfe_per_call(v))
+    return Counted(score, cost(v))
 
 
 def velocity_domain(kind: Kind, schedule: Schedule, margin: float = 1e-3) -> tuple[float, float]:
@@ -166,7 +173,7 @@ def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule) ->
 
     def new_velocity(r: Array, x: Array) -> Array:
         new = coefficients(new_schedule, r)
-        t = old_schedule.t_from_log_snr(2 * (jnp.log(new.alpha) - jnp.log(new.sigma))).astype(x.dtype)
+        t = old_schedule.t_from_log_snr(2 * (jnp.log(new.alpha) - jnp.log(new.sigma))).astype(time_dtype(x))
         old = coefficients(old_schedule, t)
         new_norm2, old_norm2 = new.alpha**2 + new.sigma**2, old.alpha**2 + old.sigma**2
         d_angle_new = (new.d_alpha * new.sigma - new.alpha * new.d_sigma) / new_norm2
@@ -178,4 +185,4 @@ def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule) ->
         ) / old_norm2
         return expand_time(d_log_s, x) * x + expand_time(s * d_t, x) * v(t, x / expand_time(s, x))
 
-    return with_nfe_per_call(new_velocity, nfe_per_call(v))
+    return Counted(new_velocity, cost(v))

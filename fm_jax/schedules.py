@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_integer, check_number
 from fm_jax.types import Array, Coefficients, Schedule
 
 _EDGE = 1e-5
@@ -76,8 +77,7 @@ class Linear:
     sigma_min: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sigma_min < 1:
-            raise ValueError(f"sigma_min must be in [0, 1), got {self.sigma_min}.")
+        check_number("sigma_min", self.sigma_min, "[0, 1)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -128,8 +128,7 @@ class Polynomial:
     n: float = 2.0
 
     def __post_init__(self) -> None:
-        if not self.n > 0:
-            raise ValueError(f"n must be positive, got {self.n}.")
+        check_number("n", self.n, "(0, inf)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -160,7 +159,7 @@ class VP:
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_min <= self.beta_max:
+        if not 0 < self.beta_min <= self.beta_max < math.inf:
             raise ValueError(f"0 < beta_min <= beta_max must hold, got {self.beta_min} and {self.beta_max}.")
 
     @property
@@ -207,7 +206,7 @@ class VE:
     """alpha = 1, sigma = sigma_max (sigma_min / sigma_max)^t: the variance-exploding diffusion with geometric noise.
 
     Song et al. 2021 (arXiv:2011.13456, eq. 31) in reversed time. The source still carries the data at t = 0:
-    `x_0 = x1 + sigma_max x0`, so sampling starts from `paths.source` and `sigma_max` has to be large.
+    `x_0 = x1 + sigma_max x0`, so sampling starts from `paths.start` and `sigma_max` has to be large.
 
     Raises:
         ValueError: unless 0 < sigma_min < sigma_max.
@@ -217,7 +216,7 @@ class VE:
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max:
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
             raise ValueError(f"0 < sigma_min < sigma_max must hold, got {self.sigma_min} and {self.sigma_max}.")
 
     @property
@@ -239,7 +238,7 @@ class EDM:
     """alpha = 1, sigma = sigma_max (1 - t): the variance-exploding diffusion that runs at constant speed in sigma.
 
     Euler and Heun steps in t are then those in sigma of Karras et al. 2022 (arXiv:2206.00364, algorithm 1). Sampling
-    starts from `paths.source`, as with `VE`.
+    starts from `paths.start`, as with `VE`.
 
     Raises:
         ValueError: unless `sigma_max` is positive and finite.
@@ -248,8 +247,7 @@ class EDM:
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_max < math.inf:
-            raise ValueError(f"sigma_max must be positive and finite, got {self.sigma_max}.")
+        check_number("sigma_max", self.sigma_max, "(0, inf)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -267,8 +265,7 @@ class EDM:
 
 def linear_betas(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> tuple[float, ...]:
     """The beta table of Ho et al. 2020 (arXiv:2006.11239, sec. 4), equally spaced from `beta_start` to `beta_end`."""
-    if num_steps < 2:
-        raise ValueError(f"num_steps must be at least 2, got {num_steps}.")
+    check_integer("num_steps", num_steps, least=2)
     return tuple(beta_start + (beta_end - beta_start) * i / (num_steps - 1) for i in range(num_steps))
 
 

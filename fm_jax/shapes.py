@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from fm_jax.types import Array
+from fm_jax.types import Array, ArrayTree
 
 
 def expand_time(t: Array, x: Array) -> Array:
@@ -37,13 +37,21 @@ def batch_time(t: Array, x: Array) -> Array:
         x: [batch, ...].
 
     Returns:
-        `t` as [batch], in the floating dtype of `x`.
+        `t` as [batch], in `time_dtype(x)`.
 
     Example:
         >>> batch_time(0.5, jnp.zeros((3, 2)))
         Array([0.5, 0.5, 0.5], dtype=float32)
     """
-    return jnp.broadcast_to(jnp.asarray(t, dtype=x.dtype), x.shape[:1])
+    return jnp.broadcast_to(jnp.asarray(t, dtype=time_dtype(x)), x.shape[:1])
+
+
+def time_dtype(x: ArrayTree) -> jnp.dtype:
+    """The dtype of times beside a state `x`: its own if it is float32 or better, else float32.
+
+    In bfloat16 there are 128 times in [0.5, 1), and in integers none.
+    """
+    return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def mean_over_event(x: Array) -> Array:

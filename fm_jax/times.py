@@ -10,13 +10,9 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_number, check_range
 from fm_jax.schedules import Linear, log_snr
 from fm_jax.types import Array, Key, Schedule, TimeSampler
-
-
-def _check_range(t_min: float, t_max: float) -> None:
-    if not 0 <= t_min < t_max <= 1:
-        raise ValueError(f"0 <= t_min < t_max <= 1 must hold, got t_min={t_min} and t_max={t_max}.")
 
 
 @dataclass(frozen=True)
@@ -27,7 +23,7 @@ class Uniform:
     t_max: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_range(self.t_min, self.t_max)
+        check_range(self.t_min, self.t_max)
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -48,7 +44,7 @@ class Stratified:
     t_max: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_range(self.t_min, self.t_max)
+        check_range(self.t_min, self.t_max)
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -67,8 +63,8 @@ class LogitNormal:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"std must be positive, got {self.std}.")
+        check_number("mean", self.mean, "(-inf, inf)")
+        check_number("std", self.std, "(0, inf)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -112,8 +108,8 @@ class Beta:
     b: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (self.a > 0 and self.b > 0):
-            raise ValueError(f"a and b must be positive, got {self.a} and {self.b}.")
+        check_number("a", self.a, "(0, inf)")
+        check_number("b", self.b, "(0, inf)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -139,8 +135,8 @@ class EDMLogNormal:
     schedule: Schedule = field(default_factory=Linear)
 
     def __post_init__(self) -> None:
-        if not self.std > 0:
-            raise ValueError(f"std must be positive, got {self.std}.")
+        check_number("mean", self.mean, "(-inf, inf)")
+        check_number("std", self.std, "(0, inf)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -165,7 +161,7 @@ class Rescale:
     t_max: float
 
     def __post_init__(self) -> None:
-        _check_range(self.t_min, self.t_max)
+        check_range(self.t_min, self.t_max)
         if self.sampler.domain != (0.0, 1.0):
             raise ValueError(f"sampler must draw from [0, 1], got {list(self.sampler.domain)}.")
 

@@ -19,6 +19,8 @@ Batch: TypeAlias = Mapping[str, PyTree]
 """`x1` [batch, ...] is required; `x0` [batch, ...], `cond`, `t` [batch] and `weight` [batch] are optional.
 `losses.trajectory_matching` takes `x` [batch, times, ...] in place of `x0` and `x1`."""
 Metrics: TypeAlias = Mapping[str, Array]
+ArrayTree: TypeAlias = Any
+"""Anything that `jnp.asarray` or `jax.tree` takes."""
 
 Kind = Literal["velocity", "data", "noise", "score"]
 """What a network predicts."""
@@ -75,12 +77,15 @@ class Pairing(NamedTuple):
 class Solution(NamedTuple):
     """What a sampler returns.
 
-    `x` [batch, ...] is the state at `t1`; `nfe` the network evaluations spent on each example (a
-    scalar, or [batch] under per-sample step control); `trajectory` [num_times, batch, ...] only where it was asked for.
+    `x` [batch, ...] is the state at the last time. `calls` says how often the velocity function was called for each
+    example, a scalar, or [batch] under per-sample step control; `None` where no solver reports it. `nfe`, in the same
+    shape, is the network evaluations of these calls; `None` where it is not known what a call costs (see `fm_jax.nfe`).
+    `trajectory` [num + 1, batch, ...], the states at all times, is there only where it was asked for.
     """
 
     x: Array
-    nfe: Array
+    calls: Array | None
+    nfe: Array | None
     trajectory: Array | None = None
 
 
@@ -139,16 +144,44 @@ class Schedule(Protocol):
     def t_from_log_snr(self, log_snr: Array, /) -> Array: ...
 
 
-class Path(Protocol):
-    """A conditional probability path: where an (x0, x1) pair is at time t, and how fast it moves.
+class Source(Protocol):
+    """A distribution p_0 that a path starts from; see `fm_jax.sources`.
 
-    `domain` is the closed range of `t` on which the velocity is finite. An affine path also has a `schedule`.
+    `draw(key, like)` is a batch in the shape and dtype of `like`, an array or a `jax.ShapeDtypeStruct` [batch, ...];
+    `log_prob(x)` is in nats, [batch].
     """
+
+    def draw(self, key: Key, like: ArrayTree, /) -> Array: ...
+
+    def log_prob(self, x: Array, /) -> Array: ...
+
+
+class Path(Protocol):
+    """A conditional probability path: where an (x0, x1) pair is at time t, and what can be learned there.
+
+    `source` is p_0, or `None` where x0 can only come with the data. `schedule` is the one by which velocity, data,
+    noise and score convert into each other, or `None` where they do not. `domain` is the closed range of `t` on which
+    the velocity is finite. `kinds` are the names of what a network can regress, `targets` their values [batch, ...] at
+    a point of the path, and `target_domain` is where the target of a kind is finite.
+    """
+
+    @property
+    def source(self) -> Source | None: ...
+
+    @property
+    def schedule(self) -> Schedule | None: ...
 
     @property
     def domain(self) -> tuple[float, float]: ...
 
+    @property
+    def kinds(self) -> tuple[str, ...]: ...
+
     def sample(self, key: Key | None, t: Array, x0: Array, x1: Array, /) -> PathSample: ...
+
+    def targets(self, sample: PathSample, /) -> Mapping[str, Array]: ...
+
+    def target_domain(self, kind: str, /) -> tuple[float, float]: ...
 
 
 class Coupling(Protocol):
@@ -166,15 +199,33 @@ class TimeSampler(Protocol):
     def __call__(self, key: Key, batch_size: int, /) -> Array: ...
 
 
-Weight: TypeAlias = Callable[[Array, Kind, Schedule], Array]
+class Sampler(Protocol):
+    """How a velocity function is followed; see `fm_jax.samplers`, and `fm_jax.samplers.sample`, which runs it.
+
+    `order` is that of convergence in the step size, the weak order where it is random; `None` where there is none.
+    `nfe_per_step` is the calls of the velocity in a step, `None` where steps are adaptive. `stochastic` says whether it
+    draws noise, and so needs a key. `domain` is the range of times over which a number of even steps goes.
+
+    `solve(v, key, times, x0, trajectory)` does the work, on arguments that have been checked: `times` [num + 1] is
+    monotone, a NumPy array unless it is traced; `key` is there exactly where the sampler is random.
+    """
+
+    @property
+    def order(self) -> int | None: ...
+
+    @property
+    def nfe_per_step(self) -> int | None: ...
+
+    @property
+    def stochastic(self) -> bool: ...
+
+    @property
+    def domain(self) -> tuple[float, float]: ...
+
+    def solve(self, v: VelocityFn, key: Any, times: ArrayTree, x0: Array, trajectory: bool, /) -> Solution: ...
+
+
+Weight: TypeAlias = Callable[[Array, Any, Schedule], Array]
 """`weight(t, kind, schedule) -> [batch]`: multiplies the squared error of a prediction of that kind."""
 Diffusion: TypeAlias = float | Callable[[Array], Array]
 """The noise coefficient g(t) of an SDE: a number, or a function of a scalar time."""
-ArrayTree: TypeAlias = Any
-"""Anything that `jnp.asarray` or `jax.tree` takes."""
-
-
-def check_member(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises `ValueError` naming the closed set if `value` is not in it."""
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}.")

@@ -2,14 +2,14 @@
 
 import itertools
 from collections import deque
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 
-from fm_jax.types import Array, Batch, Coupling, Key
+from fm_jax.checks import check_integer
+from fm_jax.types import Batch, Coupling, Key, Source
 
 
 class CoupledBatches:
@@ -28,8 +28,8 @@ class CoupledBatches:
             `get_state` and `set_state`, if these are to be used here.
         coupling: any coupling; `ExactOT` runs in NumPy alone and leaves the interpreter free while it solves.
         key: typed key of x0, the coupling and the order of reused pairs.
-        draw_x0: `draw_x0(key, num) -> x0 [num, ...]`; by default standard normal in the shape of `x1`. Not called for
-            data that bring their own `x0`.
+        source: of x0, in the shape of `x1`; by default the standard normal, drawn by NumPy. Not asked where the data
+            bring their own `x0`.
         group: batches coupled at once.
         reuse: how often each pair is trained on. 1 gives every step new pairs; more where solving takes longer than a
             step.
@@ -40,8 +40,10 @@ class CoupledBatches:
 
     Example:
         >>> from fm_jax.couplings import minibatch_ot
+        >>> from fm_jax.sources import Sampled
         >>> data = iter([{"x1": np.array([[4.0], [1.0]], dtype=np.float32)}] * 2)
-        >>> batches = CoupledBatches(data, minibatch_ot, jax.random.key(0), draw_x0=lambda key, num: np.eye(num)[:, :1])
+        >>> source = Sampled(lambda key, num: np.eye(num)[:, :1])
+        >>> batches = CoupledBatches(data, minibatch_ot, jax.random.key(0), source=source)
         >>> next(batches)["x0"].tolist()
         [[1.0], [0.0]]
     """
@@ -52,15 +54,14 @@ class CoupledBatches:
         coupling: Coupling,
         key: Key,
         *,
-        draw_x0: Callable[[Key, int], Array] | None = None,
+        source: Source | None = None,
         group: int = 1,
         reuse: int = 1,
         ahead: int = 2,
     ):
         for name, value in (("group", group), ("reuse", reuse), ("ahead", ahead)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
-        self._data, self._coupling, self._key, self._draw_x0 = data, coupling, key, draw_x0
+            check_integer(name, value)
+        self._data, self._coupling, self._key, self._source = data, coupling, key, source
         self._group, self._reuse, self._num_ahead = group, reuse, ahead
         self._seed = [int(word) for word in np.asarray(jax.random.key_data(key)).ravel()]
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coupling")
@@ -122,10 +123,10 @@ class CoupledBatches:
         x1 = batch["x1"]
         if "x0" in batch:
             x0 = batch["x0"]
-        elif self._draw_x0 is None:
+        elif self._source is None:
             x0 = rng.standard_normal(x1.shape, dtype=np.float32)
         else:
-            x0 = np.asarray(self._draw_x0(key_x0, len(x1)))
+            x0 = np.asarray(self._source.draw(key_x0, x1))
         pairing = self._coupling(key_coupling, x0, x1, batch.get("cond"))
         batch = {**batch, "x0": np.asarray(pairing.x0)}
         if pairing.weight is not None:

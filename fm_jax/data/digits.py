@@ -4,8 +4,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from fm_jax.checks import check_member
 from fm_jax.data.images import ImageDataset
-from fm_jax.types import check_member
 
 Split = Literal["train", "test"]
 _NUM_TEST = 297

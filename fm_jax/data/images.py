@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from fm_jax.types import check_member
+from fm_jax.checks import check_member
 
 Name = Literal["mnist", "fashion_mnist", "cifar10"]
 NAMES: tuple[Name, ...] = get_args(Name)

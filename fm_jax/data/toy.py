@@ -15,7 +15,8 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from fm_jax.types import Array, Key, check_member
+from fm_jax.checks import check_member
+from fm_jax.types import Array, Key
 
 ToySampler: TypeAlias = Callable[[Key, int], Array]
 """`(key, num) -> [num, 2]`, float32."""

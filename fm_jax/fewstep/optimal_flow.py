@@ -90,7 +90,7 @@ def optimal_flow_matching(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Array, Metrics]:
         del target_params
-        pairs = draw_pairs(key, batch, coupling, time_sampler)
+        pairs = draw_pairs(key, batch, path.source, coupling, time_sampler)
         if pairs.cond is not None:
             raise ValueError("the potential sees no condition: take 'cond' out of the batch.")
         sample = path.sample(None, pairs.t, pairs.x0, pairs.x1)

@@ -7,7 +7,6 @@ arXiv:2209.03003, thm. 3.3, 3.5 and 3.7). Once they are straight, one step sampl
 The training is the caller's: `flow_matching(apply_fn, AffinePath(), coupling=paired)` on the pairs of `make_pairs`.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -15,97 +14,100 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import check_integer
 from fm_jax.couplings import paired
 from fm_jax.losses.matching import draw_pairs
-from fm_jax.samplers import SAMPLERS, sample
+from fm_jax.samplers import RungeKutta, sample
 from fm_jax.shapes import mean_over_event
+from fm_jax.sources import Normal
 from fm_jax.times import Uniform
-from fm_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, Params, Solution, VelocityFn, check_member
+from fm_jax.types import (
+    ApplyFn,
+    Array,
+    ArrayTree,
+    Batch,
+    Key,
+    LossFn,
+    Metrics,
+    Params,
+    Sampler,
+    Source,
+    VelocityFn,
+)
 
-Draw: TypeAlias = Callable[[Key, int], Array]
-"""`draw_x0(key, num) -> [num, ...]`, the source."""
 PairBatch: TypeAlias = dict[str, np.ndarray]
 """`x0` and `x1`, both [num, ...]: a batch for losses with `coupling=paired`."""
 Distance: TypeAlias = Callable[[Array, Array], Array]
 """`distance(x, y) -> [batch]`, for x and y [batch, ...]."""
+_NORMAL, _MIDPOINT = Normal(), RungeKutta("midpoint")
 
 
 def make_pairs(
     v: VelocityFn,
     key: Key,
-    draw_x0: Draw,
-    num: int,
+    shape: tuple[int, ...],
     *,
-    sampler: str | Callable[..., Solution] = "midpoint",
+    source: Source = _NORMAL,
+    sampler: Sampler = _MIDPOINT,
+    times: int | ArrayTree | None = None,
     batch_size: int = 256,
-    **options: Any,
-) -> tuple[PairBatch, np.ndarray]:
+) -> tuple[PairBatch, np.ndarray | None]:
     """Pairs of a source point and the sample that a flow makes of it.
 
     Args:
         v: velocity function of the flow.
         key: typed key; batch i draws its x0 with `fold_in(key, i)`.
-        draw_x0: `draw_x0(key, num) -> [num, ...]`, the source as the sampler starts from it.
-        num: number of pairs.
-        sampler: a name in `fm_jax.samplers.SAMPLERS`, or a function `sampler(v, x0, **options) -> Solution`. It must
-            not be random, or x1 is no function of x0; a function is taken at its word.
-        batch_size: pairs sampled at once, jitted; the last batch is smaller where it does not divide `num`.
-        options: of the sampler, such as `num_steps`, `rtol` or `schedule`.
+        shape: of all x0 together, (number of pairs, *event).
+        source: what x0 is drawn from, as the sampler starts from it: `paths.start(schedule)` on schedules such as VE.
+        sampler: any that draws no noise, or x1 would be no function of x0.
+        times: as in `sample`.
+        batch_size: pairs sampled at once, jitted; the last batch is smaller where it does not divide their number.
 
     Returns:
-        The pairs, {"x0": [num, ...], "x1": [num, ...]}, on the host; and the NFE spent on each, [num].
+        The pairs, {"x0": shape, "x1": shape}, on the host; and the NFE spent on each, [number of pairs], `None` if it
+        is not known what a call of `v` costs.
 
     Raises:
-        ValueError: for a random sampler, or `num` or `batch_size` less than 1; if `draw_x0` returns another number of
-            points, or a sample is not finite; and as the sampler.
+        ValueError: for a random sampler, no pairs or a `batch_size` less than 1; if a sample is not finite; and as the
+            source and `sample`.
 
     Example:
-        >>> pairs, nfe = make_pairs(lambda t, x: x, jax.random.key(0), jax.random.normal, 3, num_steps=50)
-        >>> bool(np.allclose(pairs["x1"], np.e * pairs["x0"], rtol=1e-3)), int(nfe.mean())
-        (True, 100)
+        >>> pairs, _ = make_pairs(lambda t, x: x, jax.random.key(0), (3, 2), times=50)
+        >>> bool(np.allclose(pairs["x1"], np.e * pairs["x0"], rtol=1e-3))
+        True
 
     References:
         Liu et al. 2022 (arXiv:2209.03003, algorithm 1).
     """
-    for name, value in (("num", num), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
-    solve = jax.jit(_deterministic(v, sampler, options))
+    if not isinstance(shape, tuple) or not shape:
+        raise ValueError(f"shape must be (number of pairs, *event), got {shape!r}.")
+    num, *event = shape
+    check_integer("the number of pairs", num)
+    check_integer("batch_size", batch_size)
+    if sampler.stochastic:
+        raise ValueError(f"sampler must not be random, for x1 to be a function of x0, got {sampler}.")
+    solve = jax.jit(lambda x0: sample(v, x0, sampler, times=times))
     batches = []
     for i, start in enumerate(range(0, num, batch_size)):
         size = min(batch_size, num - start)
-        x0 = jnp.asarray(draw_x0(jax.random.fold_in(key, i), size))
-        if x0.shape[:1] != (size,):
-            raise ValueError(f"draw_x0(key, {size}) must be [{size}, ...], got shape {x0.shape}.")
-        x1, nfe, _ = solve(x0)
-        batches.append(jax.device_get((x0, x1, jnp.broadcast_to(nfe, (size,)))))
-    all_x0, all_x1, all_nfe = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+        x0 = source.draw(jax.random.fold_in(key, i), jax.ShapeDtypeStruct((size, *event), jnp.result_type(float)))
+        x1, _, nfe, _ = solve(x0)
+        batches.append(jax.device_get((x0, x1, None if nfe is None else jnp.broadcast_to(nfe, (size,)))))
+    all_x0, all_x1 = (np.concatenate([batch[part] for batch in batches]) for part in range(2))
     if bad := int((~np.isfinite(all_x1.reshape(num, -1)).all(axis=1)).sum()):
         raise ValueError(
             f"samples must be finite, got {bad} of {num} that are not: look at v, its times and the steps."
         )
+    all_nfe = None if batches[0][2] is None else np.concatenate([batch[2] for batch in batches])
     return {"x0": all_x0, "x1": all_x1}, all_nfe
-
-
-def _deterministic(
-    v: VelocityFn, sampler: str | Callable[..., Solution], options: dict[str, Any]
-) -> Callable[[Array], Solution]:
-    """`x0 -> Solution`; raises `ValueError` for a sampler that is random by its name or options."""
-    if not isinstance(sampler, str):
-        return functools.partial(sampler, v, **options)
-    check_member("sampler", sampler, tuple(name for name, each in SAMPLERS.items() if not each.stochastic))
-    if options.get("eta", 0) != 0:
-        raise ValueError(f"sampler must not be random, for x1 to be a function of x0, got eta={options['eta']}.")
-    return lambda x0: sample(sampler, v, None, x0, **options)
 
 
 def reflow(
     fit: Callable[[int, PairBatch], VelocityFn],
     v: VelocityFn,
     key: Key,
-    draw_x0: Draw,
+    shape: tuple[int, ...],
     *,
-    num_pairs: int,
     rounds: int = 1,
     **options: Any,
 ) -> list[VelocityFn]:
@@ -115,10 +117,9 @@ def reflow(
         fit: `fit(round, pairs) -> v`, the training, on a linear path with `coupling=paired`; rounds count from 0.
         v: velocity function of the first flow, the "1-rectified flow" if it was trained on a linear path.
         key: round k draws its pairs with `fold_in(key, k)`.
-        draw_x0: `draw_x0(key, num) -> [num, ...]`, the source.
-        num_pairs: pairs a round.
+        shape: of the pairs of a round, (number, *event).
         rounds: how often.
-        options: of `make_pairs`: `sampler`, `batch_size` and the sampler's own.
+        options: of `make_pairs`: `source`, `sampler`, `times` and `batch_size`.
 
     Returns:
         The velocity functions of the rounds, [rounds].
@@ -129,11 +130,10 @@ def reflow(
     References:
         Liu et al. 2022 (arXiv:2209.03003, algorithm 1).
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}.")
+    check_integer("rounds", rounds)
     flows = [v]
     for k in range(rounds):
-        pairs, _ = make_pairs(flows[-1], jax.random.fold_in(key, k), draw_x0, num_pairs, **options)
+        pairs, _ = make_pairs(flows[-1], jax.random.fold_in(key, k), shape, **options)
         flows.append(fit(k, pairs))
     return flows[1:]
 
@@ -142,7 +142,7 @@ def distillation(apply_fn: ApplyFn, *, distance: Distance | None = None) -> Loss
     """The loss of a one-step sampler, regressed on the pairs of a flow.
 
     `E distance(x0 + v(0, x0), x1)`, by default the squared distance averaged over the dimensions of x. Its minimiser is
-    the flow's map, sampled by one Euler step, `sample_ode(v, x0, num_steps=1, method="euler")`.
+    the flow's map, sampled by one Euler step, `sample(v, x0, RungeKutta("euler"), times=1)`.
 
     Args:
         apply_fn: the network, predicting velocities, best begun from the parameters of a reflowed one.
@@ -173,7 +173,7 @@ def distillation(apply_fn: ApplyFn, *, distance: Distance | None = None) -> Loss
         if "t" in batch:
             raise ValueError("distillation is for t = 0: take 't' out of the batch.")
         start = {"t": jnp.zeros(batch["x1"].shape[:1], batch["x1"].dtype)} if "x1" in batch else {}
-        pairs = draw_pairs(key, {**batch, **start}, paired, Uniform())
+        pairs = draw_pairs(key, {**batch, **start}, None, paired, Uniform())
         train = pairs.rngs is not None
         v = apply_fn(params, pairs.t, pairs.x0, pairs.cond, train=train, rngs=pairs.rngs)
         for name, value in (("x0", pairs.x0), ("the network's output", v)):

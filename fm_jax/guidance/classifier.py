@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.guidance.scale import check_interval, check_scale, is_number, scale_at
-from fm_jax.nfe import nfe_per_call, with_nfe_per_call
+from fm_jax.nfe import Counted, cost
 from fm_jax.parameterization import velocity_domain
 from fm_jax.schedules import coefficients, vanishes
 from fm_jax.shapes import batch_time, expand_time
@@ -42,7 +42,7 @@ def classifier(
             it on the time grid.
 
     Returns:
-        `v(t, x)`; its `nfe_per_call` is that of `v`: evaluations of the classifier are not counted.
+        `v(t, x)`; a call of it costs what one of `v` does: evaluations of the classifier are not counted.
 
     Raises:
         ValueError: if `scale` is not finite or has two axes, or `interval` is reversed or has times at which c is
@@ -85,4 +85,4 @@ def classifier(
         weight = scale_at(scale, t, x, interval=(start, end), outside=0) * sigma * (sigma * d_alpha / alpha - d_sigma)
         return v(t, x) + expand_time(weight, x) * jax.grad(total_log_prob)(x)
 
-    return with_nfe_per_call(guided, nfe_per_call(v))
+    return Counted(guided, cost(v))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from fm_jax.guidance.rules import Extrapolate, Rule
 from fm_jax.guidance.scale import ALWAYS, check_interval, check_scale, is_number, scale_at
-from fm_jax.nfe import nfe_per_call, with_nfe_per_call
-from fm_jax.parameterization import velocity_fn
+from fm_jax.nfe import Counted, cost, total
+from fm_jax.parameterization import network_cost, velocity_fn
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, ArrayTree, Cond, Kind, ModelFn, Schedule, VelocityFn
 
@@ -37,7 +37,7 @@ def classifier_free(
         rule: how the two velocities become one: `Extrapolate`, `Rescale`, `ZeroStar`, `Projected` or your own.
 
     Returns:
-        `v(t, x)`; its `nfe_per_call` is the sum of both.
+        `v(t, x)`; a call of it costs what a call of both does.
 
     Raises:
         ValueError: if `scale` is not finite or has two axes, or `interval` is reversed or outside [0, 1]; when called,
@@ -45,8 +45,8 @@ def classifier_free(
 
     Example:
         >>> v = classifier_free(lambda t, x: x, lambda t, x: 0 * x, 3.0)
-        >>> v(0.5, jnp.ones((1, 2))), v.nfe_per_call
-        (Array([[3., 3.]], dtype=float32), 2)
+        >>> v(0.5, jnp.ones((1, 2)))
+        Array([[3., 3.]], dtype=float32)
     """
     check_scale(scale)
     check_interval(interval)
@@ -57,7 +57,7 @@ def classifier_free(
         scale_t = scale_at(scale, t, x, interval=interval, outside=1)
         return rule(t, x, v_cond(t, x), v_uncond(t, x), scale_t)
 
-    return with_nfe_per_call(guided, nfe_per_call(v_cond) + nfe_per_call(v_uncond))
+    return Counted(guided, total(cost(v_cond), cost(v_uncond)))
 
 
 def classifier_free_batched(
@@ -87,7 +87,7 @@ def classifier_free_batched(
         rule: as in `classifier_free`; it sees velocities, whatever the kind.
 
     Returns:
-        `v(t, x)`; its `nfe_per_call` is twice that of `model_fn`, or once where the scale is the number 1.
+        `v(t, x)`; a call of it costs two network evaluations, or one where the scale is the number 1.
 
     Raises:
         ValueError: as `classifier_free`; if `cond` is `None` or `kind` unknown.
@@ -111,7 +111,7 @@ def classifier_free_batched(
         conditional, unconditional = branches(t, x)
         return rule(t, x, conditional, unconditional, scale_t)
 
-    return with_nfe_per_call(guided, nfe_per_call(branches))
+    return Counted(guided, cost(branches))
 
 
 def compose(
@@ -139,7 +139,7 @@ def compose(
             and none is exaggerated; for one condition and a scale of at least 1 as in `classifier_free`.
 
     Returns:
-        `v(t, x)`; its `nfe_per_call` is that of `model_fn` times one more than there are conditions.
+        `v(t, x)`; a call of it costs one network evaluation more than there are conditions.
 
     Raises:
         ValueError: without conditions, if one is `None` or there are more or fewer scales; as `classifier_free`.
@@ -149,7 +149,7 @@ def compose(
         >>> model_fn = lambda t, x, cond: x * cond[:, None]
         >>> conds = [jnp.array([1, 2]), jnp.array([3, 3])]
         >>> v = compose(model_fn, "velocity", Linear(), conds, 0, [2.0, -1.0])
-        >>> v(0.5, jnp.ones((2, 1))), v.nfe_per_call
+        >>> v(0.5, jnp.ones((2, 1))), v.nfe
         (Array([[-1.],
                [ 1.]], dtype=float32), 3)
     """
@@ -171,7 +171,7 @@ def compose(
             total = total + expand_time(scale_t, x) * (each - unconditional)
         return total
 
-    return with_nfe_per_call(guided, nfe_per_call(branches))
+    return Counted(guided, cost(branches))
 
 
 def _one_batch(
@@ -192,4 +192,4 @@ def _one_batch(
         repeated_t = t if jnp.ndim(t) == 0 else jnp.concatenate([t] * num)
         return jnp.split(v(repeated_t, jnp.concatenate([x] * num)), num)
 
-    return with_nfe_per_call(branches, num * nfe_per_call(model_fn))
+    return Counted(branches, total(*[network_cost(model_fn)] * num))

@@ -12,6 +12,7 @@ from typing import TypeAlias
 
 import jax.numpy as jnp
 
+from fm_jax.checks import check_number
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, Schedule
@@ -82,8 +83,7 @@ class Rescale:
     phi: float = 0.7
 
     def __post_init__(self) -> None:
-        if not 0 <= self.phi <= 1:
-            raise ValueError(f"phi must be in [0, 1], got {self.phi}.")
+        check_number("phi", self.phi, "[0, 1]")
 
     def __call__(self, t: Array, x: Array, conditional: Array, unconditional: Array, scale: Array) -> Array:
         guided = Extrapolate()(t, x, conditional, unconditional, scale)
@@ -111,8 +111,7 @@ class ZeroStar:
     zero_until: float = 0.04
 
     def __post_init__(self) -> None:
-        if not 0 <= self.zero_until < 1:
-            raise ValueError(f"zero_until must be in [0, 1), got {self.zero_until}.")
+        check_number("zero_until", self.zero_until, "[0, 1)")
 
     def __call__(self, t: Array, x: Array, conditional: Array, unconditional: Array, scale: Array) -> Array:
         guided = Extrapolate()(t, x, conditional, _project(conditional, unconditional), scale)
@@ -144,8 +143,7 @@ class Projected:
     norm: float = math.inf
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.parallel):
-            raise ValueError(f"parallel must be finite, got {self.parallel}.")
+        check_number("parallel", self.parallel, "(-inf, inf)")
         if not self.norm > 0:
             raise ValueError(f"norm must be positive, got {self.norm}.")
 

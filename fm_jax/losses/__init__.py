@@ -1,7 +1,7 @@
 """Losses: `(params, key, batch) -> (scalar, metrics)`, for any network library."""
 
 from fm_jax.losses.bridge import bridge_matching, bridge_score, bridge_velocity, split_channels, two_heads
-from fm_jax.losses.matching import data_prediction, flow_matching, noise_prediction, score_matching, target_domain
+from fm_jax.losses.matching import data_prediction, flow_matching, noise_prediction, score_matching
 from fm_jax.losses.trajectory import couple_snapshots, trajectory_matching
 from fm_jax.losses.weights import EDMWeight, MinSNRWeight, SNRWeight, error_scale
 
@@ -19,7 +19,6 @@ __all__ = [
     "noise_prediction",
     "score_matching",
     "split_channels",
-    "target_domain",
     "trajectory_matching",
     "two_heads",
 ]

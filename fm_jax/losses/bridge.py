@@ -6,10 +6,11 @@ from typing import Any, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_has
 from fm_jax.couplings import independent
 from fm_jax.losses.matching import draw_pairs, times_within
-from fm_jax.nfe import nfe_per_call, with_nfe_per_call
-from fm_jax.paths.affine import AffinePath
+from fm_jax.nfe import Counted
+from fm_jax.parameterization import network_cost
 from fm_jax.paths.bridge import StochasticInterpolant, value_and_slope
 from fm_jax.shapes import batch_time, expand_time, mean_over_event
 from fm_jax.types import (
@@ -76,21 +77,20 @@ def bridge_matching(
         Tong et al. 2023 (arXiv:2307.03672); Albergo, Boffi & Vanden-Eijnden 2023 (arXiv:2303.08797, sec. 2).
     """
     check_latent(path)
-    straight = AffinePath(path.interpolant)
-    time_sampler = times_within(time_sampler, straight.domain, f"the drift target of {path}")
+    time_sampler = times_within(time_sampler, path.target_domain("drift"), f"the drift target of {path}")
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Array, Metrics]:
         del target_params
-        pairs = draw_pairs(key, batch, coupling, time_sampler)
+        pairs = draw_pairs(key, batch, path.source, coupling, time_sampler)
         sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
-        targets: tuple[Any, Any] = straight.sample(None, pairs.t, pairs.x0, pairs.x1).u_t, sample.z
+        targets = path.targets(sample)
         prediction = apply_fn(params, pairs.t, sample.x_t, pairs.cond, train=True, rngs=pairs.rngs)
         check_pair(prediction, sample.x_t)
         mse_drift, mse_noise = (
             mean_over_event((value.astype(wanted.dtype) - wanted) ** 2)
-            for value, wanted in zip(prediction, targets, strict=True)
+            for value, wanted in zip(prediction, (targets["drift"], targets["latent"]), strict=True)
         )
         weighted = mse_drift + mse_noise
         if pairs.weight is not None:
@@ -106,8 +106,7 @@ def bridge_matching(
 
 def check_latent(path: Any) -> None:
     """Raises `ValueError` unless `path` has a latent noise gamma z."""
-    if not isinstance(path, StochasticInterpolant):
-        raise ValueError(f"the path must be a StochasticInterpolant, as from BrownianBridge, got {path}.")
+    check_has("the path", path, ("interpolant", "gamma"), "a StochasticInterpolant, as from BrownianBridge")
 
 
 def check_pair(prediction: Any, x: Array) -> None:
@@ -165,11 +164,11 @@ def bridge_velocity(model_fn: PairModelFn, path: StochasticInterpolant, cond: Co
         drift, noise = model_fn(t, x, cond)
         return drift + value_and_slope(path.gamma, expand_time(t, x))[1] * noise
 
-    return with_nfe_per_call(velocity, nfe_per_call(model_fn))
+    return Counted(velocity, network_cost(model_fn))
 
 
 def bridge_score(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond = None) -> VelocityFn:
-    """The score `-noise / gamma` of a network trained by `bridge_matching`, for `sample_sde(v, score, ...)`.
+    """The score `-noise / gamma` of a network trained by `bridge_matching`, for `EulerMaruyama(score=...)`.
 
     Infinite where gamma = 0, at both ends of most paths: an SDE starts and ends short of them, as at `path.domain` of a
     Brownian bridge. Its steps there have to be short, unless its g vanishes like sqrt(gamma) or faster, as
@@ -197,4 +196,4 @@ def bridge_score(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond 
         _, noise = model_fn(t, x, cond)
         return -noise / expand_time(gamma, x)
 
-    return with_nfe_per_call(score, nfe_per_call(model_fn))
+    return Counted(score, network_cost(model_fn))

@@ -5,43 +5,27 @@ from typing import Any, NamedTuple
 
 import jax
 
+from fm_jax.checks import check_member, check_per_example
 from fm_jax.couplings import independent, paired
-from fm_jax.paths.affine import targets
-from fm_jax.schedules import vanishes
 from fm_jax.shapes import mean_over_event
 from fm_jax.times import Uniform
 from fm_jax.types import (
-    KINDS,
     ApplyFn,
     Array,
     Batch,
     Cond,
     Coupling,
     Key,
-    Kind,
     LossFn,
     Metrics,
     Params,
     Path,
     PathSample,
     Schedule,
+    Source,
     TimeSampler,
     Weight,
-    check_member,
 )
-
-
-def target_domain(kind: Kind, schedule: Schedule, margin: float = 1e-3) -> tuple[float, float]:
-    """The range of times on which the regression target of this kind is finite.
-
-    `schedule.domain` for velocity; all of [0, 1] for data and noise; for the score, up to `margin` before sigma = 0.
-    """
-    check_member("kind", kind, KINDS)
-    if kind == "velocity":
-        return schedule.domain
-    if kind == "score" and vanishes(schedule.sigma, 1.0):
-        return 0.0, 1.0 - margin
-    return 0.0, 1.0
 
 
 def flow_matching(
@@ -50,7 +34,7 @@ def flow_matching(
     *,
     coupling: Coupling = independent,
     time_sampler: TimeSampler | None = None,
-    kind: Kind = "velocity",
+    kind: str = "velocity",
     weight: Weight | None = None,
 ) -> LossFn:
     """The conditional flow matching loss, or with another `kind` its relatives.
@@ -64,20 +48,21 @@ def flow_matching(
         path: conditional path, e.g. `AffinePath(Linear())` or `BrownianBridge(1.0)`.
         coupling: pairs x0 with x1 within the batch; its weights of pairs, if it has any, multiply the loss.
         time_sampler: training times; `None` is uniform on the range where the target is finite.
-        kind: what the network predicts; on a path that is not affine, "velocity" or "noise", which is its latent z.
-        weight: `weight(t, kind, schedule)` on an affine path; `None` is 1.
+        kind: what the network predicts, one of `path.kinds`.
+        weight: `weight(t, kind, schedule)` on a path with a schedule; `None` is 1.
 
     Returns:
         `loss_fn(params, key, batch) -> (loss, metrics)`, pure, for `jax.value_and_grad(loss_fn, has_aux=True)`. The
-        batch is a dict: `x1` [batch, ...]; optional `x0` (standard normal if absent), `cond`, `t` [batch] (drawn if
-        absent) and `weight` [batch], what each example counts for. Metrics are `loss` and `mse`, the unweighted error.
-        With `key=None`, nothing may be random: `x0` and `t` must be in the batch, and the network runs with
-        `train=False`.
+        batch is a dict: `x1` [batch, ...]; optional `x0` (drawn from `path.source` if absent), `cond`, `t` [batch]
+        (drawn if absent) and `weight` [batch], what each example counts for. Metrics are `loss` and `mse`, the
+        unweighted error. With `key=None`, nothing may be random: `x0` and `t` must be in the batch, and the network
+        runs with `train=False`.
 
     Raises:
-        ValueError: if `kind` is unknown, `time_sampler` leaves the range where the target is finite, or `kind` or
-            `weight` needs an affine path and `path` is none; when the loss is traced, if the batch has no `x1`, its
-            shapes do not fit, or pairs of data are to be kept (`paired`) and there is no `x0`.
+        ValueError: if the path has no such kind, `time_sampler` leaves the range where the target is finite, or
+            `weight` needs a schedule and the path has none; when the loss is traced, if the batch has no `x1`, its
+            shapes do not fit, or pairs of data are to be kept (`paired`) or the path has no source and there is no
+            `x0`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -88,36 +73,25 @@ def flow_matching(
         >>> float(loss)
         0.125
     """
-    check_member("kind", kind, KINDS)
-    schedule: Schedule | None = getattr(path, "schedule", None)
-    if schedule is None and (kind not in ("velocity", "noise") or weight is not None):
-        raise ValueError(f"kind={kind!r} and weights need an affine path; {path} has a velocity and a latent noise.")
-    domain = path.domain if schedule is None else target_domain(kind, schedule)
-    time_sampler = times_within(time_sampler, domain, f"the {kind} target of {path if schedule is None else schedule}")
+    check_member("kind", kind, path.kinds)
+    schedule = path.schedule
+    if schedule is None and weight is not None:
+        raise ValueError(f"weight needs a path with a schedule, by which kinds convert; {path} has none.")
+    time_sampler = times_within(time_sampler, path.target_domain(kind), f"the {kind} target of {path}")
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Array, Metrics]:
         del target_params  # for losses with a second network; a regression on the path has none
-        pairs = draw_pairs(key, batch, coupling, time_sampler)
+        pairs = draw_pairs(key, batch, path.source, coupling, time_sampler)
         sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
-        target = _target(sample, schedule, kind)
-        mse = squared_error(apply_fn, params, sample, pairs, target)
+        mse = squared_error(apply_fn, params, sample, pairs, path.targets(sample)[kind])
         weighted = mse if pairs.weight is None else pairs.weight * mse
         if weight is not None and schedule is not None:
             weighted = weight(pairs.t, kind, schedule) * weighted
         return weighted.mean(), {"loss": weighted.mean(), "mse": mse.mean()}
 
     return loss_fn
-
-
-def _target(sample: PathSample, schedule: Schedule | None, kind: Kind) -> Array:
-    if schedule is not None:
-        return getattr(targets(sample, schedule), kind)
-    target = sample.u_t if kind == "velocity" else sample.z
-    if target is None:
-        raise ValueError("kind='noise' needs a path with latent noise, as of BrownianBridge: there is no z.")
-    return target
 
 
 def times_within(time_sampler: TimeSampler | None, domain: tuple[float, float], what: str) -> TimeSampler:
@@ -145,31 +119,26 @@ class Pairs(NamedTuple):
     rngs: dict[str, Key] | None
 
 
-def draw_pairs(key: Key | None, batch: Batch, coupling: Coupling, time_sampler: TimeSampler) -> Pairs:
+def draw_pairs(
+    key: Key | None, batch: Batch, source: Source | None, coupling: Coupling, time_sampler: TimeSampler
+) -> Pairs:
     """Source, times and pairing of a batch, as `flow_matching` says; raises `ValueError` where it does."""
     if "x1" not in batch:
         raise ValueError(f"the batch must hold 'x1', got {sorted(batch)}.")
-    if "x0" not in batch and coupling is paired:
+    if "x0" not in batch and (coupling is paired or source is None):
         raise ValueError("coupling=paired keeps the pairs of the data: the batch must hold 'x0'.")
     if key is None and not ("x0" in batch and "t" in batch):
         raise ValueError("without a key the batch must hold 'x0' and 't'.")
     x1 = batch["x1"]
     keys: Any = [None] * 5 if key is None else jax.random.split(key, 5)
     key_x0, key_t, key_coupling, key_path, key_dropout = keys
-    x0 = batch["x0"] if "x0" in batch else jax.random.normal(key_x0, x1.shape, dtype=x1.dtype)
+    x0 = batch["x0"] if source is None or "x0" in batch else source.draw(key_x0, x1)
     t = batch["t"] if "t" in batch else time_sampler(key_t, x1.shape[0])
     check_per_example(x1, t=t, weight=batch.get("weight"))
     pairing = coupling(key_coupling, x0, x1, batch.get("cond"))
     weight = product(batch.get("weight"), pairing.weight)
     rngs = None if key is None else {"dropout": key_dropout}
     return Pairs(pairing.x0, pairing.x1, pairing.cond, weight, t, key_path, rngs)
-
-
-def check_per_example(x: Array, **values: Array | None) -> None:
-    """Raises `ValueError` naming the first of the values that is there and not [batch], a number for each example."""
-    for name, value in values.items():
-        if value is not None and value.shape != x.shape[:1]:
-            raise ValueError(f"{name} must be [batch] = {x.shape[:1]}, got shape {value.shape}.")
 
 
 def product(*weights: Array | None) -> Array | None:
@@ -195,7 +164,7 @@ def score_matching(apply_fn: ApplyFn, path: Path, *, weight: Weight | None = Non
     return flow_matching(apply_fn, path, kind="score", weight=weight, **options)
 
 
-def _sigma_squared(t: Array, kind: Kind, schedule: Schedule) -> Array:
+def _sigma_squared(t: Array, kind: str, schedule: Schedule) -> Array:
     del kind
     return schedule.sigma(t) ** 2
 

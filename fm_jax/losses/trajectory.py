@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_has, check_per_example
 from fm_jax.couplings import independent
-from fm_jax.losses.matching import Pairs, check_per_example, product, squared_error, times_within
+from fm_jax.losses.matching import Pairs, product, squared_error, times_within
 from fm_jax.paths.spline import SplinePath
 from fm_jax.types import ApplyFn, Array, Batch, Cond, Coupling, Key, LossFn, Metrics, Params, TimeSampler
 
@@ -91,9 +92,8 @@ def trajectory_matching(
     References:
         Tong et al. 2020 (arXiv:2002.04461) for the problem; Tong et al. 2023 (arXiv:2302.00482).
     """
-    if not isinstance(path, SplinePath):
-        raise ValueError(f"the path must be a SplinePath, got {path}.")
-    time_sampler = times_within(time_sampler, path.domain, f"the velocity of {path}")
+    check_has("the path", path, ("times", "weights"), "a SplinePath")
+    time_sampler = times_within(time_sampler, path.target_domain("velocity"), f"the velocity of {path}")
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
@@ -101,7 +101,7 @@ def trajectory_matching(
         del target_params
         pairs, x = _draw(key, batch, coupling, time_sampler)
         sample = path.sample(pairs.key_path, pairs.t, x)
-        mse = squared_error(apply_fn, params, sample, pairs, sample.u_t)
+        mse = squared_error(apply_fn, params, sample, pairs, path.targets(sample)["velocity"])
         loss = (mse if pairs.weight is None else pairs.weight * mse).mean()
         return loss, {"loss": loss, "mse": mse.mean()}
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from fm_jax.checks import check_member, check_number
 from fm_jax.schedules import coefficients
-from fm_jax.types import KINDS, Array, Kind, Schedule, check_member
+from fm_jax.types import KINDS, Array, Kind, Schedule
 
 
 def error_scale(kind: Kind, t: Array, schedule: Schedule) -> Array:
@@ -72,8 +73,7 @@ class MinSNRWeight:
     gamma: float = 5.0
 
     def __post_init__(self) -> None:
-        if not self.gamma > 0:
-            raise ValueError(f"gamma must be positive, got {self.gamma}.")
+        check_number("gamma", self.gamma, "(0, inf)")
 
     def __call__(self, t: Array, kind: Kind, schedule: Schedule) -> Array:
         snr, one = _weights(kind, t, schedule)
@@ -90,8 +90,7 @@ class EDMWeight:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        if not self.sigma_data > 0:
-            raise ValueError(f"sigma_data must be positive, got {self.sigma_data}.")
+        check_number("sigma_data", self.sigma_data, "(0, inf)")
 
     def __call__(self, t: Array, kind: Kind, schedule: Schedule) -> Array:
         snr, one = _weights(kind, t, schedule)

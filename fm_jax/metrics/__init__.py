@@ -7,7 +7,7 @@ when both samples are real.
 
 from fm_jax.metrics.energy_distance import energy_distance
 from fm_jax.metrics.floor import Floor, Measured, floor, measure, normalised_path_energy_floor
-from fm_jax.metrics.mmd import Polynomial, linear, median_distance, mmd
+from fm_jax.metrics.mmd import PolynomialKernel, linear, median_distance, mmd
 from fm_jax.metrics.paths import normalised_path_energy, path_energy, straightness
 from fm_jax.metrics.sinkhorn import sinkhorn_divergence
 from fm_jax.metrics.wasserstein import wasserstein
@@ -15,7 +15,7 @@ from fm_jax.metrics.wasserstein import wasserstein
 __all__ = [
     "Floor",
     "Measured",
-    "Polynomial",
+    "PolynomialKernel",
     "energy_distance",
     "floor",
     "linear",

@@ -11,8 +11,8 @@ from typing import NamedTuple, TypeAlias
 import jax
 import numpy as np
 
+from fm_jax.checks import check_key
 from fm_jax.metrics.wasserstein import wasserstein
-from fm_jax.samplers.loop import check_key
 from fm_jax.types import Array, ArrayTree, Key
 
 Distance: TypeAlias = Callable[[Array, Array], ArrayTree]

@@ -93,7 +93,7 @@ def linear(x: Array, y: Array) -> Array:
 
 
 @dataclass(frozen=True)
-class Polynomial:
+class PolynomialKernel:
     """The kernel `(x . y / d + offset)^degree`: it compares the moments up to `degree`.
 
     With the default degree, of the features of a network, MMD is the kernel inception distance (Bińkowski et al. 2018,
@@ -103,7 +103,7 @@ class Polynomial:
         ValueError: if the degree is less than 1 or the offset negative.
 
     Example:
-        >>> Polynomial(2)(jnp.array([[1.0, 1.0]]), jnp.array([[1.0, 3.0]]))
+        >>> PolynomialKernel(2)(jnp.array([[1.0, 1.0]]), jnp.array([[1.0, 3.0]]))
         Array([[9.]], dtype=float32)
     """
 

@@ -1,27 +1,30 @@
 """How far a flow goes out of its way: path energy and straightness.
 
-The integrals over time are one more component of the ODE, so that the sampler's own method takes them at its own
-evaluations (midpoint rule for midpoint, trapezoid for Heun, ...): of its order, and for no evaluation more.
+The integrals over time are one more component of the ODE, so that the sampler takes them at its own evaluations
+(midpoint rule for midpoint, trapezoid for Heun, ...): of its order, and for no evaluation more.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.samplers.fixed import Method, evaluate, ode_step, sample_ode
-from fm_jax.samplers.grids import check_state, time_dtype, time_grid
-from fm_jax.types import Array, ArrayTree, VelocityFn
+from fm_jax.checks import check_state
+from fm_jax.samplers import RungeKutta, sample
+from fm_jax.samplers.grids import check_forward, time_grid
+from fm_jax.samplers.runge_kutta import evaluate
+from fm_jax.samplers.sample import DEFAULT_STEPS
+from fm_jax.shapes import time_dtype
+from fm_jax.types import Array, ArrayTree, Sampler, VelocityFn
+
+_MIDPOINT = RungeKutta("midpoint")
 
 
 def path_energy(
     v: VelocityFn,
     x0: Array,
     *,
-    num_steps: int | None = None,
-    method: str | Method = "midpoint",
-    t0: float = 0.0,
-    t1: float = 1.0,
-    grid: ArrayTree | None = None,
+    sampler: Sampler = _MIDPOINT,
+    times: int | ArrayTree | None = None,
 ) -> Array:
     """The kinetic energy that a flow spends on its way: `E integral |v(t, x_t)|^2 dt`.
 
@@ -32,27 +35,24 @@ def path_energy(
     Args:
         v: velocity function; called with a scalar t.
         x0: drawn from the source, [batch, ...].
-        num_steps: for equal steps from `t0` to `t1`; either this or `grid`.
-        method: as in `sample_ode`; the integral is of its order.
-        t0: where `x0` is.
-        t1: where to go, after `t0`.
-        grid: increasing times [num_steps + 1].
+        sampler: any that draws no noise; the integral is of its order.
+        times: as in `sample`, increasing.
 
     Returns:
         A scalar: summed over the dimensions of x, averaged over the batch.
 
     Raises:
-        ValueError: for a bad grid, number of steps, method or state, or if `v` returns another shape than that of `x0`.
+        ValueError: for bad times, a bad sampler or state, or if `v` returns another shape than that of `x0`.
 
     Example:
-        >>> path_energy(lambda t, x: jnp.full_like(x, 2.0), jnp.zeros((5, 3)), num_steps=4)  # 3 times 2^2
+        >>> path_energy(lambda t, x: jnp.full_like(x, 2.0), jnp.zeros((5, 3)), times=4)  # 3 times 2^2
         Array(12., dtype=float32)
 
     References:
         Tong et al. 2023 (arXiv:2302.00482).
     """
-    x0, times = _start(x0, num_steps, t0, t1, grid)
-    _, energy = _transport(v, x0, times, method, origin=jnp.zeros_like(x0))
+    x0, grid = _start(x0, sampler, times)
+    _, energy = _transport(v, x0, sampler, grid, origin=jnp.zeros_like(x0))
     return energy.mean()
 
 
@@ -77,7 +77,7 @@ def normalised_path_energy(v: VelocityFn, x0: Array, wasserstein2: ArrayTree, **
 
     Example:
         >>> x0 = jnp.zeros((5, 2))
-        >>> normalised_path_energy(lambda t, x: 0 * x + jnp.array([[3.0, 4.0]]), x0, 5.0, num_steps=4)
+        >>> normalised_path_energy(lambda t, x: 0 * x + jnp.array([[3.0, 4.0]]), x0, 5.0, times=4)
         Array(0., dtype=float32)
 
     References:
@@ -93,11 +93,8 @@ def straightness(
     v: VelocityFn,
     x0: Array,
     *,
-    num_steps: int | None = None,
-    method: str | Method = "midpoint",
-    t0: float = 0.0,
-    t1: float = 1.0,
-    grid: ArrayTree | None = None,
+    sampler: Sampler = _MIDPOINT,
+    times: int | ArrayTree | None = None,
     relative: bool = False,
 ) -> Array:
     """How far a flow is from straight lines at constant speed: `S = E integral |x1 - x0 - v(t, x_t)|^2 dt`.
@@ -110,11 +107,8 @@ def straightness(
     Args:
         v: velocity function; called with a scalar t.
         x0: drawn from the source, [batch, ...].
-        num_steps: for equal steps from `t0` to `t1`; either this or `grid`.
-        method: as in `sample_ode`; the integral is of its order.
-        t0: where `x0` is.
-        t1: where to go, after `t0`.
-        grid: increasing times [num_steps + 1].
+        sampler: any that draws no noise; the integral is of its order.
+        times: as in `sample`, increasing.
         relative: whether to divide by the energy of the straight lines, `E|x1 - x0|^2` on [0, 1]: a number without
             unit, to compare data sets and resolutions by.
 
@@ -125,35 +119,37 @@ def straightness(
         ValueError: as `path_energy`.
 
     Example:
-        >>> float(straightness(lambda t, x: jnp.full_like(x, 2 * t), jnp.zeros((5, 3)), num_steps=100).round(3))
+        >>> float(straightness(lambda t, x: jnp.full_like(x, 2 * t), jnp.zeros((5, 3)), times=100).round(3))
         1.0
 
     References:
         Liu et al. 2022 (arXiv:2209.03003, sec. 2).
     """
-    x0, times = _start(x0, num_steps, t0, t1, grid)
+    x0, grid = _start(x0, sampler, times)
     # About the mean velocity of the first step, as a variance about a provisional mean: as PE - E|x1 - x0|^2, it would
     # be nothing but rounding where the flow is nearly straight.
-    first = (ode_step(v, times[0], times[1], x0, method) - x0) / (times[1] - times[0])
-    duration = times[-1] - times[0]
-    x1, about_first = _transport(v, x0, times, method, origin=first)
+    first = (sample(v, x0, sampler, times=grid[:2]).x - x0) / (grid[1] - grid[0])
+    duration = grid[-1] - grid[0]
+    x1, about_first = _transport(v, x0, sampler, grid, origin=first)
     excess = about_first - duration * _squares((x1 - x0) / duration - first)
     if not relative:
         return excess.mean()
     return excess.mean() / (_squares(x1 - x0) / duration).mean()
 
 
-def _start(x0: Array, num_steps: int | None, t0: float, t1: float, grid: ArrayTree | None) -> tuple[Array, Array]:
+def _start(x0: Array, sampler: Sampler, times: int | ArrayTree | None) -> tuple[Array, ArrayTree]:
     """The state in at least float32, in which sums over dimensions and steps are taken, and the times."""
     x0 = jnp.asarray(x0)
     check_state(x0)
     if not x0.size:
         raise ValueError(f"x0 must not be empty, got shape {x0.shape}.")
     x0 = x0.astype(time_dtype(x0))
-    return x0, time_grid(num_steps, grid, t0, t1, x0, forward=True)
+    grid = time_grid(DEFAULT_STEPS if times is None else times, sampler.domain, x0)
+    check_forward(grid, "a measure of a flow")
+    return x0, grid
 
 
-def _transport(v: VelocityFn, x0: Array, times: Array, method: str | Method, origin: Array) -> tuple[Array, Array]:
+def _transport(v: VelocityFn, x0: Array, sampler: Sampler, grid: ArrayTree, origin: Array) -> tuple[Array, Array]:
     """Where the flow takes `x0`, and the integral of |v(t, x_t) - origin|^2 on the way, [batch]."""
 
     def state(z: Array) -> Array:
@@ -164,7 +160,7 @@ def _transport(v: VelocityFn, x0: Array, times: Array, method: str | Method, ori
         return jnp.concatenate([velocity.reshape(len(z), -1), _squares(velocity - origin)[:, None]], axis=1)
 
     z0 = jnp.concatenate([x0.reshape(len(x0), -1), jnp.zeros((len(x0), 1), x0.dtype)], axis=1)
-    z = sample_ode(augmented, z0, grid=times, method=method).x
+    z = sample(augmented, z0, sampler, times=grid).x
     return state(z), z[:, -1]
 
 

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import check_member
 from fm_jax.models.layers import (
     AttentionImplementation,
     ConditionEmbedding,
@@ -16,7 +17,7 @@ from fm_jax.models.layers import (
     zeros,
 )
 from fm_jax.shapes import batch_time
-from fm_jax.types import Array, check_member
+from fm_jax.types import Array
 
 xavier = nn.initializers.xavier_uniform()
 small_normal = nn.initializers.normal(0.02)

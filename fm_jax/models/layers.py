@@ -10,7 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fm_jax.types import Array, check_member
+from fm_jax.checks import check_member
+from fm_jax.types import Array
 
 Dtype = Any
 AttentionImplementation = Literal["xla", "cudnn"]

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import flax.linen as nn
 import jax.numpy as jnp
 
+from fm_jax.checks import check_member
 from fm_jax.models.layers import (
     AttentionImplementation,
     ConditionEmbedding,
@@ -22,7 +23,7 @@ from fm_jax.models.layers import (
     zeros,
 )
 from fm_jax.shapes import batch_time
-from fm_jax.types import Array, check_member
+from fm_jax.types import Array
 
 Resample = Literal["conv", "pool", "resblock"]
 

@@ -1,6 +1,6 @@
 """Conditional probability paths: what to regress."""
 
-from fm_jax.paths.affine import AffinePath, source, targets
+from fm_jax.paths.affine import AffinePath, start
 from fm_jax.paths.bridge import (
     BrownianBridge,
     BrownianNoise,
@@ -20,6 +20,5 @@ __all__ = [
     "SineNoise",
     "SplinePath",
     "StochasticInterpolant",
-    "source",
-    "targets",
+    "start",
 ]

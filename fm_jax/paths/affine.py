@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass, field
 
+import jax
 import jax.numpy as jnp
 
-from fm_jax.schedules import Linear, coefficients
+from fm_jax.checks import check_member, check_same_shape
+from fm_jax.schedules import Linear, coefficients, vanishes
 from fm_jax.shapes import expand_time
-from fm_jax.types import Array, Key, PathSample, Prediction, Schedule
+from fm_jax.sources import Normal
+from fm_jax.types import KINDS, Array, Key, PathSample, Schedule, Source
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,10 @@ class AffinePath:
     Lipman et al. 2022 (arXiv:2210.02747, eq. 10 and 15) for a Gaussian source; Albergo & Vanden-Eijnden 2022
     (arXiv:2209.15571, eq. 4) for any two distributions.
 
+    Attributes:
+        schedule: alpha and sigma.
+        source: of x0, where a batch brings none. Score is a kind, and conversions hold, for the standard normal.
+
     Example:
         >>> x0, x1 = jnp.zeros((4, 2)), jnp.ones((4, 2))
         >>> sample = AffinePath(Linear()).sample(None, jnp.full(4, 0.25), x0, x1)
@@ -24,10 +31,15 @@ class AffinePath:
     """
 
     schedule: Schedule = field(default_factory=Linear)
+    source: Source = field(default_factory=Normal)
 
     @property
     def domain(self) -> tuple[float, float]:
         return self.schedule.domain
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return KINDS if self.source == Normal() else KINDS[:3]
 
     def sample(self, key: Key | None, t: Array, x0: Array, x1: Array) -> PathSample:
         """The point at `t` between `x0` and `x1`, and its velocity.
@@ -42,38 +54,49 @@ class AffinePath:
             ValueError: if the shapes of `x0` and `x1` differ, or `t` is neither a scalar nor [batch].
         """
         del key
-        if x0.shape != x1.shape:
-            raise ValueError(f"x0 and x1 must have the same shape, got {x0.shape} and {x1.shape}.")
+        check_same_shape(x0=x0, x1=x1)
         alpha, sigma, d_alpha, d_sigma = coefficients(self.schedule, expand_time(t, x1))
         return PathSample(t, alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0, x0, x1)
 
+    def targets(self, sample: PathSample) -> dict[str, Array]:
+        """What a network of each kind should say at a point of the path, each [batch, ...].
 
-def targets(sample: PathSample, schedule: Schedule) -> Prediction:
-    """What a network of each kind should say at a point of the path.
+        velocity `u_t`; data `x1`; noise `x0`; score `grad log p(x_t | x1) = -x0 / sigma`, which holds for a standard
+        normal source (Vincent 2011; Song et al. 2021, arXiv:2011.13456, eq. 7) and is infinite where sigma = 0.
+        """
+        found = {"velocity": sample.u_t, "data": sample.x1, "noise": sample.x0}
+        if "score" in self.kinds:
+            found["score"] = -sample.x0 / self.schedule.sigma(expand_time(sample.t, sample.x0))
+        return found
 
-    velocity `u_t`; data `x1`; noise `x0`; score `grad log p(x_t | x1) = -x0 / sigma`, which holds for a standard normal
-    source (Vincent 2011; Song et al. 2021, arXiv:2011.13456, eq. 7) and is infinite where sigma = 0.
+    def target_domain(self, kind: str, margin: float = 1e-3) -> tuple[float, float]:
+        """The range of times on which the target of a kind is finite.
 
-    Args:
-        sample: from `path.sample`.
-        schedule: of that path.
+        `domain` for velocity; all of [0, 1] for data and noise; for the score, up to `margin` before sigma = 0.
+        """
+        check_member("kind", kind, self.kinds)
+        if kind == "velocity":
+            return self.domain
+        if kind == "score" and vanishes(self.schedule.sigma, 1.0):
+            return 0.0, 1.0 - margin
+        return 0.0, 1.0
 
-    Returns:
-        `Prediction`, each [batch, ...].
-    """
-    sigma = schedule.sigma(expand_time(sample.t, sample.x0))
-    return Prediction(velocity=sample.u_t, data=sample.x1, noise=sample.x0, score=-sample.x0 / sigma)
 
+def start(schedule: Schedule, t0: float = 0.0) -> Normal:
+    """The source that sampling starts from at `t0`: N(0, sigma(t0)^2), noise at the level that the path has there.
 
-def source(schedule: Schedule, x0: Array, t0: float = 0.0) -> Array:
-    """Where sampling starts: `sigma(t0) x0`, the noise at the level that the path has at `t0`.
-
-    For schedules with sigma(0) = 1 this is `x0` itself; VE needs `sigma_max x0`. Starting later than 0 without this
-    scaling is a common mistake. The signal `alpha(t0) x1` is left out, so alpha(t0) / sigma(t0) has to be small.
+    For schedules with sigma(0) = 1 this is the standard normal; VE needs `sigma_max` times it. Starting later than 0
+    without this scale is a common mistake. The signal `alpha(t0) x1` is left out, so alpha(t0) / sigma(t0) has to be
+    small.
 
     Args:
         schedule: any schedule.
-        x0: noise [batch, ...].
         t0: the time at which the sampler starts.
+
+    Example:
+        >>> from fm_jax.schedules import EDM
+        >>> start(EDM(80.0))
+        Normal(scale=80.0)
     """
-    return schedule.sigma(jnp.asarray(t0, dtype=x0.dtype)) * x0
+    with jax.ensure_compile_time_eval():
+        return Normal(float(schedule.sigma(jnp.asarray(t0, dtype=float))))

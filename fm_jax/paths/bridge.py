@@ -3,23 +3,20 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from fm_jax.schedules import Linear, coefficients
+from fm_jax.checks import check_member, check_number, check_same_shape
+from fm_jax.schedules import Linear, coefficients, vanishes
 from fm_jax.shapes import expand_time
-from fm_jax.types import Array, Key, PathSample, Schedule
+from fm_jax.sources import Normal
+from fm_jax.types import Array, Key, PathSample, Schedule, Source
 
 Gamma: TypeAlias = Callable[[Array], Array]
 """`gamma(t)`, elementwise: the amplitude of the latent noise. An attribute `domain` says where gamma' is finite, if not
 on all of [0, 1]."""
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}.")
 
 
 @dataclass(frozen=True)
@@ -33,9 +30,8 @@ class BrownianNoise:
     margin: float = 1e-3
 
     def __post_init__(self) -> None:
-        _check_positive("sigma", self.sigma)
-        if not 0 < self.margin < 0.5:
-            raise ValueError(f"margin must be in (0, 0.5), got {self.margin}.")
+        check_number("sigma", self.sigma, "(0, inf)")
+        check_number("margin", self.margin, "(0, 0.5)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -55,7 +51,7 @@ class ConstantNoise:
     sigma: float
 
     def __post_init__(self) -> None:
-        _check_positive("sigma", self.sigma)
+        check_number("sigma", self.sigma, "(0, inf)")
 
     def __call__(self, t: Array) -> Array:
         return jnp.full_like(t, self.sigma)
@@ -68,7 +64,7 @@ class QuadraticNoise:
     a: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive("a", self.a)
+        check_number("a", self.a, "(0, inf)")
 
     def __call__(self, t: Array) -> Array:
         return self.a * t * (1 - t)
@@ -81,7 +77,7 @@ class SineNoise:
     a: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_positive("a", self.a)
+        check_number("a", self.a, "(0, inf)")
 
     def __call__(self, t: Array) -> Array:
         # With the nearer end: sin(pi) rounds to a number that is not 0.
@@ -94,11 +90,14 @@ class StochasticInterpolant:
 
     z is standard normal and independent of the ends, which may come from any two distributions, coupled in any way. The
     coefficients alpha and sigma of the ends are those of `interpolant`; the usual conversions between velocity, data,
-    noise and score are for a Gaussian source and do not hold here. `losses.bridge_matching` learns the score too.
+    noise and score are for a Gaussian source and do not hold here. What can be learned is the velocity, the latent z,
+    the drift `alpha' x1 + sigma' x0`, which is the velocity without the latent's part, and the score `-z / gamma`;
+    `losses.bridge_matching` learns drift and latent together.
 
     Attributes:
         interpolant: alpha and sigma.
         gamma: `gamma(t)`, one of the dataclasses of this file or any function of t.
+        source: of x0, where a batch brings none.
 
     Raises:
         ValueError: if gamma or its slope is not finite at an end of the domain; a function of your own may say in an
@@ -117,6 +116,9 @@ class StochasticInterpolant:
 
     interpolant: Schedule = field(default_factory=Linear)
     gamma: Gamma = field(default_factory=BrownianNoise)
+    source: Source = field(default_factory=Normal)
+    schedule: ClassVar[None] = None
+    kinds: ClassVar[tuple[str, ...]] = ("velocity", "latent", "drift", "score")
 
     def __post_init__(self) -> None:
         for t in self.domain:
@@ -155,13 +157,34 @@ class StochasticInterpolant:
 
     def at(self, t: Array, x0: Array, x1: Array, z: Array) -> PathSample:
         """The path at `t` for a given z [batch, ...]; otherwise as `sample`."""
-        if not x0.shape == x1.shape == z.shape:
-            raise ValueError(f"x0, x1 and z must have the same shape, got {x0.shape}, {x1.shape} and {z.shape}.")
+        check_same_shape(x0=x0, x1=x1, z=z)
         t_x = expand_time(t, x1)
         alpha, sigma, d_alpha, d_sigma = coefficients(self.interpolant, t_x)
         gamma, d_gamma = value_and_slope(self.gamma, t_x)
         x_t = alpha * x1 + sigma * x0 + gamma * z
         return PathSample(t, x_t, d_alpha * x1 + d_sigma * x0 + d_gamma * z, x0, x1, z)
+
+    def targets(self, sample: PathSample) -> dict[str, Array]:
+        """What a network of each kind should say at a point of the path, each [batch, ...]."""
+        if sample.z is None:
+            raise ValueError("the sample must have a latent z, as this path's own samples do, got None.")
+        t_x = expand_time(sample.t, sample.x1)
+        _, _, d_alpha, d_sigma = coefficients(self.interpolant, t_x)
+        gamma, _ = value_and_slope(self.gamma, t_x)
+        drift = d_alpha * sample.x1 + d_sigma * sample.x0
+        return {"velocity": sample.u_t, "latent": sample.z, "drift": drift, "score": -sample.z / gamma}
+
+    def target_domain(self, kind: str, margin: float = 1e-3) -> tuple[float, float]:
+        """The range of times on which the target of a kind is finite.
+
+        `domain` for velocity; that of `interpolant` for latent and drift; for the score, `domain` less `margin` at an
+        end with gamma = 0.
+        """
+        check_member("kind", kind, self.kinds)
+        low, high = self.interpolant.domain if kind in ("latent", "drift") else self.domain
+        if kind == "score":
+            low, high = low + margin * vanishes(self.gamma, low), high - margin * vanishes(self.gamma, high)
+        return low, high
 
 
 def BrownianBridge(sigma: float, margin: float = 1e-3) -> StochasticInterpolant:

@@ -1,16 +1,16 @@
 """Paths through several snapshots in time: splines through K points, of which the straight line is the case K = 2."""
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, TypeAlias, get_args
+from typing import ClassVar, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import check_member, check_number
 from fm_jax.shapes import batch_time
-from fm_jax.types import Array, Key, PathSample, check_member
+from fm_jax.types import Array, Key, PathSample
 
 SplineKind: TypeAlias = Literal["natural", "linear"]
 
@@ -44,6 +44,10 @@ class SplinePath:
     times: tuple[float, ...]
     kind: SplineKind = "natural"
     sigma: float = 0.0
+    source: ClassVar[None] = None
+    schedule: ClassVar[None] = None
+    domain: ClassVar[tuple[float, float]] = (0.0, 1.0)
+    kinds: ClassVar[tuple[str, ...]] = ("velocity",)
 
     def __post_init__(self) -> None:
         times = tuple(float(t) for t in self.times)
@@ -52,12 +56,7 @@ class SplinePath:
             raise ValueError(f"times must increase from 0 to 1, got {times}.")
         object.__setattr__(self, "times", times)  # a list or an array would not be hashable
         check_member("kind", self.kind, get_args(SplineKind))
-        if not 0 <= self.sigma < math.inf:
-            raise ValueError(f"sigma must be finite and not negative, got {self.sigma}.")
-
-    @property
-    def domain(self) -> tuple[float, float]:
-        return 0.0, 1.0
+        check_number("sigma", self.sigma, "[0, inf)")
 
     def weights(self, t: Array) -> Array:
         """The weights w_k(t) of the snapshots.
@@ -110,6 +109,15 @@ class SplinePath:
             raise ValueError("a path with noise, sigma > 0, needs a key, got None.")
         z = jax.random.normal(key, x_t.shape, x_t.dtype)
         return PathSample(t, x_t + self.sigma * z, u_t, x[:, 0], x[:, -1], z)
+
+    def targets(self, sample: PathSample) -> dict[str, Array]:
+        """The velocity, [batch, ...]."""
+        return {"velocity": sample.u_t}
+
+    def target_domain(self, kind: str) -> tuple[float, float]:
+        """All of [0, 1]."""
+        check_member("kind", kind, self.kinds)
+        return self.domain
 
 
 def second_derivatives(times: tuple[float, ...], kind: SplineKind = "natural") -> np.ndarray:

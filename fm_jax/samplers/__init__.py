@@ -1,36 +1,49 @@
-"""Samplers: a velocity function and a starting point in, a `Solution` out."""
+"""Samplers: a velocity function and a starting point in, a `Solution` out.
 
-from fm_jax.samplers.adams_bashforth import sample_adams_bashforth
-from fm_jax.samplers.adaptive import sample_adaptive
-from fm_jax.samplers.bespoke import BespokeSolver, sample_bespoke
-from fm_jax.samplers.catalogue import SAMPLERS, Sampler, falling_noise, sample, table
-from fm_jax.samplers.churn import sample_churn
-from fm_jax.samplers.ddim import sample_ddim
-from fm_jax.samplers.diffrax_sde import sample_sde_diffrax
-from fm_jax.samplers.dpm_solver import sample_dpm_solver
-from fm_jax.samplers.fixed import ode_step, sample_ode
-from fm_jax.samplers.langevin import sample_predictor_corrector
-from fm_jax.samplers.sde import sample_sde, sde_step
-from fm_jax.samplers.unipc import sample_unipc
+`sample(v, x0, sampler, times=..., key=...)` runs any of them. A sampler is a frozen dataclass with its own settings:
+
+* for the flow: `RungeKutta`, `AdamsBashforth`, `Adaptive`, and `LearnedSolver`, trained for one velocity;
+* for the flow of an affine path with a Gaussian source, in log-SNR: `DDIM`, `DPMSolver`, `DPMSolverPlusPlus`, `UniPC`;
+* with noise: `EulerMaruyama`, `StochasticHeun`, `DiffraxSDE`, `Churn`, `PredictorCorrector`, and `DDIM` and
+  `DPMSolverPlusPlus` by option.
+
+`grids` has the usual times. The steps are functions of their own, for whoever runs the loop.
+"""
+
+from fm_jax.samplers.adams_bashforth import AdamsBashforth
+from fm_jax.samplers.adaptive import Adaptive
+from fm_jax.samplers.churn import Churn, churn_step, renoise
+from fm_jax.samplers.ddim import DDIM, ddim_step
+from fm_jax.samplers.diffrax_sde import DiffraxSDE
+from fm_jax.samplers.dpm_solver import DPMSolver, DPMSolverPlusPlus
+from fm_jax.samplers.langevin import PredictorCorrector, langevin_step
+from fm_jax.samplers.learned import LearnedSolver
+from fm_jax.samplers.runge_kutta import RungeKutta, Tableau, ode_step
+from fm_jax.samplers.sample import sample
+from fm_jax.samplers.sde import EulerMaruyama, StochasticHeun, falling_noise, sde_step
+from fm_jax.samplers.unipc import UniPC
 
 __all__ = [
-    "SAMPLERS",
-    "BespokeSolver",
-    "Sampler",
+    "DDIM",
+    "AdamsBashforth",
+    "Adaptive",
+    "Churn",
+    "DPMSolver",
+    "DPMSolverPlusPlus",
+    "DiffraxSDE",
+    "EulerMaruyama",
+    "LearnedSolver",
+    "PredictorCorrector",
+    "RungeKutta",
+    "StochasticHeun",
+    "Tableau",
+    "UniPC",
+    "churn_step",
+    "ddim_step",
     "falling_noise",
+    "langevin_step",
     "ode_step",
+    "renoise",
     "sample",
-    "sample_adams_bashforth",
-    "sample_adaptive",
-    "sample_bespoke",
-    "sample_churn",
-    "sample_ddim",
-    "sample_dpm_solver",
-    "sample_ode",
-    "sample_predictor_corrector",
-    "sample_sde",
-    "sample_sde_diffrax",
-    "sample_unipc",
     "sde_step",
-    "table",
 ]

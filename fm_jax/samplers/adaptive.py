@@ -1,45 +1,40 @@
 """Adaptive step sizes, by Diffrax, with exact counts of network evaluations."""
 
+import dataclasses
 import functools
-import math
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fm_jax.nfe import nfe_per_call
-from fm_jax.samplers.grids import check_ends, check_state
-from fm_jax.types import Array, ArrayTree, Solution, VelocityFn, check_member
+from fm_jax.checks import check_member, check_shape, check_tolerances, imported
+from fm_jax.nfe import spent
+from fm_jax.types import Array, ArrayTree, Solution, VelocityFn
 
 if TYPE_CHECKING:
     import diffrax
 
-EXPLICIT = {"tsit5": "Tsit5", "dopri5": "Dopri5", "dopri8": "Dopri8", "bosh3": "Bosh3", "heun": "Heun"}
-IMPLICIT = {"kvaerno3": "Kvaerno3", "kvaerno5": "Kvaerno5"}
-SOLVERS = EXPLICIT | IMPLICIT
+
+class Solver(NamedTuple):
+    """A solver of Diffrax: its class, its order, and whether its steps solve an equation by Newton's method."""
+
+    name: str
+    order: int
+    implicit: bool = False
+
+
+SOLVERS = {
+    "tsit5": Solver("Tsit5", 5),
+    "dopri5": Solver("Dopri5", 5),
+    "dopri8": Solver("Dopri8", 8),
+    "bosh3": Solver("Bosh3", 3),
+    "heun": Solver("Heun", 2),
+    "kvaerno3": Solver("Kvaerno3", 3, implicit=True),
+    "kvaerno5": Solver("Kvaerno5", 5, implicit=True),
+}
 _EXAMPLE_AXIS = "fm_jax_example"
 _FIRST_STEP_NFE = 2
-
-
-def import_diffrax(caller: str) -> Any:
-    """Diffrax, which is slow to import and so waits until it is needed; `ImportError` names the caller."""
-    try:
-        import diffrax
-    except ImportError as error:
-        raise ImportError(f"{caller} needs Diffrax: pip install diffrax.") from error
-    return diffrax
-
-
-def check_tolerances(rtol: float | None, atol: float | None, max_steps: int) -> None:
-    """Raises `ValueError` unless adaptive steps can be taken with these."""
-    for name, tolerance in (("rtol", rtol), ("atol", atol)):
-        if tolerance is None or not (math.isfinite(tolerance) and tolerance >= 0):
-            raise ValueError(f"{name} must be finite and not negative, got {tolerance}.")
-    if rtol == 0 and atol == 0:
-        raise ValueError("rtol and atol must not both be 0.")
-    if max_steps < 1:
-        raise ValueError(f"max_steps must be at least 1, got {max_steps}.")
 
 
 @functools.cache
@@ -72,27 +67,6 @@ def _counting_controller() -> type:
     return CountingController
 
 
-def _solver(solver: "str | diffrax.AbstractRungeKutta | None") -> "diffrax.AbstractRungeKutta":
-    if isinstance(solver, str):
-        check_member("solver", solver, tuple(SOLVERS))
-    diffrax = import_diffrax("sample_adaptive")
-    if solver is None or isinstance(solver, str):
-        return getattr(diffrax, SOLVERS[solver or "tsit5"])()
-    if not isinstance(solver, diffrax.AbstractRungeKutta):
-        raise ValueError(f"solver must be a name or a Runge-Kutta solver of Diffrax, got {solver!r}.")
-    return solver
-
-
-def _check_times(times: ArrayTree, t0: float, t1: float) -> None:
-    if np.ndim(times) != 1 or np.shape(times)[0] < 1:
-        raise ValueError(f"times must be [num_times], got shape {np.shape(times)}.")
-    if isinstance(times, jax.core.Tracer):
-        return
-    elapsed = (np.asarray(times, dtype=float) - t0) * np.sign(t1 - t0)
-    if not ((elapsed >= 0).all() and (elapsed <= abs(t1 - t0)).all() and (np.diff(elapsed) >= 0).all()):
-        raise ValueError(f"times must run from t0 = {t0} towards t1 = {t1}, got {times}.")
-
-
 def _rms(x: Array) -> Array:
     return jnp.sqrt(jnp.mean(x**2))
 
@@ -115,118 +89,122 @@ def _first_step(v: VelocityFn, t0: Array, t1: Array, x0: Array, rtol: float, ato
     return jax.lax.stop_gradient(jnp.sign(span) * jnp.minimum(jnp.minimum(100 * h0, h1), jnp.abs(span)))
 
 
-def sample_adaptive(
-    v: VelocityFn,
-    x0: Array,
-    *,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    solver: "str | diffrax.AbstractRungeKutta | None" = None,
-    t0: float = 0.0,
-    t1: float = 1.0,
-    per_sample: bool = False,
-    max_steps: int = 4096,
-    times: ArrayTree | None = None,
-    adjoint: "diffrax.AbstractAdjoint | None" = None,
-) -> Solution:
-    """The solution of dx/dt = v(t, x) with step sizes that keep the local error below `atol + rtol |x|`.
+@dataclass(frozen=True)
+class Adaptive:
+    """Step sizes that keep the local error of the flow below `atol + rtol |x|`, by Diffrax's Runge-Kutta solvers.
 
-    By default the whole batch takes the same steps, chosen by the root mean square of the error over the batch; what
-    an example gets then depends a little on its company. With `per_sample` each example has its own steps, and `v` is
-    still called once for the whole batch, with t [batch], until the last example is done.
+    By default the whole batch takes the same steps, chosen by the root mean square of the error over the batch; what an
+    example gets then depends a little on its company. With `per_sample` each example has its own steps, and `v` is
+    still called once for the whole batch, with t [batch], until the last example is done; calls are then [batch]. They
+    count rejected steps and the choice of the first step size too, but not the Newton iterations of an implicit solver,
+    which Diffrax does not report: `None`.
 
-    Reverse mode works by default; forward mode needs `adjoint=diffrax.ForwardMode()`. The times have the precision of
-    `x0`: steps near 1e-7 need float64. Wrap calls in `jax.jit`.
+    Reverse mode works by default; forward mode needs `adjoint=diffrax.ForwardMode()`. The state must be float32 or
+    float64, and the times have its precision: steps near 1e-7 need float64. A trajectory is interpolated.
 
-    Args:
-        v: velocity function; t is a scalar, or [batch] with `per_sample`.
-        x0: [batch, ...] at `t0`, float32 or float64.
+    Attributes:
+        solver: explicit, "tsit5", "dopri5", "dopri8", "bosh3" or "heun"; implicit, for stiff fields in few dimensions,
+            "kvaerno3" or "kvaerno5", which need `per_sample`; or such a solver of Diffrax.
         rtol: relative tolerance.
         atol: absolute tolerance.
-        solver: explicit, "tsit5" (the same as `None`), "dopri5", "dopri8", "bosh3" or "heun"; implicit, for stiff
-            fields in few dimensions, "kvaerno3" or "kvaerno5", which need `per_sample`; or such a solver of Diffrax.
-        t0: where `x0` is.
-        t1: where to go. `t1 < t0` runs backward, from data to noise.
         per_sample: one step size an example instead of one for the batch.
         max_steps: most steps, accepted and rejected together.
-        times: [num_times], from `t0` towards `t1`, at which the trajectory is wanted, by interpolation.
         adjoint: how to differentiate, see Diffrax; by default `RecursiveCheckpointAdjoint`, and `DirectAdjoint` with
             `per_sample`.
 
-    Returns:
-        `Solution`: x [batch, ...] at `t1`; nfe, all evaluations including those for rejected steps and for the first
-        step size, a scalar or [batch] with `per_sample`; NaN for an implicit solver, whose Newton iterations Diffrax
-        does not report; trajectory [num_times, batch, ...] if `times` is given.
-
     Raises:
-        ValueError: for bad tolerances, solver, times or state.
-        ImportError: if Diffrax is missing.
+        ValueError: for bad tolerances or an unknown solver; from `sample`, for a state in low precision.
+        ImportError: from `sample`, if Diffrax is missing.
         RuntimeError: from Diffrax, when run, if `max_steps` is not enough. Raise it or loosen the tolerances; if steps
             become tiny near one end, the velocity is singular there: stop short of it.
 
     Example:
-        >>> solution = sample_adaptive(lambda t, x: x, jnp.ones((1, 1)))
-        >>> float(abs(solution.x[0, 0] - jnp.e)) < 1e-4, int(solution.nfe)
+        >>> from fm_jax.samplers import sample
+        >>> solution = sample(lambda t, x: x, jnp.ones((1, 1)), Adaptive())
+        >>> float(abs(solution.x[0, 0] - jnp.e)) < 1e-4, int(solution.calls)
         (True, 27)
     """
-    check_tolerances(rtol, atol, max_steps)
-    check_ends(t0, t1)
-    x0 = jnp.asarray(x0)
-    check_state(x0)
-    if x0.dtype not in (jnp.float32, jnp.float64):
-        raise ValueError(
-            f"x0 must be float32 or float64, whose rounding an error estimate can see through, got {x0.dtype}."
-        )
-    if times is not None:
-        _check_times(times, t0, t1)
-    solver = _solver(solver)
-    import diffrax
 
-    implicit = not isinstance(solver, diffrax.AbstractERK)
-    if implicit and not per_sample:
-        raise ValueError(
-            "An implicit solver needs per_sample=True: a Jacobian over the whole batch would be too large."
-        )
+    solver: "str | diffrax.AbstractRungeKutta" = "tsit5"
+    rtol: float = 1e-5
+    atol: float = 1e-5
+    per_sample: bool = False
+    max_steps: int = 4096
+    adjoint: "diffrax.AbstractAdjoint | None" = None
+    nfe_per_step: ClassVar[None] = None
+    stochastic: ClassVar[bool] = False
+    domain: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
-    pid = diffrax.PIDController(rtol, atol)
-    controller = _counting_controller()(rtol, atol, pid.norm, pid, solver.tableau)
-    saveat = diffrax.SaveAt(
-        t1=True, ts=None if times is None else jnp.asarray(times, dtype=x0.dtype), controller_state=True
-    )
+    def __post_init__(self) -> None:
+        if isinstance(self.solver, str):
+            check_member("solver", self.solver, tuple(SOLVERS))
+        elif not isinstance(self.solver, imported("diffrax", "Adaptive").AbstractRungeKutta):
+            raise ValueError(f"solver must be a name or a Runge-Kutta solver of Diffrax, got {self.solver!r}.")
+        check_tolerances(self.rtol, self.atol, self.max_steps)
+        if self.implicit and not self.per_sample:
+            raise ValueError(
+                "An implicit solver needs per_sample=True: a Jacobian over the whole batch would be too large."
+            )
 
-    # Recursive checkpointing is a custom_vjp, whose backward pass does not know the axis that is gathered over below.
-    default_adjoint = diffrax.DirectAdjoint() if per_sample else diffrax.RecursiveCheckpointAdjoint()
+    @property
+    def order(self) -> int | None:
+        return SOLVERS[self.solver].order if isinstance(self.solver, str) else self.solver.order(None)  # type: ignore
 
-    def velocity(t: Array, x: Array) -> Array:
-        value = v(t, x)
-        if value.shape != x.shape:
-            raise ValueError(f"v(t, x) must have the shape of x, {x.shape}, got {value.shape}.")
-        return value.astype(x.dtype)
+    @property
+    def implicit(self) -> bool:
+        """Whether a step solves an equation."""
+        if isinstance(self.solver, str):
+            return SOLVERS[self.solver].implicit
+        return not isinstance(self.solver, imported("diffrax", "Adaptive").AbstractERK)
 
-    def velocity_of_one(t: Array, x: Array) -> Array:
-        # Gathering under vmap hands `v` the true batch, in order, so that a condition it has closed over lines up.
-        batch_t, batch_x = jax.lax.all_gather((t, x), _EXAMPLE_AXIS)
-        return velocity(batch_t, batch_x)[jax.lax.axis_index(_EXAMPLE_AXIS)]
+    def loosened(self, factor: float) -> "Adaptive":
+        """The same with both tolerances larger by a factor."""
+        return dataclasses.replace(self, rtol=factor * self.rtol, atol=factor * self.atol)
 
-    def solve(x: Array) -> tuple[Array, Array]:
-        field = velocity_of_one if per_sample else velocity
-        start, end = jnp.asarray(t0, dtype=x.dtype), jnp.asarray(t1, dtype=x.dtype)
-        solution = diffrax.diffeqsolve(
-            diffrax.ODETerm(lambda t, x, _: field(jnp.asarray(t), x)),
-            solver,
-            t0=start,
-            t1=end,
-            dt0=_first_step(field, start, end, x, rtol, atol, solver.order(None) or 1),
-            y0=x,
-            saveat=saveat,
-            stepsize_controller=controller,
-            adjoint=default_adjoint if adjoint is None else adjoint,
-            max_steps=max_steps,
-        )
-        return solution.ys, solution.controller_state[1]
+    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+        """Called by `sample`."""
+        diffrax = imported("diffrax", "Adaptive")
+        if x0.dtype not in (jnp.float32, jnp.float64):
+            raise ValueError(
+                f"x0 must be float32 or float64, whose rounding an error estimate can see through, got {x0.dtype}."
+            )
+        solver: Any = getattr(diffrax, SOLVERS[self.solver].name)() if isinstance(self.solver, str) else self.solver
+        pid = diffrax.PIDController(self.rtol, self.atol)
+        controller = _counting_controller()(self.rtol, self.atol, pid.norm, pid, solver.tableau)
+        times = jnp.asarray(times)
+        saveat = diffrax.SaveAt(t1=True, ts=times if trajectory else None, controller_state=True)
+        # Recursive checkpointing is a custom_vjp, whose backward pass does not know the axis gathered over below.
+        default_adjoint = diffrax.DirectAdjoint() if self.per_sample else diffrax.RecursiveCheckpointAdjoint()
 
-    if per_sample:
-        solve = jax.vmap(solve, axis_name=_EXAMPLE_AXIS, out_axes=(1, 0))
-    states, nfe = solve(x0)
-    nfe = jnp.full(nfe.shape, jnp.nan) if implicit else nfe * nfe_per_call(v)
-    return Solution(states[-1], nfe, None if times is None else states[:-1])
+        def velocity(t: Array, x: Array) -> Array:
+            value = v(t, x)
+            check_shape("v(t, x)", value, x)
+            return value.astype(x.dtype)
+
+        def velocity_of_one(t: Array, x: Array) -> Array:
+            # Gathering under vmap hands `v` the true batch, in order, so that a condition it has closed over lines up.
+            batch_t, batch_x = jax.lax.all_gather((t, x), _EXAMPLE_AXIS)
+            return velocity(batch_t, batch_x)[jax.lax.axis_index(_EXAMPLE_AXIS)]
+
+        def solve(x: Array) -> tuple[Array, Array]:
+            field = velocity_of_one if self.per_sample else velocity
+            start, end = times[0], times[-1]
+            solution = diffrax.diffeqsolve(
+                diffrax.ODETerm(lambda t, x, _: field(jnp.asarray(t), x)),
+                solver,
+                t0=start,
+                t1=end,
+                dt0=_first_step(field, start, end, x, self.rtol, self.atol, solver.order(None) or 1),
+                y0=x,
+                saveat=saveat,
+                stepsize_controller=controller,
+                adjoint=default_adjoint if self.adjoint is None else self.adjoint,
+                max_steps=self.max_steps,
+            )
+            return solution.ys, solution.controller_state[1]
+
+        if self.per_sample:
+            solve = jax.vmap(solve, axis_name=_EXAMPLE_AXIS, out_axes=(1, 0))
+        states, calls = solve(x0)
+        counts: tuple[Array | None, Array | None] = (None, None) if self.implicit else spent(calls, v)
+        return Solution(states[-1], *counts, states[:-1] if trajectory else None)

@@ -1,14 +1,18 @@
 """Churn: fresh noise before each step of an ODE solver, the stochastic sampler of EDM on any affine path."""
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 
-from fm_jax.nfe import nfe_per_call
-from fm_jax.samplers.fixed import Method, ode_step, tableau
-from fm_jax.samplers.grids import check_state, time_dtype, time_grid
-from fm_jax.samplers.loop import check_key, sample_on_grid, step_noise
+from fm_jax.checks import check_number
+from fm_jax.nfe import spent
+from fm_jax.samplers.grids import check_forward
+from fm_jax.samplers.loop import run_steps, step_noise
+from fm_jax.samplers.runge_kutta import Tableau, ode_step, tableau
 from fm_jax.schedules import log_snr
+from fm_jax.shapes import time_dtype
 from fm_jax.types import Array, ArrayTree, Key, Schedule, Solution, VelocityFn
 
 MOST_CHURN_A_STEP = math.sqrt(2) - 1
@@ -53,9 +57,9 @@ def churn_step(
     t_first: float | Array = 0.0,
     churn_range: tuple[float, float] = CHURN_RANGE,
     noise_scale: float = 1.0,
-    method: str | Method = "heun",
+    method: str | Tableau = "heun",
 ) -> Array:
-    """One step of `sample_churn`: from `t` back to t_hat by `renoise`, and from there to `t_next` by `ode_step`.
+    """One step of `Churn`: from `t` back to t_hat by `renoise`, and from there to `t_next` by `ode_step`.
 
     Args:
         v: velocity function.
@@ -84,23 +88,9 @@ def churn_step(
     return ode_step(v, t_hat, t_next, x_hat, method)
 
 
-def sample_churn(
-    v: VelocityFn,
-    key: Key,
-    x0: Array,
-    *,
-    schedule: Schedule,
-    churn: float = 40.0,
-    churn_range: tuple[float, float] = CHURN_RANGE,
-    noise_scale: float = 1.0,
-    num_steps: int | None = None,
-    method: str | Method = "heun",
-    t0: float = 0.0,
-    t1: float = 1.0,
-    grid: ArrayTree | None = None,
-    trajectory: bool = False,
-) -> Solution:
-    """A sample by an ODE solver that, before each step, adds noise and goes back in time accordingly.
+@dataclass(frozen=True)
+class Churn:
+    """An ODE solver that, before each step, adds noise and goes back in time accordingly: EDM's stochastic sampler.
 
     With r = sigma / alpha, the noise-to-signal ratio (EDM's sigma), a step from t with r inside `churn_range` is
 
@@ -109,69 +99,80 @@ def sample_churn(
 
     and an ODE step from (t_hat, x_hat) to the next time, t_hat being the time of r_hat. The added noise keeps the
     marginals: the error that earlier steps have made is partly forgotten, and the weak order is the order of `method`.
-    t_hat does not go below the first time of the grid, so that the first step has no churn.
+    t_hat does not go below the first time, so that the first step has no churn. Time must run forward; step i draws its
+    noise from `fold_in(key, i)`. The velocity may be evaluated at the last time.
 
-    Args:
-        v: velocity function of an affine path with a standard normal source; called with a scalar t.
-        key: typed key; step i draws its noise from `fold_in(key, i)`.
-        x0: [batch, ...] at `t0`.
-        schedule: of that path.
-        churn: the paper's S_churn, spread evenly over the steps. 0 is `sample_ode`.
+    Attributes:
+        schedule: of the affine path with a standard normal source that the velocity belongs to.
+        churn: the paper's S_churn, spread evenly over the steps. 0 is `RungeKutta(method)`.
         churn_range: the paper's (S_tmin, S_tmax): the least and the greatest r at which noise is added.
         noise_scale: the paper's S_noise. 1 is exact; the paper takes 1.003 on ImageNet and 1.007 on CIFAR-10, against
             networks that remove slightly too much noise.
-        num_steps: for equal steps from `t0` to `t1`; either this or `grid`.
-        method: "euler", "midpoint", "heun", "ralston", "heun3", "rk4" or a tableau, as in `sample_ode`.
-        t0: where `x0` is.
-        t1: where to go, after `t0`. As in `sample_ode`, `v` may be evaluated there.
-        grid: times [num_steps + 1], strictly increasing.
-        trajectory: whether to keep the states at all grid times.
-
-    Returns:
-        `Solution`: x [batch, ...] at the end; nfe, a scalar; trajectory [num_steps + 1, batch, ...] if asked for.
+        method: "euler", "midpoint", "heun", "ralston", "heun3", "rk4" or a tableau, as in `RungeKutta`.
 
     Raises:
-        ValueError: for a bad grid, method, state or key, a negative churn or noise scale, or a range that is not one.
+        ValueError: for a bad method, a negative churn or noise scale, or a range that is not one.
 
     Example:
         >>> import jax
+        >>> from fm_jax.samplers import sample
         >>> from fm_jax.schedules import Linear
         >>> v, x0 = lambda t, x: 2 - x, jnp.zeros((3, 1))
-        >>> solution = sample_churn(v, jax.random.key(0), x0, schedule=Linear(), num_steps=10)
-        >>> solution.x.shape, int(solution.nfe)
+        >>> solution = sample(v, x0, Churn(Linear()), times=10, key=jax.random.key(0))
+        >>> solution.x.shape, int(solution.calls)
         ((3, 1), 20)
 
     References:
         Karras et al. 2022 (arXiv:2206.00364, algorithm 2), there for alpha = 1.
     """
-    method = tableau(method)
-    for name, number in (("churn", churn), ("noise_scale", noise_scale)):
-        if not (math.isfinite(number) and number >= 0):
-            raise ValueError(f"{name} must be finite and not negative, got {number}.")
-    low, high = churn_range
-    if not 0 <= low < high:
-        raise ValueError(f"churn_range must be (low, high) with 0 <= low < high, got {churn_range}.")
-    check_key(key)
-    x0 = jnp.asarray(x0)
-    check_state(x0)
-    times = time_grid(num_steps, grid, t0, t1, x0, forward=True)
-    gamma = min(churn / (len(times) - 1), MOST_CHURN_A_STEP)
 
-    def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
-        x = churn_step(
-            v,
-            t,
-            t_next,
-            x,
-            step_noise(key, i, x),
-            schedule=schedule,
-            gamma=gamma,
-            t_first=times[0],
-            churn_range=churn_range,
-            noise_scale=noise_scale,
-            method=method,
-        )
-        return x, memory
+    schedule: Schedule
+    churn: float = 40.0
+    churn_range: tuple[float, float] = CHURN_RANGE
+    noise_scale: float = 1.0
+    method: str | Tableau = "heun"
+    stochastic: ClassVar[bool] = True
 
-    nfe = (len(times) - 1) * method.stages * nfe_per_call(v)
-    return sample_on_grid(step, x0, times, nfe=nfe, trajectory=trajectory)
+    def __post_init__(self) -> None:
+        tableau(self.method)
+        check_number("churn", self.churn, "[0, inf)")
+        check_number("noise_scale", self.noise_scale, "[0, inf)")
+        low, high = self.churn_range
+        if not 0 <= low < high:
+            raise ValueError(f"churn_range must be (low, high) with 0 <= low < high, got {self.churn_range}.")
+
+    @property
+    def order(self) -> int:
+        return tableau(self.method).order
+
+    @property
+    def nfe_per_step(self) -> int:
+        return tableau(self.method).stages
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return self.schedule.domain
+
+    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+        """Called by `sample`."""
+        check_forward(times, self)
+        times = jnp.asarray(times)
+        gamma = min(self.churn / (len(times) - 1), MOST_CHURN_A_STEP)
+
+        def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
+            x = churn_step(
+                v,
+                t,
+                t_next,
+                x,
+                step_noise(key, i, x),
+                schedule=self.schedule,
+                gamma=gamma,
+                t_first=times[0],
+                churn_range=self.churn_range,
+                noise_scale=self.noise_scale,
+                method=self.method,
+            )
+            return x, memory
+
+        return run_steps(step, x0, times, spent((len(times) - 1) * self.nfe_per_step, v), trajectory=trajectory)

@@ -1,44 +1,83 @@
 """DDIM, from deterministic to ancestral sampling, along any affine path."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax.numpy as jnp
 
-from fm_jax.nfe import nfe_per_call
-from fm_jax.samplers.grids import check_state, time_grid
-from fm_jax.samplers.levels import Levels, check_key_is_for, check_start, data_and_noise, levels
-from fm_jax.samplers.loop import sample_on_grid, step_noise
+from fm_jax.checks import check_number
+from fm_jax.nfe import spent
+from fm_jax.samplers.grids import check_forward
+from fm_jax.samplers.levels import check_start, data_and_noise, range_of
+from fm_jax.samplers.loop import run_steps, step_noise
+from fm_jax.samplers.runge_kutta import evaluate
+from fm_jax.shapes import time_dtype
 from fm_jax.types import Array, ArrayTree, Key, Schedule, Solution, VelocityFn
 
 
-def noise_shares(grid: Levels, eta: float) -> tuple[Array, Array]:
-    """What share of each step's noise is kept and what share is drawn afresh, [num_steps] each.
+def noise_shares(alpha: Array, sigma: Array, alpha_next: Array, sigma_next: Array, eta: float) -> tuple[Array, Array]:
+    """What share of a step's noise is kept and what share is drawn afresh, elementwise in the levels at both ends.
 
     `kept^2 + fresh^2 = 1` and `fresh = eta sqrt(1 - e^-2h)`.
     """
     if eta == 0:
-        return jnp.ones_like(grid.h), jnp.zeros_like(grid.h)
+        return jnp.ones_like(sigma), jnp.zeros_like(sigma)
     # e^-h in a form that is 0 where h is infinite. The product is 0 only in a step of length 0 at an end, and a ratio
     # above 1 is rounding.
-    product = grid.alpha[1:] * grid.sigma[:-1]
-    decay = jnp.where(product > 0, grid.alpha[:-1] * grid.sigma[1:] / jnp.where(product > 0, product, 1), 1)
+    product = alpha_next * sigma
+    decay = jnp.where(product > 0, alpha * sigma_next / jnp.where(product > 0, product, 1), 1)
     decay = jnp.minimum(decay, 1)
     fresh = eta * jnp.sqrt((1 - decay) * (1 + decay))
     return (decay if eta == 1 else jnp.sqrt(1 - fresh**2)), fresh
 
 
-def sample_ddim(
+def ddim_step(
     v: VelocityFn,
-    x0: Array,
+    t: Array,
+    t_next: Array,
+    x: Array,
     *,
     schedule: Schedule,
     eta: float = 0.0,
-    key: Key | None = None,
-    num_steps: int | None = None,
-    t0: float = 0.0,
-    t1: float = 1.0,
-    grid: ArrayTree | None = None,
-    trajectory: bool = False,
-) -> Solution:
-    """A sample by DDIM: predict data d and noise n, and mix them anew at the levels of the next time.
+    noise: Array | None = None,
+    first: Array | None = None,
+) -> Array:
+    """One step of DDIM from `t` to `t_next`: `alpha_n d + sigma_n n` with the predictions d and n of data and noise.
+
+    Args:
+        v: velocity function of an affine path with a standard normal source.
+        t: scalar.
+        t_next: scalar; after `t` if `eta > 0`.
+        x: [batch, ...] at `t`.
+        schedule: of the path.
+        eta: share of the posterior's noise, a number in [0, 1].
+        noise: standard normal [batch, ...], where `eta > 0`.
+        first: `v(t, x)`, where it is already known.
+
+    Returns:
+        [batch, ...] at `t_next`, in the dtype of `x`.
+
+    Raises:
+        ValueError: if `v` returns another shape than that of `x`.
+
+    Example:
+        >>> from fm_jax.schedules import Linear
+        >>> v = lambda t, x: (2 - x) / (1 - t)  # all data at 2
+        >>> ddim_step(v, 0.0, 0.75, jnp.zeros((1, 1)), schedule=Linear())
+        Array([[1.5]], dtype=float32)
+    """
+    t, t_next = jnp.asarray(t, dtype=time_dtype(x)), jnp.asarray(t_next, dtype=time_dtype(x))
+    data, predicted_noise = data_and_noise(evaluate(v, t, x) if first is None else first, schedule, t, x)
+    alpha_next, sigma_next = schedule.alpha(t_next), schedule.sigma(t_next)
+    if eta > 0:
+        kept, fresh = noise_shares(schedule.alpha(t), schedule.sigma(t), alpha_next, sigma_next, eta)
+        predicted_noise = kept * predicted_noise + fresh * noise
+    return (alpha_next * data + sigma_next * predicted_noise).astype(x.dtype)
+
+
+@dataclass(frozen=True)
+class DDIM:
+    """DDIM: predict data d and noise n, and mix them anew at the levels of the next time.
 
     `x_n = alpha_n d + sqrt(sigma_n^2 - s^2) n + s z`, with z standard normal, `s = eta sigma_n sqrt(1 - e^-2h)` and
     `e^-h = alpha sigma_n / (alpha_n sigma)`.
@@ -52,48 +91,50 @@ def sample_ddim(
 
     One evaluation a step. Both ends may be singular, alpha = 0 or sigma = 0; the velocity is not evaluated at the last.
 
-    Args:
-        v: velocity function of an affine path with a standard normal source; called with a scalar t.
-        x0: [batch, ...] at `t0`.
-        schedule: of that path.
-        eta: share of the posterior's noise, a number in [0, 1].
-        key: typed key, where `eta > 0`; step i draws its noise from `fold_in(key, i)`.
-        num_steps: for equal steps from `t0` to `t1`; either this or `grid`.
-        t0: where `x0` is.
-        t1: where to go; after `t0` if `eta > 0`.
-        grid: times [num_steps + 1], strictly monotone; increasing if `eta > 0`.
-        trajectory: whether to keep the states at all grid times.
-
-    Returns:
-        `Solution`: x [batch, ...] at the end; nfe, a scalar; trajectory [num_steps + 1, batch, ...] if asked for.
+    Attributes:
+        schedule: of the affine path with a standard normal source that the velocity belongs to.
+        eta: share of the posterior's noise, a number in [0, 1]. Above 0, time must run forward; step i draws its noise
+            from `fold_in(key, i)`.
 
     Raises:
-        ValueError: for a bad grid, state or eta, or unless a key is given exactly where `eta > 0`.
+        ValueError: for another eta; from `sample`, for a start where the velocity does not tell data from noise.
 
     Example:
+        >>> from fm_jax.samplers import sample
         >>> from fm_jax.schedules import Linear
         >>> v = lambda t, x: (2 - x) / (1 - t)  # all data at 2
-        >>> solution = sample_ddim(v, jnp.zeros((1, 1)), schedule=Linear(), num_steps=3, t1=0.75)
-        >>> solution.x, int(solution.nfe)
+        >>> solution = sample(v, jnp.zeros((1, 1)), DDIM(Linear()), times=[0.0, 0.25, 0.5, 0.75])
+        >>> solution.x, int(solution.calls)
         (Array([[1.5]], dtype=float32), 3)
 
     References:
         Song et al. 2020 (arXiv:2010.02502, eq. 12 and 16); Ho et al. 2020 (arXiv:2006.11239, eq. 7).
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta must be in [0, 1], got {eta}.")
-    check_key_is_for(eta > 0, key, "eta = 0")
-    x0 = jnp.asarray(x0)
-    check_state(x0)
-    times = time_grid(num_steps, grid, t0, t1, x0, forward=eta > 0)
-    check_start(schedule, t0, grid)
-    at = levels(schedule, times)
-    kept, fresh = noise_shares(at, eta)
 
-    def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
-        data, noise = data_and_noise(v, schedule, t, x)
+    schedule: Schedule
+    eta: float = 0.0
+    order: ClassVar[int] = 1
+    nfe_per_step: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        check_number("eta", self.eta, "[0, 1]")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.eta > 0
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return range_of(self.schedule)
+
+    def solve(self, v: VelocityFn, key: Key | None, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+        """Called by `sample`."""
+        check_start(self.schedule, times)
         if key is not None:
-            noise = kept[i] * noise + fresh[i] * step_noise(key, i, x)
-        return (at.alpha[i + 1] * data + at.sigma[i + 1] * noise).astype(x.dtype), memory
+            check_forward(times, self)
 
-    return sample_on_grid(step, x0, times, nfe=(len(times) - 1) * nfe_per_call(v), trajectory=trajectory)
+        def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
+            noise = None if key is None else step_noise(key, i, x)
+            return ddim_step(v, t, t_next, x, schedule=self.schedule, eta=self.eta, noise=noise), memory
+
+        return run_steps(step, x0, times, spent(len(times) - 1, v), trajectory=trajectory)

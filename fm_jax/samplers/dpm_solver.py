@@ -1,24 +1,19 @@
 """DPM-Solver and DPM-Solver++: exponential integrators of higher order in log-SNR, along any affine path."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 
-from fm_jax.nfe import nfe_per_call
+from fm_jax.nfe import spent
 from fm_jax.samplers.ddim import noise_shares
-from fm_jax.samplers.grids import check_state, time_dtype, time_grid
-from fm_jax.samplers.levels import Levels, check_key_is_for, check_start, data_and_noise, levels, phi
-from fm_jax.samplers.loop import Step, sample_on_grid, step_noise
-from fm_jax.types import Array, ArrayTree, Key, Schedule, Solution, VelocityFn, check_member
-
-STAGES = {
-    "dpm_solver_2": 2,
-    "dpm_solver_3": 3,
-    "dpm_solver++_2m": 1,
-    "dpm_solver++_3m": 1,
-    "dpm_solver++_2m_sde": 1,
-}
-"""Evaluations a step; the first two methods take one alone in a step of infinite length in lambda."""
-METHODS = tuple(STAGES)
+from fm_jax.samplers.grids import check_forward
+from fm_jax.samplers.levels import Levels, check_start, data_and_noise, levels, phi, range_of
+from fm_jax.samplers.loop import Step, run_steps, step_noise
+from fm_jax.samplers.runge_kutta import evaluate
+from fm_jax.shapes import time_dtype
+from fm_jax.types import Array, ArrayTree, Key, Schedule, Solution, VelocityFn
 
 
 def _single_step(v: VelocityFn, schedule: Schedule, times: Array, at: Levels, order: int) -> Step:
@@ -31,13 +26,13 @@ def _single_step(v: VelocityFn, schedule: Schedule, times: Array, at: Levels, or
     times1, times2 = times_inside(r1), times_inside(r2)
 
     def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
-        data, noise = data_and_noise(v, schedule, t, x)
+        data, noise = data_and_noise(evaluate(v, t, x), schedule, t, x)
         h = at.h[i]
 
         def change_of_noise(t: Array, less: Array | float) -> Array:
             """From the start to `t`, where the state is that of DDIM, and there with noise `less` this."""
-            x_stage = schedule.alpha(t) * data + schedule.sigma(t) * (noise - less)
-            return data_and_noise(v, schedule, t, x_stage.astype(x.dtype))[1] - noise
+            x_stage = (schedule.alpha(t) * data + schedule.sigma(t) * (noise - less)).astype(x.dtype)
+            return data_and_noise(evaluate(v, t, x_stage), schedule, t, x_stage)[1] - noise
 
         def second_order() -> Array:
             return jnp.expm1(h) / (2 * r1) * change_of_noise(times1[i], 0.0)
@@ -62,7 +57,8 @@ def _multistep(v: VelocityFn, schedule: Schedule, at: Levels, order: int, key: K
     """
     reached = at.order(order)
     r0, r1 = at.h_before(1) / at.h, at.h_before(2) / at.h
-    kept, fresh = noise_shares(at, 0.0 if key is None else 1.0)
+    ends = at.alpha[:-1], at.sigma[:-1], at.alpha[1:], at.sigma[1:]
+    kept, fresh = noise_shares(*ends, eta=0.0 if key is None else 1.0)
     alpha, h = at.alpha[1:], at.h
     midpoint = alpha * -jnp.expm1(-h if key is None else -2 * h) / 2
     slope = jnp.where(reached == 1, 0, jnp.where(reached == 2, midpoint, alpha * h * phi(2, -h)))
@@ -73,7 +69,7 @@ def _multistep(v: VelocityFn, schedule: Schedule, at: Levels, order: int, key: K
         x: Array, memory: tuple[Array, Array], i: Array, t: Array, t_next: Array
     ) -> tuple[Array, tuple[Array, Array]]:
         data1, data2 = memory
-        data, noise = data_and_noise(v, schedule, t, x)
+        data, noise = data_and_noise(evaluate(v, t, x), schedule, t, x)
         first, first_before = (data - data1) / r0[i], (data1 - data2) / r1[i]
         second = (first - first_before) / (r0[i] + r1[i])
         if key is not None:
@@ -84,79 +80,111 @@ def _multistep(v: VelocityFn, schedule: Schedule, at: Levels, order: int, key: K
     return step
 
 
-def sample_dpm_solver(
-    v: VelocityFn,
-    x0: Array,
-    *,
-    schedule: Schedule,
-    method: str = "dpm_solver++_2m",
-    key: Key | None = None,
-    num_steps: int | None = None,
-    t0: float = 0.0,
-    t1: float = 1.0,
-    grid: ArrayTree | None = None,
-    trajectory: bool = False,
-) -> Solution:
-    """A sample by DPM-Solver or DPM-Solver++, in half the log-SNR lambda.
+@dataclass(frozen=True)
+class DPMSolver:
+    """DPM-Solver-2 and -3: single-step methods in half the log-SNR lambda, in the prediction of noise.
 
-    | method | evaluations a step | order | |
-    |---|---|---|---|
-    | `dpm_solver_2` | 2 | 2 | single-step, prediction of noise |
-    | `dpm_solver_3` | 3 | 3 | single-step, prediction of noise |
-    | `dpm_solver++_2m` | 1 | 2 | multistep, prediction of data |
-    | `dpm_solver++_3m` | 1 | 3 | multistep, prediction of data |
-    | `dpm_solver++_2m_sde` | 1 | weak 2 on a Gaussian | the SDE whose first-order step is ancestral sampling |
+    The order is measured on grids whose steps in lambda are bounded. A step of infinite length, from alpha = 0 or to
+    sigma = 0, is DDIM and costs one evaluation: from 0 to 1 on `Linear` or `Cosine` in equal steps the order is 2 at
+    most. Steps of finite length are never lowered in order, also not the last ones. Under `jax.vmap` over times the
+    infinite steps compute all evaluations; what is counted are those that were needed.
 
-    These orders are measured, on grids whose steps in lambda are bounded; `dpm_solver++_3m` begins with steps of order
-    1 and 2, and reaches 3 where these are shorter than the rest. It weighs the second difference twice as much as its
-    authors' code and diffusers do, whose method has order 2 for that.
-
-    A step of infinite length in lambda, from alpha = 0 or to sigma = 0, is DDIM: it costs one evaluation with every
-    method, and multistep methods start anew after it, with order 1. From 0 to 1 on `Linear` or `Cosine` in equal steps
-    every method has order 2 at most. Steps of finite length are never lowered in order, also not the last ones.
-
-    Args:
-        v: velocity function of an affine path with a standard normal source; called with a scalar t.
-        x0: [batch, ...] at `t0`.
-        schedule: of that path.
-        method: one of the table.
-        key: typed key, for the SDE only; step i draws its noise from `fold_in(key, i)`.
-        num_steps: for equal steps from `t0` to `t1`; either this or `grid`.
-        t0: where `x0` is.
-        t1: where to go. `t1 < t0` runs backward, from data to noise; not with the SDE.
-        grid: times [num_steps + 1], strictly monotone.
-        trajectory: whether to keep the states at all grid times.
-
-    Returns:
-        `Solution`: x [batch, ...] at the end; nfe, a scalar; trajectory [num_steps + 1, batch, ...] if asked for. Under
-        `jax.vmap` over grids the infinite steps compute all evaluations, and nfe counts those that were needed.
+    Attributes:
+        schedule: of the affine path with a standard normal source that the velocity belongs to.
+        order: 2 or 3, which is also the number of evaluations a step.
 
     Raises:
-        ValueError: for a bad grid, method or state, or unless a key is given exactly for the SDE.
+        ValueError: for another order; from `sample`, for a start where the velocity does not tell data from noise.
 
     Example:
+        >>> from fm_jax.samplers import sample
         >>> from fm_jax.schedules import Linear
         >>> v = lambda t, x: (2 - x) / (1 - t)  # all data at 2
-        >>> solution = sample_dpm_solver(v, jnp.zeros((1, 1)), schedule=Linear(), method="dpm_solver_2", num_steps=3)
-        >>> solution.x, int(solution.nfe)  # the first and the last step are infinite
+        >>> solution = sample(v, jnp.zeros((1, 1)), DPMSolver(Linear()), times=3)
+        >>> solution.x, int(solution.calls)  # the first and the last step are infinite
         (Array([[2.]], dtype=float32), 4)
 
     References:
-        Lu et al. 2022 (arXiv:2206.00927, alg. 1 and 2); Lu et al. 2022 (arXiv:2211.01095, alg. 2 and sec. 5).
+        Lu et al. 2022 (arXiv:2206.00927, alg. 1 and 2).
     """
-    check_member("method", method, METHODS)
-    check_key_is_for(method.endswith("sde"), key, f"method {method!r}")
-    x0 = jnp.asarray(x0)
-    check_state(x0)
-    times = time_grid(num_steps, grid, t0, t1, x0, forward=key is not None)
-    check_start(schedule, t0, grid)
-    at = levels(schedule, times)
-    step: Step
-    memory: tuple[Array, ...] = ()
-    if STAGES[method] > 1:
-        step = _single_step(v, schedule, times, at, STAGES[method])
-    else:
-        step = _multistep(v, schedule, at, 3 if method.endswith("3m") else 2, key)
+
+    schedule: Schedule
+    order: int = 2
+    stochastic: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_order(self.order)
+
+    @property
+    def nfe_per_step(self) -> int:
+        return self.order
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return range_of(self.schedule)
+
+    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+        """Called by `sample`."""
+        check_start(self.schedule, times)
+        times = jnp.asarray(times)
+        at = levels(self.schedule, times)
+        step = _single_step(v, self.schedule, times, at, self.order)
+        calls = jnp.where(at.regular, self.order, 1).sum()
+        return run_steps(step, x0, times, spent(calls, v), trajectory=trajectory)
+
+
+@dataclass(frozen=True)
+class DPMSolverPlusPlus:
+    """DPM-Solver++ 2M and 3M: multistep methods in half the log-SNR lambda, in the prediction of data.
+
+    One evaluation a step. The orders are measured, on grids whose steps in lambda are bounded; 3M begins with steps of
+    order 1 and 2, and reaches 3 where these are shorter than the rest. It weighs the second difference twice as much as
+    its authors' code and diffusers do, whose method has order 2 for that. A step of infinite length in lambda is DDIM,
+    and the method starts anew after it. As an SDE, the first-order step is ancestral sampling, and 2M has weak order 2
+    on a Gaussian.
+
+    Attributes:
+        schedule: of the affine path with a standard normal source that the velocity belongs to.
+        order: 2 or 3.
+        sde: draws fresh noise in every step, as ancestral sampling does; for order 2. Time must run forward, and step i
+            draws its noise from `fold_in(key, i)`.
+
+    Raises:
+        ValueError: for another order; from `sample`, for a start where the velocity does not tell data from noise.
+
+    References:
+        Lu et al. 2022 (arXiv:2211.01095, alg. 2 and sec. 5).
+    """
+
+    schedule: Schedule
+    order: int = 2
+    sde: bool = False
+    nfe_per_step: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        _check_order(self.order)
+        if self.sde and self.order != 2:
+            raise ValueError(f"order must be 2 with sde=True, got {self.order}.")
+
+    @property
+    def stochastic(self) -> bool:
+        return self.sde
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return range_of(self.schedule)
+
+    def solve(self, v: VelocityFn, key: Key | None, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+        """Called by `sample`."""
+        check_start(self.schedule, times)
+        if key is not None:
+            check_forward(times, self)
+        times = jnp.asarray(times)
+        step = _multistep(v, self.schedule, levels(self.schedule, times), self.order, key)
         memory = (jnp.zeros(x0.shape, dtype=time_dtype(x0)),) * 2
-    nfe = jnp.where(at.regular, STAGES[method], 1).sum() * nfe_per_call(v)
-    return sample_on_grid(step, x0, times, nfe=nfe, memory=memory, trajectory=trajectory)
+        return run_steps(step, x0, times, spent(len(times) - 1, v), memory=memory, trajectory=trajectory)
+
+
+def _check_order(order: int) -> None:
+    if order not in (2, 3):
+        raise ValueError(f"order must be 2 or 3, got {order!r}.")

@@ -1,15 +1,18 @@
 """Time grids: the times [num_steps + 1] between which a sampler steps, strictly monotone, in either direction.
 
-A sampler takes any such array as its `grid`. Here are the usual ones; all are computed on the host.
+`sample` takes any such array as its `times`. Here are the usual ones; all are computed on the host.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import check_ends, check_integer, is_traced
 from fm_jax.schedules import log_snr
+from fm_jax.shapes import time_dtype
 from fm_jax.types import Array, ArrayTree, Schedule, TimeSampler
 
 _DRAWS = 2**17
@@ -162,80 +165,46 @@ def _with_ends(interior: np.ndarray, t0: float, t1: float) -> Array:
     return jnp.asarray(times if t0 < t1 else times[::-1])
 
 
-def _uniform(num_steps: int, t0: float, t1: float) -> np.ndarray:
-    if isinstance(num_steps, bool) or not isinstance(num_steps, (int, np.integer)):
-        raise ValueError(f"num_steps must be an integer, got {num_steps!r}.")
-    if num_steps < 1:
-        raise ValueError(f"num_steps must be at least 1, got {num_steps}.")
+def _uniform(num_steps: Any, t0: float, t1: float) -> np.ndarray:
+    check_integer("num_steps", num_steps)
     check_ends(t0, t1)
     return np.linspace(t0, t1, num_steps + 1)
 
 
-def check_ends(t0: float, t1: float) -> None:
-    """Raises `ValueError` unless the two times are finite and differ."""
-    if not (math.isfinite(t0) and math.isfinite(t1)):
-        raise ValueError(f"t0 and t1 must be finite, got {t0} and {t1}.")
-    if t0 == t1:
-        raise ValueError(f"t0 and t1 must differ, both are {t0}.")
+def first_time(times: ArrayTree) -> float | None:
+    """The first of the times; `None` where it is not known, in a grid that is traced."""
+    return None if is_traced(times) else float(np.asarray(times)[0])
 
 
-def first_time(t0: float, grid: ArrayTree | None) -> float | None:
-    """The first time that a sampler's arguments ask for; `None` where it is not known, in a grid that is traced."""
-    if isinstance(grid, jax.core.Tracer):
-        return None
-    return t0 if grid is None else float(np.ravel(np.asarray(grid))[0])
+def check_forward(times: ArrayTree, sampler: Any) -> None:
+    """Raises `ValueError` if the times, where they are known, run backward."""
+    if not is_traced(times) and times[0] > times[-1]:
+        raise ValueError(f"Time must run forward for {sampler}, got times from {times[0]} to {times[-1]}.")
 
 
-def check_state(x: Array, name: str = "x0") -> None:
-    """Raises `ValueError`, with the name of the argument, unless a state is real floating point with a batch axis."""
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} must be floating point, got {x.dtype}.")
-    if x.ndim == 0:
-        raise ValueError(f"{name} must be [batch, ...], got a scalar.")
-
-
-def time_dtype(x: Array) -> jnp.dtype:
-    """The dtype of times beside a state `x`: its own, but at least float32: bfloat16 has 128 times in [0.5, 1)."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def time_grid(
-    num_steps: int | None, grid: ArrayTree | None, t0: float, t1: float, x: Array, *, forward: bool = False
-) -> Array:
-    """The grid that a sampler's arguments ask for.
+def time_grid(times: int | ArrayTree, domain: tuple[float, float], x: ArrayTree) -> ArrayTree:
+    """The times that a caller of `sample` means.
 
     Args:
-        num_steps: for a uniform grid from `t0` to `t1`; exclusive with `grid`.
-        grid: [num_steps + 1]. Checked where its values are known, that is unless it is traced.
-        t0: first time of a uniform grid.
-        t1: last time of a uniform grid.
-        x: the state, whose dtype decides that of the grid.
-        forward: whether only increasing grids are allowed.
+        times: a number of even steps over `domain`; or the times [num + 1], checked unless they are traced.
+        domain: first and last time of even steps.
+        x: the state, whose dtype decides that of the times.
 
     Returns:
-        [num_steps + 1], in `time_dtype(x)`.
+        [num + 1], in `time_dtype(x)`; a NumPy array unless it is traced.
 
     Raises:
-        ValueError: for anything other than one strictly monotone grid.
+        ValueError: for anything other than a number of at least 1 or one strictly monotone array.
     """
-    times: ArrayTree
-    if (num_steps is None) == (grid is None):
-        raise ValueError("Exactly one of num_steps and grid must be given.")
-    if num_steps is not None:
-        times = _uniform(num_steps, t0, t1)
-    elif (t0, t1) != (0.0, 1.0):
-        raise ValueError(f"t0 and t1 go with num_steps, a grid has its own ends; got grid, t0 = {t0} and t1 = {t1}.")
-    else:
-        times = grid
-        if np.ndim(times) != 1 or np.shape(times)[0] < 2:
-            raise ValueError(f"grid must be [num_steps + 1] with at least two times, got shape {np.shape(times)}.")
-    if isinstance(times, jax.core.Tracer):
+    if isinstance(times, int | float | np.number):
+        times = _uniform(times, *domain)
+    if np.ndim(times) != 1 or np.shape(times)[0] < 2:
+        raise ValueError(f"times must be a number of steps or [num + 1], at least two, got shape {np.shape(times)}.")
+    if is_traced(times):
         return times.astype(time_dtype(x))
     # Checked after rounding, which is where times too close together become equal.
     times = np.asarray(times, dtype=time_dtype(x))
     steps = np.diff(times)
     if not (np.isfinite(times).all() and ((steps > 0).all() or (steps < 0).all())):
-        raise ValueError(f"grid must be finite and strictly monotone in {times.dtype}, got {times}.")
-    if forward and steps[0] < 0:
-        raise ValueError(f"Time must run forward, got a grid from {times[0]} to {times[-1]}.")
-    return jnp.asarray(times)
+        raise ValueError(f"times must be finite and strictly monotone in {times.dtype}, got {times}.")
+    return times

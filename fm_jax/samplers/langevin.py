@@ -1,18 +1,19 @@
 """Langevin steps, and the predictor-corrector sampler that takes them after each step along the path."""
 
-import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from fm_jax.nfe import nfe_per_call
+from fm_jax.checks import check_diffusion, check_integer, check_number
+from fm_jax.nfe import spent
 from fm_jax.parameterization import convert
-from fm_jax.samplers.fixed import evaluate, ode_step
-from fm_jax.samplers.grids import check_state, time_dtype, time_grid
-from fm_jax.samplers.loop import check_key, sample_on_grid, step_noise
-from fm_jax.samplers.sde import ScoreFn, check_diffusion, check_start, score_missing, sde_step
-from fm_jax.shapes import expand_time
+from fm_jax.samplers.levels import range_of
+from fm_jax.samplers.loop import run_steps, step_noise
+from fm_jax.samplers.runge_kutta import evaluate, ode_step
+from fm_jax.samplers.sde import ScoreFn, check_score_at_start, score_missing, sde_step
+from fm_jax.shapes import expand_time, time_dtype
 from fm_jax.types import Array, ArrayTree, Diffusion, Key, Schedule, Solution, VelocityFn
 
 
@@ -40,22 +41,9 @@ def langevin_step(score: ScoreFn, t: Array, x: Array, noise: Array, step_size: A
     return (x + eps * score(t, x) + jnp.sqrt(2 * eps) * noise).astype(x.dtype)
 
 
-def sample_predictor_corrector(
-    v: VelocityFn,
-    key: Key,
-    x0: Array,
-    *,
-    schedule: Schedule,
-    diffusion: Diffusion = 0.0,
-    corrector_steps: int = 1,
-    snr: float = 0.1,
-    num_steps: int | None = None,
-    t0: float = 0.0,
-    t1: float = 1.0,
-    grid: ArrayTree | None = None,
-    trajectory: bool = False,
-) -> Solution:
-    """A sample by steps along the path, each followed by Langevin steps at the time it has reached.
+@dataclass(frozen=True)
+class PredictorCorrector:
+    """Steps along the path, each followed by Langevin steps at the time it has reached.
 
     The predictor is an Euler step of the flow, or with a `diffusion` an Euler-Maruyama step of its SDE. The corrector
     moves the law of the sample towards p_t, whatever it was, and so takes back a part of the predictor's error.
@@ -67,74 +55,82 @@ def sample_predictor_corrector(
     gets depend on its company, and an example's own norms would bias the law (see `langevin_step`); this eps is a
     function of t, at most theirs with sqrt(d), and always stable, since the score falls no faster than x / sigma^2.
 
-    Args:
-        v: velocity function of an affine path with a standard normal source; called with a scalar t.
-        key: typed key; step i draws from `fold_in(key, i (corrector_steps + 1) + j)`, j = 0 in the predictor.
-        x0: [batch, ...] at `t0`.
-        schedule: of that path.
+    Step i draws from `fold_in(key, i (corrector_steps + 1) + j)`, j = 0 in the predictor. An evaluation for the
+    predictor and one for each Langevin step.
+
+    Attributes:
+        schedule: of the affine path with a standard normal source that the velocity belongs to.
         diffusion: g of the predictor, a number or a function of a scalar time.
         corrector_steps: Langevin steps at each time but the first; none where sigma = 0, where the score is infinite.
         snr: the paper's signal-to-noise ratio r, which sets the corrector's step size. In (0, 1).
-        num_steps: for equal steps from `t0` to `t1`; either this or `grid`.
-        t0: where `x0` is.
-        t1: where to go. `t1 < t0` runs backward, from data to noise.
-        grid: times [num_steps + 1], strictly monotone in either direction.
-        trajectory: whether to keep the states at all grid times.
-
-    Returns:
-        `Solution`: x [batch, ...] at the end; nfe, a scalar, one evaluation for the predictor and one for each Langevin
-        step; trajectory [num_steps + 1, batch, ...] if asked for.
 
     Raises:
-        ValueError: for a bad grid, state, diffusion or key, a negative number of corrector steps, an snr outside
-            (0, 1), or, with a diffusion, for a start where the score is infinite.
+        ValueError: for a bad diffusion, a negative number of corrector steps, or an snr outside (0, 1); from `sample`,
+            with a diffusion, for a start where the score is infinite.
 
     Example:
+        >>> from fm_jax.samplers import sample
         >>> from fm_jax.schedules import Linear
         >>> v = lambda t, x: -x / (1 - t)  # all data at 0
         >>> x0 = jax.random.normal(jax.random.key(0), (4, 2))
-        >>> solution = sample_predictor_corrector(v, jax.random.key(1), x0, schedule=Linear(), num_steps=10)
-        >>> int(solution.nfe)  # no corrector at t = 1
+        >>> solution = sample(v, x0, PredictorCorrector(Linear()), times=10, key=jax.random.key(1))
+        >>> int(solution.calls)  # no corrector at t = 1
         19
 
     References:
         Song et al. 2021 (arXiv:2011.13456, algorithm 1, and algorithm 4 for the corrector).
     """
-    if isinstance(corrector_steps, bool) or not isinstance(corrector_steps, (int, np.integer)) or corrector_steps < 0:
-        raise ValueError(f"corrector_steps must be an integer of at least 0, got {corrector_steps!r}.")
-    if not (math.isfinite(snr) and 0 < snr < 1):
-        raise ValueError(f"snr must be in (0, 1), got {snr}.")
-    check_diffusion(diffusion)
-    check_key(key)
-    x0 = jnp.asarray(x0)
-    check_state(x0)
-    times = time_grid(num_steps, grid, t0, t1, x0)
-    random = callable(diffusion) or diffusion > 0
-    if random:
-        check_start(schedule, t0, grid)
 
-    def score(t: Array, x: Array) -> Array:
-        return convert("velocity", evaluate(v, t, x), t, x, schedule).score
+    schedule: Schedule
+    diffusion: Diffusion = 0.0
+    corrector_steps: int = 1
+    snr: float = 0.1
+    order: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = True
 
-    def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
-        number = i * (corrector_steps + 1)
+    def __post_init__(self) -> None:
+        check_integer("corrector_steps", self.corrector_steps, least=0)
+        check_number("snr", self.snr, "(0, 1)")
+        check_diffusion(self.diffusion)
+
+    @property
+    def nfe_per_step(self) -> int:
+        return 1 + self.corrector_steps
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return range_of(self.schedule)
+
+    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+        """Called by `sample`."""
+        schedule, diffusion, corrector_steps = self.schedule, self.diffusion, self.corrector_steps
+        random = callable(diffusion) or diffusion > 0
         if random:
-            x = sde_step(v, None, diffusion, t, t_next, x, step_noise(key, number, x), schedule=schedule)
-        else:
-            x = ode_step(v, t, t_next, x, "euler")
-        step_size = 2 * (snr * schedule.sigma(t_next)) ** 2
+            check_score_at_start(schedule, times)
+        times = jnp.asarray(times)
 
-        def correct(j: Array, x: Array) -> Array:
-            noise = step_noise(key, number + j, x)
-            return langevin_step(score, t_next, x, noise, step_size)
+        def score(t: Array, x: Array) -> Array:
+            return convert("velocity", evaluate(v, t, x), t, x, schedule).score
 
-        def correct_all(x: Array) -> Array:
-            return jax.lax.fori_loop(1, corrector_steps + 1, correct, x)
+        def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
+            number = i * (corrector_steps + 1)
+            if random:
+                x = sde_step(v, None, diffusion, t, t_next, x, step_noise(key, number, x), schedule=schedule)
+            else:
+                x = ode_step(v, t, t_next, x, "euler")
+            step_size = 2 * (self.snr * schedule.sigma(t_next)) ** 2
 
-        if corrector_steps > 0:
-            x = jax.lax.cond(score_missing(schedule, t_next), lambda x: x, correct_all, x)
-        return x, memory
+            def correct(j: Array, x: Array) -> Array:
+                noise = step_noise(key, number + j, x)
+                return langevin_step(score, t_next, x, noise, step_size)
 
-    corrected = jnp.sum(~score_missing(schedule, times[1:]))
-    nfe = (len(times) - 1 + corrector_steps * corrected) * nfe_per_call(v)
-    return sample_on_grid(step, x0, times, nfe=nfe, trajectory=trajectory)
+            def correct_all(x: Array) -> Array:
+                return jax.lax.fori_loop(1, corrector_steps + 1, correct, x)
+
+            if corrector_steps > 0:
+                x = jax.lax.cond(score_missing(schedule, t_next), lambda x: x, correct_all, x)
+            return x, memory
+
+        corrected = jnp.sum(~score_missing(schedule, times[1:]))
+        calls = len(times) - 1 + corrector_steps * corrected
+        return run_steps(step, x0, times, spent(calls, v), trajectory=trajectory)

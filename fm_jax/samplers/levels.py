@@ -22,11 +22,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fm_jax.parameterization import convert
-from fm_jax.samplers.grids import first_time, time_dtype
-from fm_jax.samplers.loop import check_key
+from fm_jax.parameterization import conversion_domain, convert
+from fm_jax.samplers.grids import first_time
 from fm_jax.schedules import stands_still
-from fm_jax.types import Array, ArrayTree, Key, Schedule, VelocityFn
+from fm_jax.shapes import time_dtype
+from fm_jax.types import Array, ArrayTree, Schedule
 
 
 class Levels(NamedTuple):
@@ -56,9 +56,17 @@ class Levels(NamedTuple):
         return jnp.concatenate([jnp.repeat(self.h[:1], steps), self.h])[: len(self.h)]
 
 
-def check_start(schedule: Schedule, t0: float, grid: ArrayTree | None) -> None:
+def range_of(schedule: Schedule) -> tuple[float, float]:
+    """The range of times of samplers that work with data and noise: from where the velocity tells them to the data.
+
+    At the end nothing is evaluated, so that it is 1 also where the schedule has an infinite slope there.
+    """
+    return conversion_domain(schedule)[0], 1.0
+
+
+def check_start(schedule: Schedule, times: ArrayTree) -> None:
     """Raises `ValueError` if the velocity says nothing of data and noise at the first time, where that is known."""
-    first = first_time(t0, grid)
+    first = first_time(times)
     with jax.ensure_compile_time_eval():
         if first is not None and bool(stands_still(schedule, jnp.asarray(first, dtype=float))):
             raise ValueError(
@@ -78,9 +86,9 @@ def levels(schedule: Schedule, times: Array) -> Levels:
     return Levels(alpha, sigma, half_log_snr, jnp.where(regular, h, jnp.sign(times[-1] - times[0])), regular)
 
 
-def data_and_noise(v: VelocityFn, schedule: Schedule, t: Array, x: Array) -> tuple[Array, Array]:
-    """The predictions of data and noise, both [batch, ...], from one evaluation of the velocity at a scalar `t`."""
-    prediction = convert("velocity", v(t.astype(x.dtype), x), t, x, schedule)
+def data_and_noise(velocity: Array, schedule: Schedule, t: Array, x: Array) -> tuple[Array, Array]:
+    """The predictions of data and noise, both [batch, ...], from the velocity at a scalar `t`."""
+    prediction = convert("velocity", velocity, t, x, schedule)
     return prediction.data.astype(time_dtype(x)), prediction.noise.astype(time_dtype(x))
 
 
@@ -99,11 +107,3 @@ def phi(k: int, z: Array) -> Array:
     for j in range(k):
         recursion = (recursion - 1 / math.factorial(j)) / large
     return jnp.where(near, series, recursion)
-
-
-def check_key_is_for(random: bool, key: Key | None, what: str) -> None:
-    """Raises `ValueError` unless a key is given exactly where noise is drawn; `what` names the method."""
-    if random:
-        check_key(key)
-    elif key is not None:
-        raise ValueError(f"key must be None for {what}, which draws no noise, got {key!r}.")

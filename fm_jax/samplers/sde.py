@@ -1,28 +1,26 @@
 """Stochastic sampling: the SDEs that share their marginals with the flow, in either direction of time."""
 
-import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
-from fm_jax.nfe import nfe_per_call
+from fm_jax.checks import check_diffusion, check_member, check_shape
+from fm_jax.nfe import spent
 from fm_jax.parameterization import convert
-from fm_jax.samplers import levels
-from fm_jax.samplers.fixed import evaluate
-from fm_jax.samplers.grids import check_state, first_time, time_dtype, time_grid
-from fm_jax.samplers.loop import check_key, sample_on_grid, step_noise
-from fm_jax.schedules import stands_still, vanishes
-from fm_jax.types import Array, ArrayTree, Diffusion, Key, Schedule, Solution, VelocityFn, check_member
+from fm_jax.samplers.grids import first_time
+from fm_jax.samplers.levels import check_start, range_of
+from fm_jax.samplers.loop import run_steps, step_noise
+from fm_jax.samplers.runge_kutta import evaluate
+from fm_jax.schedules import coefficients, stands_still, vanishes
+from fm_jax.shapes import time_dtype
+from fm_jax.types import Array, ArrayTree, Diffusion, Key, Schedule, Solution, VelocityFn
 
-ScoreFn = Callable[[Array, Array], Array]
-METHODS = ("euler_maruyama", "heun")
-
-
-def check_diffusion(diffusion: Diffusion) -> None:
-    """Raises `ValueError` unless `diffusion` is a function or a finite number, not negative."""
-    if not callable(diffusion) and not (math.isfinite(diffusion) and diffusion >= 0):
-        raise ValueError(f"diffusion must be finite and not negative, got {diffusion}.")
+ScoreFn: TypeAlias = Callable[[Array, Array], Array]
+"""`score(t, x) -> grad log p_t(x)`: `t` a scalar or [batch], `x` [batch, ...]."""
+_METHODS = ("euler_maruyama", "heun")
 
 
 def check_one_score(score: ScoreFn | None, schedule: Schedule | None) -> None:
@@ -33,15 +31,47 @@ def check_one_score(score: ScoreFn | None, schedule: Schedule | None) -> None:
         )
 
 
+def check_sde(schedule: Schedule | None, diffusion: Diffusion | None, score: ScoreFn | None) -> None:
+    """Raises `ValueError` unless these say what the SDE is."""
+    check_one_score(score, schedule)
+    if diffusion is not None:
+        check_diffusion(diffusion)
+    elif schedule is None:
+        raise ValueError("diffusion must be given with a score: its default is made of a schedule.")
+
+
+def falling_noise(schedule: Schedule) -> Callable[[Array], Array]:
+    """The diffusion coefficient g with `g(t)^2 = -d sigma^2 / dt`: noise is added as fast as the path sheds it.
+
+    On `VE` and `EDM` it is that of the reverse diffusion; it vanishes with sigma, so that the score term stays finite.
+    """
+
+    def g(t: Array) -> Array:
+        c = coefficients(schedule, t)
+        return jnp.sqrt(jnp.maximum(-2 * c.sigma * c.d_sigma, 0))
+
+    return g
+
+
+def noise_of(schedule: Schedule | None, diffusion: Diffusion | None) -> Any:
+    """The noise coefficient that is meant: the one given, or that of the schedule."""
+    return falling_noise(schedule) if diffusion is None and schedule is not None else diffusion
+
+
+def functions(v: VelocityFn, score: ScoreFn | None) -> tuple[Callable, ...]:
+    """What an SDE's drift calls."""
+    return (v,) if score is None else (v, score)
+
+
 def score_missing(schedule: Schedule, t: Array) -> Array:
     """Whether the velocity gives no finite score at `t`: where sigma = 0, or where alpha and its slope are both 0."""
     return (schedule.sigma(t) == 0) | stands_still(schedule, t)
 
 
-def check_start(schedule: Schedule, t0: float, grid: ArrayTree | None) -> None:
+def check_score_at_start(schedule: Schedule, times: ArrayTree) -> None:
     """Raises `ValueError` if there is no finite score by `schedule` at the first time, where that time is known."""
-    levels.check_start(schedule, t0, grid)
-    first = first_time(t0, grid)
+    check_start(schedule, times)
+    first = first_time(times)
     if first is not None and vanishes(schedule.sigma, first):
         raise ValueError(
             f"The score is infinite where sigma = 0, at t = {first}: start or end short of it, e.g. at t = 0.999."
@@ -69,12 +99,10 @@ def drift_fn(
     def drift(t: Array, x: Array, direction: Array) -> Array:
         velocity = evaluate(v, t, x)
         if schedule is not None:
-            # At t itself: in bfloat16 all times from 0.999 on are 1, where sigma may be 0.
             value = convert("velocity", velocity, t, x, schedule).score
         elif score is not None:
-            value = score(t.astype(x.dtype), x)
-        if value.shape != x.shape:
-            raise ValueError(f"score(t, x) must have the shape of x, {x.shape}, got {value.shape}.")
+            value = score(t, x)
+        check_shape("score(t, x)", value, x)
         return velocity + direction * g(t) ** 2 / 2 * value
 
     return drift
@@ -114,7 +142,7 @@ def sde_step(
     Returns:
         [batch, ...] at `t_next`, in the dtype of `x`.
     """
-    check_member("method", method, METHODS)
+    check_member("method", method, _METHODS)
     check_one_score(score, schedule)
     check_diffusion(diffusion)
     drift, g = drift_fn(v, score, diffusion, schedule=schedule), diffusion_fn(diffusion)
@@ -136,75 +164,107 @@ def sde_step(
     return (x + h * slope + scale * jnp.sqrt(jnp.abs(h)) * noise).astype(x.dtype)
 
 
-def sample_sde(
-    v: VelocityFn,
-    score: ScoreFn | None,
-    diffusion: Diffusion,
-    key: Key,
-    x0: Array,
-    *,
-    schedule: Schedule | None = None,
-    num_steps: int | None = None,
-    method: str = "euler_maruyama",
-    t0: float = 0.0,
-    t1: float = 1.0,
-    grid: ArrayTree | None = None,
-    trajectory: bool = False,
-) -> Solution:
-    """A sample of dX = [v(t, X) + g(t)^2 / 2 score(t, X)] dt + g(t) dW, which has the flow's marginals for every g.
+@dataclass(frozen=True)
+class EulerMaruyama:
+    """The Euler-Maruyama method for the SDE extension of the flow: the SDE of any noise that has the flow's marginals.
 
+    dX = [v(t, X) + g(t)^2 / 2 score(t, X)] dt + g(t) dW keeps the marginals by the Fokker-Planck equation, for every g.
     Where time runs backward, from data to noise, it is dX = [v - g^2 / 2 score] dt + g dW with W a Brownian motion in
     backward time; it has the same marginals.
 
-    Both methods have strong order 1, since g does not depend on X; "euler_maruyama" has weak order 1, "heun" 2.
-    Euler-Maruyama evaluates at the left end of each step, so never at `t1`, where the score may be infinite. Heun
-    evaluates at both; with `schedule`, its last step into sigma = 0 is an Euler-Maruyama step, which costs no order,
-    while a `score` has to be finite at `t1`. Near a time with sigma = 0 the score grows as 1 / sigma: a g that vanishes
-    there, such as sqrt(sigma(t)), keeps the steps stable.
+    Strong order 1, since g does not depend on X, and weak order 1. It evaluates at the left end of each step, so never
+    at the last time, where the score may be infinite. Near a time with sigma = 0 the score grows as 1 / sigma: a g that
+    vanishes there, such as `falling_noise(schedule)`, keeps the steps stable.
 
-    Args:
-        v: velocity function; called with a scalar t in the dtype of `x0`.
-        score: `score(t, x)`, one more evaluation each time; or `None`, which takes it from the same evaluation of `v`.
-        diffusion: g, a number or a function of a scalar time. 0 is the Euler or Heun method for the flow.
-        key: typed key; step i draws its noise from `fold_in(key, i)`.
-        x0: [batch, ...] at `t0`.
-        schedule: of the affine path with a standard normal source that `v` belongs to; needed where `score` is `None`.
-        num_steps: for equal steps from `t0` to `t1`; either this or `grid`.
-        method: "euler_maruyama", one evaluation a step, or "heun", two.
-        t0: where `x0` is. Going backward with `schedule`, where sigma is not 0.
-        t1: where to go. `t1 < t0` runs backward.
-        grid: times [num_steps + 1], strictly monotone in either direction.
-        trajectory: whether to keep the states at all grid times.
+    Attributes:
+        schedule: of the affine path with a standard normal source that the velocity belongs to, by which the score is
+            taken from the same evaluation of the velocity. Going backward, start where sigma is not 0.
+        diffusion: g, a number or a function of a scalar time; by default `falling_noise(schedule)`. 0 is Euler's
+            method.
+        score: `score(t, x)` in place of a schedule, one more evaluation each time.
 
-    Returns:
-        `Solution`: x [batch, ...] at the end; nfe, a scalar, the calls of `v` and of `score`; trajectory
-        [num_steps + 1, batch, ...] if asked for.
+    Step i draws its noise from `fold_in(key, i)`.
 
     Raises:
-        ValueError: for a bad grid, method, state, diffusion or key, unless exactly one of `score` and `schedule` is
-            given, or for a start where the score by `schedule` is infinite.
+        ValueError: unless exactly one of `schedule` and `score` is given, and `diffusion` with a `score`; for a bad
+            `diffusion`; from `sample`, for a start where the score by `schedule` is infinite.
 
     Example:
+        >>> from fm_jax.samplers import sample
         >>> from fm_jax.schedules import Linear
         >>> v = lambda t, x: -x / (1 - t)  # all data at 0
         >>> x0 = jax.random.normal(jax.random.key(0), (4, 2))
-        >>> g = lambda t: jnp.sqrt(1 - t)
-        >>> sample_sde(v, None, g, jax.random.key(1), x0, schedule=Linear(), num_steps=10).x.shape
+        >>> sample(v, x0, EulerMaruyama(Linear()), times=10, key=jax.random.key(1)).x.shape
         (4, 2)
 
     References:
         Song et al. 2021 (arXiv:2011.13456, eq. 6 and 13, for the g of the diffusion); Albergo et al. 2023
         (arXiv:2303.08797, for any g); Ma et al. 2024 (arXiv:2401.08740, eq. 4).
     """
-    check_member("method", method, METHODS)
-    check_one_score(score, schedule)
-    check_diffusion(diffusion)
-    check_key(key)
-    x0 = jnp.asarray(x0)
-    check_state(x0)
-    times = time_grid(num_steps, grid, t0, t1, x0)
+
+    schedule: Schedule | None = None
+    diffusion: Diffusion | None = None
+    score: ScoreFn | None = None
+    order: ClassVar[int] = 1
+    nfe_per_step: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_sde(self.schedule, self.diffusion, self.score)
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return (0.0, 1.0) if self.schedule is None else range_of(self.schedule)
+
+    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+        """Called by `sample`."""
+        return _solve(self, v, key, times, x0, trajectory, method="euler_maruyama")
+
+
+@dataclass(frozen=True)
+class StochasticHeun:
+    """The stochastic Heun method for the SDE of `EulerMaruyama`, with its attributes.
+
+    Strong order 1 and weak order 2. It evaluates at both ends of a step; with a `schedule` a step into sigma = 0 is an
+    Euler-Maruyama step, which costs no order, while a `score` has to be finite at the last time.
+
+    Raises:
+        ValueError: as `EulerMaruyama`.
+    """
+
+    schedule: Schedule | None = None
+    diffusion: Diffusion | None = None
+    score: ScoreFn | None = None
+    order: ClassVar[int] = 2
+    nfe_per_step: ClassVar[int] = 2
+    stochastic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_sde(self.schedule, self.diffusion, self.score)
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return (0.0, 1.0) if self.schedule is None else range_of(self.schedule)
+
+    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+        """Called by `sample`."""
+        return _solve(self, v, key, times, x0, trajectory, method="heun")
+
+
+def _solve(
+    sampler: EulerMaruyama | StochasticHeun,
+    v: VelocityFn,
+    key: Key,
+    times: ArrayTree,
+    x0: Array,
+    trajectory: bool,
+    *,
+    method: str,
+) -> Solution:
+    schedule, score = sampler.schedule, sampler.score
+    diffusion = noise_of(schedule, sampler.diffusion)
     if schedule is not None:
-        check_start(schedule, t0, grid)
+        check_score_at_start(schedule, times)
 
     def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
         noise = step_noise(key, i, x)
@@ -212,7 +272,6 @@ def sample_sde(
 
     evaluations: int | Array = len(times) - 1
     if method == "heun":
-        plain = 0 if schedule is None else jnp.sum(score_missing(schedule, times[1:]))
+        plain = 0 if schedule is None else jnp.sum(score_missing(schedule, jnp.asarray(times)[1:]))
         evaluations = 2 * (len(times) - 1) - plain
-    nfe = evaluations * (nfe_per_call(v) + (0 if score is None else nfe_per_call(score)))
-    return sample_on_grid(step, x0, times, nfe=nfe, trajectory=trajectory)
+    return run_steps(step, x0, times, spent(evaluations, *functions(v, score)), trajectory=trajectory)

@@ -1,15 +1,18 @@
 """UniPC: a predictor and a corrector in log-SNR that share their evaluations, along any affine path."""
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from fm_jax.nfe import nfe_per_call
-from fm_jax.samplers.grids import check_state, time_dtype, time_grid
-from fm_jax.samplers.levels import Levels, check_start, data_and_noise, levels, phi
-from fm_jax.samplers.loop import sample_on_grid
-from fm_jax.types import Array, ArrayTree, Schedule, Solution, VelocityFn, check_member
+from fm_jax.checks import check_member
+from fm_jax.nfe import spent
+from fm_jax.samplers.levels import Levels, check_start, data_and_noise, levels, phi, range_of
+from fm_jax.samplers.loop import run_steps
+from fm_jax.samplers.runge_kutta import evaluate
+from fm_jax.shapes import time_dtype
+from fm_jax.types import Array, ArrayTree, Schedule, Solution, VelocityFn
 
 VARIANTS = ("bh1", "bh2")
 
@@ -52,20 +55,9 @@ def _predictor_and_corrector(at: Levels, order: int, variant: str) -> tuple[Arra
     return predictor, corrector
 
 
-def sample_unipc(
-    v: VelocityFn,
-    x0: Array,
-    *,
-    schedule: Schedule,
-    order: int = 2,
-    variant: str = "bh2",
-    num_steps: int | None = None,
-    t0: float = 0.0,
-    t1: float = 1.0,
-    grid: ArrayTree | None = None,
-    trajectory: bool = False,
-) -> Solution:
-    """A sample by UniPC-p: a multistep predictor of order p and a corrector that uses the next evaluation, for free.
+@dataclass(frozen=True)
+class UniPC:
+    """UniPC-p: a multistep predictor of order p and a corrector that uses the next evaluation, for free.
 
     In half the log-SNR lambda and the prediction of data d, both add weighted changes of d to DDIM. The evaluation at
     the predicted state serves three times: it corrects that state, starts the next step and is history for later ones.
@@ -81,60 +73,71 @@ def sample_unipc(
     and diffusers (`lower_order_final`) lower the order of the last steps, here it is lowered in infinite steps only:
     the same for p <= 2 where sigma ends at 0; for p = 3 they also take the last step but one with order 2.
 
-    Args:
-        v: velocity function of an affine path with a standard normal source; called with a scalar t.
-        x0: [batch, ...] at `t0`.
-        schedule: of that path.
-        order: p of the predictor: 1, 2 or 3.
-        variant: "bh1", B(h) = h, or "bh2", B(h) = 1 - e^-h.
-        num_steps: for equal steps from `t0` to `t1`; either this or `grid`.
-        t0: where `x0` is.
-        t1: where to go. `t1 < t0` runs backward, from data to noise.
-        grid: times [num_steps + 1], strictly monotone.
-        trajectory: whether to keep the states at all grid times: those at which `v` is evaluated, before correction.
+    A trajectory has the states at which the velocity is evaluated, before correction.
 
-    Returns:
-        `Solution`: x [batch, ...] at the end; nfe, a scalar; trajectory [num_steps + 1, batch, ...] if asked for.
+    Attributes:
+        schedule: of the affine path with a standard normal source that the velocity belongs to.
+        p: order of the predictor: 1, 2 or 3.
+        variant: "bh1", B(h) = h, or "bh2", B(h) = 1 - e^-h.
 
     Raises:
-        ValueError: for a bad grid, order, variant or state.
+        ValueError: for another p or variant; from `sample`, for a start where the velocity does not tell data from
+            noise.
 
     Example:
+        >>> from fm_jax.samplers import sample
         >>> from fm_jax.schedules import Linear
         >>> v = lambda t, x: (2 - x) / (1 - t)  # all data at 2
-        >>> solution = sample_unipc(v, jnp.zeros((1, 1)), schedule=Linear(), num_steps=4)
-        >>> solution.x, int(solution.nfe)
+        >>> solution = sample(v, jnp.zeros((1, 1)), UniPC(Linear()), times=4)
+        >>> solution.x, int(solution.calls)
         (Array([[2.]], dtype=float32), 4)
 
     References:
         Zhao et al. 2023 (arXiv:2302.04867).
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"order must be 1, 2 or 3, got {order}.")
-    check_member("variant", variant, VARIANTS)
-    x0 = jnp.asarray(x0)
-    check_state(x0)
-    times = time_grid(num_steps, grid, t0, t1, x0)
-    check_start(schedule, t0, grid)
-    at = levels(schedule, times)
-    predictor, corrector = _predictor_and_corrector(at, order, variant)
-    # Step 0 has nothing to correct.
-    corrector = jnp.concatenate([jnp.zeros_like(corrector[:1]), corrector[:-1]])
-    # A correction of x is one of the noise. Where sigma is 0, the state is the data and nothing was corrected.
-    by_sigma = jnp.where(at.sigma > 0, 1 / jnp.where(at.sigma > 0, at.sigma, 1), 0)
 
-    def changes(weights: Array, points: list[Array], origin: Array) -> Array:
-        return sum((w * (point - origin) for w, point in zip(weights, points, strict=True)), jnp.zeros_like(origin))
+    schedule: Schedule
+    p: int = 2
+    variant: str = "bh2"
+    nfe_per_step: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = False
 
-    def step(x: Array, memory: Any, i: Array, t: Array, t_next: Array) -> tuple[Array, Any]:
-        ddim, earlier = memory
-        data, noise = data_and_noise(v, schedule, t, x)
-        corrected = ddim + changes(corrector[i], [data, *earlier[1:]], earlier[0])
-        noise = noise + by_sigma[i] * (corrected - x)
-        ddim = at.alpha[i + 1] * data + at.sigma[i + 1] * noise
-        x_next = ddim + changes(predictor[i], earlier[: order - 1], data)
-        return x_next.astype(x.dtype), (ddim, [data, *earlier[:-1]])
+    def __post_init__(self) -> None:
+        if self.p not in (1, 2, 3):
+            raise ValueError(f"p must be 1, 2 or 3, got {self.p!r}.")
+        check_member("variant", self.variant, VARIANTS)
 
-    zeros = jnp.zeros(x0.shape, dtype=time_dtype(x0))
-    memory = x0.astype(zeros.dtype), [zeros] * order
-    return sample_on_grid(step, x0, times, nfe=(len(times) - 1) * nfe_per_call(v), memory=memory, trajectory=trajectory)
+    @property
+    def order(self) -> int:
+        return self.p + 1
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return range_of(self.schedule)
+
+    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+        """Called by `sample`."""
+        check_start(self.schedule, times)
+        times, schedule = jnp.asarray(times), self.schedule
+        at = levels(schedule, times)
+        predictor, corrector = _predictor_and_corrector(at, self.p, self.variant)
+        # Step 0 has nothing to correct.
+        corrector = jnp.concatenate([jnp.zeros_like(corrector[:1]), corrector[:-1]])
+        # A correction of x is one of the noise. Where sigma is 0, the state is the data and nothing was corrected.
+        by_sigma = jnp.where(at.sigma > 0, 1 / jnp.where(at.sigma > 0, at.sigma, 1), 0)
+
+        def changes(weights: Array, points: list[Array], origin: Array) -> Array:
+            return sum((w * (point - origin) for w, point in zip(weights, points, strict=True)), jnp.zeros_like(origin))
+
+        def step(x: Array, memory: Any, i: Array, t: Array, t_next: Array) -> tuple[Array, Any]:
+            ddim, earlier = memory
+            data, noise = data_and_noise(evaluate(v, t, x), schedule, t, x)
+            corrected = ddim + changes(corrector[i], [data, *earlier[1:]], earlier[0])
+            noise = noise + by_sigma[i] * (corrected - x)
+            ddim = at.alpha[i + 1] * data + at.sigma[i + 1] * noise
+            x_next = ddim + changes(predictor[i], earlier[: self.p - 1], data)
+            return x_next.astype(x.dtype), (ddim, [data, *earlier[:-1]])
+
+        zeros = jnp.zeros(x0.shape, dtype=time_dtype(x0))
+        memory = x0.astype(zeros.dtype), [zeros] * self.p
+        return run_steps(step, x0, times, spent(len(times) - 1, v), memory=memory, trajectory=trajectory)

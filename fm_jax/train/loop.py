@@ -10,7 +10,7 @@ import jax
 
 from fm_jax.train.checkpoint import Checkpointer
 from fm_jax.train.interrupts import deferred_signals
-from fm_jax.train.metrics import MetricsWriter
+from fm_jax.train.log import MetricsWriter
 from fm_jax.train.progress import Progress
 from fm_jax.train.state import TrainState
 from fm_jax.train.step import Step

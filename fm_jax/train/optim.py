@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fm_jax.types import Params, check_member
+from fm_jax.checks import check_member
+from fm_jax.types import Params
 
 Decay = Literal["constant", "cosine", "linear"]
 """How the learning rate goes on after its warm-up."""

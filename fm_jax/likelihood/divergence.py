@@ -12,8 +12,8 @@ from typing import Any, Literal, Protocol, get_args
 import jax
 import jax.numpy as jnp
 
-from fm_jax.samplers.loop import check_key
-from fm_jax.types import Array, Key, VelocityFn, check_member
+from fm_jax.checks import check_integer, check_key, check_member, check_shape
+from fm_jax.types import Array, Key, VelocityFn
 
 Distribution = Literal["rademacher", "gaussian"]
 
@@ -51,8 +51,7 @@ class Exact:
     chunk: int = 16
 
     def __post_init__(self) -> None:
-        if self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1, got {self.chunk}.")
+        check_integer("chunk", self.chunk)
 
     @property
     def stochastic(self) -> bool:
@@ -100,8 +99,7 @@ class Hutchinson:
     distribution: Distribution = "rademacher"
 
     def __post_init__(self) -> None:
-        if self.num_probes < 1:
-            raise ValueError(f"num_probes must be at least 1, got {self.num_probes}.")
+        check_integer("num_probes", self.num_probes)
         check_member("distribution", self.distribution, get_args(Distribution))
 
     @property
@@ -182,8 +180,7 @@ class HutchPlusPlus:
 def _linearize(v: VelocityFn, t: Array, x: Array) -> tuple[Array, Callable[[Array], Array]]:
     """`v(t, x)`, and the product of its Jacobian in x with a vector [batch, ...], from one evaluation."""
     velocity, product = jax.linearize(lambda x: v(t, x), x)
-    if velocity.shape != x.shape:
-        raise ValueError(f"v(t, x) must have the shape of x, {x.shape}, got {velocity.shape}.")
+    check_shape("v(t, x)", velocity, x)
     return velocity, product
 
 

@@ -1,38 +1,56 @@
-"""Bespoke solvers: a few steps whose times and weights are learned for one velocity field.
+"""Learned solvers: a few steps whose times and weights are trained for one velocity field ("bespoke" solvers).
 
 A non-stationary solver (Shaul et al. 2024, arXiv:2403.01329) with n evaluations computes, for i < n,
 
     x_(i+1) = a_i x_0 + sum_(j <= i) b_ij v(t_j, x_j)
 
 with its own times t_i, a_i and b_ij in every step. Every Runge-Kutta and multistep method is of this form; from one of
-them the n (n + 5) / 2 numbers are trained towards fine solutions by `loss`; `fm_jax.train.bespoke` has the loop.
+them the n (n + 5) / 2 numbers are trained towards fine solutions by `loss`; `fm_jax.train.learned` has the loop.
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.nfe import nfe_per_call
-from fm_jax.samplers.fixed import Method, evaluate, tableau
-from fm_jax.samplers.grids import check_state, uniform
+from fm_jax.nfe import spent
+from fm_jax.samplers.grids import uniform
+from fm_jax.samplers.runge_kutta import Tableau, evaluate, tableau
+from fm_jax.samplers.sample import sample
 from fm_jax.shapes import mean_over_event
 from fm_jax.types import Array, Solution, VelocityFn
 
 
-class BespokeSolver(NamedTuple):
-    """The numbers of a solver with n evaluations: a pytree to optimise and to save.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class LearnedSolver:
+    """A solver with n evaluations at times of its own: a pytree to optimise and to save, and a sampler like the others.
 
-    `log_steps` [n]: the times between evaluations are its softmax times the whole; `a` [n]; `b` [n, n], of which the
-    lower triangle counts; `ends` [2]: the first and the last time, which are not trained.
+    The steps are written out one by one rather than looped over: there are few, and gradients of convolutions are slow
+    inside loops on CPU. Differentiable also with respect to the solver. `sample` takes it without `times`. It has no
+    order: its number of steps is fixed.
+
+    Attributes:
+        log_steps: [n]; the times between evaluations are its softmax times the whole.
+        a: [n].
+        b: [n, n], of which the lower triangle counts.
+        ends: [2], the first and the last time, which are not trained.
+
+    Example:
+        >>> sample(lambda t, x: x, jnp.ones((1, 1)), from_method("euler", 2)).x
+        Array([[2.25]], dtype=float32)
     """
 
     log_steps: Array
     a: Array
     b: Array
     ends: Array
+    order: ClassVar[None] = None
+    nfe_per_step: ClassVar[int] = 1
+    stochastic: ClassVar[bool] = False
 
     @property
     def times(self) -> Array:
@@ -41,9 +59,24 @@ class BespokeSolver(NamedTuple):
         elapsed = jnp.cumsum(jax.nn.softmax(self.log_steps))
         return jnp.concatenate([t0[None], t0 + (t1 - t0) * elapsed[:-1], t1[None]])
 
+    @property
+    def domain(self) -> tuple[Any, Any]:
+        t0, t1 = self.ends
+        return t0, t1
 
-def from_method(method: str | Method, num_steps: int, t0: float = 0.0, t1: float = 1.0) -> BespokeSolver:
-    """The bespoke solver that is a Runge-Kutta method on a uniform grid: where training starts.
+    def solve(self, v: VelocityFn, key: None, times: Array, x0: Array, trajectory: bool) -> Solution:
+        """Called by `sample`."""
+        x, states, velocities = x0, [x0], list[Array]()
+        for i, t in enumerate(times[:-1]):
+            velocities.append(evaluate(v, t, x))
+            x = self.a[i] * x0 + sum(self.b[i, j] * u for j, u in enumerate(velocities))
+            x = x.astype(x0.dtype)
+            states.append(x)
+        return Solution(x, *spent(len(self.a), v), jnp.stack(states) if trajectory else None)
+
+
+def from_method(method: str | Tableau, num_steps: int, t0: float = 0.0, t1: float = 1.0) -> LearnedSolver:
+    """The learned solver that is a Runge-Kutta method on a uniform grid: where training starts.
 
     Args:
         method: "euler", "midpoint", "ralston", "heun3" or a tableau whose stages come one after the other in time.
@@ -52,7 +85,7 @@ def from_method(method: str | Method, num_steps: int, t0: float = 0.0, t1: float
         t1: last time.
 
     Returns:
-        `BespokeSolver` with n = `num_steps` times the number of stages.
+        `LearnedSolver` with n = `num_steps` times the number of stages.
 
     Raises:
         ValueError: if the method is unknown or evaluates twice at one time, as "heun" does.
@@ -75,41 +108,10 @@ def from_method(method: str | Method, num_steps: int, t0: float = 0.0, t1: float
         if stage:
             b[i, step * stages : i + 1] = h * np.array(method.a[stage])
     log_steps = np.log(np.diff(times) / (t1 - t0))
-    return BespokeSolver(jnp.asarray(log_steps), jnp.ones(n), jnp.asarray(b), jnp.array([t0, t1], dtype=float))
+    return LearnedSolver(jnp.asarray(log_steps), jnp.ones(n), jnp.asarray(b), jnp.array([t0, t1], dtype=float))
 
 
-def sample_bespoke(v: VelocityFn, solver: BespokeSolver, x0: Array) -> Solution:
-    """The end of the few steps of a bespoke solver.
-
-    The steps are written out one by one rather than looped over: there are few, and gradients of convolutions are slow
-    inside loops on CPU. Differentiable also with respect to `solver`.
-
-    Args:
-        v: velocity function; called with a scalar t in the dtype of `x0`.
-        solver: from `from_method`, trained or not.
-        x0: [batch, ...] at the first time.
-
-    Returns:
-        `Solution`: x [batch, ...]; nfe, a scalar.
-
-    Raises:
-        ValueError: for a bad state, or if `v` returns another shape than that of `x0`.
-
-    Example:
-        >>> sample_bespoke(lambda t, x: x, from_method("euler", 2), jnp.ones((1, 1))).x
-        Array([[2.25]], dtype=float32)
-    """
-    x0 = jnp.asarray(x0)
-    check_state(x0)
-    x, velocities = x0, []
-    for i, t in enumerate(solver.times[:-1]):
-        velocities.append(evaluate(v, t, x))
-        x = solver.a[i] * x0 + sum(solver.b[i, j] * u for j, u in enumerate(velocities))
-        x = x.astype(x0.dtype)
-    return Solution(x, jnp.asarray(len(solver.a) * nfe_per_call(v)))
-
-
-def start_for(num_evaluations: int, t0: float = 0.0, t1: float = 1.0) -> BespokeSolver:
+def start_for(num_evaluations: int, t0: float = 0.0, t1: float = 1.0) -> LearnedSolver:
     """Where to start training a solver with so many evaluations: the midpoint rule, Euler's method if it is odd."""
     if num_evaluations % 2 == 0:
         return from_method("midpoint", num_evaluations // 2, t0, t1)
@@ -122,7 +124,7 @@ def log_error(x: Array, x1: Array) -> Array:
     return jnp.log(jnp.maximum(error, jnp.finfo(error.dtype).tiny)).mean()
 
 
-def loss(v: VelocityFn, solver: BespokeSolver, x0: Array, x1: Array) -> Array:
+def loss(v: VelocityFn, solver: LearnedSolver, x0: Array, x1: Array) -> Array:
     """The mean over examples of the logarithm of the mean squared error, which is minus the PSNR up to a constant.
 
     Args:
@@ -137,7 +139,7 @@ def loss(v: VelocityFn, solver: BespokeSolver, x0: Array, x1: Array) -> Array:
     References:
         Shaul et al. 2024 (arXiv:2403.01329).
     """
-    return log_error(sample_bespoke(v, solver, x0).x, x1)
+    return log_error(sample(v, x0, solver).x, x1)
 
 
 def decibels(log_error: Array, peak: float = 2.0) -> Array:

@@ -1,18 +1,19 @@
 """Explicit Runge-Kutta methods on a fixed time grid."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax.numpy as jnp
 
-from fm_jax.nfe import nfe_per_call
-from fm_jax.samplers.grids import check_state, time_dtype, time_grid
-from fm_jax.samplers.loop import sample_on_grid
-from fm_jax.shapes import expand_time
-from fm_jax.types import Array, ArrayTree, Solution, VelocityFn, check_member
+from fm_jax.checks import check_member, check_shape
+from fm_jax.nfe import spent
+from fm_jax.samplers.loop import run_steps
+from fm_jax.shapes import expand_time, time_dtype
+from fm_jax.types import Array, ArrayTree, Solution, VelocityFn
 
 
 @dataclass(frozen=True)
-class Method:
+class Tableau:
     """An explicit Runge-Kutta method, as its Butcher tableau.
 
     k_i = v(t + c_i h, x + h sum_{j < i} a_ij k_j), and the step is x + h sum_i b_i k_i (Hairer, Norsett & Wanner 1993,
@@ -40,13 +41,13 @@ class Method:
         return len(self.b)
 
 
-METHODS = {
-    "euler": Method(order=1, a=((),), b=(1.0,), c=(0.0,)),
-    "midpoint": Method(order=2, a=((), (0.5,)), b=(0.0, 1.0), c=(0.0, 0.5)),
-    "heun": Method(order=2, a=((), (1.0,)), b=(0.5, 0.5), c=(0.0, 1.0)),
-    "ralston": Method(order=2, a=((), (2 / 3,)), b=(1 / 4, 3 / 4), c=(0.0, 2 / 3)),
-    "heun3": Method(order=3, a=((), (1 / 3,), (0.0, 2 / 3)), b=(1 / 4, 0.0, 3 / 4), c=(0.0, 1 / 3, 2 / 3)),
-    "rk4": Method(
+TABLEAUX = {
+    "euler": Tableau(order=1, a=((),), b=(1.0,), c=(0.0,)),
+    "midpoint": Tableau(order=2, a=((), (0.5,)), b=(0.0, 1.0), c=(0.0, 0.5)),
+    "heun": Tableau(order=2, a=((), (1.0,)), b=(0.5, 0.5), c=(0.0, 1.0)),
+    "ralston": Tableau(order=2, a=((), (2 / 3,)), b=(1 / 4, 3 / 4), c=(0.0, 2 / 3)),
+    "heun3": Tableau(order=3, a=((), (1 / 3,), (0.0, 2 / 3)), b=(1 / 4, 0.0, 3 / 4), c=(0.0, 1 / 3, 2 / 3)),
+    "rk4": Tableau(
         order=4,
         a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
         b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
@@ -55,12 +56,12 @@ METHODS = {
 }
 
 
-def tableau(method: str | Method) -> Method:
+def tableau(method: str | Tableau) -> Tableau:
     """The tableau of that name, or the tableau itself; raises `ValueError` for an unknown name."""
-    if isinstance(method, Method):
+    if isinstance(method, Tableau):
         return method
-    check_member("method", method, tuple(METHODS))
-    return METHODS[method]
+    check_member("method", method, tuple(TABLEAUX))
+    return TABLEAUX[method]
 
 
 def _weighted(weights: tuple[float, ...], values: list[Array]) -> Array:
@@ -69,15 +70,14 @@ def _weighted(weights: tuple[float, ...], values: list[Array]) -> Array:
 
 
 def evaluate(v: VelocityFn, t: Array, x: Array) -> Array:
-    """`v(t, x)` with the time in the dtype of `x`; raises `ValueError` if it has another shape than `x`."""
-    velocity = v(t.astype(x.dtype), x)
-    if velocity.shape != x.shape:
-        raise ValueError(f"v(t, x) must have the shape of x, {x.shape}, got {velocity.shape}.")
+    """`v(t, x)`; raises `ValueError` if it has another shape than `x`."""
+    velocity = v(t, x)
+    check_shape("v(t, x)", velocity, x)
     return velocity
 
 
 def ode_step(
-    v: VelocityFn, t: Array, t_next: Array, x: Array, method: str | Method = "midpoint", *, first: Array | None = None
+    v: VelocityFn, t: Array, t_next: Array, x: Array, method: str | Tableau = "midpoint", *, first: Array | None = None
 ) -> Array:
     """One step of dx/dt = v(t, x) from `t` to `t_next`.
 
@@ -111,50 +111,43 @@ def ode_step(
     return (x + h * _weighted(method.b, stages)).astype(x.dtype)
 
 
-def sample_ode(
-    v: VelocityFn,
-    x0: Array,
-    *,
-    num_steps: int | None = None,
-    method: str | Method = "midpoint",
-    t0: float = 0.0,
-    t1: float = 1.0,
-    grid: ArrayTree | None = None,
-    trajectory: bool = False,
-) -> Solution:
-    """The solution of dx/dt = v(t, x) by an explicit Runge-Kutta method on a fixed grid.
+@dataclass(frozen=True)
+class RungeKutta:
+    """An explicit Runge-Kutta method for the flow dx/dt = v(t, x), the probability flow of a diffusion.
 
-    A single `lax.scan`: differentiable in forward and reverse mode, also with respect to `grid`. Wrap it in `jax.jit`.
-
-    Args:
-        v: velocity function; called with a scalar t in the dtype of `x0`.
-        x0: [batch, ...] at `t0`.
-        num_steps: for equal steps from `t0` to `t1`; either this or `grid`.
-        method: "euler", "midpoint", "heun", "ralston", "heun3", "rk4" or a tableau. Costs 1, 2, 2, 2, 3 and 4
+    Attributes:
+        method: "euler", "midpoint", "heun", "ralston", "heun3", "rk4" or a tableau. They cost 1, 2, 2, 2, 3 and 4
             evaluations a step.
-        t0: where `x0` is.
-        t1: where to go. `t1 < t0` runs backward, from data to noise.
-        grid: times [num_steps + 1], strictly monotone in either direction.
-        trajectory: whether to keep the states at all grid times.
-
-    Returns:
-        `Solution`: x [batch, ...] at the end; nfe, a scalar; trajectory [num_steps + 1, batch, ...] if asked for.
 
     Raises:
-        ValueError: for a bad grid, number of steps, method or state.
+        ValueError: if the method is unknown.
 
     Example:
-        >>> solution = sample_ode(lambda t, x: x, jnp.ones((1, 1)), num_steps=10, method="rk4")
-        >>> float(abs(solution.x[0, 0] - jnp.e)) < 1e-5, int(solution.nfe)
+        >>> from fm_jax.samplers import sample
+        >>> solution = sample(lambda t, x: x, jnp.ones((1, 1)), RungeKutta("rk4"), times=10)
+        >>> float(abs(solution.x[0, 0] - jnp.e)) < 1e-5, int(solution.calls)
         (True, 40)
     """
-    method = tableau(method)
-    x0 = jnp.asarray(x0)
-    check_state(x0)
-    times = time_grid(num_steps, grid, t0, t1, x0)
 
-    def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
-        return ode_step(v, t, t_next, x, method), memory
+    method: str | Tableau = "midpoint"
+    stochastic: ClassVar[bool] = False
+    domain: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
-    nfe = (len(times) - 1) * method.stages * nfe_per_call(v)
-    return sample_on_grid(step, x0, times, nfe=nfe, trajectory=trajectory)
+    def __post_init__(self) -> None:
+        tableau(self.method)
+
+    @property
+    def order(self) -> int:
+        return tableau(self.method).order
+
+    @property
+    def nfe_per_step(self) -> int:
+        return tableau(self.method).stages
+
+    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+        """Called by `sample`."""
+
+        def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
+            return ode_step(v, t, t_next, x, self.method), memory
+
+        return run_steps(step, x0, times, spent((len(times) - 1) * self.nfe_per_step, v), trajectory=trajectory)

@@ -1,4 +1,4 @@
-"""Training of bespoke solvers: minutes, against fine solutions of one velocity field."""
+"""Training of learned solvers: minutes, against fine solutions of one velocity field."""
 
 from collections.abc import Callable
 
@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fm_jax.samplers import bespoke
+from fm_jax.checks import check_integer, check_same_shape
+from fm_jax.samplers import learned
 from fm_jax.types import Array, Cond, Key, VelocityFn
 
 
-def fit_bespoke(
+def fit_solver(
     v_of: Callable[[Cond], VelocityFn],
-    solver: bespoke.BespokeSolver,
+    solver: learned.LearnedSolver,
     key: Key,
     x0: Array,
     x1: Array,
@@ -21,12 +22,12 @@ def fit_bespoke(
     num_iterations: int = 500,
     batch_size: int = 64,
     learning_rate: float = 5e-3,
-) -> tuple[bespoke.BespokeSolver, Array]:
-    """Fits a bespoke solver to pairs of starting points and fine solutions by Adam with a decaying learning rate.
+) -> tuple[learned.LearnedSolver, Array]:
+    """Fits a learned solver to pairs of starting points and fine solutions by Adam with a decaying learning rate.
 
     Args:
         v_of: `v_of(cond)`, the velocity function for a batch of conditions; guidance belongs in here.
-        solver: where to start, from `bespoke.from_method`.
+        solver: where to start, from `learned.from_method`.
         key: draws the batches.
         x0: starting points [num, ...].
         x1: where fine solutions from there end [num, ...].
@@ -45,23 +46,21 @@ def fit_bespoke(
     References:
         Shaul et al. 2024 (arXiv:2403.01329).
     """
-    if x0.shape != x1.shape:
-        raise ValueError(f"x0 and x1 must have the same shape, got {x0.shape} and {x1.shape}.")
+    check_same_shape(x0=x0, x1=x1)
     if not 1 <= batch_size <= len(x0):
         raise ValueError(f"batch_size must be between 1 and the {len(x0)} pairs, got {batch_size}.")
-    if num_iterations < 1:
-        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}.")
+    check_integer("num_iterations", num_iterations)
     x0, x1, cond = jax.tree.map(jnp.asarray, (x0, x1, cond))
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_iterations))
 
     # Steps are dispatched one by one: gradients of convolutions are slow inside loops on CPU.
     @jax.jit
     def step(
-        solver: bespoke.BespokeSolver, state: optax.OptState, key: Key
-    ) -> tuple[bespoke.BespokeSolver, optax.OptState, Array]:
+        solver: learned.LearnedSolver, state: optax.OptState, key: Key
+    ) -> tuple[learned.LearnedSolver, optax.OptState, Array]:
         index = jax.random.choice(key, len(x0), (batch_size,), replace=False)
         v = v_of(jax.tree.map(lambda c: c[index], cond))
-        value, gradient = jax.value_and_grad(lambda s: bespoke.loss(v, s, x0[index], x1[index]))(solver)
+        value, gradient = jax.value_and_grad(lambda s: learned.loss(v, s, x0[index], x1[index]))(solver)
         updates, state = optimizer.update(gradient, state)
         return optax.apply_updates(solver, updates), state, value
 

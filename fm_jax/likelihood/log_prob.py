@@ -1,0 +1,157 @@
+"""The likelihood of data under a flow, by the instantaneous change of variables.
+
+Along dx/dt = v(t, x) the log-density obeys d/dt log p_t(x_t) = -div v(t, x_t) (Chen et al. 2018, arXiv:1806.07366,
+thm. 1; Grathwohl et al. 2018, arXiv:1810.01367, eq. 3), so that one solve of the state together with its log-density
+gives both: `log p_1(x_1) = log p_0(x_0) - integral of div v from t0 to t1`.
+
+A sampler here is any that draws no noise. It sees one array z [batch, d + 1], the flattened state and the log-density,
+which so takes part in an adaptive sampler's error control. It must: with steps chosen by the state alone, `log_prob` on
+Gaussian mixtures was 15 to 90 times less accurate for two thirds of the NFE.
+"""
+
+import jax.numpy as jnp
+
+from fm_jax.checks import check_state
+from fm_jax.likelihood.divergence import Divergence, Exact
+from fm_jax.nfe import Counted, cost
+from fm_jax.samplers import Adaptive, sample
+from fm_jax.samplers.grids import check_forward, time_grid
+from fm_jax.sources import Normal
+from fm_jax.types import Array, ArrayTree, Key, Sampler, Solution, Source, VelocityFn
+
+EXACT, ADAPTIVE, NORMAL = Exact(), Adaptive(), Normal()
+DEFAULT_STEPS = 50
+
+
+def log_prob(
+    v: VelocityFn,
+    x1: Array,
+    *,
+    key: Key | None = None,
+    divergence: Divergence = EXACT,
+    source: Source = NORMAL,
+    sampler: Sampler = ADAPTIVE,
+    times: int | ArrayTree | None = None,
+) -> Array:
+    """The log-density of data under a flow, in nats: `encode_and_log_prob` without the encoding.
+
+    Differentiable in `x1` and in what `v` closes over, so that `-log_prob(...).mean()` trains a continuous normalising
+    flow. With a stochastic divergence it is unbiased up to the error of the solve.
+
+    Args:
+        v: velocity function.
+        x1: data [batch, ...], any event shape.
+        key: for a stochastic divergence, which draws its probes once; `Exact` ignores it.
+        divergence: `Exact`, `Hutchinson` or `HutchPlusPlus`.
+        source: at the first time. For a schedule with hardly any signal there and another sigma than 1, such as VE,
+            `paths.start(schedule)`.
+        sampler: how the flow is solved; `Adaptive()` has tolerances of 1e-5.
+        times: as in `sample`, increasing: from where the source is to where the data are. The solve goes backward. Ends
+            short of 1, as (0.0, 0.999), where the velocity is singular there; see `schedule.domain`. A number of steps
+            is 50 by default.
+
+    Returns:
+        [batch], in nats.
+
+    Raises:
+        ValueError: for a stochastic divergence without a key, a sampler that is random, times that do not increase; and
+            what `sample` refuses.
+
+    Example:
+        >>> from fm_jax.samplers import RungeKutta
+        >>> log_p = log_prob(lambda t, x: x, jnp.zeros((1, 2)), sampler=RungeKutta("rk4"), times=10)
+        >>> bool(abs(log_p[0] + jnp.log(2 * jnp.pi) + 2) < 1e-4)  # N(0, e^2 I)
+        True
+    """
+    options = {"key": key, "divergence": divergence, "source": source, "sampler": sampler, "times": times}
+    return encode_and_log_prob(v, x1, **options)[1]  # type: ignore[arg-type]
+
+
+def encode_and_log_prob(
+    v: VelocityFn,
+    x1: Array,
+    *,
+    key: Key | None = None,
+    divergence: Divergence = EXACT,
+    source: Source = NORMAL,
+    sampler: Sampler = ADAPTIVE,
+    times: int | ArrayTree | None = None,
+) -> tuple[Solution, Array]:
+    """Where data come from, and their log-density, in one solve from the last time back to the first.
+
+    Args:
+        v: velocity function.
+        x1: data [batch, ...].
+        key: see `log_prob`, as the other options.
+        divergence: estimator of div v.
+        source: p_0.
+        sampler: how the flow is solved.
+        times: from the source to the data.
+
+    Returns:
+        `Solution` with x the source [batch, ...] and the calls of `v` (each with the Jacobian products that the
+        divergence takes, which are not counted); the log-density of the data, [batch] in nats.
+    """
+    solution, change = _transport(v, "x1", x1, key, divergence, sampler, times, backward=True)
+    return solution, source.log_prob(solution.x) - change
+
+
+def sample_and_log_prob(
+    v: VelocityFn,
+    x0: Array,
+    *,
+    key: Key | None = None,
+    divergence: Divergence = EXACT,
+    source: Source = NORMAL,
+    sampler: Sampler = ADAPTIVE,
+    times: int | ArrayTree | None = None,
+) -> tuple[Solution, Array]:
+    """Samples and their log-density, in one solve from the first time to the last.
+
+    Args:
+        v: velocity function.
+        x0: drawn from the source, [batch, ...].
+        key: see `log_prob`, as the other options.
+        divergence: estimator of div v.
+        source: p_0.
+        sampler: how the flow is solved.
+        times: from the source to the data.
+
+    Returns:
+        `Solution` with x the samples [batch, ...], as for `encode_and_log_prob`; their log-density, [batch] in nats.
+    """
+    solution, change = _transport(v, "x0", x0, key, divergence, sampler, times, backward=False)
+    return solution, source.log_prob(jnp.asarray(x0)) + change
+
+
+def _transport(
+    v: VelocityFn,
+    name: str,
+    x: Array,
+    key: Key | None,
+    divergence: Divergence,
+    sampler: Sampler,
+    times: int | ArrayTree | None,
+    *,
+    backward: bool,
+) -> tuple[Solution, Array]:
+    """Carries x along the times, or back; and the change of its log-density on the way, [batch]."""
+    x = jnp.asarray(x)
+    check_state(x, name)
+    if sampler.stochastic:
+        raise ValueError(f"sampler must not draw noise, for there to be a change of variables, got {sampler}.")
+    grid = time_grid(DEFAULT_STEPS if times is None else times, sampler.domain, x)
+    check_forward(grid, "a likelihood")
+    batch, event = x.shape[0], x.shape[1:]
+    probes = divergence.draw(key, x)
+
+    def state(z: Array) -> Array:
+        return z[..., :-1].reshape(*z.shape[:-1], *event)
+
+    def augmented(t: Array, z: Array) -> Array:
+        velocity, div = divergence(v, probes, t, state(z))
+        return jnp.concatenate([velocity.reshape(batch, -1), -div[:, None]], axis=1).astype(z.dtype)
+
+    z = jnp.concatenate([x.reshape(batch, -1), jnp.zeros((batch, 1), x.dtype)], axis=1)
+    found = sample(Counted(augmented, cost(v)), z, sampler, times=grid[::-1] if backward else grid)
+    return Solution(state(found.x), found.calls, found.nfe), found.x[:, -1]

@@ -1,0 +1,69 @@
+"""The one entry to sampling."""
+
+import jax.numpy as jnp
+
+from fm_jax.checks import check_has, check_key, check_state
+from fm_jax.samplers.grids import time_grid
+from fm_jax.samplers.runge_kutta import RungeKutta
+from fm_jax.types import Array, ArrayTree, Key, Sampler, Solution, VelocityFn
+
+DEFAULT_STEPS = 20
+_MIDPOINT = RungeKutta("midpoint")
+
+
+def sample(
+    v: VelocityFn,
+    x0: Array,
+    sampler: Sampler = _MIDPOINT,
+    *,
+    times: int | ArrayTree | None = None,
+    key: Key | None = None,
+    trajectory: bool = False,
+) -> Solution:
+    """Samples: the flow dx/dt = v(t, x), or the SDE with its marginals (its SDE extension), from `x0` on.
+
+    Any sampler of `fm_jax.samplers` is run by this function, and any dataclass of your own that keeps to
+    `fm_jax.types.Sampler`. With fixed steps it is one `lax.scan`, differentiable in forward and reverse mode, also with
+    respect to traced `times`. Wrap it in `jax.jit`.
+
+    Args:
+        v: velocity function; called with a scalar t in float32 or better.
+        x0: [batch, ...] at the first time, floating point.
+        sampler: how to follow it: `RungeKutta("heun")`, `Adaptive()`, `DDIM(schedule)`, `EulerMaruyama(schedule)`, ...
+        times: how many even steps to take over the sampler's range, from source to data, 20 by default; or the times
+            themselves, [num + 1] and strictly monotone, as from `samplers.grids`. Decreasing ones run backward, from
+            data to noise. An adaptive sampler chooses its own steps from the first time to the last.
+        key: typed key, for a sampler that draws noise and for no other.
+        trajectory: whether to keep the states at all times.
+
+    Returns:
+        `Solution`: x [batch, ...] at the last time, in the dtype of `x0`; calls of `v` and network evaluations,
+        scalars, or [batch] where each example has its own steps; trajectory [num + 1, batch, ...] if asked for.
+
+    Raises:
+        ValueError: for anything that is not a sampler; bad times or a bad state; a key that is missing or not needed;
+            and what the sampler refuses, such as a start where its predictions are infinite.
+        ImportError: if the sampler needs Diffrax and it is missing.
+
+    Example:
+        >>> solution = sample(lambda t, x: x, jnp.ones((1, 1)), RungeKutta("rk4"), times=10)
+        >>> float(abs(solution.x[0, 0] - jnp.e)) < 1e-5, int(solution.calls)
+        (True, 40)
+    """
+    wanted = "a sampler, such as RungeKutta('heun') or DDIM(schedule)"
+    check_has("sampler", sampler, ("order", "nfe_per_step", "stochastic", "domain", "solve"), wanted)
+    x0 = jnp.asarray(x0)
+    check_state(x0)
+    if sampler.stochastic:
+        if key is None:
+            raise ValueError(f"key must be given: {sampler} draws noise on the way.")
+        check_key(key)
+    elif key is not None:
+        raise ValueError(f"key must be None for {sampler}, which draws no noise, got {key!r}.")
+    own_times = getattr(sampler, "times", None)  # of a learned solver
+    if own_times is not None:
+        if times is not None:
+            raise ValueError(f"times must be None: the sampler has its own, got {times!r}.")
+        return sampler.solve(v, key, own_times, x0, trajectory)
+    times = time_grid(DEFAULT_STEPS if times is None else times, sampler.domain, x0)
+    return sampler.solve(v, key, times, x0, trajectory)

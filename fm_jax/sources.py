@@ -1,0 +1,99 @@
+"""Sources p_0: where x0 comes from.
+
+Each is a frozen dataclass with `draw(key, like)`, a batch in the shape and dtype of `like` [batch, ...], and
+`log_prob(x)`, the log-density [batch] in nats. A path names its source; losses draw x0 from it, likelihoods end in it.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from fm_jax.checks import check_number
+from fm_jax.types import Array, ArrayTree, Key
+
+
+@dataclass(frozen=True)
+class Normal:
+    """N(0, scale^2 I), in any shape.
+
+    Raises:
+        ValueError: if `scale` is not positive and finite.
+
+    Example:
+        >>> Normal().log_prob(jnp.zeros((1, 2)))  # -log(2 pi)
+        Array([-1.837877], dtype=float32)
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale, "(0, inf)")
+
+    def draw(self, key: Key, like: ArrayTree) -> Array:
+        """Independent normal numbers in the shape and dtype of `like`."""
+        return self.scale * jax.random.normal(key, like.shape, like.dtype)
+
+    def log_prob(self, x: Array) -> Array:
+        """The log-density of x [batch, ...] in nats, [batch]."""
+        squares = (x / self.scale) ** 2 + math.log(2 * math.pi * self.scale**2)
+        return -0.5 * squares.reshape(x.shape[0], -1).sum(axis=1)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """The uniform distribution on the box [low, high]^d.
+
+    Raises:
+        ValueError: unless `low < high`, both finite.
+
+    Example:
+        >>> Uniform(-1.0, 1.0).log_prob(jnp.array([[0.0, 0.5], [0.0, 2.0]]))
+        Array([-1.3862944,       -inf], dtype=float32)
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not -math.inf < self.low < self.high < math.inf:
+            raise ValueError(f"low < high must hold, both finite, got {self.low} and {self.high}.")
+
+    def draw(self, key: Key, like: ArrayTree) -> Array:
+        """Independent uniform numbers in the shape and dtype of `like`."""
+        return jax.random.uniform(key, like.shape, like.dtype, self.low, self.high)
+
+    def log_prob(self, x: Array) -> Array:
+        """The log-density of x [batch, ...] in nats, [batch]; -inf outside of the box."""
+        inside = ((x >= self.low) & (x <= self.high)).reshape(x.shape[0], -1)
+        volume = inside.shape[1] * math.log(self.high - self.low)
+        return jnp.where(inside.all(axis=1), jnp.asarray(-volume, x.dtype), -jnp.inf)
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A source known by its draws alone: a toy distribution, a simulator, the examples of another data set.
+
+    Attributes:
+        function: `function(key, num) -> [num, ...]`, independent draws.
+
+    Example:
+        >>> from fm_jax.data.toy import moons
+        >>> Sampled(moons).draw(jax.random.key(0), jnp.zeros((5, 2))).shape
+        (5, 2)
+    """
+
+    function: Callable[[Key, int], Array]
+
+    def draw(self, key: Key, like: ArrayTree) -> Array:
+        """Draws in the dtype of `like`; raises `ValueError` if they have not its shape [batch, ...]."""
+        x = jnp.asarray(self.function(key, like.shape[0]))
+        if x.shape != tuple(like.shape):
+            raise ValueError(f"{self} must draw the shape {tuple(like.shape)}, got {x.shape}.")
+        return x.astype(like.dtype)
+
+    def log_prob(self, x: Array) -> Array:
+        """Raises `ValueError`: the density is not known."""
+        raise ValueError(f"{self} has no density: a likelihood needs a source such as Normal().")
