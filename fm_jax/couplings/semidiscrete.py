@@ -5,22 +5,22 @@ once, before training, after which a source sample finds its data point by one a
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_integer, check_number
 from fm_jax.couplings.costs import Cost, check_finite, squared_euclidean
-from fm_jax.types import Array, Key
+from fm_jax.sources import Normal
+from fm_jax.types import Array, Key, Source
 
-DrawSource: TypeAlias = Callable[[Key, int], Array]
-"""`draw_x0(key, n) -> x0 [n, ...]`: independent samples of the source."""
+_NORMAL = Normal()
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["x1", "potential"], meta_fields=["cost"])
+@partial(jax.tree_util.register_dataclass, data_fields=["x1", "potential"], meta_fields=["cost", "source"])
 @dataclass(frozen=True)
 class SemidiscreteOT:
     """The optimal map from a source to the m points of a data set: x0 goes to `x1[argmin_j c(x0, x1_j) - g_j]`.
@@ -31,11 +31,13 @@ class SemidiscreteOT:
         x1: the data [m, ...].
         potential: g [m], of mean 0.
         cost: `cost(x0, x1) -> [n, m]`.
+        source: that the potential was fitted to.
     """
 
     x1: Array
     potential: Array
     cost: Cost = field(default=squared_euclidean)
+    source: Source = field(default_factory=Normal)
 
     def pair(self, x0: Array) -> Array:
         """The data point of each source sample, as its index int32 [batch].
@@ -50,15 +52,18 @@ class SemidiscreteOT:
             raise ValueError(f"x0 must be [batch, ...] with events {self.x1.shape[1:]}, got shape {x0.shape}.")
         return (self.cost(x0, self.x1) - self.potential[None, :]).argmin(axis=1).astype(jnp.int32)
 
-    def batch(self, draw_x0: DrawSource, key: Key, batch_size: int) -> dict[str, Array]:
+    def draw(self, key: Key, batch_size: int) -> Array:
+        """Points of the source, [batch_size, ...]."""
+        return self.source.draw(key, _like(self.x1, batch_size))
+
+    def batch(self, key: Key, batch_size: int) -> dict[str, Array]:
         """A batch of the optimal pairs: `x0`, its `x1`, and `index1` int32 [batch], with which to look up labels.
 
         Args:
-            draw_x0: the source that the potential was fitted to.
             key: PRNG key.
             batch_size: number of pairs.
         """
-        x0 = draw_x0(key, batch_size)
+        x0 = self.draw(key, batch_size)
         index1 = self.pair(x0)
         return {"x0": x0, "x1": self.x1[index1], "index1": index1}
 
@@ -75,15 +80,12 @@ class CellMasses(NamedTuple):
     noise: float
 
 
-def cell_masses(
-    draw_x0: DrawSource, key: Key, transport: SemidiscreteOT, *, num_batches: int = 100, batch_size: int = 1000
-) -> CellMasses:
+def cell_masses(transport: SemidiscreteOT, key: Key, *, num_batches: int = 100, batch_size: int = 1000) -> CellMasses:
     """Estimates the mass of every data point's cell, and so whether any is starved.
 
     Args:
-        draw_x0: the source.
-        key: PRNG key.
         transport: from `fit_semidiscrete`.
+        key: PRNG key.
         num_batches: batches of source samples.
         batch_size: samples in each.
 
@@ -93,7 +95,7 @@ def cell_masses(
     m = len(transport.potential)
 
     def count(counts: Array, key: Key) -> tuple[Array, None]:
-        return counts.at[transport.pair(draw_x0(key, batch_size))].add(1), None
+        return counts.at[transport.pair(transport.draw(key, batch_size))].add(1), None
 
     keys = jax.random.split(key, num_batches)
     counts, _ = jax.lax.scan(count, jnp.zeros(m, jnp.int32), keys)
@@ -102,10 +104,10 @@ def cell_masses(
 
 
 def fit_semidiscrete(
-    draw_x0: DrawSource,
     key: Key,
     x1: Array,
     *,
+    source: Source = _NORMAL,
     num_iterations: int = 10_000,
     batch_size: int = 256,
     learning_rate: float = 0.01,
@@ -119,10 +121,9 @@ def fit_semidiscrete(
     `optax`.
 
     Args:
-        draw_x0: `draw_x0(key, n) -> x0 [n, ...]`, for example
-            `lambda key, n: jax.random.normal(key, (n, *x1.shape[1:]))`.
         key: PRNG key.
         x1: the data [m, ...].
+        source: of x0, in the event shape of `x1`.
         num_iterations: steps.
         batch_size: source samples in each.
         learning_rate: in units of the costs' standard deviation.
@@ -132,13 +133,13 @@ def fit_semidiscrete(
         `SemidiscreteOT`.
 
     Raises:
-        ValueError: if an option is not positive, `draw_x0` does not draw what looks like `x1`, or, unless it is traced,
+        ValueError: if an option is not positive, the source does not draw what looks like `x1`, or, unless it is traced,
             the result is not finite.
 
     Example:
-        >>> draw_x0 = lambda key, n: jax.random.uniform(key, (n, 1))
+        >>> from fm_jax.sources import Uniform
         >>> x1 = jnp.array([[3.0], [1.0], [2.0], [4.0]])
-        >>> transport = fit_semidiscrete(draw_x0, jax.random.key(0), x1, num_iterations=1000)
+        >>> transport = fit_semidiscrete(jax.random.key(0), x1, source=Uniform(), num_iterations=1000)
         >>> transport.pair(jnp.array([[0.1], [0.4], [0.6], [0.9]]))  # a quarter each, in order
         Array([1, 2, 0, 3], dtype=int32)
 
@@ -146,40 +147,38 @@ def fit_semidiscrete(
         Genevay et al. 2016 (arXiv:1605.08527), sec. 4; Mousavi-Hosseini et al. 2025 (arXiv:2509.25519) for its use in
         flow matching.
     """
-    for name, value in (
-        ("num_iterations", num_iterations),
-        ("batch_size", batch_size),
-        ("learning_rate", learning_rate),
-    ):
-        if not value > 0:
-            raise ValueError(f"{name} must be positive, got {value}.")
+    check_integer("num_iterations", num_iterations)
+    check_integer("batch_size", batch_size)
+    check_number("learning_rate", learning_rate, "(0, inf)")
     x1 = jnp.asarray(x1)
     if not x1.ndim or not len(x1):
         raise ValueError(f"x1 must be [m, ...] with at least one example, got shape {x1.shape}.")
-    drawn = jax.eval_shape(lambda key: draw_x0(key, batch_size), key).shape
-    if drawn != (batch_size, *x1.shape[1:]):
-        raise ValueError(f"draw_x0(key, {batch_size}) must be {(batch_size, *x1.shape[1:])}, got shape {drawn}.")
-    potential = _fit(draw_x0, key, x1, learning_rate, cost, num_iterations=num_iterations, batch_size=batch_size)
+    potential = _fit(key, x1, learning_rate, source, cost, num_iterations=num_iterations, batch_size=batch_size)
     if not isinstance(potential, jax.core.Tracer):
         check_finite(potential)
-    return SemidiscreteOT(x1, potential, cost)
+    return SemidiscreteOT(x1, potential, cost, source)
 
 
-@partial(jax.jit, static_argnames=("draw_x0", "cost", "num_iterations", "batch_size"))
+def _like(x1: Array, num: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((num, *x1.shape[1:]), x1.dtype)
+
+
+@partial(jax.jit, static_argnames=("source", "cost", "num_iterations", "batch_size"))
 def _fit(
-    draw_x0: DrawSource, key: Key, x1: Array, learning_rate: float, cost: Cost, *, num_iterations: int, batch_size: int
+    key: Key, x1: Array, learning_rate: float, source: Source, cost: Cost, *, num_iterations: int, batch_size: int
 ) -> Array:
     import optax
 
+    like = _like(x1, batch_size)
     m, half = len(x1), num_iterations // 2
     key_scale, key_steps = jax.random.split(key)
-    scale = cost(draw_x0(key_scale, batch_size), x1).std()
+    scale = cost(source.draw(key_scale, like), x1).std()
     optimizer = optax.adam(lambda i: learning_rate * scale / jnp.sqrt(1 + 100 * i / num_iterations))
 
     def step(state, i_key):
         i, key = i_key
         potential, average, opt_state = state
-        nearest = (cost(draw_x0(key, batch_size), x1) - potential[None, :]).argmin(axis=1)
+        nearest = (cost(source.draw(key, like), x1) - potential[None, :]).argmin(axis=1)
         excess = jnp.zeros_like(potential).at[nearest].add(1 / batch_size) - 1 / m  # minus the gradient
         updates, opt_state = optimizer.update(excess, opt_state)
         potential = potential + updates
