@@ -5,9 +5,9 @@ NOTEBOOKS ?=
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -e
 
-.PHONY: help demo test lint smoke notebooks docs
+.PHONY: help demo test test-all lint smoke notebooks docs
 help:  ## Shows this list.
-	@grep -E '^[a-z]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
+	@grep -E '^[a-z-]+: .*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 18
 	@echo
 	@echo "  ARGS are passed on:  make demo ARGS='--total-steps 500'   make test ARGS='tests/losses -x'"
 	@echo "  PYTHON picks the interpreter that .venv is made with:  make test PYTHON=python3.12"
@@ -15,8 +15,11 @@ help:  ## Shows this list.
 demo: .venv/.demo-stamp  ## Trains on 8x8 digits and draws samples of every class: minutes on a laptop, no download.
 	@$(BIN)/python -m experiments.digits $(ARGS)
 
-test: .venv/.test-stamp  ## Runs the tests and the examples in the docstrings.
+test: .venv/.test-stamp  ## Runs the tests and the examples in the docstrings, the heavy ones left out.
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+test-all: test  ## Runs the heavy tests too: trainings, experiments from end to end.
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist load -m slow $(ARGS)
 
 lint: .venv/.dev-stamp  ## Checks style, formatting and types.
 	@$(BIN)/ruff check

@@ -87,6 +87,9 @@ class Sampled:
 
     function: Callable[[Key, int], Array]
 
+    def __repr__(self) -> str:
+        return f"Sampled({getattr(self.function, '__name__', self.function)})"
+
     def draw(self, key: Key, like: ArrayTree) -> Array:
         """Draws in the dtype of `like`; raises `ValueError` if they have not its shape [batch, ...]."""
         x = jnp.asarray(self.function(key, like.shape[0]))

@@ -1,10 +1,35 @@
-"""Every schedule, time sampler, weight and coupling, listed once: what is added here goes through the same contract."""
+"""Every value of the library that has a noun of the theory, listed once: what is added here goes through its contract.
+
+`test_contracts.py` finds the value that nobody listed, and measures what the listed ones claim.
+"""
 
 import numpy as np
 
-from fm_jax import couplings, losses, oracles, paths, schedules, times
+from fm_jax import (
+    couplings,
+    fewstep,
+    guidance,
+    likelihood,
+    losses,
+    oracles,
+    paths,
+    samplers,
+    schedules,
+    sources,
+    times,
+)
+from fm_jax.data.toy import moons
 from fm_jax.guidance import classifier_free
+from fm_jax.nfe import Counted
+from fm_jax.samplers.learned import from_method
+from fm_jax.samplers.runge_kutta import TABLEAUX
 
+SOURCES = [
+    sources.Normal(),
+    sources.Normal(3.0),
+    sources.Uniform(-1.0, 2.0),
+    sources.Sampled(moons),
+]
 SCHEDULES = [
     schedules.Linear(),
     schedules.Linear(sigma_min=1e-2),
@@ -31,6 +56,13 @@ TIME_SAMPLERS = [
     times.Rescale(times.LogitNormal(), 0.0, 0.9),
 ]
 WEIGHTS = [losses.SNRWeight(), losses.SNRWeight(0.0), losses.MinSNRWeight(), losses.EDMWeight()]
+RULES = [
+    guidance.Extrapolate(),
+    guidance.Rescale(),
+    guidance.ZeroStar(),
+    guidance.Projected(schedules.Linear()),
+]
+DIVERGENCES = [likelihood.Exact(), likelihood.Hutchinson(), likelihood.HutchPlusPlus()]
 COUPLINGS = {
     "independent": couplings.independent,
     "paired": couplings.paired,
@@ -45,6 +77,8 @@ OTT_COUPLINGS = {
     "gromov_wasserstein_ot": couplings.GromovWassersteinOT(),
 }
 """Those that need the extra fm_jax[ot]."""
+DEVICE_COUPLINGS = {"gathered": couplings.Gathered(couplings.ExactOT())}
+"""Those that need a device axis: tests of their own."""
 BRIDGES = [
     paths.BrownianBridge(0.8),
     *(
@@ -52,6 +86,55 @@ BRIDGES = [
         for g in (paths.ConstantNoise(0.1), paths.QuadraticNoise(), paths.SineNoise())
     ),
 ]
+SPLINES = [paths.SplinePath((0.0, 0.4, 1.0)), paths.SplinePath((0.0, 1.0), kind="linear", sigma=0.1)]
+PATHS = [
+    *(paths.AffinePath(schedule) for schedule in SCHEDULES),
+    paths.AffinePath(source=sources.Uniform()),
+    *BRIDGES,
+    *SPLINES,
+]
+LOSSES = {
+    "flow_matching": lambda apply_fn: losses.flow_matching(apply_fn, paths.AffinePath()),
+    "score_matching": lambda apply_fn: losses.score_matching(apply_fn, paths.AffinePath()),
+    "noise_prediction": lambda apply_fn: losses.noise_prediction(apply_fn, paths.AffinePath()),
+    "data_prediction": lambda apply_fn: losses.data_prediction(apply_fn, paths.AffinePath()),
+    "bridge_matching": lambda apply_fn: losses.bridge_matching(losses.two_heads(apply_fn, apply_fn), BRIDGES[0]),
+    "trajectory_matching": lambda apply_fn: losses.trajectory_matching(apply_fn, SPLINES[0]),
+    "distillation": fewstep.distillation,
+    "optimal_flow_matching": lambda apply_fn: fewstep.optimal_flow_matching(
+        lambda params, x: params["w"] * (x**2).sum(axis=1)
+    ),
+}
+"""By name: the loss of a network `apply_fn`."""
+SAMPLERS = {
+    **{name: lambda s, name=name: samplers.RungeKutta(name) for name in TABLEAUX},
+    **{f"ab{order}": lambda s, order=order: samplers.AdamsBashforth(order) for order in (2, 3, 4)},
+    "ddim": samplers.DDIM,
+    "ddim eta": lambda s: samplers.DDIM(s, eta=0.5),
+    "ddpm": lambda s: samplers.DDIM(s, eta=1.0),
+    **{f"dpm_solver_{order}": lambda s, order=order: samplers.DPMSolver(s, order) for order in (2, 3)},
+    **{f"dpm_solver++_{order}m": lambda s, order=order: samplers.DPMSolverPlusPlus(s, order) for order in (2, 3)},
+    "dpm_solver++_2m_sde": lambda s: samplers.DPMSolverPlusPlus(s, sde=True),
+    **{f"unipc_{p}": lambda s, p=p: samplers.UniPC(s, p) for p in (1, 2, 3)},
+    **{f"unipc_{p}_bh1": lambda s, p=p: samplers.UniPC(s, p, "bh1") for p in (1, 2, 3)},
+    "euler_maruyama": samplers.EulerMaruyama,
+    "stochastic_heun": samplers.StochasticHeun,
+    "churn": lambda s: samplers.Churn(s, churn=5.0),
+    "predictor_corrector": samplers.PredictorCorrector,
+}
+"""By name: the sampler of a schedule, with fixed steps of our own."""
+DIFFRAX_SAMPLERS = {
+    **{name: lambda s, name=name: samplers.DiffraxSDE(s, solver=name) for name in ("sea", "shark", "sra1")},
+    **{
+        f"adaptive_{name}": lambda s, name=name: samplers.DiffraxSDE(s, solver=name, rtol=1e-3, atol=1e-3)
+        for name in ("shark", "sra1")
+    },
+    **{name: lambda s, name=name: samplers.Adaptive(name) for name in ("bosh3", "heun", "tsit5", "dopri5", "dopri8")},
+    **{name: lambda s, name=name: samplers.Adaptive(name, per_sample=True) for name in ("kvaerno3", "kvaerno5")},
+}
+"""Those by Diffrax, which are slow to compile."""
+LEARNED_SAMPLERS = {"learned": lambda s: from_method("midpoint", 4)}
+"""Those with times of their own."""
 
 
 def mixture() -> oracles.GaussianMixture:
@@ -65,4 +148,5 @@ def guided_by_half(schedule, batch):
     cats = oracles.gaussian_mixture([[-1.0, 0.0], [1.0, 0.5]], [0.6, 0.8], [0.3, 0.7])
     everything = oracles.gaussian_mixture([[0.0, 0.0], [0.5, -0.5]], [1.0, 0.7])
     scale = np.repeat([1.0, 2.0], batch // 2)
-    return classifier_free(oracles.velocity(cats, schedule), oracles.velocity(everything, schedule), scale)
+    v_cond, v_uncond = (Counted(oracles.velocity(each, schedule), 1) for each in (cats, everything))
+    return classifier_free(v_cond, v_uncond, scale)

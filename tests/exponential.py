@@ -10,7 +10,7 @@ from contracts import guided_by_half
 from marginals import two_gaussians
 
 from fm_jax import oracles
-from fm_jax.samplers.fixed import sample_ode
+from fm_jax.samplers import RungeKutta, sample
 from fm_jax.schedules import VP, Linear, Polynomial, coefficients
 
 NUM_STEPS = [64, 128, 256]

@@ -133,8 +133,8 @@ def fit_semidiscrete(
         `SemidiscreteOT`.
 
     Raises:
-        ValueError: if an option is not positive, the source does not draw what looks like `x1`, or, unless it is traced,
-            the result is not finite.
+        ValueError: if an option is not positive, the source does not draw what looks like `x1`, or, unless it is
+            traced, the result is not finite.
 
     Example:
         >>> from fm_jax.sources import Uniform

@@ -55,6 +55,9 @@ class PredictorCorrector:
     gets depend on its company, and an example's own norms would bias the law (see `langevin_step`); this eps is a
     function of t, at most theirs with sqrt(d), and always stable, since the score falls no faster than x / sigma^2.
 
+    It has no order in the step size: as the steps along the path become short, the error of Langevin steps of their
+    fixed size is left.
+
     Step i draws from `fold_in(key, i (corrector_steps + 1) + j)`, j = 0 in the predictor. An evaluation for the
     predictor and one for each Langevin step.
 
@@ -85,7 +88,7 @@ class PredictorCorrector:
     diffusion: Diffusion = 0.0
     corrector_steps: int = 1
     snr: float = 0.1
-    order: ClassVar[int] = 1
+    order: ClassVar[None] = None
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
