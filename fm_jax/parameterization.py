@@ -22,7 +22,7 @@ from fm_jax.types import KINDS, Array, Cond, Kind, ModelFn, Prediction, Schedule
 
 
 def convert(kind: Kind, value: Array, t: Array, x_t: Array, schedule: Schedule) -> Prediction:
-    """All four descriptions from any one of them.
+    """All four descriptions from any one of them: the reparameterisations of a network, Tweedie's formula among them.
 
     Args:
         kind: what `value` is: "velocity", "data", "noise" or "score".
@@ -92,7 +92,7 @@ def network_cost(model_fn: Callable[..., Any]) -> int | None:
 
 
 def score_fn(v: VelocityFn, schedule: Schedule) -> Callable[[Array, Array], Array]:
-    """The score `grad log p_t(x)` of the marginals that a velocity function carries; infinite where sigma = 0.
+    """The score function `grad log p_t(x)` of the marginals that a velocity function carries; infinite where sigma = 0.
 
     Args:
         v: velocity function of an affine path with a standard normal source.

@@ -65,7 +65,7 @@ def stands_still(schedule: Schedule, t: Array) -> Array:
 
 @dataclass(frozen=True)
 class Linear:
-    """alpha = t, sigma = 1 - (1 - sigma_min) t: straight lines, the conditional optimal-transport path.
+    """alpha = t, sigma = 1 - (1 - sigma_min) t: straight lines, the path of conditional OT and rectified flow.
 
     `sigma_min = 0` is rectified flow (Liu et al. 2022, arXiv:2209.03003); a small positive `sigma_min` is the path of
     Lipman et al. 2022 (arXiv:2210.02747, eq. 20), which ends in a Gaussian of that width around each data point.
@@ -271,7 +271,7 @@ def linear_betas(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: floa
 
 @dataclass(frozen=True)
 class DDPM:
-    """A discrete beta table as a schedule in continuous time.
+    """DDPM's discrete beta table as a schedule in continuous time.
 
     The n-th of N entries (n = 1..N) sits at `t = 1 - n / N`: there alpha^2 = prod_{i <= n} (1 - beta_i), Ho et al. 2020
     (arXiv:2006.11239, eq. 4). In between, log alpha is linear, which is the VP diffusion with a piecewise constant

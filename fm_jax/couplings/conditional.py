@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import check_number
 from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import assign_within, call_host
 from fm_jax.couplings.pairing import check_same_space
@@ -63,8 +64,7 @@ class ConditionalOT:
     def __post_init__(self) -> None:
         if self.weight is not None and not self.weight >= 0:
             raise ValueError(f"weight must be at least 0, or None to find it by ratio, got {self.weight}.")
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"ratio must be in (0, 1], got {self.ratio}.")
+        check_number("ratio", self.ratio, "(0, 1]")
 
     def __call__(self, key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
         """Pairs a batch.

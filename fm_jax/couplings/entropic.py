@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_integer, check_number
 from fm_jax.couplings.costs import Cost, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import as_labels
 from fm_jax.couplings.pairing import check_same_space
@@ -109,8 +110,7 @@ def schrodinger_bridge_ot(sigma: float, **options) -> EntropicOT:
     References:
         Tong et al. 2023 (arXiv:2307.03672).
     """
-    if not sigma > 0:
-        raise ValueError(f"sigma must be positive, got {sigma}.")
+    check_number("sigma", sigma, "(0, inf)")
     taken = {"cost", "epsilon", "relative"} & set(options)
     if taken:
         raise ValueError(f"sigma determines {', '.join(sorted(taken))}: EntropicOT takes them.")
@@ -138,8 +138,7 @@ def check_options(options: Any) -> None:
         raise ValueError(f"epsilon must be positive and finite, got {options.epsilon}.")
     if not 0 < options.threshold <= 0.01:
         raise ValueError(f"threshold must be positive and at most 0.01, got {options.threshold}.")
-    if options.max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {options.max_iterations}.")
+    check_integer("max_iterations", options.max_iterations)
 
 
 def require_key(options: Any, key: Key | None) -> Key:

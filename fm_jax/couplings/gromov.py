@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import check_integer, check_number
 from fm_jax.couplings.costs import Cost, cost_matrix, on_host, squared_euclidean
 from fm_jax.couplings.exact import as_labels, assign_within, call_host
 from fm_jax.couplings.pairing import check_batch
@@ -60,12 +61,9 @@ class GromovWassersteinOT:
     ignore_cond: bool = False
 
     def __post_init__(self) -> None:
-        if not self.epsilon > 0:
-            raise ValueError(f"epsilon must be positive, got {self.epsilon}.")
-        if not self.fused >= 0:
-            raise ValueError(f"fused must be at least 0, got {self.fused}.")
-        if self.max_iterations < 1:
-            raise ValueError(f"max_iterations must be at least 1, got {self.max_iterations}.")
+        check_number("epsilon", self.epsilon, "(0, inf)")
+        check_number("fused", self.fused, "[0, inf)")
+        check_integer("max_iterations", self.max_iterations)
 
     def __call__(self, key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
         """Pairs a batch.

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import check_same_shape
 from fm_jax.couplings.costs import as_arrays, on_host
 from fm_jax.types import Array, Cond, Key, Pairing
 
@@ -46,6 +47,5 @@ def check_batch(x0: Array, x1: Array) -> tuple[Array, Array]:
 def check_same_space(x0: Array, x1: Array) -> tuple[Array, Array]:
     """Both as arrays; raises `ValueError` unless they have one shape."""
     x0, x1 = as_arrays(x0, x1)
-    if x0.shape != x1.shape:
-        raise ValueError(f"x0 and x1 must have the same shape, got {x0.shape} and {x1.shape}.")
+    check_same_shape(x0=x0, x1=x1)
     return check_batch(x0, x1)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import check_number
 from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import _COLD, as_labels, assign, call_host, extend_potentials, row_potentials
 from fm_jax.couplings.pairing import check_same_space
@@ -43,8 +44,7 @@ class PartialOT:
     ignore_cond: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.mass <= 1:
-            raise ValueError(f"mass must be in (0, 1], got {self.mass}.")
+        check_number("mass", self.mass, "(0, 1]")
 
     def __call__(self, key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
         """Pairs a batch.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
+from fm_jax.checks import check_integer
 from fm_jax.data.images import ImageDataset, to_float
 
 if TYPE_CHECKING:
@@ -143,8 +144,7 @@ def _check_dataset(dataset: ImageDataset) -> None:
 def _check_sizes(num_examples: int, batch_size: int, seed: int, process_index: int, process_count: int) -> None:
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index must be from 0 to {process_count - 1}, got {process_index}.")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    check_integer("batch_size", batch_size)
     if batch_size * process_count > num_examples:
         raise ValueError(
             f"batch_size must be at most {num_examples // process_count}, the {num_examples} examples over "

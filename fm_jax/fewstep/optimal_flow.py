@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_integer, check_number
 from fm_jax.couplings import independent
 from fm_jax.losses.matching import draw_pairs
 from fm_jax.paths.affine import AffinePath
@@ -210,10 +211,8 @@ def straight_velocity(
 
 
 def _check_options(tolerance: float, max_iterations: int) -> None:
-    if not 0 < tolerance < math.inf:
-        raise ValueError(f"tolerance must be positive and finite, got {tolerance}.")
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}.")
+    check_number("tolerance", tolerance, "(0, inf)")
+    check_integer("max_iterations", max_iterations)
 
 
 def _solvers(dim: int, dtype: Any, tolerance: float, max_iterations: int) -> tuple[Callable, Callable]:

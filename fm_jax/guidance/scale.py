@@ -6,10 +6,10 @@ interval: put them on the time grid.
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import check_finite
 from fm_jax.types import Array, ArrayTree
 
 ALWAYS = (0.0, 1.0)
@@ -19,8 +19,7 @@ def check_scale(scale: ArrayTree) -> None:
     """Raises `ValueError` unless `scale` is a number or [batch], and finite where its values are known."""
     if np.ndim(scale) > 1:
         raise ValueError(f"scale must be a number or [batch], got shape {np.shape(scale)}.")
-    if not isinstance(scale, jax.core.Tracer) and not np.isfinite(scale).all():
-        raise ValueError(f"scale must be finite, got {scale}.")
+    check_finite("scale", scale)
 
 
 def check_interval(interval: tuple[float, float]) -> None:

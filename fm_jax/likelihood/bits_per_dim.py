@@ -152,8 +152,7 @@ def _coarser(sampler: Sampler, times: tuple[float, ...]) -> tuple[Sampler, tuple
 
 
 def _check_images(images: np.ndarray, levels: int) -> None:
-    if levels < 2:
-        raise ValueError(f"levels must be at least 2, got {levels}.")
+    check_integer("levels", levels, least=2)
     if images.ndim < 2 or not np.issubdtype(images.dtype, np.integer):
         raise ValueError(f"images must be integers [batch, ...], got {images.dtype} of shape {images.shape}.")
     if images.size and not (images.min() >= 0 and images.max() < levels):

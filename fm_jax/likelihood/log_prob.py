@@ -1,4 +1,4 @@
-"""The likelihood of data under a flow, by the instantaneous change of variables.
+"""The likelihood of data under a flow, by the instantaneous change of variables: the continuity equation along it.
 
 Along dx/dt = v(t, x) the log-density obeys d/dt log p_t(x_t) = -div v(t, x_t) (Chen et al. 2018, arXiv:1806.07366,
 thm. 1; Grathwohl et al. 2018, arXiv:1810.01367, eq. 3), so that one solve of the state together with its log-density

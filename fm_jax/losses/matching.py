@@ -37,11 +37,12 @@ def flow_matching(
     kind: str = "velocity",
     weight: Weight | None = None,
 ) -> LossFn:
-    """The conditional flow matching loss, or with another `kind` its relatives.
+    """The conditional flow matching loss, or with another `kind` its relatives: a regression for marginalisation.
 
     `E_t,x0,x1 w(t) |f(t, x_t, cond) - target|^2`, averaged over the dimensions of x. The target is `u_t` (conditional
     flow matching, Lipman et al. 2022, arXiv:2210.02747, eq. 14), `x1`, `x0` (DDPM's noise prediction) or the
-    conditional score (denoising score matching, Vincent 2011). Its minimiser is the marginal quantity.
+    conditional score (denoising score matching, Vincent 2011). By the marginalisation trick its minimiser is the
+    marginal quantity, `E[target | x_t]`.
 
     Args:
         apply_fn: the network, `apply_fn(params, t, x, cond, train=, rngs=)`.

@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-from fm_jax.checks import check_key
+from fm_jax.checks import check_integer, check_key
 from fm_jax.metrics.wasserstein import wasserstein
 from fm_jax.types import Array, ArrayTree, Key
 
@@ -131,10 +131,8 @@ def normalised_path_energy_floor(draw_x0: Draw, draw_x1: Draw, key: Key, num: in
 
 def _check(key: Key, num: int, repeats: int) -> None:
     check_key(key)
-    if num < 1:
-        raise ValueError(f"num must be at least 1, got {num}.")
-    if repeats < 2:
-        raise ValueError(f"repeats must be at least 2, got {repeats}.")
+    check_integer("num", num)
+    check_integer("repeats", repeats, least=2)
 
 
 def _drawn(draw: Draw, key: Key, num: int) -> Array:

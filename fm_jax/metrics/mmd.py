@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from fm_jax.checks import check_number
 from fm_jax.metrics.samples import device_samples
 from fm_jax.types import Array, ArrayTree
 
@@ -113,8 +114,7 @@ class PolynomialKernel:
     def __post_init__(self) -> None:
         if self.degree < 1 or int(self.degree) != self.degree:
             raise ValueError(f"degree must be an integer of at least 1, got {self.degree}.")
-        if not self.offset >= 0:
-            raise ValueError(f"offset must not be negative, got {self.offset}.")
+        check_number("offset", self.offset, "[0, inf)")
 
     def __call__(self, x: Array, y: Array) -> Array:
         """[n, d], [m, d] -> [n, m]."""

@@ -5,7 +5,6 @@ that the marginals and all conditional means follow by conditioning. The couplin
 methods apart: independent, optimal or entropic.
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import check_number
 from fm_jax.schedules import Linear, coefficients
 from fm_jax.types import Array, ArrayTree, Key, Schedule, VelocityFn
 
@@ -144,8 +144,7 @@ def entropic_plan(pair: GaussianPair, sigma: float) -> GaussianPair:
         Janati et al. 2020 (arXiv:2006.02572, theorem 1); Mallasto et al. 2020 (arXiv:2006.03416); Bunne et al. 2022
         (arXiv:2202.05722).
     """
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"sigma must be positive and finite, got {sigma}.")
+    check_number("sigma", sigma, "(0, inf)")
     return _with_regularisation(pair, sigma)
 
 

@@ -171,7 +171,7 @@ def prediction(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array)
 
 
 def velocity(mixture: GaussianMixture, schedule: Schedule) -> VelocityFn:
-    """The exact marginal velocity function `v(t, x)`, for samplers."""
+    """The exact marginal velocity function, by the marginalisation trick `v(t, x) = E[u_t | x_t = x]`: for samplers."""
     return lambda t, x: prediction(mixture, schedule, t, x).velocity
 
 

@@ -107,7 +107,7 @@ def edm(
     _uniform(num_steps, t0, t1)
     if not (0 < sigma_min < sigma_max < math.inf):
         raise ValueError(f"0 < sigma_min < sigma_max must hold, got {sigma_min} and {sigma_max}.")
-    if not rho > 0:
+    if not rho > 0:  # infinity is a value
         raise ValueError(f"rho must be positive, got {rho}.")
     first, last = min(t0, t1), max(t0, t1)
     with jax.ensure_compile_time_eval():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from fm_jax.checks import check_integer
 from fm_jax.train.state import TrainState
 from fm_jax.types import Array, Key
 
@@ -55,8 +56,7 @@ class Checkpointer:
         allow_change: Collection[str] = ALLOW_CHANGE,
     ):
         for name, value in (("keep", keep), ("save_every", save_every)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+            check_integer(name, value)
         _silence_orbax()
         self.directory = Path(run_dir).absolute() / "checkpoints"
         self.save_every = save_every

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
+from fm_jax.checks import check_integer
 from fm_jax.train.checkpoint import Checkpointer
 from fm_jax.train.interrupts import deferred_signals
 from fm_jax.train.log import MetricsWriter
@@ -88,8 +89,7 @@ def fit(
     counts |= {"images_per_batch": images_per_batch}
     counts |= {f"callbacks[{i}]'s period": every for i, (every, _) in enumerate(callbacks)}
     for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}.")
+        check_integer(name, value)
     step = checked = int(state.step)
     if step >= num_steps:
         return state

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fm_jax.checks import check_member
+from fm_jax.checks import check_member, check_number
 from fm_jax.types import Params
 
 Decay = Literal["constant", "cosine", "linear"]
@@ -39,8 +39,7 @@ def make_schedule(
         [0.0, 0.05, 0.1, 0.05, 0.0]
     """
     check_member("decay", decay, get_args(Decay))
-    if learning_rate <= 0:
-        raise ValueError(f"learning_rate must be positive, got {learning_rate}.")
+    check_number("learning_rate", learning_rate, "(0, inf)")
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(f"warmup_steps must be at least 0 and less than {total_steps=}, got {warmup_steps}.")
     steps = total_steps - warmup_steps
@@ -90,8 +89,7 @@ def make_optimizer(
     schedule = make_schedule(learning_rate, total_steps=total_steps, warmup_steps=warmup_steps, decay=decay)
     if clip_norm is not None and clip_norm <= 0:
         raise ValueError(f"clip_norm must be positive or None, got {clip_norm}.")
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay must be at least 0, got {weight_decay}.")
+    check_number("weight_decay", weight_decay, "[0, inf)")
     for name, value in (("b1", b1), ("b2", b2)):
         if not 0 <= value < 1:
             raise ValueError(f"{name} must be at least 0 and less than 1, got {value}.")

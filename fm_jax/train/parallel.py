@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from fm_jax.checks import check_integer
 from fm_jax.train.state import TrainState
 from fm_jax.train.step import AXIS, Step, split_leading
 from fm_jax.types import Batch, Key, Metrics
@@ -85,8 +86,7 @@ def split_batch(batch: Batch, num_devices: int) -> Batch:
         >>> split_batch({"x1": np.zeros((8, 3))}, 4)["x1"].shape
         (4, 2, 3)
     """
-    if num_devices < 1:
-        raise ValueError(f"num_devices must be at least 1, got {num_devices}.")
+    check_integer("num_devices", num_devices)
     return split_leading(batch, num_devices, "num_devices")
 
 

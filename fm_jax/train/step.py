@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fm_jax.checks import check_integer
 from fm_jax.train.ema import update_ema
 from fm_jax.train.state import TrainState
 from fm_jax.types import Batch, Key, LossFn, Metrics, Params
@@ -59,8 +60,7 @@ def make_step(
         >>> float(state.params), float(metrics["loss"])
         (1.0, 1.0)
     """
-    if accumulate < 1:
-        raise ValueError(f"accumulate must be at least 1, got {accumulate}.")
+    check_integer("accumulate", accumulate)
 
     def gradients(params: Params, key: Key, batch: Batch, options: dict) -> tuple[Params, Metrics]:
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, key, batch, **options)
