@@ -5,6 +5,7 @@ Time runs from 0 (source, noise) to 1 (data). The core, imported here, needs jax
 * `sources`, `schedules`, `paths`, `couplings`, `times`: what to regress, and where;
 * `losses`: `flow_matching` and its relatives, for any network library;
 * `parameterization`: velocity, data, noise and score, and the way between them;
+* `conditions`: what the network is told beside time and state, and how to drop it;
 * `guidance`, `samplers`, `likelihood`: velocity in; velocity, samples or log-density out;
 * `fewstep`: straight flows and flows of one step: reflow, distillation, Optimal Flow Matching;
 * `oracles`: the closed forms that all of it is checked against.
@@ -13,6 +14,7 @@ Time runs from 0 (source, noise) to 1 (data). The core, imported here, needs jax
 """
 
 from fm_jax import (
+    conditions,
     couplings,
     guidance,
     likelihood,
@@ -29,6 +31,7 @@ from fm_jax._version import __version__
 
 __all__ = [
     "__version__",
+    "conditions",
     "couplings",
     "guidance",
     "likelihood",

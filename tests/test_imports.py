@@ -27,7 +27,7 @@ EXTRAS = [
 # A file imports from its own layer and those below.
 LAYERS = [
     ["types", "_version"],
-    ["shapes", "nfe", "manifolds"],
+    ["shapes", "nfe", "manifolds", "conditions"],
     ["schedules"],
     ["times", "couplings", "oracles", "paths", "parameterization"],
     ["losses", "guidance", "samplers", "divergence"],

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from fm_jax.conditions import null_like
 from fm_jax.guidance.rules import Extrapolate, Rule
 from fm_jax.guidance.scale import ALWAYS, check_interval, check_scale, is_number, scale_at
 from fm_jax.nfe import Counted, cost, total
@@ -80,8 +81,8 @@ def classifier_free_batched(
         kind: what it predicts.
         schedule: of the path it was trained on.
         cond: what to guide towards, a pytree of [batch, ...].
-        null_cond: what stands for "no condition": a pytree like `cond`, each leaf broadcast to that of `cond`, such as
-            the number of the null class.
+        null_cond: what stands for "no condition", as it was dropped in training (`fm_jax.conditions`): a pytree like
+            `cond`, each leaf broadcast to that of `cond`, such as the number of the null class.
         scale: a number, or [batch]. 1 is off (`velocity_fn` under `cond` is returned for the number 1).
         interval: as in `classifier_free`.
         rule: as in `classifier_free`; it sees velocities, whatever the kind.
@@ -90,7 +91,7 @@ def classifier_free_batched(
         `v(t, x)`; a call of it costs two network evaluations, or one where the scale is the number 1.
 
     Raises:
-        ValueError: as `classifier_free`; if `cond` is `None` or `kind` unknown.
+        ValueError: as `classifier_free`; if `cond` is `None`, `null_cond` does not fit it or `kind` is unknown.
 
     Example:
         >>> from fm_jax.schedules import Linear
@@ -142,7 +143,8 @@ def compose(
         `v(t, x)`; a call of it costs one network evaluation more than there are conditions.
 
     Raises:
-        ValueError: without conditions, if one is `None` or there are more or fewer scales; as `classifier_free`.
+        ValueError: without conditions, if one is `None` or there are more or fewer scales; as
+            `classifier_free_batched`.
 
     Example:
         >>> from fm_jax.schedules import Linear
@@ -181,12 +183,8 @@ def _one_batch(
     if any(cond is None for cond in conds):
         raise ValueError("cond must be given: classifier-free guidance needs a condition to guide towards.")
     num = len(conds) + 1
-
-    def stack(*leaves: Array) -> Array:
-        *given, null = map(jnp.asarray, leaves)
-        return jnp.concatenate([*given, jnp.broadcast_to(null.astype(given[0].dtype), given[0].shape)])
-
-    v = velocity_fn(model_fn, kind, schedule, jax.tree.map(stack, *conds, null_cond))
+    stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conds, null_like(conds[0], null_cond))
+    v = velocity_fn(model_fn, kind, schedule, stacked)
 
     def branches(t: Array, x: Array) -> list[Array]:
         repeated_t = t if jnp.ndim(t) == 0 else jnp.concatenate([t] * num)

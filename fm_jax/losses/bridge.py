@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.checks import check_has
+from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
 from fm_jax.losses.matching import draw_pairs, times_within
 from fm_jax.nfe import Counted
@@ -45,6 +46,7 @@ def bridge_matching(
     *,
     coupling: Coupling = independent,
     time_sampler: TimeSampler | None = None,
+    drop: Drop | None = None,
 ) -> LossFn:
     """The loss of drift and denoiser of a stochastic interpolant, from which velocity and score follow.
 
@@ -64,6 +66,7 @@ def bridge_matching(
         path: with latent noise.
         coupling: pairs x0 with x1 within the batch; its weights of pairs, if it has any, multiply the loss.
         time_sampler: training times; `None` is uniform on the domain of `path.interpolant`.
+        drop: takes conditions away from some examples, as in `flow_matching`.
 
     Returns:
         `loss_fn(params, key, batch) -> (loss, metrics)`, as from `flow_matching`, with the same batch. The key is
@@ -83,7 +86,7 @@ def bridge_matching(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Array, Metrics]:
         del target_params
-        pairs = draw_pairs(key, batch, path.source, coupling, time_sampler)
+        pairs = draw_pairs(key, batch, path.source, coupling, time_sampler, drop)
         sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
         targets = path.targets(sample)
         prediction = apply_fn(params, pairs.t, sample.x_t, pairs.cond, train=True, rngs=pairs.rngs)

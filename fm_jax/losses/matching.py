@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from fm_jax.checks import check_member, check_per_example
+from fm_jax.conditions import Drop
 from fm_jax.couplings import independent, paired
 from fm_jax.shapes import mean_over_event
 from fm_jax.times import Uniform
@@ -36,6 +37,7 @@ def flow_matching(
     time_sampler: TimeSampler | None = None,
     kind: str = "velocity",
     weight: Weight | None = None,
+    drop: Drop | None = None,
 ) -> LossFn:
     """The conditional flow matching loss, or with another `kind` its relatives: a regression for marginalisation.
 
@@ -51,19 +53,21 @@ def flow_matching(
         time_sampler: training times; `None` is uniform on the range where the target is finite.
         kind: what the network predicts, one of `path.kinds`.
         weight: `weight(t, kind, schedule)` on a path with a schedule; `None` is 1.
+        drop: takes conditions away from some examples, as `DropCondition(0.1, null_cond)`, or any `drop(key, cond)`; so
+            the network, of any library, learns what classifier-free guidance needs. The coupling still sees them.
 
     Returns:
         `loss_fn(params, key, batch) -> (loss, metrics)`, pure, for `jax.value_and_grad(loss_fn, has_aux=True)`. The
         batch is a dict: `x1` [batch, ...]; optional `x0` (drawn from `path.source` if absent), `cond`, `t` [batch]
         (drawn if absent) and `weight` [batch], what each example counts for. Metrics are `loss` and `mse`, the
-        unweighted error. With `key=None`, nothing may be random: `x0` and `t` must be in the batch, and the network
-        runs with `train=False`.
+        unweighted error. With `key=None`, nothing may be random: `x0` and `t` must be in the batch, no condition is
+        dropped, and the network runs with `train=False`.
 
     Raises:
         ValueError: if the path has no such kind, `time_sampler` leaves the range where the target is finite, or
             `weight` needs a schedule and the path has none; when the loss is traced, if the batch has no `x1`, its
-            shapes do not fit, or pairs of data are to be kept (`paired`) or the path has no source and there is no
-            `x0`.
+            shapes do not fit, there is no `x0` where pairs of data are to be kept (`paired`) or the path has no source,
+            or a condition is to be dropped that is not there or that `null_cond` does not fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,7 +88,7 @@ def flow_matching(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Array, Metrics]:
         del target_params  # for losses with a second network; a regression on the path has none
-        pairs = draw_pairs(key, batch, path.source, coupling, time_sampler)
+        pairs = draw_pairs(key, batch, path.source, coupling, time_sampler, drop)
         sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
         mse = squared_error(apply_fn, params, sample, pairs, path.targets(sample)[kind])
         weighted = mse if pairs.weight is None else pairs.weight * mse
@@ -121,9 +125,14 @@ class Pairs(NamedTuple):
 
 
 def draw_pairs(
-    key: Key | None, batch: Batch, source: Source | None, coupling: Coupling, time_sampler: TimeSampler
+    key: Key | None,
+    batch: Batch,
+    source: Source | None,
+    coupling: Coupling,
+    time_sampler: TimeSampler,
+    drop: Drop | None = None,
 ) -> Pairs:
-    """Source, times and pairing of a batch, as `flow_matching` says; raises `ValueError` where it does."""
+    """Source, times, pairing and conditions of a batch, as `flow_matching` says; raises `ValueError` where it does."""
     if "x1" not in batch:
         raise ValueError(f"the batch must hold 'x1', got {sorted(batch)}.")
     if "x0" not in batch and (coupling is paired or source is None):
@@ -131,15 +140,22 @@ def draw_pairs(
     if key is None and not ("x0" in batch and "t" in batch):
         raise ValueError("without a key the batch must hold 'x0' and 't'.")
     x1 = batch["x1"]
-    keys: Any = [None] * 5 if key is None else jax.random.split(key, 5)
-    key_x0, key_t, key_coupling, key_path, key_dropout = keys
+    # The last: a split into more keys begins with the same ones, so that runs without `drop` are what they were.
+    keys: Any = [None] * 6 if key is None else jax.random.split(key, 6)
+    key_x0, key_t, key_coupling, key_path, key_dropout, key_drop = keys
     x0 = batch["x0"] if source is None or "x0" in batch else source.draw(key_x0, x1)
     t = batch["t"] if "t" in batch else time_sampler(key_t, x1.shape[0])
     check_per_example(x1, t=t, weight=batch.get("weight"))
     pairing = coupling(key_coupling, x0, x1, batch.get("cond"))
     weight = product(batch.get("weight"), pairing.weight)
     rngs = None if key is None else {"dropout": key_dropout}
-    return Pairs(pairing.x0, pairing.x1, pairing.cond, weight, t, key_path, rngs)
+    cond = dropped(drop, key_drop, pairing.cond)
+    return Pairs(pairing.x0, pairing.x1, cond, weight, t, key_path, rngs)
+
+
+def dropped(drop: Drop | None, key: Key | None, cond: Cond) -> Cond:
+    """The condition as the network is to see it: without a key, nothing is dropped."""
+    return cond if drop is None or key is None else drop(key, cond)
 
 
 def product(*weights: Array | None) -> Array | None:

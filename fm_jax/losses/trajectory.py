@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.checks import check_has, check_per_example
+from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
-from fm_jax.losses.matching import Pairs, product, squared_error, times_within
+from fm_jax.losses.matching import Pairs, dropped, product, squared_error, times_within
 from fm_jax.paths.spline import SplinePath
 from fm_jax.types import ApplyFn, Array, Batch, Cond, Coupling, Key, LossFn, Metrics, Params, TimeSampler
 
@@ -67,6 +68,7 @@ def trajectory_matching(
     *,
     coupling: Coupling = independent,
     time_sampler: TimeSampler | None = None,
+    drop: Drop | None = None,
 ) -> LossFn:
     """Flow matching on curves through coupled snapshots: a flow from the first marginal through all of the others.
 
@@ -78,12 +80,13 @@ def trajectory_matching(
         path: the spline, with its knots.
         coupling: of consecutive snapshots; `paired` if the data are trajectories.
         time_sampler: training times; `None` is uniform on [0, 1].
+        drop: takes conditions away from some examples, as in `flow_matching`.
 
     Returns:
         `loss_fn(params, key, batch) -> (loss, metrics)`, pure, for `jax.value_and_grad(loss_fn, has_aux=True)`. The
         batch is a dict: `x` [batch, K, ...], where `x[:, k]` are draws at the k-th knot; optional `cond`, `t` [batch]
         and `weight` [batch]. Metrics are `loss` and `mse`, the unweighted error. With `key=None`, nothing may be
-        random: `t` must be in the batch, and the network runs with `train=False`.
+        random: `t` must be in the batch, no condition is dropped, and the network runs with `train=False`.
 
     Raises:
         ValueError: if `path` has no knots or `time_sampler` leaves [0, 1]; when the loss is traced, if the batch has
@@ -99,7 +102,7 @@ def trajectory_matching(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Array, Metrics]:
         del target_params
-        pairs, x = _draw(key, batch, coupling, time_sampler)
+        pairs, x = _draw(key, batch, coupling, time_sampler, drop)
         sample = path.sample(pairs.key_path, pairs.t, x)
         mse = squared_error(apply_fn, params, sample, pairs, path.targets(sample)["velocity"])
         loss = (mse if pairs.weight is None else pairs.weight * mse).mean()
@@ -108,19 +111,21 @@ def trajectory_matching(
     return loss_fn
 
 
-def _draw(key: Key | None, batch: Batch, coupling: Coupling, time_sampler: TimeSampler) -> tuple[Pairs, Array]:
+def _draw(
+    key: Key | None, batch: Batch, coupling: Coupling, time_sampler: TimeSampler, drop: Drop | None
+) -> tuple[Pairs, Array]:
     """What else than the path is random, and the coupled snapshots [batch, K, ...]."""
     if "x" not in batch:
         raise ValueError(f"the batch must hold 'x' [batch, K, ...], got {sorted(batch)}.")
     x = batch["x"]
     if key is None and "t" not in batch:
         raise ValueError("without a key the batch must hold 't'.")
-    keys: Any = [None] * 4 if key is None else jax.random.split(key, 4)
-    key_t, key_coupling, key_path, key_dropout = keys
+    keys: Any = [None] * 5 if key is None else jax.random.split(key, 5)
+    key_t, key_coupling, key_path, key_dropout, key_drop = keys
     t = batch["t"] if "t" in batch else time_sampler(key_t, x.shape[0])
     check_per_example(x, t=t, weight=batch.get("weight"))
     chain = couple_snapshots(coupling, key_coupling, x, batch.get("cond"))
     weight = product(batch.get("weight"), chain.weight)
     rngs = None if key is None else {"dropout": key_dropout}
-    x = chain.x
-    return Pairs(x[:, 0], x[:, -1], batch.get("cond"), weight, t, key_path, rngs), x
+    x, cond = chain.x, dropped(drop, key_drop, batch.get("cond"))
+    return Pairs(x[:, 0], x[:, -1], cond, weight, t, key_path, rngs), x

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fm_jax import oracles, times
+from fm_jax.conditions import DropCondition
 from fm_jax.couplings import ExactOT, paired
 from fm_jax.losses import bridge_matching, bridge_score, bridge_velocity, flow_matching, split_channels, two_heads
 from fm_jax.nfe import nfe_per_call, with_nfe_per_call
@@ -128,6 +129,25 @@ def test_images_and_conditions_pass_through():
     np.testing.assert_allclose(velocity, x + cond[:, None, None, None])
     np.testing.assert_allclose(score, -4 * x)
     np.testing.assert_allclose(bridge_score(model_fn, StochasticInterpolant(gamma=lambda t: 0.5), cond)(t, x), -4 * x)
+
+
+def test_conditions_are_dropped_and_nothing_else_changes(key):
+    cond, seen = jnp.arange(64), []
+
+    def network(params, t, x, cond, *, train, rngs):
+        seen.append((t, x, cond, rngs["dropout"]))
+        return heads(params, t, x, cond, train=train, rngs=rngs)
+
+    for drop in (None, DropCondition(0.5, -1)):
+        bridge_matching(network, BrownianBridge(SIGMA), drop=drop)(0.7, key, {"x1": jnp.ones((64, 2)), "cond": cond})
+    (t, x, all_of_them, rng), (t_too, x_too, some, rng_too) = seen
+    np.testing.assert_array_equal(t, t_too)
+    np.testing.assert_array_equal(x, x_too)
+    assert rng == rng_too
+    np.testing.assert_array_equal(all_of_them, cond)
+    # 64 fair coins: outside 12..52 with probability 5e-7.
+    assert 12 <= (some == -1).sum() <= 52
+    assert ((some == -1) | (some == cond)).all()
 
 
 def test_evaluations_are_counted():

@@ -8,7 +8,10 @@ import pytest
 from contracts import COUPLINGS, SCHEDULES, WEIGHTS, mixture
 
 from fm_jax import losses, oracles, times
+from fm_jax.conditions import DropCondition
+from fm_jax.couplings import ExactOT, independent
 from fm_jax.losses import flow_matching
+from fm_jax.losses.matching import draw_pairs
 from fm_jax.paths import AffinePath
 from fm_jax.schedules import VP, Cosine, Linear, coefficients
 from fm_jax.types import KINDS
@@ -167,6 +170,55 @@ def test_refused_when_built(build, message):
 def test_refused_when_traced(batch, key, message):
     with pytest.raises(ValueError, match=message):
         flow_matching(scaled_identity, AffinePath())(0.5, key, batch)
+
+
+def test_dropping_conditions_changes_nothing_else(key):
+    """Source, times, pairs and keys are those of a loss without, which are the first five of the key's split."""
+    cond = jnp.arange(16)
+    batch = {"x1": 1.0 * cond[:, None] + jnp.zeros((16, 2)), "cond": {"label": cond, "vector": 1.0 * cond[:, None]}}
+    coupling, drop = ExactOT(ignore_cond=True), DropCondition(0.5, {"label": -1, "vector": -1.0})
+    plain, dropped = (draw_pairs(key, batch, coupling, times.Uniform(), each) for each in (None, drop))
+    key_x0, key_t, key_coupling, key_path, key_dropout, key_drop = jax.random.split(key, 6)
+    assert (jax.random.key_data(jax.random.split(key, 5)) == jax.random.key_data(jax.random.split(key, 6)[:5])).all()
+    pairing = coupling(key_coupling, jax.random.normal(key_x0, (16, 2)), batch["x1"])
+    for pairs in (plain, dropped):
+        np.testing.assert_array_equal(pairs.x0, pairing.x0)
+        np.testing.assert_array_equal(pairs.t, times.Uniform()(key_t, 16))
+        assert pairs.key_path == key_path
+        assert pairs.rngs["dropout"] == key_dropout
+    jax.tree.map(np.testing.assert_array_equal, plain.cond, batch["cond"])
+    jax.tree.map(np.testing.assert_array_equal, dropped.cond, drop(key_drop, batch["cond"]))
+    lost = np.asarray(dropped.cond["label"] == -1)
+    assert 0 < lost.sum() < 16
+    np.testing.assert_array_equal(dropped.cond["vector"][:, 0] == -1, lost)
+
+
+def test_couplings_see_what_is_dropped(key):
+    """The coupling sees the true condition, the network what is left of it."""
+    cond = jnp.arange(16) % 2
+    seen = {}
+
+    def network(params, t, x, cond, *, train, rngs):
+        seen[train] = cond
+        return x
+
+    def watching(key, x0, x1, cond=None):
+        seen["coupling"] = cond
+        return independent(key, x0, x1, cond)
+
+    batch = {"x1": jnp.ones((16, 2)), "cond": cond}
+    loss_fn = flow_matching(network, AffinePath(), coupling=watching, drop=DropCondition(1.0, 2))
+    loss_fn(None, key, batch)
+    np.testing.assert_array_equal(seen["coupling"], cond)
+    np.testing.assert_array_equal(seen[True], jnp.full(16, 2))
+    loss_fn(None, None, batch | {"x0": jnp.zeros((16, 2)), "t": jnp.full(16, 0.5)})  # without a key nothing is random
+    np.testing.assert_array_equal(seen[False], cond)
+
+
+def test_what_is_not_there_cannot_be_dropped(key):
+    loss_fn = flow_matching(scaled_identity, AffinePath(), drop=DropCondition(0.1, 2))
+    with pytest.raises(ValueError, match=r"cond must be a pytree of \[batch, ...\], got None: there is no condition"):
+        loss_fn(0.5, key, {"x1": jnp.ones((2, 2))})
 
 
 def test_network_of_the_wrong_shape_is_refused(key):

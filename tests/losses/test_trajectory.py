@@ -6,6 +6,7 @@ from scipy.interpolate import CubicSpline
 from scipy.optimize import linear_sum_assignment
 
 from fm_jax import times
+from fm_jax.conditions import DropCondition
 from fm_jax.couplings import ExactOT, independent, minibatch_ot, paired
 from fm_jax.losses import couple_snapshots, flow_matching, trajectory_matching
 from fm_jax.paths import AffinePath, SplinePath
@@ -128,6 +129,28 @@ def test_the_velocity_of_moving_gaussians_has_no_slope(key):
     assert (
         loss_fn(None, None, {"x": jnp.asarray(x, dtype=jnp.float32), "t": jnp.asarray(t, dtype=jnp.float32)})[0] < 1e-8
     )
+
+
+def test_conditions_are_dropped_and_nothing_else_changes(key):
+    """The keys are the first four of the split, and then that of dropping."""
+    cond, seen, x = jnp.arange(64), [], jnp.asarray(snapshots(64))
+
+    def network(params, t, x, cond, *, train, rngs):
+        seen.append((t, x, cond, rngs["dropout"]))
+        return params * x
+
+    drop, path = DropCondition(0.5, -1), SplinePath(KNOTS, sigma=0.3)
+    for each in (None, drop):
+        trajectory_matching(network, path, drop=each)(0.7, key, {"x": x, "cond": cond})
+    key_t, key_coupling, key_path, key_dropout = jax.random.split(key, 4)
+    t = times.Uniform()(key_t, 64)
+    chain = couple_snapshots(independent, key_coupling, x, cond)
+    for t_seen, x_seen, _, rng in seen:
+        np.testing.assert_array_equal(t_seen, t)
+        np.testing.assert_array_equal(x_seen, path.sample(key_path, t, chain.x).x_t)
+        assert rng == key_dropout
+    np.testing.assert_array_equal(seen[0][2], cond)
+    np.testing.assert_array_equal(seen[1][2], drop(jax.random.split(key, 5)[4], cond))
 
 
 def test_conditions_dropout_keys_and_gradients(key):
