@@ -19,13 +19,14 @@ from lab import BLUE, GREY, INK, ORANGE, SMOKE, film
 from scipy.spatial.distance import cdist
 from sklearn.svm import SVC
 
+from fm_jax.conditions import DropCondition
 from fm_jax.data.digits import load_digits
 from fm_jax.data.pipeline import batches
 from fm_jax.guidance import classifier_free_batched
 from fm_jax.losses import flow_matching
-from fm_jax.models import forward_flops, init_params, linen_apply, make_dit, make_unet, num_params
+from fm_jax.models import LabelEmbedding, forward_flops, init_params, linen_apply, make_dit, make_unet, num_params
 from fm_jax.models.dit import DiTBlock, patchify, unpatchify
-from fm_jax.models.layers import LabelEmbedding, sinusoidal_features
+from fm_jax.models.layers import sinusoidal_features
 from fm_jax.models.unet import ResBlock
 from fm_jax.oracles import gaussian_mixture, velocity
 from fm_jax.paths import AffinePath
@@ -55,8 +56,8 @@ jax.config.update("jax_disable_most_optimizations", SMOKE)  # a few steps are ov
 # %%
 train_set, test_set = load_digits("train"), load_digits("test")
 small = dict(channels=8, channel_mults=(1,), attention_levels=()) if SMOKE else {}
-unet = make_unet("tiny", num_classes=10, label_dropout=0.1, **small)
-dit = make_dit("tiny", hidden=72, num_layers=1 if SMOKE else 4, num_classes=10, label_dropout=0.1)
+unet = make_unet("tiny", embed=LabelEmbedding(10), **small)
+dit = make_dit("tiny", hidden=72, num_layers=1 if SMOKE else 4, embed=LabelEmbedding(10, stddev=0.02))
 networks = {"U-Net": unet, "DiT": dit}
 fresh = {name: init_params(network, jax.random.key(0), (8, 8, 1)) for name, network in networks.items()}
 for name, network in networks.items():
@@ -115,17 +116,19 @@ plt.show()
 # e(t, y) = W_2\, \mathrm{silu}\big(W_1 \varphi(t) + b_1\big) + b_2 + E_y . \tag{9.3}
 # $$
 #
-# In training a label is replaced by $\varnothing$ with probability 0.1 (Ho & Salimans 2022, arXiv:2207.12598). So
+# The table is the network's `embed`, a module of its own; for a vector or a set of words, another one takes its place.
+#
+# In training the loss replaces a label by $\varnothing$ with probability 0.1 (Ho & Salimans 2022, arXiv:2207.12598). So
 # $\varnothing$ comes with digits of all classes, and $v_\theta(t, x, \varnothing)$ learns the velocity $v_t(x)$ of all
 # of them together: guidance needs both. In $n$ draws the share of labels lost is 0.1, with a standard error of
 # $0.3/\sqrt n$.
 
 # %%
-table = fresh["U-Net"]["embed"]["labels"]["table"]
-embedding, n = LabelEmbedding(10, table.shape[1], label_dropout=0.1), 40_000
-labels = jnp.arange(n) % 10
-rows = embedding.apply({"params": {"table": table}}, labels, n, True, rngs={"dropout": jax.random.key(1)})
-lost = float((rows == table[10]).all(1).mean())
+table = fresh["U-Net"]["embed"]["table"]
+rows = unet.embed.apply({"params": {"table": table}}, jnp.array([3, 10]), table.shape[1], 2)
+assert (rows == table[jnp.array([3, 10])]).all()
+drop, n = DropCondition(0.1, null_cond=10), 40_000
+lost = float((drop(jax.random.key(1), jnp.arange(n) % 10) == 10).mean())
 print(f"share of labels lost in training: {lost:.4f}, standard error {0.3 / n**0.5:.4f}")
 assert abs(lost - 0.1) < 5 * 0.3 / n**0.5
 
@@ -151,7 +154,7 @@ assert abs(lost - 0.1) < 5 * 0.3 / n**0.5
 # %%
 keys = jax.random.split(jax.random.key(2), 4)
 c = unet.channels
-block = ResBlock(c, film=True, dropout=0.0, num_groups=unet.num_groups, dtype=jnp.float32)
+block = ResBlock(c, film=True, dropout=0.0, num_groups=unet.num_groups)
 x, e = jax.random.normal(keys[0], (4, 8, 8, c)), jax.random.normal(keys[1], (4, 4 * c))
 run = jax.jit(lambda params: block.apply({"params": params}, x, e, False, capture_intermediates=True))
 params = fresh["U-Net"]["down_0_0"]
@@ -253,7 +256,7 @@ images = jnp.asarray(test_set.images)
 cut = float(abs(unpatchify(patchify(images, 2), 2, 8, 8) - images).max())
 print(f"unpatchify(patchify(x)) less x: {cut}; x becomes {patchify(images, 2).shape[1]} tokens")
 
-block = DiTBlock(4, mlp_ratio=4.0, dropout=0.0, attention_implementation=None, dtype=jnp.float32)
+block = DiTBlock(4, mlp_ratio=4.0, dropout=0.0)
 h, e = jax.random.normal(keys[2], (4, 16, 72)), jax.random.normal(keys[3], (4, 72))
 run = jax.jit(lambda params, h: block.apply({"params": params}, h, e, False, capture_intermediates=True))
 params = fresh["DiT"]["block_0"]
@@ -292,11 +295,11 @@ assert max(by_hand, permuted) < 1e-3
 # $$
 #
 # It is the same at all $t$: no time is louder than another at the start. We give the loss its times and noise, and no
-# key, so that label dropout is off and nothing but the noise is random.
+# key, so that no label is lost and nothing but the noise is random.
 
 # %%
 path, n = AffinePath(), len(images)
-losses = {name: jax.jit(flow_matching(linen_apply(network), path)) for name, network in networks.items()}
+losses = {name: jax.jit(flow_matching(linen_apply(network), path, drop=drop)) for name, network in networks.items()}
 
 
 def held_out(loss_fn, params, key, low, high):  # the loss on the test images at times between low and high

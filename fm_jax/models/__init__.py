@@ -1,28 +1,34 @@
 """Vector fields as Flax Linen modules, called `module(t, x, cond=None, *, train=False)`.
 
-The losses and samplers see any network as a function (`fm_jax.types.ApplyFn`); `linen_apply` makes one of a module.
+The losses and samplers see any network as a function (`fm_jax.types.ApplyFn`); `linen_apply` makes one of a
+module.
 """
 
 import math
-from collections.abc import Mapping
-from typing import cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fm_jax.models.adapters import linen_apply
+from fm_jax.models.compute import Compute
 from fm_jax.models.dit import DiT, make_dit
+from fm_jax.models.embed import LabelEmbedding, TokenEmbedding, VectorEmbedding
 from fm_jax.models.icnn import ICNN, linen_potential
 from fm_jax.models.mlp import MLP, PlainMLP
 from fm_jax.models.unet import UNet, make_unet
-from fm_jax.types import ApplyFn, Array, Cond, Key, Params
+from fm_jax.types import Key, Params
 
 __all__ = [
     "ICNN",
     "MLP",
+    "Compute",
     "DiT",
+    "LabelEmbedding",
     "PlainMLP",
+    "TokenEmbedding",
     "UNet",
+    "VectorEmbedding",
     "forward_flops",
     "init_params",
     "linen_apply",
@@ -33,34 +39,8 @@ __all__ = [
 ]
 
 
-def linen_apply(module: nn.Module) -> ApplyFn:
-    """Makes the function that the losses see of a Linen module.
-
-    Args:
-        module: called as `module(t, x, cond, train=train)`, with no state but its parameters.
-
-    Returns:
-        `apply_fn(params, t, x, cond, *, train, rngs)`. With `train=True`, a module that has dropout or label dropout
-        needs `rngs={"dropout": key}`; Flax raises without it.
-
-    Example:
-        >>> model = MLP(features=(8,))
-        >>> params = init_params(model, jax.random.key(0), (2,))
-        >>> linen_apply(model)(params, jnp.zeros(3), jnp.ones((3, 2)), None, train=False, rngs=None).shape
-        (3, 2)
-    """
-
-    def apply_fn(
-        params: Params, t: Array, x: Array, cond: Cond, /, *, train: bool, rngs: Mapping[str, Key] | None
-    ) -> Array:
-        out = module.apply({"params": params}, t, x, cond, train=train, rngs=None if rngs is None else dict(rngs))
-        return cast(Array, out)
-
-    return apply_fn
-
-
 def init_params(module: nn.Module, key: Key, event_shape: tuple[int, ...]) -> Params:
-    """Draws the initial parameters of a module, the label embedding included.
+    """Draws the initial parameters of a module, those of its `embed` included.
 
     Args:
         module: called as `module(t, x)`.
@@ -71,8 +51,8 @@ def init_params(module: nn.Module, key: Key, event_shape: tuple[int, ...]) -> Pa
         The parameters, float32.
 
     Example:
-        >>> params = init_params(make_dit("tiny", num_classes=10), jax.random.key(0), (8, 8, 1))
-        >>> params["embed"]["labels"]["table"].shape
+        >>> params = init_params(make_dit("tiny", embed=LabelEmbedding(10)), jax.random.key(0), (8, 8, 1))
+        >>> params["embed"]["table"].shape
         (11, 128)
     """
 

@@ -7,17 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm_jax.checks import check_member
-from fm_jax.models.layers import (
-    AttentionImplementation,
-    ConditionEmbedding,
-    Dtype,
-    SelfAttention,
-    check_image,
-    check_options,
-    zeros,
-)
+from fm_jax.models.compute import Compute, Dtype
+from fm_jax.models.embed import add_condition
+from fm_jax.models.layers import SelfAttention, TimeEmbedding, check_image, check_options, zeros
 from fm_jax.shapes import batch_time
-from fm_jax.types import Array
+from fm_jax.types import Array, Cond
 
 xavier = nn.initializers.xavier_uniform()
 small_normal = nn.initializers.normal(0.02)
@@ -82,27 +76,24 @@ class DiTBlock(nn.Module):
     num_heads: int
     mlp_ratio: float
     dropout: float
-    attention_implementation: AttentionImplementation | None
-    dtype: Dtype
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, x: Array, emb: Array, train: bool) -> Array:
         """Maps tokens [batch, tokens, d] and the embedding [batch, d] to tokens [batch, tokens, d]."""
-        width = x.shape[-1]
-        modulation = nn.Dense(6 * width, kernel_init=zeros, dtype=self.dtype, name="modulation")(nn.silu(emb))
+        width, dtype = x.shape[-1], self.compute.dtype
+        modulation = nn.Dense(6 * width, kernel_init=zeros, dtype=dtype, name="modulation")(nn.silu(emb))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation[:, None, :], 6, axis=-1)
         drop = nn.Dropout(self.dropout, deterministic=not train)
 
-        h = modulate(layer_norm(self.dtype, "norm_attention")(x), shift_a, scale_a)
-        h = SelfAttention(self.num_heads, xavier, xavier, self.attention_implementation, self.dtype, name="attention")(
-            h
-        )
+        h = modulate(layer_norm(dtype, "norm_attention")(x), shift_a, scale_a)
+        h = SelfAttention(self.num_heads, xavier, xavier, self.compute, name="attention")(h)
         x = x + gate_a * drop(h)
 
-        h = modulate(layer_norm(self.dtype, "norm_mlp")(x), shift_m, scale_m)
-        h = nn.Dense(int(self.mlp_ratio * width), kernel_init=xavier, dtype=self.dtype, name="mlp_in")(h)
+        h = modulate(layer_norm(dtype, "norm_mlp")(x), shift_m, scale_m)
+        h = nn.Dense(int(self.mlp_ratio * width), kernel_init=xavier, dtype=dtype, name="mlp_in")(h)
         h = nn.gelu(h, approximate=True)
-        h = nn.Dense(width, kernel_init=xavier, dtype=self.dtype, name="mlp_out")(h)
+        h = nn.Dense(width, kernel_init=xavier, dtype=dtype, name="mlp_out")(h)
         return x + gate_m * drop(h)
 
 
@@ -116,12 +107,10 @@ class DiT(nn.Module):
         num_heads: attention heads.
         mlp_ratio: width of the blocks' hidden layer in units of `hidden`.
         out_channels: channels of the output; those of the input by default.
-        num_classes: number of classes, `None` for an unconditional field. The label `num_classes` is "no class".
-        label_dropout: probability that an example loses its label in training.
         dropout: dropout rate at the end of both branches of a block.
-        dtype: compute dtype, float32 or bfloat16; parameters and output are float32.
-        remat: recompute the blocks in the backward pass instead of storing their insides.
-        attention_implementation: `implementation` of `jax.nn.dot_product_attention`; `"cudnn"` rules out `jax.jvp`.
+        embed: module from a condition to a vector, see `fm_jax.models.embed`; `None` for an unconditional field.
+            The paper's is `LabelEmbedding(1000, stddev=0.02)`.
+        compute: dtype, attention and rematerialisation.
 
     References:
         Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", section 3.2 and figure 3.
@@ -133,21 +122,12 @@ class DiT(nn.Module):
     num_heads: int = 6
     mlp_ratio: float = 4.0
     out_channels: int | None = None
-    num_classes: int | None = None
-    label_dropout: float = 0.0
     dropout: float = 0.0
-    dtype: Dtype = jnp.float32
-    remat: bool = False
-    attention_implementation: AttentionImplementation | None = None
+    embed: nn.Module | None = None
+    compute: Compute = Compute()
 
     def __post_init__(self) -> None:
-        check_options(
-            num_classes=self.num_classes,
-            label_dropout=self.label_dropout,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            attention_implementation=self.attention_implementation,
-        )
+        check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
         for name in ("patch_size", "hidden", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -158,14 +138,14 @@ class DiT(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, t: Array, x: Array, cond: Array | None = None, *, train: bool = False) -> Array:
+    def __call__(self, t: Array, x: Array, cond: Cond = None, *, train: bool = False) -> Array:
         """Evaluates the field.
 
         Args:
             t: time, scalar or [batch].
             x: images, [batch, height, width, channels].
-            cond: integer labels [batch], or `None` for "no class".
-            train: whether dropout and label dropout are on; they draw from the `"dropout"` key.
+            cond: what `embed` takes, or `None` for "no condition".
+            train: whether dropout is on; it draws from the `"dropout"` key.
 
         Returns:
             float32, [batch, height, width, out_channels].
@@ -176,31 +156,18 @@ class DiT(nn.Module):
         check_image(x, self.patch_size)
         x = x.astype(jnp.float32)
         _, height, width, channels = x.shape
-        emb = ConditionEmbedding(
-            time_features=256,
-            features=self.hidden,
-            num_classes=self.num_classes,
-            label_dropout=self.label_dropout,
-            label_stddev=0.02,
-            kernel_init=small_normal,
-            name="embed",
-        )(batch_time(t, x), cond, train)
+        time = TimeEmbedding(256, self.hidden, kernel_init=small_normal, name="time")
+        emb = add_condition(time(batch_time(t, x)), self.embed, cond)
+        dtype = self.compute.dtype
 
         # A product with the cut patches is the strided convolution of the paper, and fast inside loops on CPU too.
-        h = nn.Dense(self.hidden, kernel_init=xavier, dtype=self.dtype, name="patches")(patchify(x, self.patch_size))
+        h = nn.Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="patches")(patchify(x, self.patch_size))
         position = position_features(height // self.patch_size, width // self.patch_size, self.hidden)
-        h = h + jnp.asarray(position, dtype=self.dtype)[None]
+        h = h + jnp.asarray(position, dtype=dtype)[None]
 
-        block = nn.remat(DiTBlock, static_argnums=(3,)) if self.remat else DiTBlock
+        block = nn.remat(DiTBlock, static_argnums=(3,)) if self.compute.remat else DiTBlock
         for i in range(self.num_layers):
-            h = block(
-                self.num_heads,
-                self.mlp_ratio,
-                self.dropout,
-                self.attention_implementation,
-                self.dtype,
-                name=f"block_{i}",
-            )(h, emb, train)
+            h = block(self.num_heads, self.mlp_ratio, self.dropout, self.compute, name=f"block_{i}")(h, emb, train)
 
         shift, scale = jnp.split(
             nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(nn.silu(emb))[:, None, :], 2, axis=-1
@@ -228,7 +195,7 @@ def make_dit(name: str, **overrides: Any) -> DiT:
 
     Args:
         name: `"tiny"` (digits and MNIST on a CPU), or size and patch as in the paper: `"S/2"`, ..., `"XL/8"`.
-        **overrides: attributes of `DiT` to change, such as `num_classes`.
+        **overrides: attributes of `DiT` to change, such as `embed`.
 
     Raises:
         ValueError: if there is no such size.

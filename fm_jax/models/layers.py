@@ -1,42 +1,29 @@
-"""The parts that the networks share: time and label embedding, attention, normalisation, resampling.
+"""The parts that the networks share: time embedding, attention, normalisation, resampling.
 
 Parameters are always float32. `dtype` is what convolutions and matrix products compute in; normalisation statistics,
 the time embedding and every network's output stay float32.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_member
+from fm_jax.models.compute import Compute, Dtype
 from fm_jax.types import Array
 
-Dtype = Any
-AttentionImplementation = Literal["xla", "cudnn"]
 zeros = nn.initializers.zeros_init()
 
 
-def check_options(
-    *,
-    num_classes: int | None,
-    label_dropout: float,
-    dropout: float,
-    dtype: Dtype,
-    attention_implementation: AttentionImplementation | None = None,
-) -> None:
+def check_options(*, embed: Any, dropout: float, compute: Any) -> None:
     """Raises `ValueError` for options that no network of this package accepts."""
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes must be None or at least 1, got {num_classes}.")
-    for name, rate in (("label_dropout", label_dropout), ("dropout", dropout)):
-        if not 0.0 <= rate <= 1.0:
-            raise ValueError(f"{name} must be between 0 and 1, got {rate}.")
-    if label_dropout > 0.0 and num_classes is None:
-        raise ValueError(f"label_dropout={label_dropout} needs num_classes, got num_classes=None.")
-    check_member("dtype", jnp.dtype(dtype).name, ("float32", "bfloat16"))
-    if attention_implementation is not None:
-        check_member("attention_implementation", attention_implementation, get_args(AttentionImplementation))
+    if embed is not None and not isinstance(embed, nn.Module):
+        raise ValueError(f"embed must be None or a Linen module such as LabelEmbedding(10), got {embed!r}.")
+    if not 0.0 <= dropout <= 1.0:
+        raise ValueError(f"dropout must be between 0 and 1, got {dropout}.")
+    if not isinstance(compute, Compute):
+        raise ValueError(f"compute must be a Compute, such as Compute('bfloat16'), got {compute!r}.")
 
 
 def check_image(x: Array, divisor: int) -> None:
@@ -79,73 +66,27 @@ def sinusoidal_features(t: Array, dim: int, *, scale: float = 1000.0, max_period
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class LabelEmbedding(nn.Module):
-    """A learned vector for each class, and one more, the last row, for "no class".
-
-    Attributes:
-        num_classes: number of classes; the label `num_classes` is the null class.
-        features: width of the embedding.
-        label_dropout: probability that an example loses its label in training, independently of the others.
-        stddev: standard deviation of the initial table.
-
-    References:
-        Ho & Salimans 2022, "Classifier-Free Diffusion Guidance", algorithm 1 (label dropout).
-    """
-
-    num_classes: int
-    features: int
-    label_dropout: float = 0.0
-    stddev: float = 1.0
-
-    @nn.compact
-    def __call__(self, labels: Array | None, batch_size: int, train: bool) -> Array:
-        """Looks labels [batch] up; `None` means that all are null. Returns float32 [batch, features]."""
-        table = self.param("table", nn.initializers.normal(self.stddev), (self.num_classes + 1, self.features))
-        if labels is None:
-            labels = jnp.full((batch_size,), self.num_classes)
-        labels = jnp.asarray(labels)
-        if not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(f"cond must hold integer labels, got dtype {labels.dtype.name}.")
-        if labels.shape != (batch_size,):
-            raise ValueError(f"cond must be [batch] = ({batch_size},), got shape {labels.shape}.")
-        if train and self.label_dropout > 0.0:
-            dropped = jax.random.bernoulli(self.make_rng("dropout"), self.label_dropout, labels.shape)
-            labels = jnp.where(dropped, self.num_classes, labels)
-        # A label outside the table gives NaN, never another class: a traced value cannot raise.
-        return table.at[labels].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
-
-
-class ConditionEmbedding(nn.Module):
-    """Embeds time, and a class where there are any: `W2 silu(W1 features(t)) + table[label]`, in float32.
+class TimeEmbedding(nn.Module):
+    """Embeds time: `W2 silu(W1 features(t) + b1) + b2`, in float32.
 
     Attributes:
         time_features: number of sinusoidal features.
         features: width of the embedding.
-        num_classes, label_dropout, label_stddev: see `LabelEmbedding`; `num_classes=None` is unconditional.
         time_scale: factor on time in the sinusoidal features.
         kernel_init: initialiser of the two linear layers.
     """
 
     time_features: int
     features: int
-    num_classes: int | None = None
-    label_dropout: float = 0.0
-    label_stddev: float = 1.0
     time_scale: float = 1000.0
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
-    def __call__(self, t: Array, cond: Array | None, train: bool) -> Array:
-        """Maps `t` [batch] and labels [batch] or `None` to float32 [batch, features]."""
+    def __call__(self, t: Array) -> Array:
+        """Maps `t` [batch] to float32 [batch, features]."""
         h = sinusoidal_features(t, self.time_features, scale=self.time_scale)
-        h = nn.silu(nn.Dense(self.features, kernel_init=self.kernel_init, name="time_in")(h))
-        h = nn.Dense(self.features, kernel_init=self.kernel_init, name="time_out")(h)
-        if self.num_classes is None:
-            if cond is not None:
-                raise ValueError("cond must be None: the model is unconditional (num_classes=None).")
-            return h
-        labels = LabelEmbedding(self.num_classes, self.features, self.label_dropout, self.label_stddev, name="labels")
-        return h + labels(cond, t.shape[0], train)
+        h = nn.silu(nn.Dense(self.features, kernel_init=self.kernel_init, name="in")(h))
+        return nn.Dense(self.features, kernel_init=self.kernel_init, name="out")(h)
 
 
 class SelfAttention(nn.Module):
@@ -154,8 +95,7 @@ class SelfAttention(nn.Module):
     Attributes:
         num_heads: number of heads; divides the width of the tokens.
         kernel_init, out_init: initialisers of the query-key-value and of the output projection.
-        implementation: passed to `jax.nn.dot_product_attention`. `"cudnn"` is fast but has no forward-mode derivative.
-        dtype: compute dtype.
+        compute: dtype and implementation.
 
     References:
         Vaswani et al. 2017, "Attention Is All You Need", equation 1.
@@ -164,18 +104,18 @@ class SelfAttention(nn.Module):
     num_heads: int
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
     out_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-    implementation: AttentionImplementation | None = None
-    dtype: Dtype = jnp.float32
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Maps tokens [batch, tokens, channels] to the same shape."""
         batch_size, num_tokens, width = x.shape
-        qkv = nn.Dense(3 * width, kernel_init=self.kernel_init, dtype=self.dtype, name="qkv")(x)
+        dtype, implementation = self.compute.dtype, self.compute.attention
+        qkv = nn.Dense(3 * width, kernel_init=self.kernel_init, dtype=dtype, name="qkv")(x)
         qkv = qkv.reshape(batch_size, num_tokens, 3, self.num_heads, width // self.num_heads)
-        h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], implementation=self.implementation)
+        h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], implementation=implementation)
         h = h.reshape(batch_size, num_tokens, width)
-        return nn.Dense(width, kernel_init=self.out_init, dtype=self.dtype, name="out")(h)
+        return nn.Dense(width, kernel_init=self.out_init, dtype=dtype, name="out")(h)
 
 
 def num_norm_groups(channels: int, max_groups: int = 32) -> int:

@@ -6,13 +6,15 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fm_jax.models.layers import ConditionEmbedding, Dtype, check_options, zeros
+from fm_jax.models.compute import Compute
+from fm_jax.models.embed import add_condition
+from fm_jax.models.layers import TimeEmbedding, check_options, zeros
 from fm_jax.shapes import batch_time
-from fm_jax.types import Array
+from fm_jax.types import Array, Cond
 
 
 class MLP(nn.Module):
-    """A multilayer perceptron that sees time and class in every hidden layer; zero at initialisation.
+    """A multilayer perceptron that sees time and condition in every hidden layer; zero at initialisation.
 
     `h_i = silu(W_i h_{i-1} + b_i + U_i e(t, cond))`, `h_0 = flatten(x)`, output `W h_n + b`.
 
@@ -21,11 +23,9 @@ class MLP(nn.Module):
         time_features: number of sinusoidal time features and width of the embedding `e`.
         time_scale: factor on time before the features. Far below the image models' 1000: a field of a few dimensions
             is smooth in time, and fast features make a small network rough.
-        num_classes: number of classes, `None` for an unconditional field. The label `num_classes` is "no class".
-        label_dropout: probability that an example loses its label in training.
         dropout: dropout rate after each hidden layer.
-        dtype: compute dtype, float32 or bfloat16; parameters and output are float32.
-        remat: recompute the hidden layers in the backward pass instead of storing them.
+        embed: module from a condition to a vector, see `fm_jax.models.embed`; `None` for an unconditional field.
+        compute: dtype and rematerialisation.
 
     Example:
         >>> import jax
@@ -38,29 +38,25 @@ class MLP(nn.Module):
     features: tuple[int, ...] = (256, 256, 256)
     time_features: int = 64
     time_scale: float = 10.0
-    num_classes: int | None = None
-    label_dropout: float = 0.0
     dropout: float = 0.0
-    dtype: Dtype = jnp.float32
-    remat: bool = False
+    embed: nn.Module | None = None
+    compute: Compute = Compute()
 
     def __post_init__(self) -> None:
-        check_options(
-            num_classes=self.num_classes, label_dropout=self.label_dropout, dropout=self.dropout, dtype=self.dtype
-        )
+        check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
         if not self.features or min(self.features) < 1:
             raise ValueError(f"features must hold at least one positive width, got {self.features}.")
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, t: Array, x: Array, cond: Array | None = None, *, train: bool = False) -> Array:
+    def __call__(self, t: Array, x: Array, cond: Cond = None, *, train: bool = False) -> Array:
         """Evaluates the field.
 
         Args:
             t: time, scalar or [batch].
             x: state, [batch, ...].
-            cond: integer labels [batch], or `None` for "no class".
-            train: whether dropout and label dropout are on; they draw from the `"dropout"` key.
+            cond: what `embed` takes, or `None` for "no condition".
+            train: whether dropout is on; it draws from the `"dropout"` key.
 
         Returns:
             float32, in the shape of `x`.
@@ -69,18 +65,12 @@ class MLP(nn.Module):
             ValueError: if `cond` does not fit the model.
         """
         x = x.astype(jnp.float32)
-        emb = ConditionEmbedding(
-            time_features=self.time_features,
-            features=self.time_features,
-            num_classes=self.num_classes,
-            label_dropout=self.label_dropout,
-            time_scale=self.time_scale,
-            name="embed",
-        )(batch_time(t, x), cond, train)
-        hidden = nn.remat(Hidden, static_argnums=(3,)) if self.remat else Hidden
+        time = TimeEmbedding(self.time_features, self.time_features, self.time_scale, name="time")
+        emb = add_condition(time(batch_time(t, x)), self.embed, cond)
+        hidden = nn.remat(Hidden, static_argnums=(3,)) if self.compute.remat else Hidden
         h = x.reshape(x.shape[0], -1)
         for i, width in enumerate(self.features):
-            h = hidden(width, self.dropout, self.dtype, name=f"hidden_{i}")(h, emb, train)
+            h = hidden(width, self.dropout, self.compute, name=f"hidden_{i}")(h, emb, train)
         dim = math.prod(x.shape[1:])
         return nn.Dense(dim, kernel_init=zeros, name="out")(h.astype(jnp.float32)).reshape(x.shape)
 
@@ -122,7 +112,7 @@ class PlainMLP(nn.Module):
             ValueError: if there is a `cond`.
         """
         if cond is not None:
-            raise ValueError("PlainMLP takes no cond; MLP(num_classes=...) does.")
+            raise ValueError("PlainMLP takes no cond; MLP(embed=...) does.")
         flat = x.reshape(x.shape[0], -1)
         h = jnp.concatenate([flat, batch_time(t, x)[:, None]], axis=1)
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
@@ -136,10 +126,10 @@ class Hidden(nn.Module):
 
     features: int
     dropout: float
-    dtype: Dtype
+    compute: Compute
 
     @nn.compact
     def __call__(self, h: Array, emb: Array, train: bool) -> Array:
-        h = nn.Dense(self.features, dtype=self.dtype, name="state")(h)
-        h = nn.silu(h + nn.Dense(self.features, use_bias=False, dtype=self.dtype, name="embed")(emb))
+        h = nn.Dense(self.features, dtype=self.compute.dtype, name="state")(h)
+        h = nn.silu(h + nn.Dense(self.features, use_bias=False, dtype=self.compute.dtype, name="embed")(emb))
         return nn.Dropout(self.dropout, deterministic=not train)(h)

@@ -7,11 +7,11 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from fm_jax.checks import check_member
+from fm_jax.models.compute import Compute
+from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import (
-    AttentionImplementation,
-    ConditionEmbedding,
-    Dtype,
     SelfAttention,
+    TimeEmbedding,
     check_image,
     check_options,
     conv3x3,
@@ -23,7 +23,7 @@ from fm_jax.models.layers import (
     zeros,
 )
 from fm_jax.shapes import batch_time
-from fm_jax.types import Array
+from fm_jax.types import Array, Cond
 
 Resample = Literal["conv", "pool", "resblock"]
 
@@ -38,35 +38,36 @@ class ResBlock(nn.Module):
         features: output channels.
         film: scale and shift (FiLM) instead of only shift.
         resize: applied to the input of the first convolution and to `x`: `halve`, `double`, or `None`.
-        dropout, num_groups, dtype: see `UNet`.
+        dropout, num_groups, compute: see `UNet`.
     """
 
     features: int
     film: bool
     dropout: float
     num_groups: int
-    dtype: Dtype
+    compute: Compute = Compute()
     resize: Callable[[Array], Array] | None = None
 
     @nn.compact
     def __call__(self, x: Array, emb: Array, train: bool) -> Array:
         """Maps `x` [batch, h, w, c] and the embedding [batch, d] to [batch, h', w', features]."""
-        h = nn.silu(group_norm(x.shape[-1], self.num_groups, self.dtype, "norm_in")(x))
+        dtype = self.compute.dtype
+        h = nn.silu(group_norm(x.shape[-1], self.num_groups, dtype, "norm_in")(x))
         if self.resize is not None:
             h, x = self.resize(h), self.resize(x)
-        h = conv3x3(self.features, self.dtype, "conv_in")(h)
+        h = conv3x3(self.features, dtype, "conv_in")(h)
         width = 2 * self.features if self.film else self.features
-        modulation = jnp.expand_dims(nn.Dense(width, dtype=self.dtype, name="embed")(nn.silu(emb)), (1, 2))
-        norm = group_norm(self.features, self.num_groups, self.dtype, "norm_out")
+        modulation = jnp.expand_dims(nn.Dense(width, dtype=dtype, name="embed")(nn.silu(emb)), (1, 2))
+        norm = group_norm(self.features, self.num_groups, dtype, "norm_out")
         if self.film:
             scale, shift = jnp.split(modulation, 2, axis=-1)
             h = norm(h) * (1.0 + scale) + shift
         else:
             h = norm(h + modulation)
         h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
-        h = conv3x3(self.features, self.dtype, "conv_out", init=zeros)(h)
+        h = conv3x3(self.features, dtype, "conv_out", init=zeros)(h)
         if x.shape[-1] != self.features:
-            x = nn.Conv(self.features, (1, 1), dtype=self.dtype, name="skip")(x)
+            x = nn.Conv(self.features, (1, 1), dtype=dtype, name="skip")(x)
         return x + h
 
 
@@ -75,20 +76,18 @@ class AttentionBlock(nn.Module):
 
     num_heads: int
     num_groups: int
-    implementation: AttentionImplementation | None
-    dtype: Dtype
+    compute: Compute = Compute()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        h = group_norm(x.shape[-1], self.num_groups, self.dtype, "norm")(x).reshape(x.shape[0], -1, x.shape[-1])
-        attend = SelfAttention(
-            self.num_heads, out_init=zeros, implementation=self.implementation, dtype=self.dtype, name="attention"
-        )
+        norm = group_norm(x.shape[-1], self.num_groups, self.compute.dtype, "norm")
+        h = norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        attend = SelfAttention(self.num_heads, out_init=zeros, compute=self.compute, name="attention")
         return x + attend(h).reshape(x.shape)
 
 
 class UNet(nn.Module):
-    """A convolutional U-Net with residual blocks, attention and time (and class) conditioning; zero at initialisation.
+    """A convolutional U-Net with residual blocks, attention and time (and other) conditioning; zero at initialisation.
 
     Level 0 is the full resolution; each further level halves it. Every level has `num_blocks` residual blocks on the
     way down and `num_blocks + 1` on the way up, which see the matching activations of the way down.
@@ -107,12 +106,9 @@ class UNet(nn.Module):
             back after the last: a U-Net on a smaller image, for little compute.
         out_channels: channels of the output; those of the input by default.
         num_groups: upper limit for the number of groups of the normalisation, see `num_norm_groups`.
-        num_classes: number of classes, `None` for an unconditional field. The label `num_classes` is "no class".
-        label_dropout: probability that an example loses its label in training.
         dropout: dropout rate inside residual blocks.
-        dtype: compute dtype, float32 or bfloat16; parameters and output are float32.
-        remat: recompute the blocks in the backward pass instead of storing their insides.
-        attention_implementation: `implementation` of `jax.nn.dot_product_attention`; `"cudnn"` rules out `jax.jvp`.
+        embed: module from a condition to a vector, see `fm_jax.models.embed`; `None` for an unconditional field.
+        compute: dtype, attention and rematerialisation.
 
     References:
         Ho et al. 2020, "Denoising Diffusion Probabilistic Models", appendix B; Dhariwal & Nichol 2021, "Diffusion
@@ -130,21 +126,12 @@ class UNet(nn.Module):
     patch_size: int = 1
     out_channels: int | None = None
     num_groups: int = 32
-    num_classes: int | None = None
-    label_dropout: float = 0.0
     dropout: float = 0.0
-    dtype: Dtype = jnp.float32
-    remat: bool = False
-    attention_implementation: AttentionImplementation | None = None
+    embed: nn.Module | None = None
+    compute: Compute = Compute()
 
     def __post_init__(self) -> None:
-        check_options(
-            num_classes=self.num_classes,
-            label_dropout=self.label_dropout,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            attention_implementation=self.attention_implementation,
-        )
+        check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
         check_member("resample", self.resample, get_args(Resample))
         if not self.channel_mults or min(self.channel_mults) < 1:
             raise ValueError(f"channel_mults must hold at least one positive factor, got {self.channel_mults}.")
@@ -164,14 +151,14 @@ class UNet(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, t: Array, x: Array, cond: Array | None = None, *, train: bool = False) -> Array:
+    def __call__(self, t: Array, x: Array, cond: Cond = None, *, train: bool = False) -> Array:
         """Evaluates the field.
 
         Args:
             t: time, scalar or [batch].
             x: images, [batch, height, width, channels].
-            cond: integer labels [batch], or `None` for "no class".
-            train: whether dropout and label dropout are on; they draw from the `"dropout"` key.
+            cond: what `embed` takes, or `None` for "no condition".
+            train: whether dropout is on; it draws from the `"dropout"` key.
 
         Returns:
             float32, [batch, height, width, out_channels].
@@ -182,36 +169,32 @@ class UNet(nn.Module):
         last = len(self.channel_mults) - 1
         check_image(x, self.patch_size * 2**last)
         x = space_to_depth(x.astype(jnp.float32), self.patch_size)
-        emb = ConditionEmbedding(
-            time_features=self.channels,
-            features=4 * self.channels,
-            num_classes=self.num_classes,
-            label_dropout=self.label_dropout,
-            name="embed",
-        )(batch_time(t, x), cond, train)
+        emb = TimeEmbedding(self.channels, 4 * self.channels, name="time")(batch_time(t, x))
+        emb = add_condition(emb, self.embed, cond)
+        dtype = self.compute.dtype
         # Names are explicit so that parameters do not depend on `remat`, which renames classes.
-        res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
-        attention_block = nn.remat(AttentionBlock) if self.remat else AttentionBlock
+        res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.compute.remat else ResBlock
+        attention_block = nn.remat(AttentionBlock) if self.compute.remat else AttentionBlock
 
         def residual(h: Array, features: int, name: str, resize: Callable[[Array], Array] | None = None) -> Array:
-            block = res_block(features, self.film, self.dropout, self.num_groups, self.dtype, resize, name=name)
+            block = res_block(features, self.film, self.dropout, self.num_groups, self.compute, resize, name=name)
             return block(h, emb, train)
 
         def attend(h: Array, name: str) -> Array:
             heads = self.num_heads if self.head_channels is None else h.shape[-1] // self.head_channels
-            return attention_block(heads, self.num_groups, self.attention_implementation, self.dtype, name=name)(h)
+            return attention_block(heads, self.num_groups, self.compute, name=name)(h)
 
         def down(h: Array, name: str) -> Array:
             if self.resample == "resblock":
                 return residual(h, h.shape[-1], name, halve)
-            return halve(h) if self.resample == "pool" else conv3x3(h.shape[-1], self.dtype, name, stride=2)(h)
+            return halve(h) if self.resample == "pool" else conv3x3(h.shape[-1], dtype, name, stride=2)(h)
 
         def up(h: Array, name: str) -> Array:
             if self.resample == "resblock":
                 return residual(h, h.shape[-1], name, double)
-            return double(h) if self.resample == "pool" else conv3x3(h.shape[-1], self.dtype, name)(double(h))
+            return double(h) if self.resample == "pool" else conv3x3(h.shape[-1], dtype, name)(double(h))
 
-        h = conv3x3(self.channels * self.channel_mults[0], self.dtype, "stem")(x)
+        h = conv3x3(self.channels * self.channel_mults[0], dtype, "stem")(x)
         skips = [h]
         for level, mult in enumerate(self.channel_mults):
             for block in range(self.num_blocks):
@@ -292,13 +275,14 @@ def make_unet(name: str, **overrides: Any) -> UNet:
     Args:
         name: `"tiny"` (8x8 digits), `"mnist_fast"`, `"mnist"`, `"cifar10"` (35,746,307 parameters) or `"cifar10_edm"`
             (55,676,419).
-        **overrides: attributes of `UNet` to change, such as `num_classes`.
+        **overrides: attributes of `UNet` to change, such as `embed`.
 
     Raises:
         ValueError: if there is no such size.
 
     Example:
-        >>> make_unet("cifar10", num_classes=10).channel_mults
+        >>> from fm_jax.models.embed import LabelEmbedding
+        >>> make_unet("cifar10", embed=LabelEmbedding(10)).channel_mults
         (1, 2, 2, 2)
     """
     check_member("name", name, tuple(UNET_CONFIGS))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fm_jax.models import DiT, forward_flops, make_dit, num_params
+from fm_jax.models import DiT, LabelEmbedding, forward_flops, make_dit, num_params
 from fm_jax.models.dit import patchify, position_features, unpatchify
 
 
@@ -63,7 +63,7 @@ def closed_form_count(width, layers, patch, channels, out_channels, classes):
     ],
 )
 def test_published_parameter_counts(name, width, layers, patch, millions):
-    params, out = shapes(make_dit(name, num_classes=1000, out_channels=8), (32, 32, 4))
+    params, out = shapes(make_dit(name, embed=LabelEmbedding(1000, stddev=0.02), out_channels=8), (32, 32, 4))
     count = num_params(params)
     assert count == closed_form_count(width, layers, patch, 4, 8, 1000)
     assert round(count / 1e6) == millions
@@ -75,7 +75,7 @@ def test_published_parameter_counts(name, width, layers, patch, millions):
 
 def test_published_operation_count():
     """Table 1: 6.06 "Gflops" for S/2, multiply-adds of the products."""
-    flops = forward_flops(make_dit("S/2", num_classes=1000, out_channels=8), (32, 32, 4))
+    flops = forward_flops(make_dit("S/2", embed=LabelEmbedding(1000, stddev=0.02), out_channels=8), (32, 32, 4))
     assert flops / 2e9 == pytest.approx(6.06, rel=0.02)
 
 

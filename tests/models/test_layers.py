@@ -23,26 +23,15 @@ def test_sinusoidal_features_refuses_odd():
         layers.sinusoidal_features(jnp.zeros(2), 5)
 
 
-def test_label_embedding_rows_null_and_outside():
-    module = layers.LabelEmbedding(num_classes=3, features=2)
-    table = jnp.arange(8.0).reshape(4, 2)
-    look_up = lambda labels: module.apply({"params": {"table": table}}, labels, 4, False)  # noqa: E731
-    np.testing.assert_array_equal(look_up(jnp.array([2, 0, 1, 3])), table[jnp.array([2, 0, 1, 3])])
-    np.testing.assert_array_equal(look_up(None), jnp.broadcast_to(table[-1:], (4, 2)))
-    outside = look_up(jnp.array([-1, 4, 0, 1]))
-    np.testing.assert_array_equal(jnp.isnan(outside).all(axis=1), [True, True, False, False])
-
-
-@pytest.mark.parametrize(("rate", "kept"), [(0.0, 1.0), (1.0, 0.0), (0.25, 0.75)])
-def test_label_embedding_dropout_rate(rate, kept):
-    module = layers.LabelEmbedding(num_classes=1, features=1, label_dropout=rate)
-    params, n = {"table": jnp.array([[1.0], [0.0]])}, 4000
-    apply = lambda train: module.apply(  # noqa: E731
-        {"params": params}, jnp.zeros(n, int), n, train, rngs={"dropout": jax.random.key(0)}
-    )
-    # Five standard errors: a false alarm in 2e6 keys, and the key is fixed.
-    assert abs(float(apply(True).mean()) - kept) <= 5 * np.sqrt(kept * (1 - kept) / n)
-    assert float(apply(False).mean()) == 1.0
+def test_time_embedding_by_hand():
+    module, t = layers.TimeEmbedding(4, 3, time_scale=10.0), np.array([0.2, 0.9], np.float32)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, module.init(jax.random.key(0), t)["params"])
+    angles = 10.0 * t[:, None] * np.array([1.0, 0.01])
+    h = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    h = h @ np.asarray(params["in"]["kernel"]) + np.asarray(params["in"]["bias"])[None]
+    h = h / (1 + np.exp(-h))
+    expected = h @ np.asarray(params["out"]["kernel"]) + np.asarray(params["out"]["bias"])[None]
+    np.testing.assert_allclose(module.apply({"params": params}, t), expected, rtol=1e-5)
 
 
 def test_self_attention_against_numpy():

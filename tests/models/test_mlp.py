@@ -6,13 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from fm_jax.models import MLP, PlainMLP, init_params
+from fm_jax.models import MLP, LabelEmbedding, PlainMLP, init_params
 
 
 def test_learns_a_translation():
     """x1 = x0 + shift[label], paired: the velocity is the shift, everywhere."""
     shifts = jnp.array([[2.0, -1.0], [-1.0, 0.5]])
-    module = MLP(features=(32, 32), time_features=16, num_classes=2)
+    module = MLP(features=(32, 32), time_features=16, embed=LabelEmbedding(2))
     params, optimizer = init_params(module, jax.random.key(0), (2,)), optax.adam(1e-2)
 
     def loss(params, key):
@@ -76,5 +76,5 @@ def test_plain_mlp_starts_like_pytorchs():
 
 
 def test_plain_mlp_refuses_conditions():
-    with pytest.raises(ValueError, match=r"PlainMLP takes no cond; MLP\(num_classes=...\) does"):
+    with pytest.raises(ValueError, match=r"PlainMLP takes no cond; MLP\(embed=...\) does"):
         PlainMLP().init(jax.random.key(0), 0.0, np.zeros((1, 2)), np.zeros(1, dtype=np.int32))

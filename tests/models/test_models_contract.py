@@ -2,12 +2,24 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fm_jax.models import MLP, DiT, UNet, forward_flops, init_params, linen_apply, num_params
+from fm_jax.models import (
+    MLP,
+    Compute,
+    DiT,
+    LabelEmbedding,
+    UNet,
+    VectorEmbedding,
+    forward_flops,
+    init_params,
+    linen_apply,
+    num_params,
+)
 
 BATCH, EVENT, CLASSES = 8, (4, 4, 2), 3
 MODELS = {
@@ -15,6 +27,17 @@ MODELS = {
     "unet": functools.partial(UNet, channels=8, channel_mults=(1, 2), num_blocks=1, num_heads=2, num_groups=4),
     "dit": functools.partial(DiT, patch_size=2, hidden=16, num_layers=2, num_heads=2),
 }
+
+
+class Constant(nn.Module):
+    """An `embed` of one vector for all."""
+
+    rows: int
+
+    def __call__(self, cond, features, batch_size):
+        return jnp.ones((self.rows, 8))
+
+
 T = jnp.linspace(0.05, 0.95, BATCH)
 X = jax.random.normal(jax.random.key(1), (BATCH, *EVENT))
 LABELS = jnp.arange(BATCH) % CLASSES
@@ -42,7 +65,7 @@ def trained(module):
 @functools.cache
 def build(name):
     """Module, parameters and the jitted field."""
-    module = MODELS[name](num_classes=CLASSES)
+    module = MODELS[name](embed=LabelEmbedding(CLASSES))
     field = jit(lambda params, t, x, cond: module.apply({"params": params}, t, x, cond))
     return module, trained(module), field
 
@@ -75,27 +98,30 @@ class TestContract:
         expected = field(params, jnp.full(BATCH, 0.4), X, NULL)
         np.testing.assert_allclose(field(params, jnp.asarray(0.4), X, None), expected, rtol=1e-4, atol=1e-5)
 
-    def test_label_dropout_is_per_example_and_only_in_training(self, name):
-        _, params, field = build(name)
-        apply_fn = linen_apply(MODELS[name](num_classes=CLASSES, label_dropout=0.5))
-        train = jit(lambda key: apply_fn(params, T, X, LABELS, train=True, rngs={"dropout": key}))
-        labelled, null = field(params, T, X, LABELS), field(params, T, X, NULL)
-        kept = np.zeros(BATCH)
-        for seed in range(4):
-            out = train(jax.random.key(seed))
-            to_labelled, to_null = (np.abs(out - ref).max(axis=(1, 2, 3)) for ref in (labelled, null))
-            np.testing.assert_allclose(np.minimum(to_labelled, to_null), 0.0, atol=1e-4)
-            kept += to_labelled < to_null
-        # 32 fair coins: outside 4..28 with probability 2e-6; and one key must not decide for the whole batch.
-        assert 4 <= kept.sum() <= 28
-        assert len(set(kept)) > 1
-        # Flax refuses to draw without a key, so this shows that evaluation draws nothing.
-        jax.eval_shape(lambda: apply_fn(params, T, X, LABELS, train=False, rngs=None))
+    def test_parameters_of_time_and_condition_have_their_names(self, name):
+        """The parameters of a network without a condition are those of one with, less `embed`."""
+        labelled, plain = (
+            jax.eval_shape(lambda module=module: module.init(jax.random.key(0), T, X)["params"])
+            for module in (MODELS[name](embed=LabelEmbedding(CLASSES)), MODELS[name]())
+        )
+        assert set(labelled["time"]) == {"in", "out"}
+        width = labelled["time"]["out"]["bias"].shape[0]
+        assert jax.tree.map(jnp.shape, labelled.pop("embed")) == {"table": (CLASSES + 1, width)}
+        assert jax.tree.map(jnp.shape, labelled) == jax.tree.map(jnp.shape, plain)
+
+    def test_any_module_is_an_embed(self, name):
+        """What it returns is all that the network hears of the condition: of two embeds with one vector, one field."""
+        module = MODELS[name](embed=VectorEmbedding(2))
+        params, (other, _, _) = trained(module), build(name)
+        out = jit(module.apply)({"params": params}, T, X, jnp.zeros((BATCH, 2)))
+        table = jnp.broadcast_to(params["embed"]["null"], (CLASSES + 1, len(params["embed"]["null"])))
+        expected = jit(other.apply)({"params": params | {"embed": {"table": table}}}, T, X, LABELS)
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
     def test_dropout_acts_only_in_training_and_remat_changes_nothing(self, name):
         smaller = {"mlp": {}, "unet": {"channel_mults": (1,), "attention_levels": (0,)}, "dit": {"num_layers": 1}}
-        options = {"num_classes": CLASSES, "dropout": 0.3} | smaller[name]
-        plain, remat = (linen_apply(MODELS[name](**options, remat=on)) for on in (False, True))
+        options = {"embed": LabelEmbedding(CLASSES), "dropout": 0.3} | smaller[name]
+        plain, remat = (linen_apply(MODELS[name](**options, compute=Compute(remat=on))) for on in (False, True))
         params = trained(MODELS[name](**options))
 
         def loss(apply_fn, params, key):
@@ -118,7 +144,7 @@ class TestContract:
 
     def test_bfloat16_computes_close_to_float32(self, name):
         _, params, field = build(name)
-        module = MODELS[name](num_classes=CLASSES, dtype=jnp.bfloat16)
+        module = MODELS[name](embed=LabelEmbedding(CLASSES), compute=Compute(jnp.bfloat16))
         shapes = jax.eval_shape(lambda key: module.init(key, T, X)["params"], jax.random.key(0))
         assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
         out, exact = jit(module.apply)({"params": params}, T, X, LABELS), field(params, T, X, LABELS)
@@ -145,15 +171,13 @@ class TestContract:
     @pytest.mark.parametrize(
         ("options", "cond", "message"),
         [
-            ({}, LABELS, r"cond must be None: the model is unconditional \(num_classes=None\)"),
-            ({"num_classes": 3}, LABELS.astype(float), "cond must hold integer labels, got dtype float32"),
-            ({"num_classes": 3}, LABELS[:-1], r"cond must be \[batch\] = \(8,\), got shape \(7,\)"),
-            ({"num_classes": 3}, LABELS[:, None], r"cond must be \[batch\] = \(8,\), got shape \(8, 1\)"),
-            ({"num_classes": 0}, None, "num_classes must be None or at least 1, got 0"),
-            ({"label_dropout": 0.1}, None, "label_dropout=0.1 needs num_classes"),
-            ({"num_classes": 3, "label_dropout": 1.5}, None, "label_dropout must be between 0 and 1, got 1.5"),
+            ({}, LABELS, r"cond must be None: the model is unconditional \(embed=None\)"),
+            ({"embed": LabelEmbedding(3)}, LABELS[:-1], r"cond must be \[batch\] = \(8,\), got shape \(7,\)"),
+            ({"embed": 3}, None, r"embed must be None or a Linen module such as LabelEmbedding\(10\), got 3"),
+            ({"embed": LabelEmbedding}, None, "embed must be None or a Linen module .*, got <class"),
+            ({"embed": Constant(1)}, None, r"embed must return \[batch, features\] = .*, got shape \(1, 8\)"),
             ({"dropout": -0.1}, None, "dropout must be between 0 and 1, got -0.1"),
-            ({"dtype": jnp.float16}, None, "dtype must be one of 'float32', 'bfloat16', got 'float16'"),
+            ({"compute": "bfloat16"}, None, r"compute must be a Compute, .*, got 'bfloat16'"),
         ],
     )
     def test_refuses(self, name, options, cond, message):
@@ -162,7 +186,7 @@ class TestContract:
 
 
 def test_init_params_is_the_modules_own_init():
-    module = MODELS["mlp"](num_classes=CLASSES)
+    module = MODELS["mlp"](embed=LabelEmbedding(CLASSES))
     expected = jax.jit(lambda key: module.init(key, 0.5, X)["params"])(jax.random.key(0))
     params = init_params(module, jax.random.key(0), EVENT)
     # Rounding differs between levels of optimisation.
