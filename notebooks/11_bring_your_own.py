@@ -32,6 +32,7 @@ from fm_jax import parameterization, samplers, schedules, shapes
 from fm_jax.data.toy import moons
 from fm_jax.losses import flow_matching
 from fm_jax.metrics import measure, wasserstein
+from fm_jax.models import from_equinox, from_nnx
 from fm_jax.paths import AffinePath
 from fm_jax.train import create_state, make_step, parallel
 from fm_jax.types import PathSample
@@ -84,24 +85,11 @@ def plain_apply(params, t, x, cond, *, train, rngs):
 # ## Two: Flax NNX
 #
 # NNX modules hold their arrays. `nnx.split` takes them out as a pytree and `nnx.merge` puts them back; between the two
-# stands a pure function of the parameters, and that is the whole adapter. (`train` and `rngs` are for networks with
-# dropout, which this one has not.) `nnx.update` copies the weights of the plain network in.
+# stands a pure function of the parameters, and that is the whole of `fm_jax.models.from_nnx`, but for dropout, which it
+# draws from `rngs` while `train` (this network has none). `nnx.update` copies the weights of the plain network in.
 
 
 # %%
-def from_nnx(model):
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def apply_fn(params, t, x, cond, *, train, rngs):
-        module = nnx.merge(graph, params, rest, copy=True)
-        module.set_attributes(deterministic=not train, raise_if_not_found=False)
-        if train:
-            nnx.reseed(module, default=rngs["dropout"], dropout=rngs["dropout"])
-        return module(t, x, cond)
-
-    return params, apply_fn
-
-
 class NNXField(nnx.Module):
     def __init__(self, rngs):
         self.layers = nnx.List([nnx.Linear(*shape, rngs=rngs) for shape in layers])
@@ -119,26 +107,16 @@ nnx.update(nnx_field.layers, dict(enumerate(start)))
 # %% [markdown]
 # ## Three: Equinox
 #
-# An Equinox module *is* a pytree, and is written for one example. The adapter separates its arrays from the rest
-# (`eqx.partition`, `eqx.combine`) and maps it over the batch (`jax.vmap`). Equinox keeps its kernels transposed.
+# An Equinox module *is* a pytree, and is written for one example. `fm_jax.models.from_equinox` separates its arrays
+# from the rest (`eqx.partition`, `eqx.combine`) and maps it over the batch (`jax.vmap`). Equinox keeps its kernels
+# transposed.
 
 
 # %%
-def from_equinox(model):
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-
-    def apply_fn(params, t, x, cond, *, train, rngs):
-        module = eqx.nn.inference_mode(eqx.combine(params, static), value=not train)
-        keys = jax.random.split(rngs["dropout"], len(x)) if train else None
-        return jax.vmap(module)(t, x, cond, keys)
-
-    return params, apply_fn
-
-
 class EquinoxField(eqx.Module):
     network: eqx.nn.MLP
 
-    def __call__(self, t, x, cond=None, key=None):
+    def __call__(self, t, x, cond=None):
         return self.network(jnp.append(x, t))
 
 
@@ -200,8 +178,8 @@ print(f"mean loss of the first 20 steps: {losses[:20].mean():.2f}, of the last 2
 
 # %% [markdown]
 # NNX: module and optimiser stay the objects that they are in an NNX project. The loss is made inside the step; that
-# costs nothing, since to make it is to close over two functions, and it happens once, when the step is traced. (Mind
-# that `nnx.split` copies nothing: what it gave before a training changes with the module.)
+# costs nothing, since to make it is to close over two functions, and it happens once, when the step is traced.
+# (`nnx.split` copies nothing: what it gave before a training changes with the module. What `from_nnx` gave does not.)
 
 
 # %%

@@ -1,6 +1,7 @@
-"""One loss, four network libraries: each adapter is a few lines, and with the same weights all gradients agree."""
+"""One loss, four network libraries: with the same weights all gradients agree, and each drops its own units."""
 
 import math
+import sys
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 
 from fm_jax.losses import flow_matching
-from fm_jax.models import linen_apply
+from fm_jax.models import MLP, from_equinox, from_nnx, linen_apply
 from fm_jax.paths import AffinePath
 from fm_jax.types import ApplyFn
 
@@ -21,33 +22,6 @@ WIDTH, MEAN = 64, 2.0
 # The data are N(MEAN, I). In every dimension the conditional velocity then has variance 1 / (t^2 + (1 - t)^2) around
 # the marginal one; the integral of that over t is the least loss that any network can reach.
 LEAST_LOSS = math.pi / 2
-
-
-# The adapters, as in README.md.
-
-
-def from_nnx(model: nnx.Module) -> tuple[Any, ApplyFn]:
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def apply_fn(params, t, x, cond, *, train, rngs):
-        module = nnx.merge(graph, params, rest, copy=True)
-        module.set_attributes(deterministic=not train, raise_if_not_found=False)
-        if train:
-            nnx.reseed(module, default=rngs["dropout"], dropout=rngs["dropout"])
-        return module(t, x, cond)
-
-    return params, apply_fn
-
-
-def from_equinox(model: eqx.Module) -> tuple[Any, ApplyFn]:
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-
-    def apply_fn(params, t, x, cond, *, train, rngs):
-        module = eqx.nn.inference_mode(eqx.combine(params, static), value=not train)
-        keys = jax.random.split(rngs["dropout"], len(x)) if train else None
-        return jax.vmap(module)(t, x, cond, keys)
-
-    return params, apply_fn
 
 
 # The same network in each: out(dropout(silu(hidden([x, t])))).
@@ -193,3 +167,181 @@ def test_dropout_follows_the_key(library):
     assert one != other
     assert off == again
     assert off == pytest.approx(float(flow_matching(network(library).apply_fn, AffinePath())(params, None, batch)[0]))
+
+
+# What the adapters promise.
+
+T, X = jnp.linspace(0.1, 0.9, 8), jnp.ones((8, 2))
+KEY = jax.random.key(3)
+
+
+def evaluate(params, apply_fn, key=None, cond=None, x=X):
+    return apply_fn(params, T, x, cond, train=key is not None, rngs=None if key is None else {"dropout": key})
+
+
+class Masks(nnx.Module):
+    """Two dropouts, on streams of their own names, and a third noise: what each draws is in a column of the output."""
+
+    def __init__(self, rngs):
+        self.one, self.two = nnx.Dropout(0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+        self.other = nnx.Dropout(0.5, rng_collection="other", rngs=rngs)
+        self.scale = nnx.Param(jnp.ones(()))
+
+    def __call__(self, t, x, cond=None):
+        ones = self.scale * jnp.ones((64, 64))
+        return jnp.stack([self.one(ones), self.two(ones), self.other(ones), self.one(ones)])
+
+
+@pytest.mark.parametrize("rngs", [nnx.Rngs(0), nnx.Rngs(params=0, dropout=1, other=2)], ids=["default", "named"])
+def test_nnx_draws_each_mask_for_itself(rngs):
+    """In one call no two masks agree, and another key changes all of them."""
+    params, apply_fn = from_nnx(Masks(rngs))
+    masks, again, others = (np.asarray(evaluate(params, apply_fn, key)) > 0 for key in (KEY, KEY, jax.random.key(4)))
+    np.testing.assert_array_equal(masks, again)
+    for i, mask in enumerate(masks):
+        for other in (*masks[i + 1 :], others[i]):
+            # 4,096 pairs of fair coins: half agree, within 5 standard errors of 0.8%.
+            assert abs((mask == other).mean() - 0.5) < 0.04
+    np.testing.assert_array_equal(evaluate(params, apply_fn), 1.0)
+
+
+def test_nnx_layers_under_vmap_draw_for_themselves():
+    class Stacked(nnx.Module):
+        def __init__(self, rngs):
+            make = nnx.split_rngs(splits=3)(nnx.vmap(lambda rngs: nnx.Dropout(0.5, rngs=rngs)))
+            self.layers = make(rngs)
+            self.scale = nnx.Param(jnp.ones(()))
+
+        def __call__(self, t, x, cond=None):
+            return nnx.vmap(lambda layer, x: layer(x))(self.layers, self.scale * jnp.ones((3, 64, 64)))
+
+    masks = np.asarray(evaluate(*from_nnx(Stacked(nnx.Rngs(0))), KEY)) > 0
+    assert all(abs((masks[i] == masks[i - 1]).mean() - 0.5) < 0.04 for i in range(3))
+
+
+def test_nnx_leaves_the_module_alone_and_is_left_alone():
+    """Neither training mode nor draws reach the module, and what becomes of it does not reach the function."""
+    model = NNXNet(0.5, rngs=nnx.Rngs(1))
+    count = int(model.dropout.rngs.count[...])
+    params, apply_fn = from_nnx(model)
+    before = evaluate(params, apply_fn)
+    assert jnp.abs(evaluate(params, apply_fn, KEY) - before).max() > 1e-3
+    assert (int(model.dropout.rngs.count[...]), model.dropout.deterministic) == (count, False)
+    model.out.bias[...] += 1.0
+    np.testing.assert_array_equal(evaluate(params, apply_fn), before)
+    nnx.update(model, jax.tree.map(lambda leaf: 0 * leaf, params))
+    model.eval()
+    np.testing.assert_array_equal(model(T, X), 0.0)
+
+
+def test_nnx_other_state_is_constant():
+    class Shifted(nnx.Module):
+        def __init__(self):
+            self.scale, self.calls = nnx.Param(jnp.ones(2)), nnx.Variable(jnp.zeros(()))
+
+        def __call__(self, t, x, cond=None):
+            self.calls[...] += 1.0
+            return x * self.scale[None] + self.calls
+
+    params, apply_fn = from_nnx(Shifted())
+    assert len(jax.tree.leaves(params)) == 1
+    for _ in range(2):
+        np.testing.assert_array_equal(evaluate(params, apply_fn), 2.0)
+
+
+class Keyless(eqx.Module):
+    """Without a parameter `key`, with a constant, and with a condition of two leaves."""
+
+    weight: jax.Array
+    steps: jax.Array
+    name: str
+
+    def __call__(self, t, x, cond):
+        shift = 0.0 if cond is None else cond["a"] + cond["b"].sum()
+        return self.weight * x + t + shift + self.steps
+
+
+def test_equinox_maps_every_leaf_over_the_batch():
+    model = Keyless(jnp.array([2.0, 3.0]), jnp.arange(2), "keyless")
+    params, apply_fn = from_equinox(model)
+    assert [leaf.shape for leaf in jax.tree.leaves(params)] == [(2,)]  # integers and names are no parameters
+    cond = {"a": jnp.arange(8.0), "b": jnp.ones((8, 3))}
+    plain = jnp.array([[2.0, 3.0]]) * X + T[:, None] + jnp.arange(2)[None]
+    for key in (None, KEY):
+        np.testing.assert_allclose(evaluate(params, apply_fn, key, cond), plain + cond["a"][:, None] + 3, rtol=1e-6)
+        np.testing.assert_allclose(evaluate(params, apply_fn, key), plain, rtol=1e-6)
+
+
+def test_equinox_draws_for_each_example():
+    params, apply_fn = from_equinox(EquinoxNet(0.5, key=jax.random.key(1)))
+    same = jnp.full(8, 0.5)
+    off = apply_fn(params, same, X, None, train=False, rngs=None)
+    np.testing.assert_allclose(off, jnp.broadcast_to(off[:1], off.shape), rtol=1e-6)
+    on = apply_fn(params, same, X, None, train=True, rngs={"dropout": KEY})
+    assert len(np.unique(np.round(on, 5), axis=0)) == 8
+
+
+class NNXBatchNorm(nnx.Module):
+    def __init__(self):
+        self.inner = nnx.List([nnx.BatchNorm(2, rngs=nnx.Rngs(0))])
+
+    def __call__(self, t, x, cond=None):
+        return self.inner[0](x)
+
+
+class EquinoxBatchNorm(eqx.Module):
+    norm: eqx.nn.BatchNorm
+
+    def __init__(self):
+        self.norm = eqx.nn.BatchNorm(2, axis_name="batch", mode="batch")
+
+    def __call__(self, t, x, cond=None):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("adapter", "model", "message"),
+    [
+        (linen_apply, MLP, "module must be an instance of flax.linen.Module, got the class fm_jax.models.mlp.MLP"),
+        (
+            linen_apply,
+            lambda: NNXNet(rngs=nnx.Rngs(0)),
+            "module must be an instance of flax.linen.Module, got a .*NNXNet",
+        ),
+        (from_nnx, lambda: NNXNet, "model must be an instance of nnx.Module, got the class .*NNXNet"),
+        (from_nnx, MLP, "model must be an instance of nnx.Module, got a fm_jax.models.mlp.MLP"),
+        (from_nnx, NNXBatchNorm, "model must have no running statistics, got nnx.BatchStat at inner.0.mean"),
+        (
+            from_nnx,
+            lambda: nnx.Embed(2, 2, rngs=nnx.Rngs(0)),
+            r"model must be called as model\(t, x, cond\) on a batch, got the signature \(inputs",
+        ),
+        (from_equinox, lambda: EquinoxNet, "model must be an instance of equinox.Module, got the class .*EquinoxNet"),
+        (from_equinox, lambda: plain_apply, "model must be an instance of equinox.Module, got a builtins.function"),
+        (
+            from_equinox,
+            lambda: eqx.nn.Linear(2, 2, key=KEY),
+            r"model must be called as model\(t, x, cond\) on one example, got the signature \(x",
+        ),
+        (from_equinox, EquinoxBatchNorm, "model must have no state, got an equinox.nn.StateIndex, as of BatchNorm"),
+    ],
+)
+def test_adapters_refuse(adapter, model, message):
+    with pytest.raises(ValueError, match=message):
+        adapter(model if adapter is linen_apply and model is MLP else model())
+
+
+@pytest.mark.parametrize("library", ["nnx", "equinox"])
+def test_training_at_random_needs_a_key(library):
+    apply_fn, params, _ = network(library, dropout=0.5)
+    with pytest.raises(ValueError, match=r"train=True needs rngs=\{'dropout': key\} .*, got rngs=None"):
+        apply_fn(params, T, X, None, train=True, rngs=None)
+
+
+@pytest.mark.parametrize(("adapter", "module"), [(from_nnx, "flax.nnx"), (from_equinox, "equinox")])
+def test_a_missing_library_is_named(adapter, module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    if module == "flax.nnx":
+        monkeypatch.delattr("flax.nnx")
+    with pytest.raises(ImportError, match=f"{adapter.__name__} needs .*: pip install"):
+        adapter(None)

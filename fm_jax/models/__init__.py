@@ -1,7 +1,7 @@
 """Vector fields as Flax Linen modules, called `module(t, x, cond=None, *, train=False)`.
 
-The losses and samplers see any network as a function (`fm_jax.types.ApplyFn`); `linen_apply` makes one of a
-module.
+The losses and samplers see any network as a function (`fm_jax.types.ApplyFn`); `linen_apply`, `from_nnx` and
+`from_equinox` make one of a module of these libraries.
 """
 
 import math
@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fm_jax.models.adapters import linen_apply
+from fm_jax.models.adapters import from_equinox, from_nnx, linen_apply
 from fm_jax.models.compute import Compute
 from fm_jax.models.dit import DiT, make_dit
 from fm_jax.models.embed import LabelEmbedding, TokenEmbedding, VectorEmbedding
@@ -30,6 +30,8 @@ __all__ = [
     "UNet",
     "VectorEmbedding",
     "forward_flops",
+    "from_equinox",
+    "from_nnx",
     "init_params",
     "linen_apply",
     "linen_potential",
