@@ -93,7 +93,7 @@ def diffusion_fn(diffusion: Diffusion) -> Callable[[Array], Array]:
 def drift_fn(
     v: VelocityFn, score: ScoreFn | None, diffusion: Diffusion, *, schedule: Schedule | None = None
 ) -> Callable[[Array, Array, Array], Array]:
-    """The drift of the SDE extension, `drift(t, x, direction) = v + direction g^2 / 2 score`; 1 is forward, -1 backward."""
+    """The drift of the SDE extension, `drift(t, x, direction) = v + direction g^2 / 2 score`; -1 is backward."""
     g = diffusion_fn(diffusion)
 
     def drift(t: Array, x: Array, direction: Array) -> Array:
