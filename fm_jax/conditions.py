@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import check_number, is_traced
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, Cond, Key
 
@@ -95,9 +96,8 @@ class DropCondition:
 
 
 def _check_rate(rate: float) -> None:
-    """Raises `ValueError` unless `rate` is in [0, 1]; one that is traced cannot be checked."""
-    if not isinstance(rate, jax.core.Tracer) and not 0 <= rate <= 1:
-        raise ValueError(f"rate must be in [0, 1], got {rate}.")
+    if not is_traced(rate):
+        check_number("rate", rate, "[0, 1]")
 
 
 def null_like(cond: Cond, null_cond: Cond) -> Cond:
