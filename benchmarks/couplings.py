@@ -27,11 +27,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import images, torchcfm_2d
-from experiments.command_line import parse
-from experiments.method import Method, make_loss
-from experiments.toy2d_methods import NETWORK, Recipe, Splits, conditional, draws, fit
-from experiments.training import Training
+from experiments.lab import images
+from experiments.lab.command_line import parse
+from experiments.lab.method import Method, make_loss
+from experiments.lab.training import Training
+from experiments.torchcfm_table import peer
+from experiments.torchcfm_table.methods import NETWORK, Recipe, Splits, conditional, draws, fit
 from fm_jax import couplings
 from fm_jax.couplings.costs import squared_euclidean
 from fm_jax.data.coupled import CoupledBatches
@@ -110,7 +111,7 @@ def _peer_steps(config: Config, recipe: Recipe, splits: Splits) -> dict[str, flo
             jobs, out = Path(folder) / "jobs.json", Path(folder) / f"{method}.npz"
             job = dataclasses.asdict(recipe) | {"method": method, "seed": 0, "data": str(data), "out": str(out)}
             jobs.write_text(json.dumps([job | {"steps": steps}]))
-            subprocess.run([str(config.peer_python), torchcfm_2d.__file__, str(jobs)], check=True)
+            subprocess.run([str(config.peer_python), peer.__file__, str(jobs)], check=True)
             with np.load(out) as file:
                 found[f"torchcfm_{method}_ms"] = 1e3 * float(file["seconds"]) / steps
     found["torchcfm_ratio"] = found["torchcfm_OT-CFM_ms"] / found["torchcfm_I-CFM_ms"]

@@ -29,11 +29,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import images
-from experiments.command_line import parse
-from experiments.figures import save_error_curves
+from experiments.lab import images
+from experiments.lab.command_line import parse
+from experiments.lab.figures import save_error_curves
+from experiments.lab.sampling import bind
 from experiments.sample import restore_run
-from experiments.sampling import bind
 from fm_jax import oracles
 from fm_jax.models import forward_flops, init_params, linen_apply, make_dit
 from fm_jax.parameterization import velocity_fn

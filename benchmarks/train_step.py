@@ -17,10 +17,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from experiments import images
-from experiments.command_line import parse
-from experiments.method import Method, make_loss
-from experiments.training import Training
+from experiments.lab import images
+from experiments.lab.command_line import parse
+from experiments.lab.method import Method, make_loss
+from experiments.lab.training import Training
 from fm_jax.models import forward_flops, init_params, num_params
 from fm_jax.train import create_state, make_optimizer, make_step
 from fm_jax.train.parallel import pmap_step, split_batch

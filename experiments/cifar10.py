@@ -12,9 +12,9 @@ measured here yet.
 
 from pathlib import Path
 
-from experiments.images import Config, main
-from experiments.sampling import Sampling
-from experiments.training import Training
+from experiments.lab.images import Config, main
+from experiments.lab.sampling import Sampling
+from experiments.lab.training import Training
 
 CONFIG = Config(
     dataset="cifar10",

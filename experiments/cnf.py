@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.command_line import parse
-from experiments.figures import save_density
-from experiments.sampling import bind
+from experiments.lab.command_line import parse
+from experiments.lab.figures import save_density
+from experiments.lab.sampling import bind
+from experiments.lab.training import Training, sampling_params, smoke_training, train
 from experiments.toy2d import Batches, Toy
-from experiments.training import Training, sampling_params, smoke_training, train
 from fm_jax.data.toy import make_toy
 from fm_jax.likelihood import log_prob
 from fm_jax.models import MLP, init_params, linen_apply

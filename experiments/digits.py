@@ -9,9 +9,9 @@ least 99% of 1,000 samples at guidance 2, and 95% without guidance.
 
 from pathlib import Path
 
-from experiments.images import Config, main
-from experiments.sampling import Sampling
-from experiments.training import Training
+from experiments.lab.images import Config, main
+from experiments.lab.sampling import Sampling
+from experiments.lab.training import Training
 
 CONFIG = Config(
     dataset="digits",

@@ -8,9 +8,9 @@ Expect: garments of the requested class. A classifier on pixels names real held-
 
 from pathlib import Path
 
-from experiments.images import Config, main
-from experiments.sampling import Sampling
-from experiments.training import Training
+from experiments.lab.images import Config, main
+from experiments.lab.sampling import Sampling
+from experiments.lab.training import Training
 
 CONFIG = Config(
     dataset="fashion_mnist",

@@ -8,9 +8,9 @@ Expect: digits of every class that a person reads at once.
 
 from pathlib import Path
 
-from experiments.images import Config, main
-from experiments.sampling import Sampling
-from experiments.training import Training
+from experiments.lab.images import Config, main
+from experiments.lab.sampling import Sampling
+from experiments.lab.training import Training
 
 CONFIG = Config(
     dataset="mnist",

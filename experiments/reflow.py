@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import toy2d_table
-from experiments.command_line import parse
-from experiments.figures import save_trajectory_table
-from experiments.sampling import bind
-from experiments.toy2d_methods import (
+from experiments.lab.command_line import parse
+from experiments.lab.figures import save_trajectory_table
+from experiments.lab.sampling import bind
+from experiments.torchcfm_table import table
+from experiments.torchcfm_table.methods import (
     APPLY,
     NETWORK,
     PAIR_SAMPLER,
@@ -35,7 +35,7 @@ from experiments.toy2d_methods import (
     fit,
     straight,
 )
-from experiments.toy2d_table import PROBLEMS, Cell, draw, make_splits
+from experiments.torchcfm_table.table import PROBLEMS, Cell, draw, make_splits
 from fm_jax.fewstep import distillation, make_pairs, reflow
 from fm_jax.metrics import floor, straightness, wasserstein
 from fm_jax.models import init_params
@@ -48,7 +48,7 @@ class Config:
     """From where to where, and how often."""
 
     problem: str = "moons to 8gaussians"
-    """A column of `experiments.toy2d_table`."""
+    """A column of `experiments.torchcfm_table`."""
     rounds: int = 2
     """How often to reflow."""
     recipe: Recipe = field(default_factory=Recipe)
@@ -90,7 +90,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, reflows, distils and judges; returns the numbers it prints."""
     config = _smoke(config) if config.smoke else config
     recipe, source = config.recipe, PROBLEMS[config.problem]
-    splits = make_splits(toy2d_table.Config(num_test=config.num_test), Cell("reflow", config.problem, config.seed))
+    splits = make_splits(table.Config(num_test=config.num_test), Cell("reflow", config.problem, config.seed))
     key_init, key_fit, key_pairs, key_last, key_floor, key_distil = jax.random.split(jax.random.key(config.seed), 6)
     draw_x0 = draw_source(splits)
 

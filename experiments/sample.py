@@ -19,15 +19,16 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import figures
-from experiments.command_line import parse
-from experiments.sampling import SOLVER_HELP, Grid, RuleName, Sampling, Weak, generate_many, make_generate
-from experiments.training import from_json, restore, sampling_params
+from experiments.lab import figures
+from experiments.lab.command_line import parse
+from experiments.lab.sampling import SOLVER_HELP, Grid, RuleName, Sampling, Weak, generate_many, make_generate
+from experiments.lab.training import from_json, restore, sampling_params
 from fm_jax.models import init_params
 from fm_jax.samplers import BespokeSolver
 from fm_jax.types import Params
 
-EXPERIMENTS = ("images", "toy2d")
+EXPERIMENTS = {"images": "experiments.lab.images", "toy2d": "experiments.toy2d"}
+"""The module of each experiment whose runs can be restored, by the name that `config.json` has."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Config:
     """Folder of a run with a weaker network of the same method, to be guided away from."""
     solver: Annotated[str | None, SOLVER_HELP] = None
     bespoke: Path | None = None
-    """File of a solver trained by `python -m experiments.bespoke`, in place of a sampler's name."""
+    """File of a solver trained by `python -m experiments.learned_solver`, in place of a sampler's name."""
     steps: int | None = None
     """Steps of a sampler with fixed steps."""
     grid: Grid | None = None
@@ -141,7 +142,7 @@ def restore_run(run_dir: Path) -> Restored:
     record = json.loads(path.read_text())
     if record.get("experiment") not in EXPERIMENTS:
         raise SystemExit(f"{path} was not written by one of the experiments {', '.join(EXPERIMENTS)}.")
-    module = importlib.import_module(f"experiments.{record.pop('experiment')}")
+    module = importlib.import_module(EXPERIMENTS[record.pop("experiment")])
     # The folder may have been moved since it was written.
     config = from_json(module.Config, record)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, run_dir=run_dir))
@@ -158,9 +159,9 @@ def save_solver(path: Path, solver: BespokeSolver) -> None:
 
 
 def load_solver(path: Path) -> BespokeSolver:
-    """A bespoke solver from the file that `experiments.bespoke` wrote."""
+    """A bespoke solver from the file that `experiments.learned_solver` wrote."""
     if not path.exists():
-        raise SystemExit(f"{path} does not exist: python -m experiments.bespoke writes such a file.")
+        raise SystemExit(f"{path} does not exist: python -m experiments.learned_solver writes such a file.")
     with np.load(path) as arrays:
         return BespokeSolver(**{name: jax.numpy.asarray(arrays[name]) for name in BespokeSolver._fields})
 

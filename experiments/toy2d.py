@@ -2,7 +2,7 @@
 
 Paper: Lipman et al. 2022 (arXiv:2210.02747); Tong et al. 2023 (arXiv:2302.00482) for the pairs and the couplings.
 Command: `python -m experiments.toy2d --source moons --data eight_gaussians --coupling minibatch_ot`; with `--table`,
-all methods of TorchCFM's table instead, beside the installed `torchcfm`, as `experiments.toy2d_table` says.
+all methods of TorchCFM's table instead, beside the installed `torchcfm`, as `experiments.torchcfm_table` says.
 Hardware: about a minute on two CPU cores; the table under an hour.
 Expect: a Wasserstein distance near its floor, which is the distance of two independent draws of the data themselves;
 both are printed.
@@ -20,12 +20,12 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from experiments import toy2d_table
-from experiments.command_line import parse
-from experiments.figures import save_loss_curve, save_scatter
-from experiments.method import DrawSource, Method, couple_ahead, make_loss
-from experiments.sampling import Sampling, frame_times, make_generate
-from experiments.training import Training, sampling_params, smoke_training, train
+from experiments.lab.command_line import parse
+from experiments.lab.figures import save_loss_curve, save_scatter
+from experiments.lab.method import DrawSource, Method, couple_ahead, make_loss
+from experiments.lab.sampling import Sampling, frame_times, make_generate
+from experiments.lab.training import Training, sampling_params, smoke_training, train
+from experiments.torchcfm_table import table
 from fm_jax.data.toy import make_toy
 from fm_jax.metrics import Measured, floor, wasserstein
 from fm_jax.models import MLP, init_params, linen_apply
@@ -129,7 +129,7 @@ class Batches:
 def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
     if config.table:
-        return toy2d_table.run(toy2d_table.Config(smoke=config.smoke))
+        return table.run(table.Config(smoke=config.smoke))
     config = _smoke(config) if config.smoke else config
     _check(config)
     experiment, run_dir = build(config), config.training.run_dir

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
-figures = pytest.importorskip("experiments.figures")
+figures = pytest.importorskip("experiments.lab.figures")
 
 RNG = np.random.default_rng(0)
 
@@ -96,6 +96,6 @@ def test_scatter_draws_three_panels(tmp_path):
 
 
 def test_importing_leaves_pyplot_alone():
-    code = "import sys, experiments.figures; assert 'matplotlib.pyplot' not in sys.modules"
+    code = "import sys, experiments.lab.figures; assert 'matplotlib.pyplot' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 0, result.stderr

@@ -234,7 +234,7 @@ def test_options_exist(page, command, monkeypatch):
         monkeypatch.setattr(module, "prepare", lambda *_, **__: None)
         module.main()
         return
-    parse = importlib.import_module("experiments.command_line").parse
+    parse = importlib.import_module("experiments.lab.command_line").parse
     default = getattr(module, "CONFIG", None)
     with contextlib.redirect_stderr(sys.stdout):
         parse(module.Config if default is None else type(default), default)

@@ -11,10 +11,11 @@ import pytest
 
 pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
 
-from experiments import bespoke, cifar10, digits, fashion_mnist, images, mnist, sample, toy2d
-from experiments.command_line import parse
-from experiments.method import Method
-from experiments.training import config_to_json, from_json
+from experiments import cifar10, digits, fashion_mnist, learned_solver, mnist, sample, toy2d
+from experiments.lab import images
+from experiments.lab.command_line import parse
+from experiments.lab.method import Method
+from experiments.lab.training import config_to_json, from_json
 from fm_jax.train.checkpoint import CheckpointError
 from fm_jax.train.metrics import read_metrics
 
@@ -149,8 +150,8 @@ def test_help_lists_the_samplers_with_order_and_cost(capsys, monkeypatch):
 
 
 def test_bespoke_solver_of_a_run(toy_run, tmp_path, capsys):
-    config = bespoke.Config(run=toy_run, calls=(2, 3), num=32, fine_steps=5, iterations=3, batch_size=16)
-    results = bespoke.run(config)
+    config = learned_solver.Config(run=toy_run, calls=(2, 3), num=32, fine_steps=5, iterations=3, batch_size=16)
+    results = learned_solver.run(config)
     assert results.keys() == {"2", "3"}
     assert np.isfinite([value for found in results.values() for value in found.values()]).all()
     sample.run(sample.Config(run=toy_run, num=8, out=tmp_path / "b.npz", bespoke=toy_run / "bespoke_3.npz"))

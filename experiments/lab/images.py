@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.classifier import fit_classifier
-from experiments.command_line import parse
-from experiments.figures import save_animation, save_grid, save_loss_curve
-from experiments.method import DrawSource, Method, couple_ahead, make_loss
-from experiments.sampling import Sampling, frame_times, generate_many, make_generate
-from experiments.training import Training, is_config_of_run, sampling_params, smoke_training, train
+from experiments.lab.command_line import parse
+from experiments.lab.figures import save_animation, save_grid, save_loss_curve
+from experiments.lab.judge import fit_classifier
+from experiments.lab.method import DrawSource, Method, couple_ahead, make_loss
+from experiments.lab.sampling import Sampling, frame_times, generate_many, make_generate
+from experiments.lab.training import Training, is_config_of_run, sampling_params, smoke_training, train
 from fm_jax.data.digits import load_digits
 from fm_jax.data.images import ImageDataset, load_images, to_float
 from fm_jax.data.pipeline import batches

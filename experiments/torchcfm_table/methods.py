@@ -2,7 +2,7 @@
 
 Paper: Tong et al. 2023 (arXiv:2302.00482 and 2307.03672), Liu et al. 2022 (arXiv:2209.03003), Kornilov et al. 2024
 (arXiv:2403.13117), Lipman et al. 2022 (arXiv:2210.02747).
-Command: `python -m experiments.toy2d --table`, see `experiments.toy2d_table`.
+Command: `python -m experiments.toy2d --table`, see `experiments.torchcfm_table`.
 Hardware: one CPU core, 1 to 30 seconds a training; a second core solves the transport ahead of it.
 Expect: a `Trained` for each method: parameters, the seconds they took, and a function from x0 to samples.
 """
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.sampling import bind
+from experiments.lab.sampling import bind
 from fm_jax.couplings import ExactOT, paired, schrodinger_bridge_ot
 from fm_jax.data.coupled import CoupledBatches
 from fm_jax.fewstep import make_pairs, optimal_flow_matching, transport

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.method import DrawSource, Method
+from experiments.lab.method import DrawSource, Method
 from fm_jax.guidance import (
     Extrapolate,
     Projected,

@@ -8,17 +8,18 @@ import pytest
 
 pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
 
-from experiments import reflow, toy2d, toy2d_table
+from experiments import reflow, toy2d
+from experiments.torchcfm_table import table
 
 
-def test_toy2d_table(tmp_path, capsys, monkeypatch):
+def test_torchcfm_table(tmp_path, capsys, monkeypatch):
     """`--table --smoke`: every method in two columns, as tables and a figure."""
     pytest.importorskip("ott", reason="SB-CFM needs the extra fm_jax[ot]")
     monkeypatch.chdir(tmp_path)
     results = toy2d.run(dataclasses.replace(toy2d.CONFIG, table=True, smoke=True))
-    out = Path("runs/toy2d_table-smoke")
+    out = Path("runs/torchcfm_table-smoke")
     cells = results["cells"]
-    assert set(toy2d_table.METHODS) <= set(cells)
+    assert set(table.METHODS) <= set(cells)
     assert "moons to 8gaussians" not in cells["FM"]  # FM has no source but noise
     values = [v for row in cells.values() for cell in row.values() for measured in cell.values() for v in measured]
     assert np.isfinite(values).all()
@@ -26,7 +27,7 @@ def test_toy2d_table(tmp_path, capsys, monkeypatch):
     text = (out / "table.md").read_text()
     assert text in capsys.readouterr().out
     assert text.count("| floor |") == 2
-    assert all(text.count(f"| {method} |") == 4 for method in toy2d_table.METHODS)
+    assert all(text.count(f"| {method} |") == 4 for method in table.METHODS)
     assert (out / "trajectories.png").stat().st_size > 0
 
 
@@ -42,9 +43,9 @@ def test_reflow(tmp_path, capsys):
         reflow.Config(problem="N to N")
 
 
-def test_toy2d_table_goes_on_where_it_was(tmp_path):
-    recipe = toy2d_table.Recipe(steps=100, batch_size=8)
-    config = toy2d_table.Config(
+def test_torchcfm_table_goes_on_where_it_was(tmp_path):
+    recipe = table.Recipe(steps=100, batch_size=8)
+    config = table.Config(
         out=tmp_path,
         seeds=(1,),
         problems=("N to moons",),
@@ -53,10 +54,10 @@ def test_toy2d_table_goes_on_where_it_was(tmp_path):
         num_test=32,
         num_reference=32,
     )
-    first = toy2d_table.run(config)
+    first = table.run(config)
     (cell,) = (path for path in (tmp_path / "cells").iterdir() if path.name.startswith("I_CFM"))
     written = cell.stat().st_mtime_ns
-    assert toy2d_table.run(config)["cells"]["I-CFM"] == first["cells"]["I-CFM"]
+    assert table.run(config)["cells"]["I-CFM"] == first["cells"]["I-CFM"]
     assert cell.stat().st_mtime_ns == written
     with pytest.raises(SystemExit, match="holds another table: give another --out"):
-        toy2d_table.run(dataclasses.replace(config, seeds=(2,)))
+        table.run(dataclasses.replace(config, seeds=(2,)))

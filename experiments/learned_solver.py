@@ -1,6 +1,7 @@
 """Trains solvers of a few steps for the network of a finished run, and says what they gain.
 
-Paper: Shaul et al. 2024 (arXiv:2403.01329). Command: `python -m experiments.bespoke --run runs/digits --calls 5 10`
+Paper: Shaul et al. 2024 (arXiv:2403.01329).
+Command: `python -m experiments.learned_solver --run runs/digits --calls 5 10`
 Hardware: minutes on two CPU cores for the digits. Writes `bespoke_<calls>.npz` into the run's folder, for
 `python -m experiments.sample --run runs/digits --bespoke runs/digits/bespoke_5.npz`.
 """
@@ -14,9 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.command_line import parse
+from experiments.lab.command_line import parse
+from experiments.lab.sampling import guided_velocity, sampled_times
 from experiments.sample import restore_run, save_solver
-from experiments.sampling import guided_velocity, sampled_times
 from fm_jax.paths import source
 from fm_jax.samplers import bespoke, sample, sample_ode
 from fm_jax.train.bespoke import fit_bespoke

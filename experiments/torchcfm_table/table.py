@@ -1,8 +1,8 @@
 """TorchCFM's two-dimensional table: every method between every pair of distributions, beside the installed `torchcfm`.
 
 Paper: Tong et al. 2023 (arXiv:2302.00482, table 2); its published code for the data, the network and the optimiser.
-Command: `python -m experiments.toy2d --table`; options by `python -m experiments.toy2d_table --help`. torchcfm is used
-where it is installed, here or in the environment of `--peer-python`.
+Command: `python -m experiments.torchcfm_table`. torchcfm is used where it is installed, here or in the environment of
+`--peer-python`.
 Hardware: under an hour on two CPU cores, the peer's trainings on one of them. Interrupted, it goes on where it was.
 Expect: `table.md`, `trajectories.png` and `results.json` in the run folder: the 2-Wasserstein distance to test points
 with its floor, the normalised path energy, network evaluations and training time, over five seeds.
@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import torchcfm_2d
-from experiments.command_line import parse
-from experiments.figures import save_trajectory_table
-from experiments.toy2d_methods import METHODS, Recipe, Splits, Trained, by_flow, by_score_and_flow, train
+from experiments.lab.command_line import parse
+from experiments.lab.figures import save_trajectory_table
+from experiments.torchcfm_table import peer
+from experiments.torchcfm_table.methods import METHODS, Recipe, Splits, Trained, by_flow, by_score_and_flow, train
 from fm_jax.data.toy import make_toy
 from fm_jax.metrics import floor, normalised_path_energy_floor, wasserstein
 from fm_jax.types import Array, Key
@@ -61,7 +61,7 @@ NUM_TRAIN = 10_000
 class Config:
     """The whole table."""
 
-    out: Path = Path("runs/toy2d_table")
+    out: Path = Path("runs/torchcfm_table")
     """Folder of the results."""
     seeds: tuple[int, ...] = (42, 43, 44, 45, 46)
     """One training each."""
@@ -153,7 +153,7 @@ def start_peer(config: Config) -> tuple[list[dict[str, Any]], subprocess.Popen] 
         return None
     folder, jobs = config.out / "torchcfm", []
     folder.mkdir(exist_ok=True)
-    for cell in cells(config, tuple(m for m in config.methods if m in torchcfm_2d.METHODS)):
+    for cell in cells(config, tuple(m for m in config.methods if m in peer.METHODS)):
         data = folder / Cell("data", cell.problem, cell.seed).file
         if not data.exists():
             splits = make_splits(config, cell)
@@ -161,7 +161,7 @@ def start_peer(config: Config) -> tuple[list[dict[str, Any]], subprocess.Popen] 
         recipe = dataclasses.asdict(config.recipe)
         jobs.append(recipe | cell._asdict() | {"data": str(data), "out": str(folder / cell.file)})
     (folder / "jobs.json").write_text(json.dumps(jobs))
-    command = [str(python), torchcfm_2d.__file__, str(folder / "jobs.json")]
+    command = [str(python), peer.__file__, str(folder / "jobs.json")]
     return jobs, subprocess.Popen(command)
 
 
@@ -183,7 +183,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, judges and writes the table; returns the results."""
     config = _smoke(config) if config.smoke else config
     _prepare(config)
-    peer = start_peer(config)
+    started = start_peer(config)
     reference = references(config)
     done = [*cells(config, config.methods)]
     for cell in done:
@@ -192,8 +192,8 @@ def run(config: Config) -> dict[str, Any]:
             trained = train(cell.method, config.recipe, splits, cell.seed)
             judge(config, cell, trained, splits, reference[cell.problem]["energy"])
             print(f"{cell.method}, {cell.problem}, seed {cell.seed}: {trained.seconds:.1f} s", flush=True)
-    if peer is not None:
-        jobs, process = peer
+    if started is not None:
+        jobs, process = started
         if process.wait():
             raise SystemExit(f"torchcfm's process ended with status {process.returncode}; what it said is above.")
         for job in jobs:
@@ -212,7 +212,7 @@ def run(config: Config) -> dict[str, Any]:
 def render(config: Config, results: dict[str, Any]) -> str:
     """The results as Markdown: a table for each measure, ours above torchcfm's, and where ours is the worse one."""
     found, reference = results["cells"], results["references"]
-    methods = [*config.methods, *(PEER + m for m in torchcfm_2d.METHODS)]
+    methods = [*config.methods, *(PEER + m for m in peer.METHODS)]
     lines = []
     for column, title in COLUMNS.items():
         lines += [f"**{title.format(num=f'{config.num_test:,}')}**", "", "| | " + " | ".join(config.problems) + " |"]
@@ -236,7 +236,7 @@ def render(config: Config, results: dict[str, Any]) -> str:
 
 def _worse_cells(config: Config, results: dict[str, Any]) -> Iterator[str]:
     """Where our distance or path energy is above torchcfm's and above the floor, each by two standard errors."""
-    for method in torchcfm_2d.METHODS:
+    for method in peer.METHODS:
         for name in config.problems:
             for column in ("w2", "npe"):
                 ours, theirs = (

@@ -1,4 +1,4 @@
-"""Trains TorchCFM's methods between two-dimensional distributions, for `experiments.toy2d_table` to judge.
+"""Trains TorchCFM's methods between two-dimensional distributions, for `experiments.torchcfm_table` to judge.
 
 Paper: Tong et al. 2023 (arXiv:2302.00482), and 2307.03672 for [SF]2M; the public classes of the package `torchcfm`.
 Command: run by the table, in any interpreter that has torch, torchcfm and numpy; nothing of JAX is needed.

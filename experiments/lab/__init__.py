@@ -1,0 +1,1 @@
+"""What the experiments share: their command lines, methods, training, sampling and figures."""

@@ -1,0 +1,1 @@
+"""TorchCFM's two-dimensional table: `table` makes it, by the `methods`, beside the `peer`."""
