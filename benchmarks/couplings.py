@@ -32,7 +32,8 @@ from experiments.lab.command_line import parse
 from experiments.lab.method import Method, make_loss
 from experiments.lab.training import Training
 from experiments.torchcfm_table import peer
-from experiments.torchcfm_table.methods import NETWORK, Recipe, Splits, conditional, draws, fit
+from experiments.torchcfm_table.methods import NETWORK, Recipe, conditional, fit
+from experiments.torchcfm_table.problems import Splits, draws
 from fm_jax import couplings
 from fm_jax.couplings.costs import squared_euclidean
 from fm_jax.data.coupled import CoupledBatches

@@ -22,20 +22,16 @@ import numpy as np
 from experiments.lab.command_line import parse
 from experiments.lab.figures import save_trajectory_table
 from experiments.lab.sampling import bind
-from experiments.torchcfm_table import table
 from experiments.torchcfm_table.methods import (
     APPLY,
     NETWORK,
     PAIR_SAMPLER,
     Recipe,
     conditional,
-    draw_source,
-    draws,
-    draws_of_pairs,
     fit,
     straight,
 )
-from experiments.torchcfm_table.table import PROBLEMS, Cell, draw, make_splits
+from experiments.torchcfm_table.problems import PROBLEMS, draw, draw_source, draws, draws_of_pairs, make_splits
 from fm_jax.fewstep import distillation, make_pairs, reflow
 from fm_jax.metrics import floor, straightness, wasserstein
 from fm_jax.models import init_params
@@ -56,7 +52,7 @@ class Config:
     """Test points, and samples to judge."""
     seed: int = 42
     """Seed of everything that is random."""
-    out: Path = Path("runs/reflow")
+    run_dir: Path = Path("runs/reflow")
     """Folder of the results."""
     smoke: bool = False
     """Run the whole path once with next to no computation."""
@@ -90,7 +86,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, reflows, distils and judges; returns the numbers it prints."""
     config = _smoke(config) if config.smoke else config
     recipe, source = config.recipe, PROBLEMS[config.problem]
-    splits = make_splits(table.Config(num_test=config.num_test), Cell("reflow", config.problem, config.seed))
+    splits = make_splits(config.problem, config.seed, config.num_test)
     key_init, key_fit, key_pairs, key_last, key_floor, key_distil = jax.random.split(jax.random.key(config.seed), 6)
     draw_x0 = draw_source(splits)
 
@@ -128,14 +124,14 @@ def run(config: Config) -> dict[str, Any]:
         for name, found in measured.items()
     }
     text = _table(results, f"{config.problem}, {config.num_test:,} points; floor {real}")
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "reflow.md").write_text(text)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "reflow.md").write_text(text)
     ways = {
         name: {config.problem: found["trajectory"][:, :200]} for name, found in measured.items() if name != "distilled"
     }
-    ends = [np.stack([splits.x0_test, measured["distilled"]["one_step"]])[:, :200]]
-    save_trajectory_table(config.out / "reflow.png", ways | {"distilled": {config.problem: ends[0]}}, [config.problem])
-    print(f"{text}\n{config.out}: reflow.md, reflow.png")
+    ways["distilled"] = {config.problem: np.stack([splits.x0_test, measured["distilled"]["one_step"]])[:, :200]}
+    save_trajectory_table(config.run_dir / "reflow.png", ways, [config.problem])
+    print(f"{text}\n{config.run_dir}: reflow.md, reflow.png")
     return results
 
 

@@ -1,9 +1,8 @@
 """Flow matching between two-dimensional distributions.
 
 Paper: Lipman et al. 2022 (arXiv:2210.02747); Tong et al. 2023 (arXiv:2302.00482) for the pairs and the couplings.
-Command: `python -m experiments.toy2d --source moons --data eight_gaussians --coupling minibatch_ot`; with `--table`,
-all methods of TorchCFM's table instead, beside the installed `torchcfm`, as `experiments.torchcfm_table` says.
-Hardware: about a minute on two CPU cores; the table under an hour.
+Command: `python -m experiments.toy2d --source moons --data eight_gaussians --coupling minibatch_ot`
+Hardware: about a minute on two CPU cores.
 Expect: a Wasserstein distance near its floor, which is the distance of two independent draws of the data themselves;
 both are printed.
 """
@@ -25,7 +24,6 @@ from experiments.lab.figures import save_loss_curve, save_scatter
 from experiments.lab.method import DrawSource, Method, couple_ahead, make_loss
 from experiments.lab.sampling import Sampling, frame_times, make_generate
 from experiments.lab.training import Training, sampling_params, smoke_training, train
-from experiments.torchcfm_table import table
 from fm_jax.data.toy import make_toy
 from fm_jax.metrics import Measured, floor, wasserstein
 from fm_jax.models import MLP, init_params, linen_apply
@@ -55,8 +53,6 @@ class Config:
     """Hidden layers of the network."""
     num_samples: int = 1000
     """Samples to judge at the end."""
-    table: bool = False
-    """Make the whole table of methods and distributions; of the other options only `--smoke` is heeded."""
     smoke: bool = False
     """Run the whole path once with next to no computation."""
 
@@ -128,8 +124,6 @@ class Batches:
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
-    if config.table:
-        return table.run(table.Config(smoke=config.smoke))
     config = _smoke(config) if config.smoke else config
     _check(config)
     experiment, run_dir = build(config), config.training.run_dir

@@ -28,7 +28,7 @@ def parse(kind: type, default: Any = None, description: str | None = None) -> An
         jax.config.update("jax_compilation_cache_dir", str(cache))
     options: dict[str, Any] = {} if default is None else {"default": default}
     if spec := sys.modules["__main__"].__spec__:
-        options["prog"] = f"python -m {spec.name}"
+        options["prog"] = f"python -m {spec.name.removesuffix('.__main__')}"
     # One flat list of options: --batch-size rather than --training.batch-size.
     try:
         return tyro.cli(kind, description=description, config=(tyro.conf.OmitArgPrefixes,), **options)

@@ -2,7 +2,6 @@
 
 Paper: Tong et al. 2023 (arXiv:2302.00482 and 2307.03672), Liu et al. 2022 (arXiv:2209.03003), Kornilov et al. 2024
 (arXiv:2403.13117), Lipman et al. 2022 (arXiv:2210.02747).
-Command: `python -m experiments.toy2d --table`, see `experiments.torchcfm_table`.
 Hardware: one CPU core, 1 to 30 seconds a training; a second core solves the transport ahead of it.
 Expect: a `Trained` for each method: parameters, the seconds they took, and a function from x0 to samples.
 """
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.lab.sampling import bind
+from experiments.torchcfm_table.problems import Splits, draw_source, draws, draws_of_pairs
 from fm_jax.couplings import ExactOT, paired, schrodinger_bridge_ot
 from fm_jax.data.coupled import CoupledBatches
 from fm_jax.fewstep import make_pairs, optimal_flow_matching, transport
@@ -66,15 +66,6 @@ class Recipe:
     """Pairs that a flow generates for the one that is fitted to them, by 20 steps of rk4."""
 
 
-class Splits(NamedTuple):
-    """Training and test points, NumPy [n, 2]; `x0_train` is `None` where the source is a normal."""
-
-    x0_train: np.ndarray | None
-    x1_train: np.ndarray
-    x0_test: np.ndarray
-    x1_test: np.ndarray
-
-
 class Generated(NamedTuple):
     """What a trained model makes of the test points."""
 
@@ -97,37 +88,6 @@ NETWORK = PlainMLP()
 APPLY = linen_apply(NETWORK)
 POTENTIAL = ICNN(features=(64, 64), sharpness=5.0)
 POTENTIAL_FN = linen_potential(POTENTIAL)
-
-
-def draws(splits: Splits, batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of independent pairs of training points."""
-    rng = np.random.default_rng(seed)
-    while True:
-        yield {"x0": _rows(splits.x0_train, rng, batch_size), "x1": _rows(splits.x1_train, rng, batch_size)}
-
-
-def draws_of_pairs(x0: np.ndarray, x1: np.ndarray, batch_size: int, seed: int) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches of rows of `x0` with the same rows of `x1`."""
-    rng = np.random.default_rng(seed)
-    while True:
-        rows = rng.integers(len(x1), size=batch_size)
-        yield {"x0": x0[rows], "x1": x1[rows]}
-
-
-def _rows(points: np.ndarray | None, rng: np.random.Generator, num: int) -> np.ndarray:
-    return (
-        rng.standard_normal((num, 2), dtype=np.float32)
-        if points is None
-        else points[rng.integers(len(points), size=num)]
-    )
-
-
-def draw_source(splits: Splits) -> Callable[[Key, int], Array]:
-    """`draw_x0(key, num)`: training points, or the standard normal."""
-    if splits.x0_train is None:
-        return lambda key, num: jax.random.normal(key, (num, 2))
-    points = jnp.asarray(splits.x0_train)
-    return lambda key, num: points[jax.random.randint(key, (num,), 0, len(points))]
 
 
 def _stacked(batches: Iterator[Batch], num: int) -> Batch:

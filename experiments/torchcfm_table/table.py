@@ -25,28 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab.command_line import parse
 from experiments.lab.figures import save_trajectory_table
 from experiments.torchcfm_table import peer
-from experiments.torchcfm_table.methods import METHODS, Recipe, Splits, Trained, by_flow, by_score_and_flow, train
-from fm_jax.data.toy import make_toy
+from experiments.torchcfm_table.methods import METHODS, Recipe, Trained, by_flow, by_score_and_flow, train
+from experiments.torchcfm_table.problems import PROBLEMS, Splits, draw, make_splits
 from fm_jax.metrics import floor, normalised_path_energy_floor, wasserstein
-from fm_jax.types import Array, Key
 
-
-class Problem(NamedTuple):
-    """From where to where; the source `None` is a standard normal."""
-
-    source: str | None
-    data: str
-
-
-PROBLEMS = {
-    "N to 8gaussians": Problem(None, "eight_gaussians"),
-    "moons to 8gaussians": Problem("moons", "eight_gaussians"),
-    "N to moons": Problem(None, "moons"),
-    "N to s-curve": Problem(None, "s_curve"),
-}
 COLUMNS = {
     "w2": "2-Wasserstein distance from {num} samples to as many test points",
     "npe": "Normalised path energy",
@@ -54,14 +38,13 @@ COLUMNS = {
     "seconds": "Training time in seconds, compilation left out",
 }
 PEER = "torchcfm "
-NUM_TRAIN = 10_000
 
 
 @dataclass(frozen=True)
 class Config:
     """The whole table."""
 
-    out: Path = Path("runs/torchcfm_table")
+    run_dir: Path = Path("runs/torchcfm_table")
     """Folder of the results."""
     seeds: tuple[int, ...] = (42, 43, 44, 45, 46)
     """One training each."""
@@ -80,6 +63,9 @@ class Config:
     """Run the whole path once with next to no computation."""
 
 
+CONFIG = Config()
+
+
 class Cell(NamedTuple):
     """One training: who, what, and with which seed."""
 
@@ -90,21 +76,6 @@ class Cell(NamedTuple):
     @property
     def file(self) -> str:
         return re.sub(r"\W+", "_", " ".join(map(str, self))) + ".npz"
-
-
-def draw(toy: str | None, key: Key, num: int) -> Array:
-    """Points [num, 2] of a toy distribution or, for `None`, of the standard normal."""
-    return jax.random.normal(key, (num, 2)) if toy is None else make_toy(toy)(key, num)
-
-
-def make_splits(config: Config, cell: Cell) -> Splits:
-    """Training and test points, the same for all methods of a column and seed."""
-    source, data = PROBLEMS[cell.problem]
-    key_x0, key_x1 = jax.random.split(jax.random.key(cell.seed))
-    x0, x1 = (
-        np.asarray(draw(toy, key, NUM_TRAIN + config.num_test)) for toy, key in ((source, key_x0), (data, key_x1))
-    )
-    return Splits(None if source is None else x0[:NUM_TRAIN], x1[:NUM_TRAIN], x0[NUM_TRAIN:], x1[NUM_TRAIN:])
 
 
 def cells(config: Config, methods: tuple[str, ...]) -> Iterator[Cell]:
@@ -130,13 +101,17 @@ def references(config: Config) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _splits(config: Config, cell: Cell) -> Splits:
+    return make_splits(cell.problem, cell.seed, config.num_test)
+
+
 def judge(config: Config, cell: Cell, trained: Trained, splits: Splits, energy: float) -> None:
     """Samples from a trained model and writes its numbers and trajectories to the file of the cell."""
     x, nfe, path_energy, trajectory = trained.generate(
         trained.params, jax.random.key(cell.seed), jnp.asarray(splits.x0_test)
     )
     np.savez(
-        config.out / "cells" / cell.file,
+        config.run_dir / "cells" / cell.file,
         w2=wasserstein(x, splits.x1_test),
         npe=abs(float(path_energy) - energy) / energy,
         nfe=float(nfe),
@@ -151,12 +126,12 @@ def start_peer(config: Config) -> tuple[list[dict[str, Any]], subprocess.Popen] 
     if python is None:
         print("torchcfm is not installed: the table goes without it. --peer-python gives an interpreter that has it.")
         return None
-    folder, jobs = config.out / "torchcfm", []
+    folder, jobs = config.run_dir / "torchcfm", []
     folder.mkdir(exist_ok=True)
     for cell in cells(config, tuple(m for m in config.methods if m in peer.METHODS)):
         data = folder / Cell("data", cell.problem, cell.seed).file
         if not data.exists():
-            splits = make_splits(config, cell)
+            splits = _splits(config, cell)
             np.savez(data, **{k: v for k, v in splits._asdict().items() if k.endswith("train") and v is not None})
         recipe = dataclasses.asdict(config.recipe)
         jobs.append(recipe | cell._asdict() | {"data": str(data), "out": str(folder / cell.file)})
@@ -187,8 +162,8 @@ def run(config: Config) -> dict[str, Any]:
     reference = references(config)
     done = [*cells(config, config.methods)]
     for cell in done:
-        if not (config.out / "cells" / cell.file).exists():
-            splits = make_splits(config, cell)
+        if not (config.run_dir / "cells" / cell.file).exists():
+            splits = _splits(config, cell)
             trained = train(cell.method, config.recipe, splits, cell.seed)
             judge(config, cell, trained, splits, reference[cell.problem]["energy"])
             print(f"{cell.method}, {cell.problem}, seed {cell.seed}: {trained.seconds:.1f} s", flush=True)
@@ -198,14 +173,14 @@ def run(config: Config) -> dict[str, Any]:
             raise SystemExit(f"torchcfm's process ended with status {process.returncode}; what it said is above.")
         for job in jobs:
             cell = Cell(PEER + job["method"], job["problem"], job["seed"])
-            judge(config, cell, load_peer(job), make_splits(config, cell), reference[cell.problem]["energy"])
+            judge(config, cell, load_peer(job), _splits(config, cell), reference[cell.problem]["energy"])
             done.append(cell)
     results = {"references": reference, "cells": _collect(config, done)}
-    (config.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (config.run_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     text = render(config, results)
-    (config.out / "table.md").write_text(text)
+    (config.run_dir / "table.md").write_text(text)
     _figure(config, done)
-    print(f"\n{text}\n{config.out}: table.md, trajectories.png, results.json")
+    print(f"\n{text}\n{config.run_dir}: table.md, trajectories.png, results.json")
     return results
 
 
@@ -266,7 +241,7 @@ def _collect(config: Config, done: list[Cell]) -> dict[str, Any]:
     """{method: {problem: {measure: values over seeds}}}."""
     found: dict[str, Any] = {}
     for cell in done:
-        with np.load(config.out / "cells" / cell.file) as file:
+        with np.load(config.run_dir / "cells" / cell.file) as file:
             for column in COLUMNS:
                 row = found.setdefault(cell.method, {}).setdefault(cell.problem, {})
                 row.setdefault(column, []).append(float(file[column]))
@@ -277,18 +252,18 @@ def _figure(config: Config, done: list[Cell]) -> None:
     panels: dict[str, dict[str, np.ndarray]] = {method: {} for method in config.methods}
     for cell in done:
         if cell.method in panels and cell.seed == config.seeds[0]:
-            with np.load(config.out / "cells" / cell.file) as file:
+            with np.load(config.run_dir / "cells" / cell.file) as file:
                 panels[cell.method][cell.problem] = file["trajectory"]
-    save_trajectory_table(config.out / "trajectories.png", panels, config.problems)
+    save_trajectory_table(config.run_dir / "trajectories.png", panels, config.problems)
 
 
 def _prepare(config: Config) -> None:
     """Makes the folder, or goes on in one that was made for the same table."""
     text = json.dumps(dataclasses.asdict(dataclasses.replace(config, peer_python=None)), indent=2, default=str) + "\n"
-    path = config.out / "config.json"
+    path = config.run_dir / "config.json"
     if path.exists() and path.read_text() != text:
-        raise SystemExit(f"{config.out} holds another table: give another --out, or remove the folder.")
-    (config.out / "cells").mkdir(parents=True, exist_ok=True)
+        raise SystemExit(f"{config.run_dir} holds another table: give another --run-dir, or remove the folder.")
+    (config.run_dir / "cells").mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
 
@@ -296,16 +271,7 @@ def _smoke(config: Config) -> Config:
     """Next to no computation, in a folder of its own, without spending time on optimising compilation."""
     jax.config.update("jax_disable_most_optimizations", True)
     recipe = dataclasses.replace(config.recipe, steps=100, batch_size=16, ofm_steps=100, reflow_pairs=64, reuse=4)
-    out = config.out.with_name(config.out.name + "-smoke")
-    shutil.rmtree(out, ignore_errors=True)
+    run_dir = config.run_dir.with_name(config.run_dir.name + "-smoke")
+    shutil.rmtree(run_dir, ignore_errors=True)
     small = {"seeds": config.seeds[:1], "problems": config.problems[:2], "num_test": 64, "num_reference": 64}
-    return dataclasses.replace(config, out=out, recipe=recipe, **small)  # type: ignore[arg-type]
-
-
-def main() -> None:
-    """The command line."""
-    run(parse(Config, Config(), __doc__))
-
-
-if __name__ == "__main__":
-    main()
+    return dataclasses.replace(config, run_dir=run_dir, recipe=recipe, **small)  # type: ignore[arg-type]

@@ -8,31 +8,31 @@ import pytest
 
 pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
 
-from experiments import reflow, toy2d
-from experiments.torchcfm_table import table
+from experiments import reflow, torchcfm_table
+from experiments.torchcfm_table.methods import METHODS, Recipe
 
 
 def test_torchcfm_table(tmp_path, capsys, monkeypatch):
-    """`--table --smoke`: every method in two columns, as tables and a figure."""
+    """Every method in two columns, as tables and a figure."""
     pytest.importorskip("ott", reason="SB-CFM needs the extra fm_jax[ot]")
     monkeypatch.chdir(tmp_path)
-    results = toy2d.run(dataclasses.replace(toy2d.CONFIG, table=True, smoke=True))
-    out = Path("runs/torchcfm_table-smoke")
+    results = torchcfm_table.run(torchcfm_table.Config(smoke=True))
+    run_dir = Path("runs/torchcfm_table-smoke")
     cells = results["cells"]
-    assert set(table.METHODS) <= set(cells)
+    assert set(METHODS) <= set(cells)
     assert "moons to 8gaussians" not in cells["FM"]  # FM has no source but noise
     values = [v for row in cells.values() for cell in row.values() for measured in cell.values() for v in measured]
     assert np.isfinite(values).all()
     assert cells["OFM"]["N to 8gaussians"]["nfe"] == [1.0]
-    text = (out / "table.md").read_text()
+    text = (run_dir / "table.md").read_text()
     assert text in capsys.readouterr().out
     assert text.count("| floor |") == 2
-    assert all(text.count(f"| {method} |") == 4 for method in table.METHODS)
-    assert (out / "trajectories.png").stat().st_size > 0
+    assert all(text.count(f"| {method} |") == 4 for method in METHODS)
+    assert (run_dir / "trajectories.png").stat().st_size > 0
 
 
 def test_reflow(tmp_path, capsys):
-    results = reflow.run(reflow.Config(out=tmp_path, smoke=True))
+    results = reflow.run(reflow.Config(run_dir=tmp_path, smoke=True))
     assert list(results) == ["1-rectified flow", "2-rectified flow", "distilled"]
     assert np.isfinite([value for row in results.values() for value in row.values()]).all()
     text = (tmp_path / "reflow.md").read_text()
@@ -44,9 +44,9 @@ def test_reflow(tmp_path, capsys):
 
 
 def test_torchcfm_table_goes_on_where_it_was(tmp_path):
-    recipe = table.Recipe(steps=100, batch_size=8)
-    config = table.Config(
-        out=tmp_path,
+    recipe = Recipe(steps=100, batch_size=8)
+    config = torchcfm_table.Config(
+        run_dir=tmp_path,
         seeds=(1,),
         problems=("N to moons",),
         methods=("I-CFM",),
@@ -54,10 +54,10 @@ def test_torchcfm_table_goes_on_where_it_was(tmp_path):
         num_test=32,
         num_reference=32,
     )
-    first = table.run(config)
+    first = torchcfm_table.run(config)
     (cell,) = (path for path in (tmp_path / "cells").iterdir() if path.name.startswith("I_CFM"))
     written = cell.stat().st_mtime_ns
-    assert table.run(config)["cells"]["I-CFM"] == first["cells"]["I-CFM"]
+    assert torchcfm_table.run(config)["cells"]["I-CFM"] == first["cells"]["I-CFM"]
     assert cell.stat().st_mtime_ns == written
-    with pytest.raises(SystemExit, match="holds another table: give another --out"):
-        table.run(dataclasses.replace(config, seeds=(2,)))
+    with pytest.raises(SystemExit, match="holds another table: give another --run-dir"):
+        torchcfm_table.run(dataclasses.replace(config, seeds=(2,)))
