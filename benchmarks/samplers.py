@@ -31,9 +31,9 @@ import numpy as np
 
 from experiments.lab import images
 from experiments.lab.command_line import parse
+from experiments.lab.experiment import restore_run
 from experiments.lab.figures import save_error_curves
 from experiments.lab.sampling import bind
-from experiments.sample import restore_run
 from fm_jax import oracles
 from fm_jax.models import forward_flops, init_params, linen_apply, make_dit
 from fm_jax.parameterization import velocity_fn

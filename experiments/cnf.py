@@ -26,8 +26,8 @@ import numpy as np
 from experiments.lab.command_line import parse
 from experiments.lab.figures import save_density
 from experiments.lab.sampling import bind
+from experiments.lab.toys import Batches, Toy, draw_normal
 from experiments.lab.training import Training, sampling_params, smoke_training, train
-from experiments.toy2d import Batches, Toy
 from fm_jax.data.toy import make_toy
 from fm_jax.likelihood import log_prob
 from fm_jax.models import MLP, init_params, linen_apply
@@ -93,12 +93,12 @@ def run(config: Config) -> dict[str, Any]:
     key_train, key_data, key_init, key_x0, key_x1 = jax.random.split(jax.random.key(config.training.seed), 5)
     model = MLP(features=(config.width,) * config.depth)
     apply_fn, untrained = linen_apply(model), init_params(model, key_init, (2,))
-    x1, x0 = make_toy(config.data)(key_x1, config.num_samples), _draw_normal(key_x0, config.num_samples)
+    x1, x0 = make_toy(config.data)(key_x1, config.num_samples), draw_normal(key_x0, config.num_samples)
 
     log_density = jax.jit(lambda params, x: log_prob(bind(apply_fn, params), x))
     results = {"nll_untrained": -float(log_density(untrained, x1).mean())}
     loss_fn = negative_log_likelihood(apply_fn, config.steps)
-    data = Batches(config, key_data, _draw_normal)  # type: ignore[arg-type]  # it reads `training` and `data`
+    data = Batches(key_data, draw_normal, config.data, config.training.batch_size)
     state = train(config, key_train, untrained, loss_fn, data)
     params = sampling_params(state, config.training)
     values = -np.asarray(log_density(params, x1))
@@ -120,10 +120,6 @@ def run(config: Config) -> dict[str, Any]:
         f"trained ({results['nll_with_training_steps']:.3f} with the {config.steps} steps of training)"
     )
     return results
-
-
-def _draw_normal(key: Key, num: int) -> Array:
-    return jax.random.normal(key, (num, 2))
 
 
 def _density_on_square(log_density: Callable[[Array], Array], limit: float, num: int) -> np.ndarray:

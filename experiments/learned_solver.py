@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.lab.command_line import parse
+from experiments.lab.experiment import restore_run
 from experiments.lab.sampling import guided_velocity, sampled_times
-from experiments.sample import restore_run, save_solver
+from experiments.sample import save_solver
 from fm_jax.paths import source
 from fm_jax.samplers import bespoke, sample, sample_ode
 from fm_jax.train.bespoke import fit_bespoke

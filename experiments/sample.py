@@ -9,11 +9,9 @@ weaker network, such as that of a shorter run (autoguidance); with `--also 8` to
 """
 
 import dataclasses
-import importlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -21,14 +19,9 @@ import tyro
 
 from experiments.lab import figures
 from experiments.lab.command_line import parse
+from experiments.lab.experiment import restore_run
 from experiments.lab.sampling import SOLVER_HELP, Grid, RuleName, Sampling, Weak, generate_many, make_generate
-from experiments.lab.training import from_json, restore, sampling_params
-from fm_jax.models import init_params
 from fm_jax.samplers import BespokeSolver
-from fm_jax.types import Params
-
-EXPERIMENTS = {"images": "experiments.lab.images", "toy2d": "experiments.toy2d"}
-"""The module of each experiment whose runs can be restored, by the name that `config.json` has."""
 
 
 @dataclass(frozen=True)
@@ -77,15 +70,6 @@ class Config:
 SAMPLING_OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling) if field.name in Config.__annotations__)
 
 
-class Restored(NamedTuple):
-    """A run as it was left."""
-
-    config: Any
-    experiment: Any
-    step: int
-    params: Params
-
-
 def run(config: Config) -> None:
     """Restores the run, draws, writes."""
     _check(config)
@@ -132,24 +116,6 @@ def _check(config: Config) -> None:
         raise SystemExit(f"--also goes with --guidance-rule extrapolate, got {config.guidance_rule}.")
     if config.bespoke is not None and config.solver is not None:
         raise SystemExit("--bespoke takes the place of --solver: give one.")
-
-
-def restore_run(run_dir: Path) -> Restored:
-    """The configuration, network and parameters of a run; `SystemExit` says what is wrong with the folder."""
-    path = run_dir / "config.json"
-    if not path.exists():
-        raise SystemExit(f"{run_dir} is not the folder of a run: it has no config.json.")
-    record = json.loads(path.read_text())
-    if record.get("experiment") not in EXPERIMENTS:
-        raise SystemExit(f"{path} was not written by one of the experiments {', '.join(EXPERIMENTS)}.")
-    module = importlib.import_module(EXPERIMENTS[record.pop("experiment")])
-    # The folder may have been moved since it was written.
-    config = from_json(module.Config, record)
-    config = dataclasses.replace(config, training=dataclasses.replace(config.training, run_dir=run_dir))
-    experiment = module.build(config)
-    shapes = jax.eval_shape(lambda key: init_params(experiment.model, key, experiment.event_shape), jax.random.key(0))
-    state = restore(config, shapes)
-    return Restored(config, experiment, int(state.step), sampling_params(state, config.training))
 
 
 def save_solver(path: Path, solver: BespokeSolver) -> None:

@@ -10,28 +10,25 @@ both are printed.
 import dataclasses
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
-import flax.linen as nn
 import jax
 import numpy as np
 
 from experiments.lab.command_line import parse
+from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_loss_curve, save_scatter
-from experiments.lab.method import DrawSource, Method, couple_ahead, make_loss
+from experiments.lab.method import Method, couple_ahead, make_loss
 from experiments.lab.sampling import Sampling, frame_times, make_generate
+from experiments.lab.toys import Batches, Toy, draw_normal
 from experiments.lab.training import Training, sampling_params, smoke_training, train
 from fm_jax.data.toy import make_toy
 from fm_jax.metrics import Measured, floor, wasserstein
 from fm_jax.models import MLP, init_params, linen_apply
 from fm_jax.samplers import SAMPLERS
 from fm_jax.train.metrics import read_metrics
-from fm_jax.types import ApplyFn, Array, Key
-
-Toy = Literal["eight_gaussians", "moons", "checkerboard", "s_curve", "circles", "pinwheel"]
 
 
 @dataclass(frozen=True)
@@ -72,54 +69,11 @@ CONFIG = Config(
 )
 
 
-class Experiment(NamedTuple):
-    """The objects that a configuration stands for."""
-
-    model: nn.Module
-    apply_fn: ApplyFn
-    draw_x0: DrawSource
-    event_shape: tuple[int, ...] = (2,)
-    num_classes: None = None
-
-
 def build(config: Config) -> Experiment:
     """The network."""
     model = MLP(features=(config.width,) * config.depth)
-    return Experiment(model, linen_apply(model), _draw_normal if config.source == "normal" else make_toy(config.source))
-
-
-def _draw_normal(key: Key, num: int) -> Array:
-    return jax.random.normal(key, (num, 2))
-
-
-class Batches:
-    """Fresh pairs without end: the n-th batch is a function of the key and n."""
-
-    def __init__(self, config: Config, key: Key, draw_x0: DrawSource):
-        self._key = key
-        self._position = 0
-
-        def draw(key: Key) -> dict[str, Array]:
-            key_x0, key_x1 = jax.random.split(key)
-            num = config.training.batch_size
-            return {"x0": draw_x0(key_x0, num), "x1": make_toy(config.data)(key_x1, num)}
-
-        self._draw = jax.jit(draw)
-
-    def __iter__(self) -> Iterator[dict[str, Array]]:
-        return self
-
-    def __next__(self) -> dict[str, Array]:
-        self._position += 1
-        return self._draw(jax.random.fold_in(self._key, self._position))
-
-    def get_state(self) -> dict[str, Any]:
-        """The position as JSON values."""
-        return {"position": self._position}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `get_state` gave."""
-        self._position = state["position"]
+    draw_x0 = draw_normal if config.source == "normal" else make_toy(config.source)
+    return Experiment(model, linen_apply(model), draw_x0, (2,), None)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -131,8 +85,9 @@ def run(config: Config) -> dict[str, Any]:
     key_train, key_data, key_init, key_x0, key_x1, key_floor, key_sampler, key_pairs = keys
     loss_fn = make_loss(config.method, experiment.apply_fn)
     params = init_params(experiment.model, key_init, (2,))
-    data = couple_ahead(config.method, Batches(config, key_data, experiment.draw_x0), key_pairs, experiment.draw_x0)
-    state = train(config, key_train, params, loss_fn, data)
+    data = Batches(key_data, experiment.draw_x0, config.data, config.training.batch_size)
+    paired = couple_ahead(config.method, data, key_pairs, experiment.draw_x0)
+    state = train(config, key_train, params, loss_fn, paired)
     params = sampling_params(state, config.training)
 
     times = frame_times(config.method, 3 if config.smoke else 31)

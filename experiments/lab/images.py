@@ -5,7 +5,7 @@ import json
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.lab.command_line import parse
+from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_animation, save_grid, save_loss_curve
 from experiments.lab.judge import fit_classifier
-from experiments.lab.method import DrawSource, Method, couple_ahead, make_loss
+from experiments.lab.method import Method, couple_ahead, make_loss
 from experiments.lab.sampling import Sampling, frame_times, generate_many, make_generate
 from experiments.lab.training import Training, is_config_of_run, sampling_params, smoke_training, train
 from fm_jax.data.digits import load_digits
@@ -24,8 +25,9 @@ from fm_jax.data.pipeline import batches
 from fm_jax.models import init_params, linen_apply, make_dit, make_unet, num_params
 from fm_jax.train import TrainState
 from fm_jax.train.metrics import read_metrics
-from fm_jax.types import ApplyFn
+from fm_jax.types import Array, Key
 
+NUM_CLASSES = 10
 UNETS = ("tiny", "mnist_fast", "mnist", "cifar10", "cifar10_edm")
 SMOKE_UNET = dict(
     channels=8, channel_mults=(1,), num_blocks=1, attention_levels=(), num_heads=1, head_channels=None, patch_size=4
@@ -68,21 +70,11 @@ class Config:
     """Run the whole path once with next to no computation."""
 
 
-class Experiment(NamedTuple):
-    """The objects that a configuration stands for."""
-
-    model: nn.Module
-    apply_fn: ApplyFn
-    draw_x0: DrawSource
-    event_shape: tuple[int, ...]
-    num_classes: int
-
-
 def build(config: Config) -> Experiment:
     """The network and the shape of its images, without reading any data."""
     event_shape = {"digits": (8, 8, 1), "cifar10": (32, 32, 3)}.get(config.dataset, (28, 28, 1))
     options: dict[str, Any] = dict(
-        num_classes=10,
+        num_classes=NUM_CLASSES,
         label_dropout=config.label_dropout,
         dropout=config.dropout,
         dtype=jnp.dtype(config.dtype).type,
@@ -94,9 +86,11 @@ def build(config: Config) -> Experiment:
     else:
         name = config.model.removeprefix("dit_")
         model = make_dit(name if name == "tiny" else name.upper(), **options | (SMOKE_DIT if config.smoke else {}))
-    return Experiment(
-        model, linen_apply(model), lambda key, num: jax.random.normal(key, (num, *event_shape)), event_shape, 10
-    )
+
+    def draw_x0(key: Key, num: int) -> Array:
+        return jax.random.normal(key, (num, *event_shape))
+
+    return Experiment(model, linen_apply(model), draw_x0, event_shape, NUM_CLASSES)
 
 
 def load(config: Config, split: Literal["train", "test"]) -> ImageDataset:
@@ -149,7 +143,7 @@ def run(config: Config) -> dict[str, Any]:
     generate = _animator(config, experiment) if config.smoke else _generator(config, experiment)
 
     def draw(step: int, state: TrainState) -> None:
-        labels = np.arange(config.sampling.sample_batch) % experiment.num_classes
+        labels = np.arange(config.sampling.sample_batch) % NUM_CLASSES
         params = sampling_params(state, config.training)
         images, _ = generate_many(generate, params, key_draw, experiment.draw_x0, labels, len(labels))
         _save_grid(run_dir / "samples" / f"step_{step:06d}.png", np.asarray(images), labels, dataset)
@@ -166,9 +160,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _generator(config: Config, experiment: Experiment, **options):
-    return make_generate(
-        config.sampling, config.method, experiment.apply_fn, null_label=experiment.num_classes, **options
-    )
+    return make_generate(config.sampling, config.method, experiment.apply_fn, null_label=NUM_CLASSES, **options)
 
 
 def _animator(config: Config, experiment: Experiment):
@@ -189,7 +181,7 @@ def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDat
         classify = fit_classifier(in_unit_range(dataset.images), dataset.labels)
         results["classifier_accuracy_on_real"] = _share(classify(in_unit_range(test.images)), test.labels)
     unguided = dataclasses.replace(config, sampling=dataclasses.replace(sampling, guidance=1.0))
-    labels = np.arange(config.num_samples) % experiment.num_classes
+    labels = np.arange(config.num_samples) % NUM_CLASSES
     for name, function in (("guided", generate), ("unguided", _generator(unguided, experiment))):
         generate_many(function, params, key, draw_x0, labels[:size], size)[0].block_until_ready()  # compiles
         start = time.perf_counter()
@@ -202,7 +194,7 @@ def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDat
         if name == "guided":
             _save_grid(run_dir / "samples.png", images, labels, dataset)
     animate = generate if config.smoke else _animator(config, experiment)
-    labels = np.repeat(np.arange(experiment.num_classes), 2 if config.smoke else 5)
+    labels = np.repeat(np.arange(NUM_CLASSES), 2 if config.smoke else 5)
     frames = animate(params, key, draw_x0(jax.random.fold_in(key, 1), len(labels)), labels).trajectory
     save_animation(run_dir / "animation.gif", np.asarray(frames), times=_times(config), columns=10)
     return results

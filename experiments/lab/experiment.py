@@ -1,0 +1,56 @@
+"""An experiment as objects: what a configuration stands for, and what is restored from the folder of a run."""
+
+import dataclasses
+import importlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+
+from experiments.lab.method import DrawSource
+from experiments.lab.training import from_json, restore, sampling_params
+from fm_jax.models import init_params
+from fm_jax.types import ApplyFn, Params
+
+MODULES = {"images": "experiments.lab.images", "toy2d": "experiments.toy2d"}
+"""Where the `Config` and the `build` of a run are, by the name that its `config.json` has."""
+
+
+class Experiment(NamedTuple):
+    """The objects that a configuration stands for."""
+
+    model: nn.Module
+    apply_fn: ApplyFn
+    draw_x0: DrawSource
+    event_shape: tuple[int, ...]
+    num_classes: int | None
+    """`None` for an unconditional network."""
+
+
+class Restored(NamedTuple):
+    """A run as it was left."""
+
+    config: Any
+    experiment: Experiment
+    step: int
+    params: Params
+
+
+def restore_run(run_dir: Path) -> Restored:
+    """The configuration, network and parameters of a run; `SystemExit` says what is wrong with the folder."""
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise SystemExit(f"{run_dir} is not the folder of a run: it has no config.json.")
+    record = json.loads(path.read_text())
+    if record.get("experiment") not in MODULES:
+        raise SystemExit(f"{path} was not written by one of the experiments {', '.join(MODULES)}.")
+    module = importlib.import_module(MODULES[record.pop("experiment")])
+    # The folder may have been moved since it was written.
+    config = from_json(module.Config, record)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, run_dir=run_dir))
+    experiment = module.build(config)
+    shapes = jax.eval_shape(lambda key: init_params(experiment.model, key, experiment.event_shape), jax.random.key(0))
+    state = restore(config, shapes)
+    return Restored(config, experiment, int(state.step), sampling_params(state, config.training))
