@@ -10,7 +10,6 @@ Expect: the negative log-likelihood of held-out points falls from 3.97 nats, tha
 floor is the entropy of the data, 1.67 nats for moons on the scale of `fm_jax.data.toy` (deviations 1.73 and 1.00).
 """
 
-import dataclasses
 import functools
 import json
 import math
@@ -26,8 +25,9 @@ import numpy as np
 from experiments.lab.command_line import parse
 from experiments.lab.figures import save_density
 from experiments.lab.sampling import bind
+from experiments.lab.smoke import smoke
 from experiments.lab.toys import Batches, Toy, draw_normal
-from experiments.lab.training import Training, sampling_params, smoke_training, train
+from experiments.lab.training import Training, sampling_params, train
 from fm_jax.data.toy import make_toy
 from fm_jax.likelihood import log_prob
 from fm_jax.models import MLP, init_params, linen_apply
@@ -88,7 +88,7 @@ def negative_log_likelihood(apply_fn: ApplyFn, num_steps: int) -> LossFn:
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, judges, draws; returns the numbers it prints."""
-    config = _smoke(config) if config.smoke else config
+    config = smoke(config, steps=2, width=8, depth=1, num_samples=64)
     run_dir = config.training.run_dir
     key_train, key_data, key_init, key_x0, key_x1 = jax.random.split(jax.random.key(config.training.seed), 5)
     model = MLP(features=(config.width,) * config.depth)
@@ -127,13 +127,6 @@ def _density_on_square(log_density: Callable[[Array], Array], limit: float, num:
     ticks = jnp.linspace(-limit, limit, math.isqrt(num))
     lattice = jnp.stack(jnp.meshgrid(ticks, ticks), axis=-1)
     return np.exp(np.asarray(log_density(lattice.reshape(-1, 2)))).reshape(lattice.shape[:2])
-
-
-def _smoke(config: Config) -> Config:
-    """Next to no computation."""
-    return dataclasses.replace(
-        config, training=smoke_training(config.training), steps=2, width=8, depth=1, num_samples=64
-    )
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ test points when solved to tolerance and in one Euler step, beside the floor; st
 path energy; network evaluations. `reflow.md` and `reflow.png` in the run folder.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +21,12 @@ import numpy as np
 from experiments.lab.command_line import parse
 from experiments.lab.figures import save_trajectory_table
 from experiments.lab.sampling import bind
+from experiments.lab.smoke import smoke
 from experiments.torchcfm_table.methods import (
     APPLY,
     NETWORK,
     PAIR_SAMPLER,
+    SMOKE_RECIPE,
     Recipe,
     conditional,
     fit,
@@ -54,6 +55,8 @@ class Config:
     """Seed of everything that is random."""
     run_dir: Path = Path("runs/reflow")
     """Folder of the results."""
+    floor_repeats: int = 20
+    """Pairs of draws of the data that the floor is measured by."""
     smoke: bool = False
     """Run the whole path once with next to no computation."""
 
@@ -84,7 +87,7 @@ def measure(params: Params, x0: Array) -> dict[str, Any]:
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, reflows, distils and judges; returns the numbers it prints."""
-    config = _smoke(config) if config.smoke else config
+    config = smoke(config, recipe=SMOKE_RECIPE, num_test=64, rounds=1, floor_repeats=2)
     recipe, source = config.recipe, PROBLEMS[config.problem]
     splits = make_splits(config.problem, config.seed, config.num_test)
     key_init, key_fit, key_pairs, key_last, key_floor, key_distil = jax.random.split(jax.random.key(config.seed), 6)
@@ -109,7 +112,7 @@ def run(config: Config) -> dict[str, Any]:
     pairs, _ = make_pairs(last, key_last, draw_x0, recipe.reflow_pairs, **PAIR_SAMPLER)
     distilled, _ = fit(one_step, recipe, flows[-1], key_distil, batches_of(pairs), recipe.steps)
 
-    real = floor(wasserstein, partial(draw, source.data), key_floor, config.num_test, repeats=2 if config.smoke else 20)
+    real = floor(wasserstein, partial(draw, source.data), key_floor, config.num_test, repeats=config.floor_repeats)
     names = [*(f"{k}-rectified flow" for k in range(1, len(flows) + 1)), "distilled"]
     measured = {
         name: jax.device_get(measure(p, jnp.asarray(splits.x0_test))) for name, p in zip(names, [*flows, distilled])
@@ -145,13 +148,6 @@ def _table(results: dict[str, dict[str, float]], title: str) -> str:
         )
         lines += [f"| {name} | {solved} | {row['w2_one_step']:.3f} | " + " | ".join(straight) + " |"]
     return "\n".join(lines) + "\n"
-
-
-def _smoke(config: Config) -> Config:
-    """Next to no computation, without spending time on optimising compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    recipe = dataclasses.replace(config.recipe, steps=100, batch_size=16, reflow_pairs=64)
-    return dataclasses.replace(config, recipe=recipe, num_test=64, rounds=1)
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ Expect: a Wasserstein distance near its floor, which is the distance of two inde
 both are printed.
 """
 
-import dataclasses
 import json
 import time
 from dataclasses import dataclass, field
@@ -22,8 +21,9 @@ from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_loss_curve, save_scatter
 from experiments.lab.method import Method, couple_ahead, make_loss
 from experiments.lab.sampling import Sampling, frame_times, make_generate
+from experiments.lab.smoke import smoke
 from experiments.lab.toys import Batches, Toy, draw_normal
-from experiments.lab.training import Training, sampling_params, smoke_training, train
+from experiments.lab.training import Training, sampling_params, train
 from fm_jax.data.toy import make_toy
 from fm_jax.metrics import Measured, floor, wasserstein
 from fm_jax.models import MLP, init_params, linen_apply
@@ -50,6 +50,10 @@ class Config:
     """Hidden layers of the network."""
     num_samples: int = 1000
     """Samples to judge at the end."""
+    frames: int = 31
+    """Times at which the trajectories are drawn."""
+    floor_repeats: int = 10
+    """Pairs of draws of the data that the floor is measured by."""
     smoke: bool = False
     """Run the whole path once with next to no computation."""
 
@@ -78,7 +82,15 @@ def build(config: Config) -> Experiment:
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
-    config = _smoke(config) if config.smoke else config
+    config = smoke(
+        config,
+        sampling={"solver": "euler", "steps": 2},
+        width=8,
+        depth=1,
+        num_samples=64,
+        frames=3,
+        floor_repeats=2,
+    )
     _check(config)
     experiment, run_dir = build(config), config.training.run_dir
     keys = jax.random.split(jax.random.key(config.training.seed), 8)
@@ -90,7 +102,7 @@ def run(config: Config) -> dict[str, Any]:
     state = train(config, key_train, params, loss_fn, paired)
     params = sampling_params(state, config.training)
 
-    times = frame_times(config.method, 3 if config.smoke else 31)
+    times = frame_times(config.method, config.frames)
     generate = make_generate(config.sampling, config.method, experiment.apply_fn, null_label=None)
     animate = make_generate(config.sampling, config.method, experiment.apply_fn, null_label=None, times=times)
     x0 = experiment.draw_x0(key_x0, config.num_samples)
@@ -101,7 +113,7 @@ def run(config: Config) -> dict[str, Any]:
     x1 = make_toy(config.data)(key_x1, config.num_samples)
     distance = Measured(
         wasserstein(solution.x, x1),
-        floor(wasserstein, make_toy(config.data), key_floor, config.num_samples, repeats=2 if config.smoke else 10),
+        floor(wasserstein, make_toy(config.data), key_floor, config.num_samples, repeats=config.floor_repeats),
     )
     results = {
         "wasserstein2": distance.value,
@@ -128,13 +140,6 @@ def _check(config: Config) -> None:
         raise SystemExit(
             f"--source {config.source} needs --prediction velocity and a solver such as heun: it is not noise."
         )
-
-
-def _smoke(config: Config) -> Config:
-    """Next to no computation."""
-    training = smoke_training(config.training)
-    sampling = dataclasses.replace(config.sampling, solver="euler", steps=2)
-    return dataclasses.replace(config, training=training, sampling=sampling, width=8, depth=1, num_samples=64)
 
 
 def main() -> None:

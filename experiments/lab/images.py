@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +20,8 @@ from experiments.lab.figures import save_animation, save_grid, save_loss_curve
 from experiments.lab.judge import fit_classifier
 from experiments.lab.method import Method, couple_ahead, make_loss
 from experiments.lab.sampling import Sampling, frame_times, generate_many, make_generate
-from experiments.lab.training import Training, is_config_of_run, sampling_params, smoke_training, train
+from experiments.lab.smoke import smoke
+from experiments.lab.training import Training, is_config_of_run, sampling_params, train
 from fm_jax.data.digits import load_digits
 from fm_jax.data.images import ImageDataset, load_images, to_float
 from fm_jax.data.pipeline import batches
@@ -28,11 +31,22 @@ from fm_jax.train.metrics import read_metrics
 from fm_jax.types import Array, Key
 
 NUM_CLASSES = 10
-UNETS = ("tiny", "mnist_fast", "mnist", "cifar10", "cifar10_edm")
-SMOKE_UNET = dict(
-    channels=8, channel_mults=(1,), num_blocks=1, attention_levels=(), num_heads=1, head_channels=None, patch_size=4
-)
-SMOKE_DIT = dict(hidden=16, num_layers=1, num_heads=1, patch_size=4)
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    **{name: partial(make_unet, name) for name in ("tiny", "mnist_fast", "mnist", "cifar10", "cifar10_edm")},
+    **{f"dit_{name.lower()}": partial(make_dit, name) for name in ("tiny", "S/2", "S/4", "B/2", "B/4")},
+    "smoke_unet": partial(
+        make_unet,
+        "tiny",
+        channels=8,
+        channel_mults=(1,),
+        num_blocks=1,
+        attention_levels=(),
+        num_heads=1,
+        head_channels=None,
+        patch_size=4,
+    ),
+    "smoke_dit": partial(make_dit, "tiny", hidden=16, num_layers=1, num_heads=1, patch_size=4),
+}
 
 
 @dataclass(frozen=True)
@@ -47,9 +61,20 @@ class Config:
     method: Method = field(default_factory=Method)
     sampling: Sampling = field(default_factory=Sampling)
     model: Literal[
-        "tiny", "mnist_fast", "mnist", "cifar10", "cifar10_edm", "dit_tiny", "dit_s/2", "dit_s/4", "dit_b/2", "dit_b/4"
+        "tiny",
+        "mnist_fast",
+        "mnist",
+        "cifar10",
+        "cifar10_edm",
+        "dit_tiny",
+        "dit_s/2",
+        "dit_s/4",
+        "dit_b/2",
+        "dit_b/4",
+        "smoke_unet",
+        "smoke_dit",
     ] = "tiny"
-    """Network: a U-Net (tiny to cifar10_edm) or a DiT."""
+    """Network: a U-Net (tiny to cifar10_edm) or a DiT; those of a smoke run are too small to learn anything."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters are float32."""
     remat: bool = False
@@ -64,8 +89,12 @@ class Config:
     """Add uniform noise within a pixel level."""
     data_dir: Path | None = None
     """Where TFDS keeps its data sets; by default TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    num_images: int | None = None
+    """Only the first so many real images of each split; by default all."""
     num_samples: int = 1000
     """Samples to judge at the end."""
+    frames: int = 31
+    """Pictures of the animation."""
     smoke: bool = False
     """Run the whole path once with next to no computation."""
 
@@ -80,12 +109,7 @@ def build(config: Config) -> Experiment:
         dtype=jnp.dtype(config.dtype).type,
         remat=config.remat,
     )
-    model: nn.Module
-    if config.model in UNETS:
-        model = make_unet(config.model, **options | (SMOKE_UNET if config.smoke else {}))
-    else:
-        name = config.model.removeprefix("dit_")
-        model = make_dit(name if name == "tiny" else name.upper(), **options | (SMOKE_DIT if config.smoke else {}))
+    model = NETWORKS[config.model](**options)
 
     def draw_x0(key: Key, num: int) -> Array:
         return jax.random.normal(key, (num, *event_shape))
@@ -94,10 +118,12 @@ def build(config: Config) -> Experiment:
 
 
 def load(config: Config, split: Literal["train", "test"]) -> ImageDataset:
-    """The real images of a split; a few of them in a smoke run."""
+    """The real images of a split, or the first of them."""
+    num = config.num_images
     if config.dataset == "digits":
-        return load_digits(split)
-    return load_images(config.dataset, f"{split}[:512]" if config.smoke else split, data_dir=config.data_dir)
+        digits = load_digits(split)
+        return digits._replace(images=digits.images[:num], labels=digits.labels[:num])
+    return load_images(config.dataset, split if num is None else f"{split}[:{num}]", data_dir=config.data_dir)
 
 
 def in_unit_range(images: np.ndarray) -> np.ndarray:
@@ -107,7 +133,14 @@ def in_unit_range(images: np.ndarray) -> np.ndarray:
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
-    config = _smoke(config) if config.smoke else config
+    config = smoke(
+        config,
+        model="smoke_dit" if config.model.startswith("dit") else "smoke_unet",
+        sampling={"solver": "euler", "steps": 2, "sample_batch": 20},
+        num_images=512,
+        num_samples=20,
+        frames=3,
+    )
     if config.training.batch_size % jax.local_device_count():
         raise SystemExit(
             f"--batch-size {config.training.batch_size} must be a multiple of the {jax.local_device_count()} devices."
@@ -139,8 +172,7 @@ def run(config: Config) -> dict[str, Any]:
     )
     data = couple_ahead(config.method, data, key_pairs, experiment.draw_x0)
     loss_fn = make_loss(config.method, experiment.apply_fn)
-    # A smoke run compiles one guided sampler for samples and animation alike.
-    generate = _animator(config, experiment) if config.smoke else _generator(config, experiment)
+    generate = _generator(config, experiment)
 
     def draw(step: int, state: TrainState) -> None:
         labels = np.arange(config.sampling.sample_batch) % NUM_CLASSES
@@ -161,14 +193,6 @@ def run(config: Config) -> dict[str, Any]:
 
 def _generator(config: Config, experiment: Experiment, **options):
     return make_generate(config.sampling, config.method, experiment.apply_fn, null_label=NUM_CLASSES, **options)
-
-
-def _animator(config: Config, experiment: Experiment):
-    return _generator(config, experiment, times=_times(config))
-
-
-def _times(config: Config) -> np.ndarray:
-    return frame_times(config.method, 3 if config.smoke else 31)
 
 
 def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDataset, generate) -> dict[str, Any]:
@@ -193,10 +217,11 @@ def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDat
             results[name]["agreement"] = _share(classify(images), labels)
         if name == "guided":
             _save_grid(run_dir / "samples.png", images, labels, dataset)
-    animate = generate if config.smoke else _animator(config, experiment)
-    labels = np.repeat(np.arange(NUM_CLASSES), 2 if config.smoke else 5)
+    times = frame_times(config.method, config.frames)
+    animate = _generator(config, experiment, times=times)
+    labels = np.repeat(np.arange(NUM_CLASSES), 5)
     frames = animate(params, key, draw_x0(jax.random.fold_in(key, 1), len(labels)), labels).trajectory
-    save_animation(run_dir / "animation.gif", np.asarray(frames), times=_times(config), columns=10)
+    save_animation(run_dir / "animation.gif", np.asarray(frames), times=times, columns=10)
     return results
 
 
@@ -225,13 +250,6 @@ def _report(config: Config, results: dict[str, Any]) -> None:
     )
     rate = results["training_images_per_second"]
     print(f"training: {f'{rate:,.0f} images/s' if rate else 'already done'}")
-
-
-def _smoke(config: Config) -> Config:
-    """Next to no computation."""
-    training = smoke_training(config.training)
-    sampling = dataclasses.replace(config.sampling, solver="euler", steps=2, sample_batch=20)
-    return dataclasses.replace(config, training=training, sampling=sampling, num_samples=20)
 
 
 def main(default: Config, description: str | None) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from fm_jax.train.metrics import MetricsWriter
 from fm_jax.train.parallel import pmap_step, split_batch
 from fm_jax.types import Key, LossFn, Params
 
-_MAY_CHANGE: tuple[str, ...] = ("data_dir", "sampling", "num_samples")
+_MAY_CHANGE: tuple[str, ...] = ("data_dir", "sampling", "num_samples", "frames", "floor_repeats")
 _MAY_CHANGE += tuple(f"training.{name}" for name in ("run_dir", "log_every", "save_every", "sample_every", "keep"))
 
 
@@ -56,23 +55,6 @@ class Training:
     """Checkpoints kept."""
     sample_every: int = 500
     """Steps between two pictures of samples drawn during training."""
-
-
-def smoke_training(training: Training) -> Training:
-    """A few steps in a folder of its own, started afresh, without spending time on optimising compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    run_dir = training.run_dir.with_name(training.run_dir.name + "-smoke")
-    shutil.rmtree(run_dir, ignore_errors=True)
-    return dataclasses.replace(
-        training,
-        run_dir=run_dir,
-        total_steps=4,
-        warmup_steps=0,
-        batch_size=8 * jax.local_device_count(),
-        log_every=2,
-        save_every=2,
-        sample_every=4,
-    )
 
 
 def train(

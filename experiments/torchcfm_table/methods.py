@@ -83,6 +83,7 @@ class Trained(NamedTuple):
     generate: Callable[[Params, Key, Array], Generated]
 
 
+SMOKE_RECIPE = {"steps": 100, "batch_size": 16, "ofm_steps": 100, "reflow_pairs": 64, "reuse": 4}
 PAIR_SAMPLER: dict[str, Any] = {"sampler": "rk4", "num_steps": 20}
 NETWORK = PlainMLP()
 APPLY = linen_apply(NETWORK)

@@ -11,7 +11,6 @@ with its floor, the normalised path energy, network evaluations and training tim
 import dataclasses
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.lab.figures import save_trajectory_table
+from experiments.lab.smoke import smoke
 from experiments.torchcfm_table import peer
-from experiments.torchcfm_table.methods import METHODS, Recipe, Trained, by_flow, by_score_and_flow, train
+from experiments.torchcfm_table.methods import METHODS, SMOKE_RECIPE, Recipe, Trained, by_flow, by_score_and_flow, train
 from experiments.torchcfm_table.problems import PROBLEMS, Splits, draw, make_splits
 from fm_jax.metrics import floor, normalised_path_energy_floor, wasserstein
 
@@ -59,6 +59,8 @@ class Config:
     """Points of the exact transport between source and data, which path energies are measured by."""
     peer_python: Path | None = None
     """Interpreter that has torchcfm; by default this one, if it has it, or else no comparison."""
+    floor_repeats: int = 20
+    """Pairs of draws of the data that the floor is measured by."""
     smoke: bool = False
     """Run the whole path once with next to no computation."""
 
@@ -93,9 +95,8 @@ def references(config: Config) -> dict[str, dict[str, Any]]:
     for name in config.problems:
         source, data = (partial(draw, toy) for toy in PROBLEMS[name])
         keys = jax.random.split(jax.random.key(0), 4)
-        repeats = 2 if config.smoke else 20
-        w2 = floor(wasserstein, data, keys[0], config.num_test, repeats=repeats)
-        npe = normalised_path_energy_floor(source, data, keys[1], config.num_test, repeats=repeats)
+        w2 = floor(wasserstein, data, keys[0], config.num_test, repeats=config.floor_repeats)
+        npe = normalised_path_energy_floor(source, data, keys[1], config.num_test, repeats=config.floor_repeats)
         energy = wasserstein(source(keys[2], config.num_reference), data(keys[3], config.num_reference)) ** 2
         found[name] = {"energy": energy, "w2": w2.values.tolist(), "npe": npe.values.tolist()}
     return found
@@ -156,7 +157,15 @@ def load_peer(job: dict[str, Any]) -> Trained:
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, judges and writes the table; returns the results."""
-    config = _smoke(config) if config.smoke else config
+    config = smoke(
+        config,
+        recipe=SMOKE_RECIPE,
+        seeds=config.seeds[:1],
+        problems=config.problems[:2],
+        num_test=64,
+        num_reference=64,
+        floor_repeats=2,
+    )
     _prepare(config)
     started = start_peer(config)
     reference = references(config)
@@ -265,13 +274,3 @@ def _prepare(config: Config) -> None:
         raise SystemExit(f"{config.run_dir} holds another table: give another --run-dir, or remove the folder.")
     (config.run_dir / "cells").mkdir(parents=True, exist_ok=True)
     path.write_text(text)
-
-
-def _smoke(config: Config) -> Config:
-    """Next to no computation, in a folder of its own, without spending time on optimising compilation."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    recipe = dataclasses.replace(config.recipe, steps=100, batch_size=16, ofm_steps=100, reflow_pairs=64, reuse=4)
-    run_dir = config.run_dir.with_name(config.run_dir.name + "-smoke")
-    shutil.rmtree(run_dir, ignore_errors=True)
-    small = {"seeds": config.seeds[:1], "problems": config.problems[:2], "num_test": 64, "num_reference": 64}
-    return dataclasses.replace(config, run_dir=run_dir, recipe=recipe, **small)  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from experiments import cifar10, digits, fashion_mnist, learned_solver, mnist, s
 from experiments.lab import images
 from experiments.lab.command_line import parse
 from experiments.lab.method import Method
+from experiments.lab.smoke import smoke as shrink
 from experiments.lab.training import config_to_json, from_json
 from fm_jax.train.checkpoint import CheckpointError
 from fm_jax.train.metrics import read_metrics
@@ -49,8 +50,9 @@ def test_images(module, tmp_path, capsys):
 
 
 def test_one_option_changes_the_network_and_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
-    small = images._smoke(smoke(digits.CONFIG, tmp_path / "run", model="dit_tiny"))
-    monkeypatch.setattr(images, "_smoke", lambda config: config)
+    few = {"solver": "euler", "steps": 2, "sample_batch": 20}
+    small = shrink(smoke(digits.CONFIG, tmp_path / "run"), model="smoke_dit", sampling=few, num_samples=20, frames=3)
+    small = dataclasses.replace(small, smoke=False)  # an experiment that happens to be small
     results = images.run(small)
     assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run-smoke"))
 

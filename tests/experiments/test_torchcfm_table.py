@@ -32,13 +32,14 @@ def test_torchcfm_table(tmp_path, capsys, monkeypatch):
 
 
 def test_reflow(tmp_path, capsys):
-    results = reflow.run(reflow.Config(run_dir=tmp_path, smoke=True))
+    results = reflow.run(reflow.Config(run_dir=tmp_path / "run", smoke=True))
+    run_dir = tmp_path / "run-smoke"
     assert list(results) == ["1-rectified flow", "2-rectified flow", "distilled"]
     assert np.isfinite([value for row in results.values() for value in row.values()]).all()
-    text = (tmp_path / "reflow.md").read_text()
+    text = (run_dir / "reflow.md").read_text()
     assert text in capsys.readouterr().out
     assert "floor" in text
-    assert (tmp_path / "reflow.png").stat().st_size > 0
+    assert (run_dir / "reflow.png").stat().st_size > 0
     with pytest.raises(ValueError, match=r"problem must be one of 'N to 8gaussians', .*, got 'N to N'"):
         reflow.Config(problem="N to N")
 
