@@ -2,8 +2,8 @@
 
 Paper: Shaul et al. 2024 (arXiv:2403.01329).
 Command: `python -m experiments.learned_solver --run runs/digits --calls 5 10`
-Hardware: minutes on two CPU cores for the digits. Writes `bespoke_<calls>.npz` into the run's folder, for
-`python -m experiments.sample --run runs/digits --bespoke runs/digits/bespoke_5.npz`.
+Hardware: minutes on two CPU cores for the digits. Writes `learned_solver_<calls>.npz` into the run's folder, for
+`python -m experiments.sample --run runs/digits --learned-solver runs/digits/learned_solver_5.npz`.
 """
 
 import json
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from experiments.lab.command_line import parse
 from experiments.lab.experiment import restore_run
+from experiments.lab.samplers import save_solver
 from experiments.lab.sampling import guided_velocity, sampled_times
-from experiments.sample import save_solver
 from fm_jax.paths import source
 from fm_jax.samplers import bespoke, sample, sample_ode
 from fm_jax.train.bespoke import fit_bespoke
@@ -96,7 +96,7 @@ def run(config: Config) -> dict[str, Any]:
         jax.block_until_ready(solver)
         seconds = time.perf_counter() - start
         draw = jax.jit(lambda solver, x0, labels: bespoke.sample_bespoke(v_of(labels), solver, x0).x)
-        found = {"bespoke": decibels(draw(solver, judge_x0, judge_labels))}
+        found = {"learned": decibels(draw(solver, judge_x0, judge_labels))}
         for name in OTHERS:
             num_steps = calls // 2 if name == "midpoint" else calls
             if num_steps:
@@ -108,12 +108,12 @@ def run(config: Config) -> dict[str, Any]:
                     )
                 )
                 found[name] = decibels(by_name(judge_x0, judge_labels))
-        path = config.run / f"bespoke_{calls}.npz"
+        path = config.run / f"learned_solver_{calls}.npz"
         save_solver(path, solver)
         print(f"{path}: {calls} calls, trained in {seconds:.0f} s; PSNR to the fine solution in dB:")
         print("  " + ", ".join(f"{name} {value:.1f}" for name, value in found.items()), flush=True)
         results[str(calls)] = found | {"seconds": seconds}
-    (config.run / "bespoke.json").write_text(json.dumps(results, indent=2) + "\n")
+    (config.run / "learned_solver.json").write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 

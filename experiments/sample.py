@@ -11,7 +11,7 @@ weaker network, such as that of a shorter run (autoguidance); with `--also 8` to
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -20,8 +20,8 @@ import tyro
 from experiments.lab import figures
 from experiments.lab.command_line import parse
 from experiments.lab.experiment import restore_run
+from experiments.lab.samplers import load_solver
 from experiments.lab.sampling import SOLVER_HELP, Grid, RuleName, Sampling, Weak, generate_many, make_generate
-from fm_jax.samplers import BespokeSolver
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Config:
     weak_run: Path | None = None
     """Folder of a run with a weaker network of the same method, to be guided away from."""
     solver: Annotated[str | None, SOLVER_HELP] = None
-    bespoke: Path | None = None
+    learned_solver: Path | None = None
     """File of a solver trained by `python -m experiments.learned_solver`, in place of a sampler's name."""
     steps: int | None = None
     """Steps of a sampler with fixed steps."""
@@ -94,14 +94,14 @@ def run(config: Config) -> None:
             null_label=null_label,
             also=None if config.also is None else _label("--also", config.also, num_classes),
             weak=weak,
-            bespoke=None if config.bespoke is None else load_solver(config.bespoke),
+            learned_solver=None if config.learned_solver is None else load_solver(config.learned_solver),
         )
         size, key = min(config.num, sampling.sample_batch), jax.random.key(config.seed)
         samples, nfe = generate_many(generate, restored.params, key, experiment.draw_x0, labels, size)
     except ValueError as error:  # what a sampler or a rule of guidance refuses
         raise SystemExit(str(error)) from error
     _write(config, np.asarray(samples), labels)
-    solver = config.bespoke or sampling.solver
+    solver = config.learned_solver or sampling.solver
     print(f"{config.out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe:.0f}")
 
 
@@ -114,22 +114,8 @@ def _check(config: Config) -> None:
         raise SystemExit("--also, --avoid and --weak-run are three ways to guide: give one.")
     if config.also is not None and config.guidance_rule not in (None, "extrapolate"):
         raise SystemExit(f"--also goes with --guidance-rule extrapolate, got {config.guidance_rule}.")
-    if config.bespoke is not None and config.solver is not None:
-        raise SystemExit("--bespoke takes the place of --solver: give one.")
-
-
-def save_solver(path: Path, solver: BespokeSolver) -> None:
-    """Writes the numbers of a bespoke solver, for `load_solver`."""
-    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in solver._asdict().items()}
-    np.savez(path, **arrays)
-
-
-def load_solver(path: Path) -> BespokeSolver:
-    """A bespoke solver from the file that `experiments.learned_solver` wrote."""
-    if not path.exists():
-        raise SystemExit(f"{path} does not exist: python -m experiments.learned_solver writes such a file.")
-    with np.load(path) as arrays:
-        return BespokeSolver(**{name: jax.numpy.asarray(arrays[name]) for name in BespokeSolver._fields})
+    if config.learned_solver is not None and config.solver is not None:
+        raise SystemExit("--learned-solver takes the place of --solver: give one.")
 
 
 def _label(option: str, label: int, num_classes: int | None) -> int:

@@ -182,7 +182,7 @@ def make_generate(
     also: int | None = None,
     weak: Weak | None = None,
     times: np.ndarray | None = None,
-    bespoke: BespokeSolver | None = None,
+    learned_solver: BespokeSolver | None = None,
 ) -> Generate:
     """Builds `generate(params, key, x0, labels) -> Solution`, jitted.
 
@@ -194,7 +194,7 @@ def make_generate(
         also: a second label.
         weak: a weaker network.
         times: if given, the solution also has the trajectory at these times; see `sampler_options`.
-        bespoke: a solver trained for this velocity, in place of the sampler.
+        learned_solver: a solver trained for this velocity, in place of the sampler.
 
     Returns:
         A function of parameters, key (only random samplers use it), standard normal noise [batch, ...] and labels
@@ -206,8 +206,8 @@ def make_generate(
     def generate(params: Params, key: Key, x0: Array, labels: Cond) -> Solution:
         v = guided_velocity(sampling, method, apply_fn, params, labels, null_label=null_label, also=also, weak=weak)
         x0 = source(method.schedule, x0, t0)
-        if bespoke is not None:
-            return sample_bespoke(v, bespoke, x0)
+        if learned_solver is not None:
+            return sample_bespoke(v, learned_solver, x0)
         return sample(name, v, key, x0, schedule=method.schedule, **options)
 
     return jax.jit(generate)

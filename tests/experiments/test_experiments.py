@@ -110,7 +110,7 @@ def test_sample_draws_from_a_run(tmp_path, capsys):
         ({"avoid": 10}, "--avoid must be one of the run's 10 classes, got 10"),
         ({"avoid": 1, "weak_run": run}, "--also, --avoid and --weak-run are three ways to guide: give one"),
         ({"also": 1, "guidance_rule": "rescale"}, "--also goes with --guidance-rule extrapolate, got rescale"),
-        ({"bespoke": tmp_path / "no.npz"}, "--bespoke takes the place of --solver"),
+        ({"learned_solver": tmp_path / "no.npz"}, "--learned-solver takes the place of --solver"),
     ]:
         with pytest.raises(SystemExit, match=message):
             draw(**options)
@@ -151,12 +151,13 @@ def test_help_lists_the_samplers_with_order_and_cost(capsys, monkeypatch):
         assert line in out
 
 
-def test_bespoke_solver_of_a_run(toy_run, tmp_path, capsys):
+def test_learned_solver_of_a_run(toy_run, tmp_path, capsys):
     config = learned_solver.Config(run=toy_run, calls=(2, 3), num=32, fine_steps=5, iterations=3, batch_size=16)
     results = learned_solver.run(config)
     assert results.keys() == {"2", "3"}
     assert np.isfinite([value for found in results.values() for value in found.values()]).all()
-    sample.run(sample.Config(run=toy_run, num=8, out=tmp_path / "b.npz", bespoke=toy_run / "bespoke_3.npz"))
+    solver = toy_run / "learned_solver_3.npz"
+    sample.run(sample.Config(run=toy_run, num=8, out=tmp_path / "b.npz", learned_solver=solver))
     assert "NFE 3" in capsys.readouterr().out
 
 
