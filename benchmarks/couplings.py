@@ -126,7 +126,7 @@ def mnist_step(config: Config) -> dict[str, Any]:
     params = init_params(experiment.model, jax.random.key(0), experiment.event_shape)
     optimizer = make_optimizer(training.learning_rate, total_steps=training.total_steps)
     state = create_state(params, optimizer, training.ema_decays)
-    step = pmap_step(make_step(make_loss(Method(), experiment.apply_fn), optimizer))
+    step = pmap_step(make_step(make_loss(Method(), experiment), optimizer))
     key, num = jax.random.key(1), training.batch_size
 
     def draw() -> Iterator[Batch]:

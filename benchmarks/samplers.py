@@ -33,24 +33,26 @@ from experiments.lab import images
 from experiments.lab.command_line import parse
 from experiments.lab.experiment import restore_run
 from experiments.lab.figures import save_error_curves
+from experiments.lab.samplers import SAMPLERS, make_sampler
 from experiments.lab.sampling import bind
 from fm_jax import oracles
 from fm_jax.models import forward_flops, init_params, linen_apply, make_dit
 from fm_jax.parameterization import velocity_fn
-from fm_jax.paths import source
-from fm_jax.samplers import SAMPLERS, bespoke, grids, sample, sample_ode
+from fm_jax.paths import start
+from fm_jax.samplers import RungeKutta, grids, learned, sample
 from fm_jax.schedules import VP, Linear
-from fm_jax.train.bespoke import fit_bespoke
-from fm_jax.types import Array, Key, Schedule, VelocityFn
+from fm_jax.train.learned import fit_solver
+from fm_jax.types import Array, ArrayTree, Key, Schedule, Solution, VelocityFn
 
 BUDGETS = (5, 10, 20, 50)
 NAMES = tuple(
     name
-    for name, sampler in SAMPLERS.items()
-    if sampler.nfe_per_step is not None and name not in ("sea", "shark", "sra1")  # Diffrax's compile slowly
+    for name in SAMPLERS
+    if make_sampler(name, Linear()).nfe_per_step is not None
+    and name not in ("sea", "shark", "sra1")  # Diffrax's compile slowly
 )
 GRIDS = ("uniform", "edm")
-FIGURE = ("euler", "heun", "rk4", "ab2", "ab4", "dpm_solver++_2m", "unipc_3", "bespoke")
+FIGURE = ("euler", "heun", "rk4", "ab2", "ab4", "dpm_solver++_2m", "unipc_3", "learned")
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Config:
     """What to measure."""
     num: int = 256
     """Samples on the trained network."""
-    bespoke_iterations: int = 150
-    """Training steps of a bespoke solver for the network; ten times as many for the closed form."""
+    learned_iterations: int = 150
+    """Training steps of a learned solver for the network; ten times as many for the closed form."""
 
 
 class Problem(NamedTuple):
@@ -80,19 +82,21 @@ class Problem(NamedTuple):
     other_data: Array
 
 
+def sample_by(name: str, v: VelocityFn, key: Key, x0: Array, schedule: Schedule, times: int | ArrayTree) -> Solution:
+    """A sample by the sampler of that name."""
+    sampler = make_sampler(name, schedule)
+    return sample(v, x0, sampler, times=times, key=key if sampler.stochastic else None)
+
+
 @functools.cache
 def nfe_of(name: str, num_steps: int) -> int:
     """The evaluations that so many steps from 0 to 1 on the linear path take."""
-
-    def v(t: Array, x: Array) -> Array:
-        return -x
-
-    return int(sample(name, v, jax.random.key(0), jnp.ones((1, 1)), schedule=Linear(), num_steps=num_steps).nfe)
+    return int(sample_by(name, lambda t, x: -x, jax.random.key(0), jnp.ones((1, 1)), Linear(), num_steps).calls)
 
 
 def steps_within(name: str, budget: int) -> tuple[int, int]:
     """The most steps, and the evaluations they take, within a budget; (0, 0) if there is none."""
-    for num_steps in range(budget // SAMPLERS[name].nfe_per_step + 2, 0, -1):
+    for num_steps in range(budget // make_sampler(name, Linear()).nfe_per_step + 2, 0, -1):
         if (nfe := nfe_of(name, num_steps)) <= budget:
             return num_steps, nfe
     return 0, 0
@@ -127,18 +131,18 @@ def errors(problem: Problem, names: tuple[str, ...], grid_names: tuple[str, ...]
                 times = times_of(grid, num_steps, problem.schedule)
                 draw = jax.jit(
                     lambda key, x0, name=name, times=times: (
-                        sample(name, problem.v, key, x0, schedule=problem.schedule, grid=times).x
+                        sample_by(name, problem.v, key, x0, problem.schedule, times).x
                     )
                 )
-                start = time.perf_counter()
+                begin = time.perf_counter()
                 x = jax.block_until_ready(draw(jax.random.key(1), problem.x0))
-                rows.append(_row(problem, name, budget, grid, nfe, x, time.perf_counter() - start))
+                rows.append(_row(problem, name, budget, grid, nfe, x, time.perf_counter() - begin))
                 print(rows[-1], flush=True)
     return rows
 
 
 def _row(problem: Problem, name: str, budget: int, grid: str, nfe: int, x: Array, seconds: float) -> dict[str, Any]:
-    stochastic = name in SAMPLERS and SAMPLERS[name].stochastic
+    stochastic = name in SAMPLERS and make_sampler(name, problem.schedule).stochastic
     return {
         "sampler": name,
         "budget": budget,
@@ -150,7 +154,7 @@ def _row(problem: Problem, name: str, budget: int, grid: str, nfe: int, x: Array
     }
 
 
-def bespoke_errors(
+def learned_errors(
     problem: Problem,
     v_of: Callable[[Any], VelocityFn],
     key: Key,
@@ -161,13 +165,13 @@ def bespoke_errors(
     """Rows of solvers trained for this flow, on other starting points than those judged."""
     rows = []
     for budget in (5, 10):
-        start = bespoke.start_for(budget, *problem.schedule.domain)
+        untrained = learned.start_for(budget, *problem.schedule.domain)
         begin = time.perf_counter()
-        solver, _ = fit_bespoke(v_of, start, key, *pairs, num_iterations=iterations, batch_size=batch_size)
+        solver, _ = fit_solver(v_of, untrained, key, *pairs, num_iterations=iterations, batch_size=batch_size)
         jax.block_until_ready(solver)
         seconds = time.perf_counter() - begin
-        draw = jax.jit(lambda solver, x0: bespoke.sample_bespoke(problem.v, solver, x0).x)
-        rows.append(_row(problem, "bespoke", budget, "learned", budget, draw(solver, problem.x0), seconds))
+        draw = jax.jit(lambda solver, x0: sample(problem.v, x0, solver).x)
+        rows.append(_row(problem, "learned", budget, "its own", budget, draw(solver, problem.x0), seconds))
         print(rows[-1], flush=True)
     return rows
 
@@ -179,13 +183,13 @@ def oracle(config: Config, schedule: Schedule) -> dict[str, Any]:
         mixture = oracles.gaussian_mixture(1.5 * rng.normal(size=(4, 8)), [0.2, 0.3, 0.4, 0.5], [0.4, 0.3, 0.2, 0.1])
         v, num, t0 = oracles.velocity(mixture, schedule), 2000, schedule.domain[0]
         keys = jax.random.split(jax.random.key(0), 5)
-        fine = jax.jit(lambda x0: sample_ode(v, x0, grid=times_of("edm", 2000, schedule), method="rk4").x)
-        x0, train_x0 = (source(schedule, jax.random.normal(key, (num, 8)), t0) for key in keys[:2])
+        fine = jax.jit(lambda x0: sample(v, x0, RungeKutta("rk4"), times=times_of("edm", 2000, schedule)).x)
+        x0, train_x0 = (start(schedule, t0).draw(key, jnp.zeros((num, 8))) for key in keys[:2])
         data, other = (oracles.sample(mixture, key, num) for key in keys[2:4])
         problem = Problem(v, schedule, x0, fine(x0), data, other)
         rows = errors(problem, NAMES, GRIDS)
         pairs = train_x0, fine(train_x0), None
-        rows += bespoke_errors(problem, lambda _: v, keys[4], pairs, 10 * config.bespoke_iterations, 256)
+        rows += learned_errors(problem, lambda _: v, keys[4], pairs, 10 * config.learned_iterations, 256)
         name = type(schedule).__name__
         return {"rows": rows, **_floors(problem), "problem": f"4 Gaussians in 8 dimensions, {name} path, float64"}
 
@@ -207,7 +211,7 @@ def network(config: Config) -> dict[str, Any]:
         return velocity_fn(bind(experiment.apply_fn, restored.params), method.prediction, method.schedule, labels)
 
     v = v_of(labels)
-    fine = jax.jit(lambda x0: sample_ode(v, x0, num_steps=40, method="rk4").x)
+    fine = jax.jit(lambda x0: sample(v, x0, RungeKutta("rk4"), times=40).x)
     keys = jax.random.split(jax.random.key(0), 4)
     x0 = experiment.draw_x0(keys[0], num)
     real = images.in_unit_range(images.load(restored.config, "train").images)
@@ -217,7 +221,7 @@ def network(config: Config) -> dict[str, Any]:
     rows = errors(problem, NAMES, ("uniform",))
     train_x0 = experiment.draw_x0(keys[1], num)
     pairs = train_x0, fine(train_x0), labels
-    rows += bespoke_errors(problem, v_of, keys[2], pairs, config.bespoke_iterations, 64)
+    rows += learned_errors(problem, v_of, keys[2], pairs, config.learned_iterations, 64)
     return {"rows": rows, **_floors(problem), "problem": f"{config.run.name}, {num} samples, {x0.dtype}, unguided"}
 
 
@@ -248,9 +252,7 @@ def overhead() -> dict[str, Any]:
     for name in NAMES:
         nfe = nfe_of(name, num_steps)
         run, compile_seconds = _compiled(
-            lambda params, key, x, name=name: (
-                sample(name, v_of(params), key, x, schedule=Linear(), num_steps=num_steps).x
-            ),
+            lambda params, key, x, name=name: sample_by(name, v_of(params), key, x, Linear(), num_steps).x,
             params,
             key,
             x0,

@@ -54,7 +54,7 @@ def run(config: Config) -> dict:
     params = init_params(experiment.model, jax.random.key(0), experiment.event_shape)
     optimizer = make_optimizer(training.learning_rate, total_steps=training.total_steps)
     state = create_state(params, optimizer, training.ema_decays)
-    step = pmap_step(make_step(make_loss(Method(), experiment.apply_fn), optimizer))
+    step = pmap_step(make_step(make_loss(Method(), experiment), optimizer))
     key, num = jax.random.key(1), config.batch_size
     x1 = jax.random.normal(key, (num, *experiment.event_shape))
     batch = split_batch({"x1": x1, "cond": jnp.arange(num) % experiment.num_classes}, jax.local_device_count())

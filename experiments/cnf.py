@@ -26,12 +26,13 @@ from experiments.lab.command_line import parse
 from experiments.lab.figures import save_density
 from experiments.lab.sampling import bind
 from experiments.lab.smoke import smoke
-from experiments.lab.toys import Batches, Toy, draw_normal
+from experiments.lab.toys import Batches, Toy
 from experiments.lab.training import Training, sampling_params, train
 from fm_jax.data.toy import make_toy
 from fm_jax.likelihood import log_prob
 from fm_jax.models import MLP, init_params, linen_apply
-from fm_jax.samplers import sample_ode
+from fm_jax.samplers import RungeKutta, sample
+from fm_jax.sources import Normal
 from fm_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, Params
 
 
@@ -70,18 +71,20 @@ CONFIG = Config(
 )
 
 
+RK4 = RungeKutta("rk4")
+
+
 def negative_log_likelihood(apply_fn: ApplyFn, num_steps: int) -> LossFn:
     """The loss of maximum likelihood: the mean of -log p_1(x1) in nats.
 
     With fixed steps: reverse mode through Diffrax's adaptive loop is refused under `pmap` (diffrax issue 765).
     """
-    solve = functools.partial(sample_ode, num_steps=num_steps, method="rk4")
 
     def loss_fn(
         params: Params, key: Key, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Array, Metrics]:
         del key, target_params  # nothing is random, and there is one network
-        return -log_prob(bind(apply_fn, params), batch["x1"], solve=solve).mean(), {}
+        return -log_prob(bind(apply_fn, params), batch["x1"], sampler=RK4, times=num_steps).mean(), {}
 
     return loss_fn
 
@@ -93,12 +96,13 @@ def run(config: Config) -> dict[str, Any]:
     key_train, key_data, key_init, key_x0, key_x1 = jax.random.split(jax.random.key(config.training.seed), 5)
     model = MLP(features=(config.width,) * config.depth)
     apply_fn, untrained = linen_apply(model), init_params(model, key_init, (2,))
-    x1, x0 = make_toy(config.data)(key_x1, config.num_samples), draw_normal(key_x0, config.num_samples)
+    x1 = make_toy(config.data)(key_x1, config.num_samples)
+    x0 = Normal().draw(key_x0, x1)
 
     log_density = jax.jit(lambda params, x: log_prob(bind(apply_fn, params), x))
     results = {"nll_untrained": -float(log_density(untrained, x1).mean())}
     loss_fn = negative_log_likelihood(apply_fn, config.steps)
-    data = Batches(key_data, draw_normal, config.data, config.training.batch_size)
+    data = Batches(key_data, Normal(), config.data, config.training.batch_size)
     state = train(config, key_train, untrained, loss_fn, data)
     params = sampling_params(state, config.training)
     values = -np.asarray(log_density(params, x1))
@@ -107,8 +111,7 @@ def run(config: Config) -> dict[str, Any]:
         "nll_standard_error": float(values.std() / np.sqrt(len(values))),
         "nll_with_training_steps": float(jax.jit(loss_fn)(params, key_train, {"x1": x1})[0]),
     }
-    solve = functools.partial(sample_ode, num_steps=config.steps, method="rk4")
-    samples = jax.jit(lambda params, x0: solve(bind(apply_fn, params), x0).x)(params, x0)
+    samples = jax.jit(lambda params, x0: sample(bind(apply_fn, params), x0, RK4, times=config.steps).x)(params, x0)
     limit = 1.15 * float(jnp.abs(x1).max())
     density = _density_on_square(functools.partial(log_density, params), limit, config.num_samples)
     save_density(run_dir / "density.png", np.asarray(x1), density, np.asarray(samples), limit)

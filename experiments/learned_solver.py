@@ -17,12 +17,12 @@ import jax.numpy as jnp
 
 from experiments.lab.command_line import parse
 from experiments.lab.experiment import restore_run
-from experiments.lab.samplers import save_solver
+from experiments.lab.samplers import make_sampler, save_solver
 from experiments.lab.sampling import guided_velocity, sampled_times
-from fm_jax.paths import source
-from fm_jax.samplers import bespoke, sample, sample_ode
-from fm_jax.train.bespoke import fit_bespoke
-from fm_jax.types import Array, VelocityFn
+from fm_jax.paths import start
+from fm_jax.samplers import RungeKutta, grids, learned, sample
+from fm_jax.train.learned import fit_solver
+from fm_jax.types import Array, Sampler, VelocityFn
 
 OTHERS = ("euler", "midpoint", "ab2", "dpm_solver++_2m", "unipc_2")
 
@@ -63,28 +63,27 @@ def run(config: Config) -> dict[str, Any]:
 
     @jax.jit
     def fine(x0: Array, labels: Array) -> Array:
-        return sample_ode(v_of(labels), x0, num_steps=config.fine_steps, method="rk4", t0=t0, t1=t1).x
+        return sample(v_of(labels), x0, RungeKutta("rk4"), times=grids.uniform(config.fine_steps, t0, t1)).x
 
     def pairs(key: Array, num: int) -> tuple[Array, Array, Array]:
-        x0, labels = (
-            source(method.schedule, experiment.draw_x0(key, num), t0),
-            jnp.arange(num) % (experiment.num_classes or 1),
-        )
+        x0 = start(method.schedule, t0).scale * experiment.draw_x0(key, num)
+        labels = jnp.arange(num) % (experiment.num_classes or 1)
         return x0, fine(x0, labels), labels
 
     x0, x1, labels = pairs(key_train, config.num)
     judge_x0, judge_x1, judge_labels = pairs(key_judge, max(1, config.num // 2))
     peak = float(x1.max() - x1.min())
 
-    def decibels(x: Array) -> float:
-        return float(bespoke.decibels(bespoke.log_error(x, judge_x1), peak))
+    def decibels(sampler: Sampler, times: Array | None = None) -> float:
+        draw = jax.jit(lambda x0, labels: sample(v_of(labels), x0, sampler, times=times).x)
+        return float(learned.decibels(learned.log_error(draw(judge_x0, judge_labels), judge_x1), peak))
 
     results: dict[str, Any] = {}
     for calls in config.calls:
-        start = time.perf_counter()
-        solver, _ = fit_bespoke(
+        begin = time.perf_counter()
+        solver, _ = fit_solver(
             v_of,
-            bespoke.start_for(calls, t0, t1),
+            learned.start_for(calls, t0, t1),
             key_fit,
             x0,
             x1,
@@ -94,20 +93,12 @@ def run(config: Config) -> dict[str, Any]:
             learning_rate=config.learning_rate,
         )
         jax.block_until_ready(solver)
-        seconds = time.perf_counter() - start
-        draw = jax.jit(lambda solver, x0, labels: bespoke.sample_bespoke(v_of(labels), solver, x0).x)
-        found = {"learned": decibels(draw(solver, judge_x0, judge_labels))}
+        seconds = time.perf_counter() - begin
+        found = {"learned": decibels(solver)}
         for name in OTHERS:
             num_steps = calls // 2 if name == "midpoint" else calls
             if num_steps:
-                by_name = jax.jit(
-                    lambda x0, labels, name=name, num_steps=num_steps: (
-                        sample(
-                            name, v_of(labels), None, x0, schedule=method.schedule, num_steps=num_steps, t0=t0, t1=t1
-                        ).x
-                    )
-                )
-                found[name] = decibels(by_name(judge_x0, judge_labels))
+                found[name] = decibels(make_sampler(name, method.schedule), grids.uniform(num_steps, t0, t1))
         path = config.run / f"learned_solver_{calls}.npz"
         save_solver(path, solver)
         print(f"{path}: {calls} calls, trained in {seconds:.0f} s; PSNR to the fine solution in dB:")

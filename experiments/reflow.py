@@ -32,11 +32,11 @@ from experiments.torchcfm_table.methods import (
     fit,
     straight,
 )
-from experiments.torchcfm_table.problems import PROBLEMS, draw, draw_source, draws, draws_of_pairs, make_splits
+from experiments.torchcfm_table.problems import PROBLEMS, draw, draws, draws_of_pairs, make_splits, source_of
 from fm_jax.fewstep import distillation, make_pairs, reflow
 from fm_jax.metrics import floor, straightness, wasserstein
 from fm_jax.models import init_params
-from fm_jax.samplers import sample_ode
+from fm_jax.samplers import RungeKutta, sample
 from fm_jax.types import Array, Batch, LossFn, Params, VelocityFn
 
 
@@ -75,13 +75,13 @@ def one_step(recipe: Recipe) -> LossFn:
 def measure(params: Params, x0: Array) -> dict[str, Any]:
     """The samples of a network in many steps and in one, and how straight its flow is."""
     v = bind(APPLY, params)
-    fine = sample_ode(v, x0, num_steps=50, method="rk4", trajectory=True)
+    fine = sample(v, x0, RungeKutta("rk4"), times=50, trajectory=True)
     return {
         "x": fine.x,
         "trajectory": fine.trajectory,
-        "one_step": sample_ode(v, x0, num_steps=1, method="euler").x,
-        "straightness": straightness(v, x0, num_steps=100),
-        "relative": straightness(v, x0, num_steps=100, relative=True),
+        "one_step": sample(v, x0, RungeKutta("euler"), times=1).x,
+        "straightness": straightness(v, x0, times=100),
+        "relative": straightness(v, x0, times=100, relative=True),
     }
 
 
@@ -91,7 +91,7 @@ def run(config: Config) -> dict[str, Any]:
     recipe, source = config.recipe, PROBLEMS[config.problem]
     splits = make_splits(config.problem, config.seed, config.num_test)
     key_init, key_fit, key_pairs, key_last, key_floor, key_distil = jax.random.split(jax.random.key(config.seed), 6)
-    draw_x0 = draw_source(splits)
+    shape, options = (recipe.reflow_pairs, 2), PAIR_SAMPLER | {"source": source_of(splits)}
 
     def batches_of(pairs: Batch) -> Iterator[Batch]:
         return draws_of_pairs(pairs["x0"], pairs["x1"], recipe.batch_size, config.seed)
@@ -106,10 +106,8 @@ def run(config: Config) -> dict[str, Any]:
         return bind(APPLY, flows[-1])
 
     v = bind(APPLY, params)
-    (*_, last) = reflow(
-        refit, v, key_pairs, draw_x0, num_pairs=recipe.reflow_pairs, rounds=config.rounds, **PAIR_SAMPLER
-    )
-    pairs, _ = make_pairs(last, key_last, draw_x0, recipe.reflow_pairs, **PAIR_SAMPLER)
+    (*_, last) = reflow(refit, v, key_pairs, shape, rounds=config.rounds, **options)
+    pairs, _ = make_pairs(last, key_last, shape, **options)
     distilled, _ = fit(one_step, recipe, flows[-1], key_distil, batches_of(pairs), recipe.steps)
 
     real = floor(wasserstein, partial(draw, source.data), key_floor, config.num_test, repeats=config.floor_repeats)

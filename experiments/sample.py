@@ -21,7 +21,7 @@ from experiments.lab import figures
 from experiments.lab.command_line import parse
 from experiments.lab.experiment import restore_run
 from experiments.lab.samplers import load_solver
-from experiments.lab.sampling import SOLVER_HELP, Grid, RuleName, Sampling, Weak, generate_many, make_generate
+from experiments.lab.sampling import SOLVER_HELP, Grid, RuleName, Sampling, Weak, generate_many, make_generate, nfe_text
 
 
 @dataclass(frozen=True)
@@ -97,12 +97,12 @@ def run(config: Config) -> None:
             learned_solver=None if config.learned_solver is None else load_solver(config.learned_solver),
         )
         size, key = min(config.num, sampling.sample_batch), jax.random.key(config.seed)
-        samples, nfe = generate_many(generate, restored.params, key, experiment.draw_x0, labels, size)
+        samples, nfe = generate_many(generate, restored.params, key, experiment, labels, size)
     except ValueError as error:  # what a sampler or a rule of guidance refuses
         raise SystemExit(str(error)) from error
     _write(config, np.asarray(samples), labels)
     solver = config.learned_solver or sampling.solver
-    print(f"{config.out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe:.0f}")
+    print(f"{config.out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe_text(nfe)}")
 
 
 def _check(config: Config) -> None:

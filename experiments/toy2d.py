@@ -20,15 +20,16 @@ from experiments.lab.command_line import parse
 from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_loss_curve, save_scatter
 from experiments.lab.method import Method, couple_ahead, make_loss
-from experiments.lab.sampling import Sampling, frame_times, make_generate
+from experiments.lab.samplers import needs_schedule
+from experiments.lab.sampling import Sampling, frame_times, make_generate, nfe_text
 from experiments.lab.smoke import smoke
-from experiments.lab.toys import Batches, Toy, draw_normal
+from experiments.lab.toys import Batches, Toy
 from experiments.lab.training import Training, sampling_params, train
 from fm_jax.data.toy import make_toy
 from fm_jax.metrics import Measured, floor, wasserstein
 from fm_jax.models import MLP, init_params, linen_apply
-from fm_jax.samplers import SAMPLERS
-from fm_jax.train.metrics import read_metrics
+from fm_jax.sources import Normal, Sampled
+from fm_jax.train.log import read_metrics
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ CONFIG = Config(
 def build(config: Config) -> Experiment:
     """The network."""
     model = MLP(features=(config.width,) * config.depth)
-    draw_x0 = draw_normal if config.source == "normal" else make_toy(config.source)
-    return Experiment(model, linen_apply(model), draw_x0, (2,), None)
+    source = Normal() if config.source == "normal" else Sampled(make_toy(config.source))
+    return Experiment(model, linen_apply(model), source, (2,))
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -95,16 +96,16 @@ def run(config: Config) -> dict[str, Any]:
     experiment, run_dir = build(config), config.training.run_dir
     keys = jax.random.split(jax.random.key(config.training.seed), 8)
     key_train, key_data, key_init, key_x0, key_x1, key_floor, key_sampler, key_pairs = keys
-    loss_fn = make_loss(config.method, experiment.apply_fn)
+    loss_fn = make_loss(config.method, experiment)
     params = init_params(experiment.model, key_init, (2,))
-    data = Batches(key_data, experiment.draw_x0, config.data, config.training.batch_size)
-    paired = couple_ahead(config.method, data, key_pairs, experiment.draw_x0)
+    data = Batches(key_data, experiment.source, config.data, config.training.batch_size)
+    paired = couple_ahead(config.method, data, key_pairs, experiment.source)
     state = train(config, key_train, params, loss_fn, paired)
     params = sampling_params(state, config.training)
 
     times = frame_times(config.method, config.frames)
     generate = make_generate(config.sampling, config.method, experiment.apply_fn, null_label=None)
-    animate = make_generate(config.sampling, config.method, experiment.apply_fn, null_label=None, times=times)
+    animate = make_generate(config.sampling, config.method, experiment.apply_fn, null_label=None, frames=times)
     x0 = experiment.draw_x0(key_x0, config.num_samples)
     generate(params, key_sampler, x0, None).x.block_until_ready()  # compiles
     start = time.perf_counter()
@@ -118,7 +119,7 @@ def run(config: Config) -> dict[str, Any]:
     results = {
         "wasserstein2": distance.value,
         "wasserstein2_floor": distance.floor.mean,
-        "nfe": float(solution.nfe),
+        "nfe": None if solution.nfe is None else float(solution.nfe),
         "seconds_per_sample": seconds / config.num_samples,
     }
     trajectory = np.asarray(animate(params, key_sampler, x0, None).trajectory)
@@ -129,13 +130,13 @@ def run(config: Config) -> dict[str, Any]:
     print(f"\n{run_dir}: samples.png, loss.png, metrics.jsonl, config.json, results.json, checkpoints/")
     print(
         f"2-Wasserstein distance to {config.data}: {distance}; the floor is that of two draws of the data themselves. "
-        f"NFE {results['nfe']:.0f}"
+        f"NFE {nfe_text(results['nfe'])}"
     )
     return results
 
 
 def _check(config: Config) -> None:
-    gaussian = SAMPLERS[config.sampling.solver].needs_schedule or config.method.prediction != "velocity"
+    gaussian = needs_schedule(config.sampling.solver) or config.method.prediction != "velocity"
     if config.source != "normal" and gaussian:
         raise SystemExit(
             f"--source {config.source} needs --prediction velocity and a solver such as heun: it is not noise."

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from experiments.lab.method import DrawSource
 from experiments.lab.training import from_json, restore, sampling_params
+from fm_jax.conditions import DropCondition
 from fm_jax.models import init_params
-from fm_jax.types import ApplyFn, Params
+from fm_jax.types import ApplyFn, Array, Key, Params, Source
 
 MODULES = {"images": "experiments.lab.images", "toy2d": "experiments.toy2d"}
 """Where the `Config` and the `build` of a run are, by the name that its `config.json` has."""
@@ -23,10 +24,16 @@ class Experiment(NamedTuple):
 
     model: nn.Module
     apply_fn: ApplyFn
-    draw_x0: DrawSource
+    source: Source
     event_shape: tuple[int, ...]
-    num_classes: int | None
+    num_classes: int | None = None
     """`None` for an unconditional network."""
+    drop: DropCondition | None = None
+    """Takes labels away in training, for classifier-free guidance."""
+
+    def draw_x0(self, key: Key, num: int) -> Array:
+        """Points [num, ...] of the source."""
+        return self.source.draw(key, jax.ShapeDtypeStruct((num, *self.event_shape), jnp.float32))
 
 
 class Restored(NamedTuple):

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from experiments.lab.command_line import parse
@@ -19,23 +18,26 @@ from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_animation, save_grid, save_loss_curve
 from experiments.lab.judge import fit_classifier
 from experiments.lab.method import Method, couple_ahead, make_loss
-from experiments.lab.sampling import Sampling, frame_times, generate_many, make_generate
+from experiments.lab.sampling import Sampling, frame_times, generate_many, make_generate, nfe_text
 from experiments.lab.smoke import smoke
 from experiments.lab.training import Training, is_config_of_run, sampling_params, train
+from fm_jax.conditions import DropCondition
 from fm_jax.data.digits import load_digits
 from fm_jax.data.images import ImageDataset, load_images, to_float
 from fm_jax.data.pipeline import batches
-from fm_jax.models import init_params, linen_apply, make_dit, make_unet, num_params
+from fm_jax.models import Compute, LabelEmbedding, init_params, linen_apply, make_dit, make_unet, num_params
+from fm_jax.sources import Normal
 from fm_jax.train import TrainState
-from fm_jax.train.metrics import read_metrics
-from fm_jax.types import Array, Key
+from fm_jax.train.log import read_metrics
 
 NUM_CLASSES = 10
+_unet = partial(make_unet, embed=LabelEmbedding(NUM_CLASSES))
+_dit = partial(make_dit, embed=LabelEmbedding(NUM_CLASSES, stddev=0.02))
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    **{name: partial(make_unet, name) for name in ("tiny", "mnist_fast", "mnist", "cifar10", "cifar10_edm")},
-    **{f"dit_{name.lower()}": partial(make_dit, name) for name in ("tiny", "S/2", "S/4", "B/2", "B/4")},
+    **{name: partial(_unet, name) for name in ("tiny", "mnist_fast", "mnist", "cifar10", "cifar10_edm")},
+    **{f"dit_{name.lower()}": partial(_dit, name) for name in ("tiny", "S/2", "S/4", "B/2", "B/4")},
     "smoke_unet": partial(
-        make_unet,
+        _unet,
         "tiny",
         channels=8,
         channel_mults=(1,),
@@ -45,7 +47,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
         head_channels=None,
         patch_size=4,
     ),
-    "smoke_dit": partial(make_dit, "tiny", hidden=16, num_layers=1, num_heads=1, patch_size=4),
+    "smoke_dit": partial(_dit, "tiny", hidden=16, num_layers=1, num_heads=1, patch_size=4),
 }
 
 
@@ -102,19 +104,9 @@ class Config:
 def build(config: Config) -> Experiment:
     """The network and the shape of its images, without reading any data."""
     event_shape = {"digits": (8, 8, 1), "cifar10": (32, 32, 3)}.get(config.dataset, (28, 28, 1))
-    options: dict[str, Any] = dict(
-        num_classes=NUM_CLASSES,
-        label_dropout=config.label_dropout,
-        dropout=config.dropout,
-        dtype=jnp.dtype(config.dtype).type,
-        remat=config.remat,
-    )
-    model = NETWORKS[config.model](**options)
-
-    def draw_x0(key: Key, num: int) -> Array:
-        return jax.random.normal(key, (num, *event_shape))
-
-    return Experiment(model, linen_apply(model), draw_x0, event_shape, NUM_CLASSES)
+    model = NETWORKS[config.model](dropout=config.dropout, compute=Compute(config.dtype, config.remat))
+    drop = DropCondition(config.label_dropout, null_cond=NUM_CLASSES)
+    return Experiment(model, linen_apply(model), Normal(), event_shape, NUM_CLASSES, drop)
 
 
 def load(config: Config, split: Literal["train", "test"]) -> ImageDataset:
@@ -170,14 +162,14 @@ def run(config: Config) -> dict[str, Any]:
         flip=config.flip,
         dequantize=config.dequantize,
     )
-    data = couple_ahead(config.method, data, key_pairs, experiment.draw_x0)
-    loss_fn = make_loss(config.method, experiment.apply_fn)
+    data = couple_ahead(config.method, data, key_pairs, experiment.source)
+    loss_fn = make_loss(config.method, experiment)
     generate = _generator(config, experiment)
 
     def draw(step: int, state: TrainState) -> None:
         labels = np.arange(config.sampling.sample_batch) % NUM_CLASSES
         params = sampling_params(state, config.training)
-        images, _ = generate_many(generate, params, key_draw, experiment.draw_x0, labels, len(labels))
+        images, _ = generate_many(generate, params, key_draw, experiment, labels, len(labels))
         _save_grid(run_dir / "samples" / f"step_{step:06d}.png", np.asarray(images), labels, dataset)
 
     state = train(config, key_train, params, loss_fn, data, draw)
@@ -198,7 +190,7 @@ def _generator(config: Config, experiment: Experiment, **options):
 def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDataset, generate) -> dict[str, Any]:
     """Draws `num_samples` with and without guidance, has the classifier name them, and saves the pictures."""
     run_dir, sampling = config.training.run_dir, config.sampling
-    draw_x0, size = experiment.draw_x0, sampling.sample_batch
+    size = sampling.sample_batch
     classify, results = None, dict[str, Any]()
     if config.dataset != "cifar10":  # pixels alone do not tell objects apart
         test = load(config, "test")
@@ -207,9 +199,9 @@ def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDat
     unguided = dataclasses.replace(config, sampling=dataclasses.replace(sampling, guidance=1.0))
     labels = np.arange(config.num_samples) % NUM_CLASSES
     for name, function in (("guided", generate), ("unguided", _generator(unguided, experiment))):
-        generate_many(function, params, key, draw_x0, labels[:size], size)[0].block_until_ready()  # compiles
+        generate_many(function, params, key, experiment, labels[:size], size)[0].block_until_ready()  # compiles
         start = time.perf_counter()
-        samples, nfe = generate_many(function, params, key, draw_x0, labels, size)
+        samples, nfe = generate_many(function, params, key, experiment, labels, size)
         images = np.asarray(samples)
         drawn = -(-config.num_samples // size) * size
         results[name] = {"seconds_per_image": (time.perf_counter() - start) / drawn, "nfe": nfe}
@@ -218,9 +210,9 @@ def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDat
         if name == "guided":
             _save_grid(run_dir / "samples.png", images, labels, dataset)
     times = frame_times(config.method, config.frames)
-    animate = _generator(config, experiment, times=times)
+    animate = _generator(config, experiment, frames=times)
     labels = np.repeat(np.arange(NUM_CLASSES), 5)
-    frames = animate(params, key, draw_x0(jax.random.fold_in(key, 1), len(labels)), labels).trajectory
+    frames = animate(params, key, experiment.draw_x0(jax.random.fold_in(key, 1), len(labels)), labels).trajectory
     save_animation(run_dir / "animation.gif", np.asarray(frames), times=times, columns=10)
     return results
 
@@ -245,8 +237,8 @@ def _report(config: Config, results: dict[str, Any]) -> None:
             f"(on real held-out images it is right on {results['classifier_accuracy_on_real']:.1%})"
         )
     print(
-        f"time per image sampled: {1000 * guided['seconds_per_image']:.2f} ms guided (NFE {guided['nfe']:.0f}), "
-        f"{1000 * unguided['seconds_per_image']:.2f} ms unguided (NFE {unguided['nfe']:.0f})"
+        f"time per image sampled: {1000 * guided['seconds_per_image']:.2f} ms guided (NFE {nfe_text(guided['nfe'])}), "
+        f"{1000 * unguided['seconds_per_image']:.2f} ms unguided (NFE {nfe_text(unguided['nfe'])})"
     )
     rate = results["training_images_per_second"]
     print(f"training: {f'{rate:,.0f} images/s' if rate else 'already done'}")

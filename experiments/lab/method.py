@@ -1,18 +1,16 @@
 """The method of an experiment: path, coupling, prediction, times and weight, each one option."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from experiments.lab.experiment import Experiment
 from fm_jax import couplings, losses, schedules, times
 from fm_jax.data.coupled import CoupledBatches
-from fm_jax.losses import flow_matching, target_domain
+from fm_jax.losses import flow_matching
 from fm_jax.paths import AffinePath
 from fm_jax.train.loop import DataIterator
-from fm_jax.types import ApplyFn, Array, Coupling, Key, Kind, LossFn, Schedule, TimeSampler
+from fm_jax.types import Coupling, Key, Kind, LossFn, Schedule, Source, TimeSampler
 
-DrawSource = Callable[[Key, int], Array]
-"""`draw_x0(key, num) -> x0 [num, ...]`."""
 SCHEDULES: dict[str, Schedule] = {
     "linear": schedules.Linear(),
     "cosine": schedules.Cosine(),
@@ -68,7 +66,7 @@ class Method:
 
     @property
     def time_sampler(self) -> TimeSampler:
-        low, high = target_domain(self.prediction, self.schedule)
+        low, high = AffinePath(self.schedule).target_domain(self.prediction)
         match self.times:
             case "uniform":
                 return times.Uniform(low, high)
@@ -78,7 +76,7 @@ class Method:
                 return times.Rescale(TIMES[name], low, high)
 
 
-def couple_ahead(method: Method, data: DataIterator, key: Key, draw_x0: DrawSource) -> DataIterator:
+def couple_ahead(method: Method, data: DataIterator, key: Key, source: Source) -> DataIterator:
     """The data with their `x0`, paired in a thread ahead of the training; as they are, if nothing is to be paired."""
     if method.coupling == "independent":
         return data
@@ -86,18 +84,19 @@ def couple_ahead(method: Method, data: DataIterator, key: Key, draw_x0: DrawSour
         data,
         COUPLINGS[method.coupling],
         key,
-        draw_x0=draw_x0,
+        source=source,
         group=method.coupled_batches,
         reuse=method.reuse_pairs,
     )
 
 
-def make_loss(method: Method, apply_fn: ApplyFn) -> LossFn:
-    """The loss of a method for a network, on batches from `couple_ahead`."""
+def make_loss(method: Method, experiment: Experiment) -> LossFn:
+    """The loss of a method for the network of an experiment, on batches from `couple_ahead`."""
     return flow_matching(
-        apply_fn,
-        AffinePath(method.schedule),
+        experiment.apply_fn,
+        AffinePath(method.schedule, experiment.source),
         time_sampler=method.time_sampler,
         kind=method.prediction,
         weight=WEIGHTS[method.weight],
+        drop=experiment.drop,
     )

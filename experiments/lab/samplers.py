@@ -1,23 +1,101 @@
-"""Files of trained solvers."""
+"""Samplers by name, for the command lines, and the files of learned solvers."""
 
+import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.samplers import BespokeSolver
+from fm_jax.checks import check_member
+from fm_jax.samplers import (
+    DDIM,
+    AdamsBashforth,
+    Adaptive,
+    Churn,
+    DiffraxSDE,
+    DPMSolver,
+    DPMSolverPlusPlus,
+    EulerMaruyama,
+    LearnedSolver,
+    PredictorCorrector,
+    RungeKutta,
+    StochasticHeun,
+    UniPC,
+)
+from fm_jax.schedules import Linear
+from fm_jax.types import Sampler, Schedule
+
+OfSchedule = Callable[[Schedule], Sampler]
+SAMPLERS: dict[str, Sampler | OfSchedule] = {
+    **{name: RungeKutta(name) for name in ("euler", "midpoint", "heun", "ralston", "heun3", "rk4")},
+    **{f"ab{order}": AdamsBashforth(order) for order in (2, 3, 4)},
+    "ddim": DDIM,
+    **{f"dpm_solver_{order}": partial(DPMSolver, order=order) for order in (2, 3)},
+    **{f"dpm_solver++_{order}m": partial(DPMSolverPlusPlus, order=order) for order in (2, 3)},
+    **{f"unipc_{p}": partial(UniPC, p=p) for p in (1, 2, 3)},
+    **{f"unipc_{p}_bh1": partial(UniPC, p=p, variant="bh1") for p in (1, 2, 3)},
+    "ddpm": partial(DDIM, eta=1.0),
+    "dpm_solver++_2m_sde": partial(DPMSolverPlusPlus, sde=True),
+    "euler_maruyama": EulerMaruyama,
+    "stochastic_heun": StochasticHeun,
+    "churn": Churn,
+    "predictor_corrector": PredictorCorrector,
+    **{name: partial(DiffraxSDE, solver=name) for name in ("sea", "shark", "sra1")},
+    **{name: Adaptive(name) for name in ("bosh3", "tsit5", "dopri5", "dopri8")},
+    **{name: Adaptive(name, per_sample=True) for name in ("kvaerno3", "kvaerno5")},
+    **{f"adaptive_{name}": partial(DiffraxSDE, solver=name, rtol=1e-3, atol=1e-3) for name in ("shark", "sra1")},
+}
+"""A sampler, or what makes it of the schedule of the path where it needs one, and with it a standard normal source."""
 
 
-def save_solver(path: Path, solver: BespokeSolver) -> None:
+def needs_schedule(name: str) -> bool:
+    """Whether the sampler of that name works with the schedule of the path."""
+    return callable(SAMPLERS[name])
+
+
+def make_sampler(name: str, schedule: Schedule, *, tolerance: float | None = None, **options: float | None) -> Sampler:
+    """The sampler of that name.
+
+    Args:
+        name: one of `SAMPLERS`.
+        schedule: of the path.
+        tolerance: relative and absolute, where steps are adaptive.
+        options: for whichever sampler has a field of that name, unless its name says the value; `None` is its default.
+
+    Raises:
+        ValueError: for an unknown name, and as the sampler.
+    """
+    check_member("solver", name, tuple(SAMPLERS))
+    entry = SAMPLERS[name]
+    sampler = entry(schedule) if callable(entry) else entry
+    own = {field.name for field in dataclasses.fields(sampler)} - set(getattr(entry, "keywords", ()))  # type: ignore
+    given = {option: value for option, value in options.items() if option in own and value is not None}
+    if sampler.nfe_per_step is None and tolerance is not None:
+        given |= {"rtol": tolerance, "atol": tolerance}
+    return dataclasses.replace(sampler, **given)  # type: ignore[type-var]
+
+
+def table() -> str:
+    """The samplers as lines of text: name, order, evaluations a step, whether random."""
+    lines = []
+    for name in SAMPLERS:
+        sampler = make_sampler(name, Linear())
+        cost = "adaptive steps" if sampler.nfe_per_step is None else f"{sampler.nfe_per_step} NFE a step"
+        order = f"{'weak ' if sampler.stochastic else ''}order {sampler.order}"
+        lines.append(f"{name}: {order}, {cost}{', random' if sampler.stochastic else ''}")
+    return "\n".join(lines)
+
+
+def save_solver(path: Path, solver: LearnedSolver) -> None:
     """Writes the numbers of a learned solver, for `load_solver`."""
-    arrays: dict[str, Any] = {name: np.asarray(value) for name, value in solver._asdict().items()}
-    np.savez(path, **arrays)
+    np.savez(path, **{field.name: np.asarray(getattr(solver, field.name)) for field in dataclasses.fields(solver)})
 
 
-def load_solver(path: Path) -> BespokeSolver:
+def load_solver(path: Path) -> LearnedSolver:
     """A learned solver from the file that `experiments.learned_solver` wrote."""
     if not path.exists():
         raise SystemExit(f"{path} does not exist: python -m experiments.learned_solver writes such a file.")
     with np.load(path) as arrays:
-        return BespokeSolver(**{name: jnp.asarray(arrays[name]) for name in BespokeSolver._fields})
+        return LearnedSolver(**{name: jnp.asarray(values) for name, values in arrays.items()})

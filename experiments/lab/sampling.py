@@ -2,14 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from experiments.lab.method import DrawSource, Method
+from experiments.lab.experiment import Experiment
+from experiments.lab.method import Method
+from experiments.lab.samplers import SAMPLERS, make_sampler, table
+from fm_jax.checks import check_member
 from fm_jax.guidance import (
     Extrapolate,
     Projected,
@@ -20,10 +23,11 @@ from fm_jax.guidance import (
     classifier_free_batched,
     compose,
 )
+from fm_jax.nfe import Counted
 from fm_jax.parameterization import conversion_domain, velocity_domain, velocity_fn
-from fm_jax.paths import source
-from fm_jax.samplers import SAMPLERS, BespokeSolver, grids, sample, sample_bespoke, table
-from fm_jax.types import ApplyFn, Array, Cond, Key, ModelFn, Params, Solution, VelocityFn, check_member
+from fm_jax.paths import start
+from fm_jax.samplers import LearnedSolver, grids, sample
+from fm_jax.types import ApplyFn, Array, ArrayTree, Cond, Key, ModelFn, Params, Sampler, Solution, VelocityFn
 
 Generate = Callable[[Params, Key, Array, Cond], Solution]
 SOLVER_HELP = tyro.conf.arg(metavar="NAME", help="Sampler, one of\n\n" + table())
@@ -70,8 +74,8 @@ class Weak(NamedTuple):
 
 
 def bind(apply_fn: ApplyFn, params: Params) -> ModelFn:
-    """The network with its parameters bound, out of training: `f(t, x, cond)`."""
-    return lambda t, x, cond=None: apply_fn(params, t, x, cond, train=False, rngs=None)
+    """The network with its parameters bound, out of training: `f(t, x, cond)`, of which a call is one evaluation."""
+    return Counted(lambda t, x, cond=None: apply_fn(params, t, x, cond, train=False, rngs=None), 1)
 
 
 def sampled_times(method: Method) -> tuple[float, float]:
@@ -107,30 +111,34 @@ def make_rule(sampling: Sampling, method: Method) -> Rule:
     return rules[sampling.guidance_rule]
 
 
-def sampler_options(sampling: Sampling, method: Method, times: np.ndarray | None = None) -> tuple[str, dict[str, Any]]:
-    """The name and the options that `fm_jax.samplers.sample` is called with.
+def named_sampler(sampling: Sampling, method: Method, name: str | None = None) -> Sampler:
+    """The sampler of that name, by default the one to draw with, with the options of `sampling`."""
+    return make_sampler(
+        name or sampling.solver,
+        method.schedule,
+        tolerance=sampling.tolerance,
+        diffusion=sampling.diffusion,
+        eta=sampling.eta,
+        churn=sampling.churn,
+    )
+
+
+def sampler_and_times(
+    sampling: Sampling, method: Method, frames: np.ndarray | None = None
+) -> tuple[Sampler, ArrayTree]:
+    """What `fm_jax.samplers.sample` is called with.
 
     Args:
         sampling: how to draw.
         method: that the network was trained with.
-        times: if given, the trajectory is wanted at these times, from the start of the path to its end; they are the
+        frames: if given, the trajectory is wanted at these times, from the start of the path to its end; they are the
             steps of a sampler with fixed steps, and adaptive random ones give way to tsit5.
     """
-    name = sampling.solver
-    options: dict[str, Any] = {}
-    if times is not None and SAMPLERS[name].nfe_per_step is None and SAMPLERS[name].stochastic:
-        name = "tsit5"
-    sampler = SAMPLERS[name]
-    if sampler.nfe_per_step is None:
-        options["t0"], options["t1"] = sampled_times(method)
-        options["rtol"] = options["atol"] = sampling.tolerance
-        if times is not None:
-            options["times"] = times
-    else:
-        options["grid"] = make_grid(sampling, method) if times is None else times
-        options["trajectory"] = times is not None
-    own = {"diffusion": sampling.diffusion, "eta": sampling.eta, "churn": sampling.churn}
-    return name, options | {option: own[option] for option in sampler.own_options if own.get(option) is not None}
+    sampler = named_sampler(sampling, method)
+    adaptive = sampler.nfe_per_step is None
+    if frames is not None:
+        return (named_sampler(sampling, method, "tsit5") if adaptive and sampler.stochastic else sampler), frames
+    return sampler, np.array(sampled_times(method)) if adaptive else make_grid(sampling, method)
 
 
 def guided_velocity(
@@ -181,8 +189,8 @@ def make_generate(
     null_label: int | None,
     also: int | None = None,
     weak: Weak | None = None,
-    times: np.ndarray | None = None,
-    learned_solver: BespokeSolver | None = None,
+    frames: np.ndarray | None = None,
+    learned_solver: LearnedSolver | None = None,
 ) -> Generate:
     """Builds `generate(params, key, x0, labels) -> Solution`, jitted.
 
@@ -193,48 +201,57 @@ def make_generate(
         null_label: as in `guided_velocity`, like the next two.
         also: a second label.
         weak: a weaker network.
-        times: if given, the solution also has the trajectory at these times; see `sampler_options`.
+        frames: if given, the solution also has the trajectory at these times; see `sampler_and_times`.
         learned_solver: a solver trained for this velocity, in place of the sampler.
 
     Returns:
         A function of parameters, key (only random samplers use it), standard normal noise [batch, ...] and labels
         [batch].
     """
-    name, options = sampler_options(sampling, method, times)
+    sampler: Sampler
+    if learned_solver is None:
+        sampler, times = sampler_and_times(sampling, method, frames)
+    else:
+        sampler, times = learned_solver, None
     t0, _ = sampled_times(method)
 
     def generate(params: Params, key: Key, x0: Array, labels: Cond) -> Solution:
         v = guided_velocity(sampling, method, apply_fn, params, labels, null_label=null_label, also=also, weak=weak)
-        x0 = source(method.schedule, x0, t0)
-        if learned_solver is not None:
-            return sample_bespoke(v, learned_solver, x0)
-        return sample(name, v, key, x0, schedule=method.schedule, **options)
+        x0 = start(method.schedule, t0).scale * x0
+        only_if_random = key if sampler.stochastic else None
+        return sample(v, x0, sampler, times=times, key=only_if_random, trajectory=frames is not None)
 
     return jax.jit(generate)
 
 
 def generate_many(
-    generate: Generate, params: Params, key: Key, draw_x0: DrawSource, labels: Array | np.ndarray, batch_size: int
-) -> tuple[Array, float]:
+    generate: Generate, params: Params, key: Key, experiment: Experiment, labels: Array | np.ndarray, batch_size: int
+) -> tuple[Array, float | None]:
     """Draws a sample for every label, in batches of one size so that all share one compilation.
 
     Args:
         generate: from `make_generate`.
         params: network parameters.
         key: PRNG key.
-        draw_x0: `draw_x0(key, num)`, source samples [num, ...].
+        experiment: whose source x0 is drawn from.
         labels: [num].
         batch_size: samples drawn at once.
 
     Returns:
-        Samples [num, ...], and the mean number of network evaluations an example.
+        Samples [num, ...], and the mean number of network evaluations an example, `None` if a sampler does not say.
     """
     num = len(labels)
     padded = jnp.resize(labels, (-(-num // batch_size) * batch_size,))
     samples, nfe = [], []
     for i, part in enumerate(padded.reshape(-1, batch_size)):
         key_x0, key_sampler = jax.random.split(jax.random.fold_in(key, i))
-        solution = generate(params, key_sampler, draw_x0(key_x0, batch_size), part)
+        solution = generate(params, key_sampler, experiment.draw_x0(key_x0, batch_size), part)
         samples.append(solution.x)
         nfe.append(solution.nfe)
-    return jnp.concatenate(samples)[:num], float(jnp.mean(jnp.asarray(nfe)))
+    mean_nfe = None if None in nfe else float(jnp.mean(jnp.asarray(nfe)))
+    return jnp.concatenate(samples)[:num], mean_nfe
+
+
+def nfe_text(nfe: float | None) -> str:
+    """Network evaluations for a line of text."""
+    return "unknown" if nfe is None else f"{nfe:.0f}"

@@ -5,28 +5,23 @@ from typing import Any, Literal
 
 import jax
 
-from experiments.lab.method import DrawSource
 from fm_jax.data.toy import make_toy
-from fm_jax.types import Array, Key
+from fm_jax.types import Array, Key, Source
 
 Toy = Literal["eight_gaussians", "moons", "checkerboard", "s_curve", "circles", "pinwheel"]
-
-
-def draw_normal(key: Key, num: int) -> Array:
-    """Standard normal noise [num, 2]."""
-    return jax.random.normal(key, (num, 2))
 
 
 class Batches:
     """Fresh pairs without end: the n-th batch is a function of the key and n."""
 
-    def __init__(self, key: Key, draw_x0: DrawSource, toy: Toy, batch_size: int):
+    def __init__(self, key: Key, source: Source, toy: Toy, batch_size: int):
         self._key = key
         self._position = 0
 
         def draw(key: Key) -> dict[str, Array]:
             key_x0, key_x1 = jax.random.split(key)
-            return {"x0": draw_x0(key_x0, batch_size), "x1": make_toy(toy)(key_x1, batch_size)}
+            x1 = make_toy(toy)(key_x1, batch_size)
+            return {"x0": source.draw(key_x0, x1), "x1": x1}
 
         self._draw = jax.jit(draw)
 

@@ -12,8 +12,8 @@ import jax
 
 from fm_jax.train import TrainState, create_state, make_optimizer, make_step
 from fm_jax.train.checkpoint import Checkpointer
+from fm_jax.train.log import MetricsWriter
 from fm_jax.train.loop import DataIterator, fit
-from fm_jax.train.metrics import MetricsWriter
 from fm_jax.train.parallel import pmap_step, split_batch
 from fm_jax.types import Key, LossFn, Params
 

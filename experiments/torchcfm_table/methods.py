@@ -18,19 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.lab.sampling import bind
-from experiments.torchcfm_table.problems import Splits, draw_source, draws, draws_of_pairs
+from experiments.torchcfm_table.problems import Splits, draws, draws_of_pairs, source_of
 from fm_jax.couplings import ExactOT, paired, schrodinger_bridge_ot
 from fm_jax.data.coupled import CoupledBatches
 from fm_jax.fewstep import make_pairs, optimal_flow_matching, transport
 from fm_jax.losses import bridge_score, flow_matching
 from fm_jax.metrics import path_energy
 from fm_jax.models import ICNN, PlainMLP, init_params, linen_apply, linen_potential
+from fm_jax.nfe import Counted
 from fm_jax.paths import AffinePath, BrownianBridge, ConstantNoise, StochasticInterpolant
-from fm_jax.samplers import sample_adaptive, sample_sde
+from fm_jax.samplers import Adaptive, EulerMaruyama, RungeKutta, grids, sample
 from fm_jax.schedules import Cosine, Linear
 from fm_jax.times import Stratified
 from fm_jax.train import TrainState, create_state, make_optimizer, make_step
-from fm_jax.types import Array, Batch, Cond, Coupling, Key, Kind, LossFn, Params, VelocityFn
+from fm_jax.types import Array, Batch, Cond, Coupling, Key, LossFn, Params, VelocityFn
 
 CHUNK = 100
 """Steps of one dispatch."""
@@ -84,7 +85,7 @@ class Trained(NamedTuple):
 
 
 SMOKE_RECIPE = {"steps": 100, "batch_size": 16, "ofm_steps": 100, "reflow_pairs": 64, "reuse": 4}
-PAIR_SAMPLER: dict[str, Any] = {"sampler": "rk4", "num_steps": 20}
+PAIR_SAMPLER: dict[str, Any] = {"sampler": RungeKutta("rk4"), "times": 20}
 NETWORK = PlainMLP()
 APPLY = linen_apply(NETWORK)
 POTENTIAL = ICNN(features=(64, 64), sharpness=5.0)
@@ -146,7 +147,7 @@ def straight(recipe: Recipe) -> LossFn:
     return flow_matching(APPLY, AffinePath(), **_OPTIONS)
 
 
-def bridge(recipe: Recipe, kind: Kind = "velocity") -> LossFn:
+def bridge(recipe: Recipe, kind: str = "velocity") -> LossFn:
     """SB-CFM: the velocity of Brownian bridges, between pairs of exact transport as torchcfm's default has it.
 
     Only with the entropic coupling are their marginals a Schroedinger bridge's; it takes longer ways than transport.
@@ -157,7 +158,7 @@ def bridge(recipe: Recipe, kind: Kind = "velocity") -> LossFn:
 
 def bridge_and_score(recipe: Recipe) -> LossFn:
     """[SF]2M: velocity and denoiser of Brownian bridges, two networks with the sum of their losses."""
-    losses = {"velocity": bridge(recipe), "noise": bridge(recipe, "noise")}
+    losses = {"velocity": bridge(recipe), "latent": bridge(recipe, "latent")}
 
     def loss_fn(params: Params, key: Key, batch: Batch, *, target_params: Params | None = None):
         keys = dict(zip(losses, jax.random.split(key), strict=True))
@@ -179,16 +180,17 @@ _OPTIONS: dict[str, Any] = {"coupling": paired, "time_sampler": Stratified()}
 def by_flow(params: Params, key: Key, x0: Array) -> Generated:
     """Samples of a velocity network, by its flow and dopri5, as TorchCFM's evaluation does."""
     v = bind(APPLY, params)
-    solution = sample_adaptive(v, x0, rtol=1e-5, atol=1e-5, solver="dopri5", times=np.linspace(0, 1, 41))
-    return Generated(solution.x, solution.nfe, path_energy(v, x0, num_steps=100), solution.trajectory)
+    solution = sample(v, x0, Adaptive("dopri5", 1e-5, 1e-5), times=np.linspace(0, 1, 41), trajectory=True)
+    return Generated(solution.x, solution.nfe, path_energy(v, x0, times=100), solution.trajectory)
 
 
 def _by_sde(
     v: VelocityFn, score: VelocityFn, sigma: float, key: Key, x0: Array, t0: float = 0.0, t1: float = 1.0
 ) -> Generated:
     """By 100 Euler-Maruyama steps of the SDE with g = sigma; the path energy is that of the flow."""
-    solution = sample_sde(v, score, sigma, key, x0, num_steps=100, t0=t0, t1=t1, trajectory=True)
-    energy = path_energy(v, x0, num_steps=100, t0=t0, t1=t1)
+    times, sampler = grids.uniform(100, t0, t1), EulerMaruyama(diffusion=sigma, score=score)
+    solution = sample(v, x0, sampler, times=times, key=key, trajectory=True)
+    energy = path_energy(v, x0, times=times)
     return Generated(solution.x, solution.nfe, energy, solution.trajectory)
 
 
@@ -200,7 +202,7 @@ def by_bridge(sigma: float) -> Callable[[Params, Key, Array], Generated]:
 
     def generate(params: Params, key: Key, x0: Array) -> Generated:
         key_start, key_sde = jax.random.split(key)
-        v, denoiser = (bind(APPLY, params[name]) for name in ("velocity", "noise"))
+        v, denoiser = (bind(APPLY, params[name]) for name in ("velocity", "latent"))
 
         def pair(t: Array, x: Array, cond: Cond = None) -> tuple[Array, Array]:
             return x, denoiser(t, x)  # the score needs the second alone
@@ -219,7 +221,7 @@ def by_score_and_flow(sigma: float) -> Callable[[Params, Key, Array], Generated]
 
     def generate(params: Params, key: Key, x0: Array) -> Generated:
         flow, scaled_score = bind(APPLY, params["0"]), bind(APPLY, params["1"])
-        return _by_sde(flow, lambda t, x: 2 / sigma**2 * scaled_score(t, x), sigma, key, x0)
+        return _by_sde(flow, Counted(lambda t, x: 2 / sigma**2 * scaled_score(t, x), 1), sigma, key, x0)
 
     return jax.jit(generate)
 
@@ -265,14 +267,14 @@ def train(method: str, recipe: Recipe, splits: Splits, seed: int) -> Trained:
             return Trained(*fitted(bridge, coupled(schrodinger_bridge_ot(recipe.bridge_sigma))), by_flow)
         case "[SF]2M":
             keys = jax.random.split(key_init)
-            heads = {name: init_params(NETWORK, key, (2,)) for name, key in zip(("velocity", "noise"), keys)}
+            heads = {name: init_params(NETWORK, key, (2,)) for name, key in zip(("velocity", "latent"), keys)}
             batches = coupled(ExactOT())
             return Trained(*fitted(bridge_and_score, batches, params=heads), by_bridge(recipe.bridge_sigma))
         case "2-RF":
             teacher, seconds = fitted(conditional)
             start = time.perf_counter()
-            v, draw_x0 = bind(APPLY, teacher), draw_source(splits)
-            made, _ = make_pairs(v, key_pairs, draw_x0, recipe.reflow_pairs, **PAIR_SAMPLER)
+            v, shape = bind(APPLY, teacher), (recipe.reflow_pairs, 2)
+            made, _ = make_pairs(v, key_pairs, shape, source=source_of(splits), **PAIR_SAMPLER)
             batches = draws_of_pairs(made["x0"], made["x1"], recipe.batch_size, seed)
             seconds += time.perf_counter() - start
             student, more_seconds = fitted(straight, batches, key=key_student, params=teacher)

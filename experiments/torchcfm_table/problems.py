@@ -3,7 +3,7 @@
 Paper: Tong et al. 2023 (arXiv:2302.00482), and its published code for the numbers of points.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm_jax.data.toy import make_toy
-from fm_jax.types import Array, Key
+from fm_jax.sources import Normal, Sampled
+from fm_jax.types import Array, Key, Source
 
 
 class Problem(NamedTuple):
@@ -75,9 +76,9 @@ def _rows(points: np.ndarray | None, rng: np.random.Generator, num: int) -> np.n
     )
 
 
-def draw_source(splits: Splits) -> Callable[[Key, int], Array]:
-    """`draw_x0(key, num)`: training points, or the standard normal."""
+def source_of(splits: Splits) -> Source:
+    """The training points, or the standard normal."""
     if splits.x0_train is None:
-        return lambda key, num: jax.random.normal(key, (num, 2))
+        return Normal()
     points = jnp.asarray(splits.x0_train)
-    return lambda key, num: points[jax.random.randint(key, (num,), 0, len(points))]
+    return Sampled(lambda key, num: points[jax.random.randint(key, (num,), 0, len(points))])

@@ -11,7 +11,7 @@ pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiment
 
 from experiments import cnf
 from fm_jax.data.toy import moons
-from fm_jax.train.metrics import read_metrics
+from fm_jax.train.log import read_metrics
 
 
 @pytest.fixture(autouse=True)

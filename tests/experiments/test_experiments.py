@@ -18,7 +18,7 @@ from experiments.lab.method import Method
 from experiments.lab.smoke import smoke as shrink
 from experiments.lab.training import config_to_json, from_json
 from fm_jax.train.checkpoint import CheckpointError
-from fm_jax.train.metrics import read_metrics
+from fm_jax.train.log import read_metrics
 
 ROOT = Path(__file__).parents[2]
 
