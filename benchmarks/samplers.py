@@ -91,7 +91,8 @@ def sample_by(name: str, v: VelocityFn, key: Key, x0: Array, schedule: Schedule,
 @functools.cache
 def nfe_of(name: str, num_steps: int) -> int:
     """The evaluations that so many steps from 0 to 1 on the linear path take."""
-    return int(sample_by(name, lambda t, x: -x, jax.random.key(0), jnp.ones((1, 1)), Linear(), num_steps).calls)
+    calls = sample_by(name, lambda t, x: -x, jax.random.key(0), jnp.ones((1, 1)), Linear(), num_steps).calls
+    return int(np.asarray(calls))
 
 
 def steps_within(name: str, budget: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -82,15 +83,19 @@ def table() -> str:
     lines = []
     for name in SAMPLERS:
         sampler = make_sampler(name, Linear())
-        cost = "adaptive steps" if sampler.nfe_per_step is None else f"{sampler.nfe_per_step} NFE a step"
         order = f"{'weak ' if sampler.stochastic else ''}order {sampler.order}"
-        lines.append(f"{name}: {order}, {cost}{', random' if sampler.stochastic else ''}")
+        cost = "adaptive steps" if sampler.nfe_per_step is None else f"{sampler.nfe_per_step} NFE a step"
+        facts = [order] * (sampler.order is not None) + [cost] + ["random"] * sampler.stochastic
+        lines.append(f"{name}: {', '.join(facts)}")
     return "\n".join(lines)
 
 
 def save_solver(path: Path, solver: LearnedSolver) -> None:
     """Writes the numbers of a learned solver, for `load_solver`."""
-    np.savez(path, **{field.name: np.asarray(getattr(solver, field.name)) for field in dataclasses.fields(solver)})
+    arrays: dict[str, Any] = {
+        field.name: np.asarray(getattr(solver, field.name)) for field in dataclasses.fields(solver)
+    }
+    np.savez(path, **arrays)
 
 
 def load_solver(path: Path) -> LearnedSolver:

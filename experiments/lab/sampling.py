@@ -126,7 +126,7 @@ def named_sampler(sampling: Sampling, method: Method, name: str | None = None) -
 def sampler_and_times(
     sampling: Sampling, method: Method, frames: np.ndarray | None = None
 ) -> tuple[Sampler, ArrayTree]:
-    """What `fm_jax.samplers.sample` is called with.
+    """What `fm_jax.samplers.sample` is called with. Of the times of an adaptive sampler the ends alone count.
 
     Args:
         sampling: how to draw.
@@ -135,10 +135,11 @@ def sampler_and_times(
             steps of a sampler with fixed steps, and adaptive random ones give way to tsit5.
     """
     sampler = named_sampler(sampling, method)
-    adaptive = sampler.nfe_per_step is None
-    if frames is not None:
-        return (named_sampler(sampling, method, "tsit5") if adaptive and sampler.stochastic else sampler), frames
-    return sampler, np.array(sampled_times(method)) if adaptive else make_grid(sampling, method)
+    if frames is None:
+        return sampler, make_grid(sampling, method)
+    if sampler.nfe_per_step is None and sampler.stochastic:
+        sampler = named_sampler(sampling, method, "tsit5")
+    return sampler, frames
 
 
 def guided_velocity(

@@ -71,7 +71,7 @@ class Generated(NamedTuple):
     """What a trained model makes of the test points."""
 
     x: Array
-    nfe: Array
+    nfe: Array | None
     path_energy: Array
     trajectory: Array | None
 

@@ -115,7 +115,7 @@ def judge(config: Config, cell: Cell, trained: Trained, splits: Splits, energy: 
         config.run_dir / "cells" / cell.file,
         w2=wasserstein(x, splits.x1_test),
         npe=abs(float(path_energy) - energy) / energy,
-        nfe=float(nfe),
+        nfe=np.nan if nfe is None else float(nfe),
         seconds=trained.seconds,
         trajectory=np.asarray(trajectory)[:, :200],
     )

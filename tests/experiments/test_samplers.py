@@ -1,0 +1,97 @@
+"""Samplers by name: which there are, what they say of themselves, and which options reach them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
+
+from experiments.lab.method import Method
+from experiments.lab.samplers import SAMPLERS, load_solver, make_sampler, needs_schedule, save_solver, table
+from experiments.lab.sampling import Sampling, sampler_and_times
+from fm_jax.samplers import DDIM, Adaptive, DiffraxSDE, RungeKutta, sample
+from fm_jax.samplers.learned import from_method
+from fm_jax.schedules import VP, Linear
+
+OPTIONS = {"tolerance": 1e-2, "diffusion": 0.5, "eta": 0.25, "churn": 7.0}
+
+
+def test_table_has_a_line_for_each():
+    lines = table().splitlines()
+    assert len(lines) == len(SAMPLERS)
+    for line in (
+        "heun: order 2, 2 NFE a step",
+        "ddpm: weak order 1, 1 NFE a step, random",
+        "unipc_3: order 4, 1 NFE a step",
+        "tsit5: order 5, adaptive steps",
+        "adaptive_shark: weak order 2, adaptive steps, random",
+    ):
+        assert line in lines
+
+
+def test_a_schedule_goes_to_whoever_has_one():
+    for name in SAMPLERS:
+        sampler = make_sampler(name, VP())
+        assert needs_schedule(name) == hasattr(sampler, "schedule"), name
+        assert getattr(sampler, "schedule", VP()) == VP()
+
+
+def test_options_reach_the_samplers_that_have_them():
+    """And no other: a name that says the value, such as ddpm, keeps it, and None is the sampler's own default."""
+    made = {name: make_sampler(name, Linear(), **OPTIONS) for name in SAMPLERS}
+    assert (made["ddim"].eta, made["ddpm"].eta) == (0.25, 1.0)
+    assert made["churn"].churn == 7.0
+    assert {name for name, each in made.items() if getattr(each, "diffusion", None) == 0.5} == {
+        *("euler_maruyama", "stochastic_heun", "predictor_corrector"),
+        *("sea", "shark", "sra1", "adaptive_shark", "adaptive_sra1"),
+    }
+    adaptive = {name for name, each in made.items() if each.nfe_per_step is None}
+    assert {name for name, each in made.items() if getattr(each, "rtol", None) == 1e-2} == adaptive
+    assert {name for name, each in made.items() if getattr(each, "atol", None) == 1e-2} == adaptive
+    for name in SAMPLERS:
+        assert make_sampler(name, Linear(), diffusion=None) == make_sampler(name, Linear())
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        ("heun", RungeKutta("heun")),
+        ("ddim", DDIM(Linear(), 0.25)),
+        ("dopri5", Adaptive("dopri5", 1e-2, 1e-2)),
+        ("adaptive_shark", DiffraxSDE(Linear(), 0.5, solver="shark", rtol=1e-2, atol=1e-2)),
+    ],
+)
+def test_the_options_of_sampling(name, sampler):
+    made, times = sampler_and_times(Sampling(solver=name, steps=2, **OPTIONS), Method())
+    assert made == sampler
+    np.testing.assert_allclose(times, [0.0, 0.5, 1.0])
+
+
+def test_times_of_frames():
+    """They are the steps of a sampler; random steps that adapt have none, and give way to an ODE's."""
+    frames = np.linspace(0, 1, 4)
+    for name, by in (("heun", "heun"), ("dopri5", "dopri5"), ("shark", "shark"), ("adaptive_shark", "tsit5")):
+        made, times = sampler_and_times(Sampling(solver=name, **OPTIONS), Method(), frames)
+        assert made == make_sampler(by, Linear(), **OPTIONS)
+        assert times is frames
+
+
+def test_an_unknown_name_is_refused():
+    with pytest.raises(ValueError, match=r"solver must be one of 'euler', .*, got 'eular'\."):
+        make_sampler("eular", Linear())
+    with pytest.raises(ValueError, match=r"solver must be one of 'euler', .*, got 'eular'\."):
+        Sampling(solver="eular")
+
+
+def test_a_learned_solver_survives_its_file(tmp_path):
+    solver = from_method("midpoint", 2, 0.1, 0.9)
+    solver = dataclasses.replace(solver, log_steps=jnp.array([0.3, -0.2, 0.0, 0.1]))
+    save_solver(tmp_path / "a.npz", solver)
+    x0 = jax.random.normal(jax.random.key(0), (3, 2))
+    ends = [sample(lambda t, x: t * x, x0, each).x for each in (solver, load_solver(tmp_path / "a.npz"))]
+    np.testing.assert_array_equal(*ends)
+    with pytest.raises(SystemExit, match=r"no.npz does not exist: python -m experiments.learned_solver writes"):
+        load_solver(tmp_path / "no.npz")
