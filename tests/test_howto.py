@@ -142,7 +142,7 @@ def test_few_steps(run):
     errors, bends = names["errors"], names["bends"]
     assert errors["distilled"] < errors["reflowed"] < 0.4 * errors["flow"]
     assert bends["reflowed"] < 0.1 * bends["flow"]
-    assert names["bespoke"] < names["four_steps"]
+    assert names["learned"] < names["four_steps"]
 
 
 def library_tests(path: str):
