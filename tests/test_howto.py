@@ -96,7 +96,11 @@ def test_guidance(run):
 def test_choose_sampler(run):
     names = run("choose_sampler")
     errors = names["errors"]
-    assert max(errors["midpoint"], errors["ab2"]) < 0.3 * errors["euler"]
+    assert max(errors["midpoint"], errors["Adams-Bashforth 2"]) < 0.3 * errors["Euler"]
+    assert names["solution"].nfe == 10
+    np.testing.assert_allclose(names["by_edm"].std(axis=0), names["accurate"].x.std(axis=0), atol=0.25)
+    np.testing.assert_allclose(names["x"][:, 0], 0.5, atol=1e-6)
+    assert names["gap"] < 0.02
     np.testing.assert_allclose(names["latent"], names["x0"], atol=2e-3)
     np.testing.assert_allclose(names["noisy"].std(axis=0), names["accurate"].x.std(axis=0), atol=0.25)
 
@@ -132,6 +136,12 @@ def test_between_two_datasets(run):
     # Of the eight Gaussians: E sqrt(25 + 10 z + z^2 + z'^2) = 5.10 up to the fourth order in 1 / 5.
     assert abs(names["radius"] - 5.1) < 0.4
     assert abs(jnp.sqrt((names["there"] ** 2).sum(axis=1)).mean() - 5.1) < 0.5
+    for name in ("from_moons", "from_box"):
+        assert abs(jnp.sqrt((names[name] ** 2).sum(axis=1)).mean() - 5.1) < 0.5
+    # On what is inside of the box, log p = -2 log 12 less the change of volume; of the data, -E log p is 4.9 nats.
+    nats = names["nats"]
+    assert jnp.isfinite(nats).mean() > 0.95
+    assert 3 < -nats[jnp.isfinite(nats)].mean() < 5.5
     np.testing.assert_allclose(names["back"].mean(axis=0), [0, 0.5], atol=0.4)
     for k, place in ((10, [2, 2]), (20, [4, 0])):
         np.testing.assert_allclose(names["way"][k].mean(axis=0), place, atol=0.25)
@@ -165,6 +175,12 @@ def test_extend(run, monkeypatch):
         every_schedule.test_inverse_of_log_snr(names["schedule"], None)
         every_schedule.test_snr_increases(names["schedule"], None)
     every_schedule.test_finite_on_the_whole_domain(names["schedule"])
+
+    # Of 20,000 draws in three dimensions, each with variance 1.
+    assert abs(names["entropy"] - 3 * (1 + np.log(2))) < 5 * np.sqrt(3 / 20_000)
+    plain, antithetic = names["values"]["flow_matching"], names["values"]["antithetic_matching"]
+    assert abs(plain.mean() - antithetic.mean()) < 5 * (plain.std() + antithetic.std()) / np.sqrt(2000)
+    assert antithetic.std() < 0.8 * plain.std()
 
     contract = library_tests("couplings/test_couplings_contract.py")
     for labelled in (False, True):
