@@ -19,7 +19,7 @@ from scipy import stats
 from scipy.linalg import expm
 
 from fm_jax import metrics, oracles
-from fm_jax.samplers import grids, sample_ode
+from fm_jax.samplers import RungeKutta, grids, sample
 from fm_jax.schedules import Linear
 
 jax.config.update("jax_enable_x64", True)  # errors of a fourth-order method are soon below the rounding of float32
@@ -166,7 +166,7 @@ assert max(off.values()) < 1e-12
 
 # %%
 start = jnp.array([[0.0], [1e-12]])
-end = sample_ode(lambda t, x: 3 * jnp.cbrt(x) ** 2, start, num_steps=4000, method="rk4").x[:, 0]
+end = sample(lambda t, x: 3 * jnp.cbrt(x) ** 2, start, RungeKutta("rk4"), times=4000).x[:, 0]
 print(f"3 x^(2/3): starts {start[1, 0]:.0e} apart end {end[1] - end[0]:.3f} apart; closed form {(1e-4 + 1) ** 3:.3f}")
 assert end[0] == 0
 assert jnp.abs(end[1] - (1e-4 + 1) ** 3) < 0.02
@@ -192,16 +192,16 @@ assert ratios.max() <= np.exp(norm)
 # $$
 #
 # These are $n$ steps: a loop over $1,\dots,n-1$ would stop at $1-h$. In code it takes three lines, and they give what
-# `fm_jax.samplers.sample_ode` gives with `method="euler"`. That function takes a velocity function `v(t, x)`, never a
-# model: it is the one interface of the library, and every sampler has it.
+# `fm_jax.samplers.sample` gives with `RungeKutta("euler")`. That function takes a velocity function `v(t, x)`, never a
+# model: it is the one interface of the library. How $v$ is followed is a value, and every sampler is run like this one.
 
 # %%
 x, h = x0, 1 / 20
 for i in range(20):
     x = x + h * swirl(i * h, x)
 
-euler = sample_ode(swirl, x0, num_steps=20, method="euler", trajectory=True)
-print(f"Euler by hand and sample_ode differ by at most {jnp.abs(x - euler.x).max():.0e}, after {euler.nfe} evaluations")
+euler = sample(swirl, x0, RungeKutta("euler"), times=20, trajectory=True)
+print(f"Euler by hand and sample differ by at most {jnp.abs(x - euler.x).max():.0e}, after {euler.calls} evaluations")
 assert jnp.abs(x - euler.x).max() < 1e-12
 
 # %% [markdown]
@@ -215,7 +215,7 @@ grid = np.stack(np.meshgrid(np.linspace(-2, 2, 11), np.linspace(-2, 2, 11)), axi
 ax.quiver(*grid.T, *swirl(0.0, grid).T, color=GREY, width=0.003, scale=110, pivot="mid")
 starts = 1.9 * np.stack([np.cos((0.3, 2.4, 4.5)), np.sin((0.3, 2.4, 4.5))], axis=1)
 exact = np.asarray(jax.vmap(swirl_flow, (None, 0, None))(0.0, np.linspace(0, 1, 60), starts))
-coarse = np.asarray(sample_ode(swirl, starts, num_steps=8, method="euler", trajectory=True).trajectory)
+coarse = np.asarray(sample(swirl, starts, RungeKutta("euler"), times=8, trajectory=True).trajectory)
 for k in range(3):
     ax.plot(*exact[:, k].T, color=BLUE, ls="-", marker="o", markevery=[-1])
     ax.plot(*coarse[:, k].T, color=RED, ls=":", marker="s", ms=3)
@@ -243,7 +243,7 @@ plt.show()
 # times within a step, so that the terms of Taylor's series cancel up to $h^p$; one step is then off by $O(h^{p+1})$,
 # and the same sum gives $O(h^p)$ at the end. The midpoint method looks once more, half a step ahead; Heun's method at
 # the end of the step; the classical Runge-Kutta method ("rk4") looks four times. The price of a step is the number of
-# looks: each is an evaluation of the network. (`fm_jax.samplers.sample_adaptive` chooses its steps by itself.) Orders
+# looks: each is an evaluation of the network. (`fm_jax.samplers.Adaptive` chooses its steps by itself.) Orders
 # are slopes on doubly logarithmic paper.
 
 # %%
@@ -259,17 +259,17 @@ steps = np.array([16, 32, 64, 128])
 styles = dict(zip(orders, ((RED, "s", ":"), (ORANGE, "^", "--"), (GREEN, "v", "-."), (BLUE, "o", "-")), strict=True))
 fig, ax = plt.subplots(figsize=(5.4, 3.4))
 for method, order in orders.items():
-    solutions = [sample_ode(swirl, x0, num_steps=int(n), method=method) for n in steps]
-    nfe = np.array([int(solution.nfe) for solution in solutions])
+    solutions = [sample(swirl, x0, RungeKutta(method), times=n) for n in steps]
+    calls = np.array([int(solution.calls) for solution in solutions])
     errors = np.array([jnp.sqrt(((solution.x - truth) ** 2).sum(axis=1).mean()) for solution in solutions])
-    measured = -np.polyfit(np.log(nfe[1:]), np.log(errors[1:]), 1)[0]
+    measured = -np.polyfit(np.log(calls[1:]), np.log(errors[1:]), 1)[0]
     print(f"{method:9} order {order}, measured {measured:.3f}")
     assert abs(measured - order) < 0.2
     color, marker, dash = styles[method]
-    ax.loglog(nfe, errors, color=color, marker=marker, ls=dash)
+    ax.loglog(calls, errors, color=color, marker=marker, ls=dash)
     lift = {"midpoint": 5, "heun": -5}.get(method, 0)
     label = f"{method}, slope {-measured:.2f}"
-    ax.annotate(label, (nfe[-1], errors[-1]), (6, lift), textcoords="offset points", va="center", color=color)
+    ax.annotate(label, (calls[-1], errors[-1]), (6, lift), textcoords="offset points", va="center", color=color)
 ax.set(title="Error at t = 1 against the closed form", xlabel="evaluations of v", ylabel="root mean square distance")
 ax.set_xlim(right=6000)
 plt.show()
@@ -309,7 +309,7 @@ times = np.linspace(0, 1, 129)
 schedule = Linear()
 v_line = oracles.velocity(line, schedule)
 start = jnp.asarray(stats.norm.ppf(quantiles))[:, None]
-paths = np.asarray(sample_ode(v_line, start, grid=times, method="rk4", trajectory=True).trajectory)
+paths = np.asarray(sample(v_line, start, RungeKutta("rk4"), times=times, trajectory=True).trajectory)
 held = jax.vmap(oracles.cdf, (None, None, 0, 0))(line, schedule, times, paths)
 drift = np.abs(held - quantiles).max()
 print(f"over all times, no trajectory leaves its quantile by more than {drift:.0e}")
@@ -340,7 +340,7 @@ v = oracles.velocity(mixture, schedule)
 ticks, along = np.linspace(-2.4, 2.4, 9), np.linspace(-2.4, 2.4, 61)
 lattice = np.stack(np.meshgrid(ticks, along, indexing="ij"), axis=-1)  # 9 lines of 61 points, and the same transposed
 carried = jnp.concatenate([x0[:240], lattice.reshape(-1, 2), lattice[..., ::-1].reshape(-1, 2)])
-forward = sample_ode(v, carried, num_steps=96, method="rk4", trajectory=True)
+forward = sample(v, carried, RungeKutta("rk4"), times=96, trajectory=True)
 states = np.asarray(forward.trajectory[::8])  # 13 frames
 home = np.argmin(np.linalg.norm(states[-1, :240, None] - means[None], axis=-1), axis=1)
 
@@ -378,7 +378,7 @@ film(
 # p-value: any number in $[0,1]$ is equally likely if so.
 
 # %%
-solve = jax.jit(lambda x, grid: sample_ode(v, x, grid=grid, method="rk4").x)
+solve = jax.jit(lambda x, times: sample(v, x, RungeKutta("rk4"), times=times).x)
 returns = {}
 for num_steps in (48, 96):
     there = solve(x0, grids.uniform(num_steps, 0.0, 1.0))

@@ -15,7 +15,7 @@ from lab import BLUE, GREY, INK, ORANGE, RED, film
 from scipy import integrate, stats
 
 from fm_jax import oracles
-from fm_jax.samplers import sample_ode, sample_sde, sde_step
+from fm_jax.samplers import EulerMaruyama, RungeKutta, grids, sample, sde_step
 from fm_jax.schedules import VP
 
 jax.config.update("jax_enable_x64", True)  # small differences of random variables are measured below
@@ -102,7 +102,7 @@ for name, value, exact in rows:
 #
 # Drift counts as $h$, noise as $\sqrt h$: over a short time noise wins, over a long time drift does.
 #
-# In the library it is `fm_jax.samplers.sample_sde`. That function speaks of a velocity and a score, since it solves
+# In the library it is `fm_jax.samplers.EulerMaruyama`. It speaks of a velocity and a score, since it solves
 # $\mathrm dX = \big(v + \tfrac12 g^2 s\big)\,\mathrm dt + g\,\mathrm dW$; what that is for is [Theorem
 # 2](04_continuity.ipynb#eq-4-7). Any drift $f$ goes in as a velocity whose score is 0. Step $i$ draws its noise from
 # `jax.random.fold_in(key, i)`, so that three lines by hand give the same numbers; and with $g = 0$ the result is
@@ -125,11 +125,11 @@ x, h = x0, 1 / 50
 for i in range(50):
     x = x + h * drift(i * h, x) + g * jnp.sqrt(h) * jax.random.normal(jax.random.fold_in(keys["sde"], i), x.shape)
 
-library = sample_sde(drift, no_score, g, keys["sde"], x0, num_steps=50).x
-without = sample_sde(drift, no_score, 0.0, keys["sde"], x0, num_steps=50).x
-flow = sample_ode(drift, x0, num_steps=50, method="euler").x
-print(f"by hand and by sample_sde: equal up to {jnp.abs(x - library).max():.0e}")
-print(f"g = 0 and Euler's method:  equal up to {jnp.abs(without - flow).max():.0e}")
+library = sample(drift, x0, EulerMaruyama(diffusion=g, score=no_score), times=50, key=keys["sde"]).x
+without = sample(drift, x0, EulerMaruyama(diffusion=0.0, score=no_score), times=50, key=keys["sde"]).x
+flow = sample(drift, x0, RungeKutta("euler"), times=50).x
+print(f"by hand and by the library: equal up to {jnp.abs(x - library).max():.0e}")
+print(f"g = 0 and Euler's method:   equal up to {jnp.abs(without - flow).max():.0e}")
 assert max(jnp.abs(x - library).max(), jnp.abs(without - flow).max()) < 1e-12
 
 # %% [markdown]
@@ -232,9 +232,8 @@ plt.show()
 
 # %%
 thetas, num, h = np.repeat([0.5, 1.0, 2.0], 4000)[:, None], 4000, 1 / 16
-limit = sample_sde(
-    lambda t, x: -thetas * x, no_score, 1.0, keys["limit"], jnp.full((3 * num, 1), 5.0), num_steps=16 * 16, t1=16.0
-).x
+sde, times = EulerMaruyama(diffusion=1.0, score=no_score), grids.uniform(16 * 16, 0.0, 16.0)
+limit = sample(lambda t, x: -thetas * x, jnp.full((3 * num, 1), 5.0), sde, times=times, key=keys["limit"]).x
 for theta_k, ensemble in zip((0.5, 1.0, 2.0), np.split(np.asarray(limit), 3), strict=True):
     process, scheme = 1 / (2 * theta_k), 1 / (2 * theta_k - theta_k**2 * h)
     print(f"theta = {theta_k}, g = 1: variance {ensemble.var():.3f}; g^2 / (2 theta) = {process:.3f},", end=" ")
@@ -248,11 +247,9 @@ for theta_k, ensemble in zip((0.5, 1.0, 2.0), np.split(np.asarray(limit), 3), st
 
 # %%
 starts, span, num_steps = np.array([-2.0, 1.5]), 1.5, 96
-ensemble = sample_sde(
-    drift, no_score, g, keys["ou"], jnp.repeat(starts, 2000)[:, None], num_steps=num_steps, t1=span, trajectory=True
-)
+sde, times = EulerMaruyama(diffusion=g, score=no_score), np.asarray(grids.uniform(num_steps, 0.0, span))
+ensemble = sample(drift, jnp.repeat(starts, 2000)[:, None], sde, times=times, key=keys["ou"], trajectory=True)
 halves = np.asarray(ensemble.trajectory).reshape(num_steps + 1, 2, 2000)
-times = np.linspace(0, span, num_steps + 1)
 mean = np.exp(-theta * times)[:, None] * starts
 std = np.sqrt(g**2 / (2 * theta) * (1 - np.exp(-2 * theta * times)))
 scheme_mean = (1 - theta * span / num_steps) ** np.arange(num_steps + 1)[:, None] * starts
@@ -310,7 +307,7 @@ film(
 # It is called *variance-preserving*: data of variance 1 keep it. This is `fm_jax.schedules.VP`, and
 # [paths](03_paths.ipynb#eq-3-2) of this form, noise and data mixed in proportions that change with time, carry all
 # that follows. The cell checks the schedule against the clock, by numerical integration, and then runs the SDE:
-# `sample_sde` from $t=1$ to $t=0$, where the drift is minus the velocity, since time runs backward. At four times it
+# `EulerMaruyama` from $t=1$ to $t=0$, where the drift is minus the velocity, since time runs backward. At four times it
 # compares the ensemble with the exact distribution function, `fm_jax.oracles.cdf`: the largest difference (the
 # Kolmogorov-Smirnov statistic) should be about $0.9/\sqrt n$ for $n$ points, and is above $1.6/\sqrt n$ once in a
 # hundred times.
@@ -341,9 +338,8 @@ def distance(t, x):
 
 
 x1 = oracles.sample(data, keys["data"], num)
-noising = sample_sde(
-    lambda t, x: beta(t) / 2 * x, no_score, g_vp, keys["noising"], x1, num_steps=500, t0=1.0, t1=0.0, trajectory=True
-).trajectory
+sde, backward = EulerMaruyama(diffusion=g_vp, score=no_score), grids.uniform(500, 1.0, 0.0)
+noising = sample(lambda t, x: beta(t) / 2 * x, x1, sde, times=backward, key=keys["noising"], trajectory=True).trajectory
 for i in (0, 50, 150, 500):
     statistic = distance(1 - i / 500, noising[i])
     print(f"t = {1 - i / 500:.1f}: largest difference {statistic:.4f}, where 0.9 / sqrt(n) = {0.9 / num**0.5:.4f}")
@@ -355,17 +351,18 @@ for i in (0, 50, 150, 500):
 # factor $e^T$: to $2e^{T}-1$, an explosion. Noise spreads in either direction of time; to undo the spreading, the
 # drift has to know where the data are. What knows it is the score $s_t = \nabla\log p_t$, by [Theorem
 # 2](04_continuity.ipynb#eq-4-7). With the exact velocity of the mixture, from which the library takes the score by way
-# of the schedule, `sample_sde` arrives at the data. (It stops a little before $t=1$, where the score by the schedule,
-# $-E[x_0\mid x_t]/\sigma_t$, is a division by zero.)
+# of the schedule, `EulerMaruyama` arrives at the data. (It stops a little before $t=1$, where the score by the
+# schedule, $-E[x_0\mid x_t]/\sigma_t$, is a division by zero.)
 
 # %%
 noise = jax.random.normal(keys["noise"], (num, 1))
-naive = sample_sde(lambda t, x: beta(t) / 2 * x, no_score, g_vp, keys["naive"], noise, num_steps=500).x
+naive = sample(lambda t, x: beta(t) / 2 * x, noise, sde, times=500, key=keys["naive"]).x
 print(f"without the score, t = 1: variance {naive.var():.0f}; 2 exp(T) - 1 = {2 * np.exp(clock[0]) - 1:.0f}")
 assert abs(naive.var() / (2 * np.exp(clock[0]) - 1) - 1) < 0.25  # steps of 1/500 cost 7 per cent
 
 v = oracles.velocity(data, vp)
-back = sample_sde(v, None, g_vp, keys["back"], noise, schedule=vp, num_steps=500, t1=0.998, trajectory=True).trajectory
+forward = grids.uniform(500, 0.0, 0.998)
+back = sample(v, noise, EulerMaruyama(vp, g_vp), times=forward, key=keys["back"], trajectory=True).trajectory
 statistic = distance(0.998, back[-1])
 print(f"with the score, t = 0.998: largest difference {statistic:.4f}, where 0.9 / sqrt(n) = {0.9 / num**0.5:.4f}")
 assert statistic < 3 / np.sqrt(num)
@@ -430,7 +427,7 @@ plt.show()
 # and covariance $(1-e^{-\theta h})/\theta$. Coarse steps get the sums of the fine increments, through
 # `fm_jax.samplers.sde_step`, which takes its noise as an argument. Its other method, "heun", looks twice a step and
 # has the weak order two. (Strong order 1.5, for noise as here, is to be had from
-# `fm_jax.samplers.sample_sde_diffrax`.) In the figure dots are measured and lines are the closed forms.
+# `fm_jax.samplers.DiffraxSDE`.) In the figure dots are measured and lines are the closed forms.
 
 # %%
 num, fine, gamma = 20_000, 128, 0.5

@@ -218,7 +218,7 @@ for name, num_steps in (("Linear", 1), ("Linear", 8), ("Cosine", 8), ("Cosine", 
         alpha, sigma, d_alpha, d_sigma = coefficients(schedule, t)
         return d_alpha * x1 + d_sigma * (x - alpha * x1) / sigma
 
-    end = samplers.sample_ode(u, x0, num_steps=num_steps, method="euler").x
+    end = samplers.sample(u, x0, samplers.RungeKutta("euler"), times=num_steps).x
     miss = jnp.linalg.norm(end - x1, axis=1).mean()
     print(f"{name}, {num_steps:2d} Euler steps along u_t(x | x1): {miss:.0e} from x1 on average")
     assert miss < 1e-12 if name == "Linear" else miss > 1e-6
@@ -237,7 +237,7 @@ for name, num_steps in (("Linear", 1), ("Linear", 8), ("Cosine", 8), ("Cosine", 
 # $$
 #
 # Up to a known factor the score *is* the noise, with its sign turned: to climb towards likelier places is to take noise
-# away. Unlike the velocity this does need a Gaussian source. `fm_jax.paths.targets` returns it; we hold it against the
+# away. Unlike the velocity this does need a Gaussian source. `AffinePath.targets` returns it; we hold it against the
 # gradient of (3.3) by automatic differentiation.
 
 # %%
@@ -245,7 +245,7 @@ gradient = jax.jit(jax.vmap(jax.grad(lambda x, mean, std: jax.scipy.stats.norm.l
 worst = 0.0
 for name, sample in samples.items():
     schedule = SCHEDULES[name]
-    score = np.array(paths.targets(sample, schedule).score)
+    score = np.array(paths.AffinePath(schedule).targets(sample)["score"])
     alpha, sigma, *_ = coefficients(schedule, expand_time(t, x1))
     by_autodiff = gradient(sample.x_t, alpha * x1, sigma)
     worst = max(worst, np.abs(score - by_autodiff).max() / np.abs(score).max())
@@ -358,7 +358,7 @@ plt.show()
 # Solid blue is the signal $\alpha_t$, dashed orange the noise $\sigma_t$; below them stands $\lambda_t$. `Linear` and
 # `Polynomial` draw one curve $(\alpha_t, \sigma_t)$ at two speeds, and the four variance-preserving schedules another
 # one, the quarter circle, at four. `VE` and `EDM` never let go of the data: noise alone is a good start for them
-# because $\sigma_{\max}$ is large, and `fm_jax.paths.source` scales the noise to it.
+# because $\sigma_{\max}$ is large, and `fm_jax.paths.start` scales the noise to it.
 #
 # ## Does sampling give the exact marginal?
 #

@@ -20,7 +20,8 @@ import numpy as np
 import scipy.stats
 from lab import BLUE, GREY, INK, ORANGE, RED, film
 
-from fm_jax import divergence, oracles, samplers, schedules
+from fm_jax import oracles, samplers, schedules
+from fm_jax.likelihood import Exact
 
 jax.config.update("jax_enable_x64", True)  # differences of densities need the digits
 prediction, log_prob, cdf = (jax.jit(f, static_argnums=1) for f in (oracles.prediction, oracles.log_prob, oracles.cdf))
@@ -143,7 +144,7 @@ print(f"the last halving of h divided it by {left_over[-2] / left_over[-1]:.2f} 
 assert abs(left_over[-2] / left_over[-1] - 4) < 0.2
 
 # %% [markdown]
-# Automatic differentiation has no step at all. `fm_jax.divergence.Exact` takes the divergence of any field; applied to
+# Automatic differentiation has no step at all. `fm_jax.likelihood.Exact` takes the divergence of any field; applied to
 # the flux it completes the equation. (The argument `g` is 0 until noise comes in.)
 
 
@@ -156,7 +157,7 @@ def residual(density, drift, t, x, g=0.0):
         return density(t, x)[:, None] * drift(t, x) - g**2 / 2 * jax.grad(lambda x: density(t, x).sum())(x)
 
     change = jax.jvp(lambda t: density(t, x), (t,), (jnp.ones_like(t),))[1]
-    return change + divergence.Exact()(flux, None, t, x)[1]
+    return change + Exact()(flux, None, t, x)[1]
 
 
 exact = np.abs(residual(density, v, 0.5, points)).max()
@@ -217,7 +218,8 @@ assert difference < 1e-9
 
 # %%
 start, to_data_set = np.array([[0.2, -2.0]]), oracles.velocity(data_set, schedule)
-way = np.array(samplers.sample_ode(to_data_set, start, num_steps=190, t1=0.95, trajectory=True).trajectory[:, 0])
+times = samplers.grids.uniform(190, 0.0, 0.95)
+way = np.array(samplers.sample(to_data_set, start, times=times, trajectory=True).trajectory[:, 0])
 
 
 def draw(t, ax):
@@ -374,7 +376,7 @@ for g in (0.0, 0.5, 2.0):
 # %% [markdown]
 # ## One family, simulated
 #
-# On a line, with data from three Gaussians, `fm_jax.samplers.sample_sde` runs (4.7) for four choices of $g_t$: none,
+# On a line, with data from three Gaussians, `fm_jax.samplers.sample` runs (4.7) for four choices of $g_t$: none,
 # which is the flow; a constant; a bump; and a large constant. Velocity and score are the oracle's. (With one network
 # for both, the sampler derives the score from the velocity, see [(4.10)](#eq-4-10).) We ask three things of each.
 #
@@ -392,7 +394,7 @@ num, num_steps = 6_000, 200
 critical = scipy.stats.kstwobign.isf(0.01 / 16) / np.sqrt(num)  # of the largest of 16 distances, at 1%
 key_x0, key_wide, key_gauss, key_langevin, *keys = jax.random.split(jax.random.key(1), 8)
 x0 = jax.random.normal(key_x0, (num, 1))
-options = {"num_steps": num_steps, "method": "heun", "trajectory": True}
+options = {"times": num_steps, "trajectory": True}
 
 
 def distance(t, x):
@@ -403,7 +405,8 @@ def distance(t, x):
 def simulate(key, a, b):
     exact = partial(oracles.prediction, target, schedule)
     v, s, g = lambda t, x: exact(t, x).velocity, lambda t, x: exact(t, x).score, lambda t: a + b * jnp.sin(jnp.pi * t)
-    return samplers.sample_sde(v, s, g, key, x0, **options).trajectory[..., 0]
+    sampler = samplers.StochasticHeun(diffusion=g, score=s)
+    return samplers.sample(v, x0, sampler, key=key, **options).trajectory[..., 0]
 
 
 runs, distances = {}, []
@@ -437,11 +440,12 @@ print(f"1% critical value of the largest of 16 KS distances: {critical:.4f}")
 # %%
 c, g = 0.5, 0.7
 v_gauss, v_target = (oracles.velocity(m, schedule) for m in (oracles.gaussian_mixture([[0.0]], c), target))
-variance = samplers.sample_sde(v_gauss, zero, g, key_gauss, x0, **options).x.var()
+no_score = samplers.StochasticHeun(diffusion=g, score=zero)
+variance = samplers.sample(v_gauss, x0, no_score, key=key_gauss, **options).x.var()
 expected, error = c**2 + np.pi / 2 * c * g**2, np.sqrt(2 / num)
 print(f"variance at t = 1: {variance:.3f}, by (4.9) {expected:.3f} +- {expected * error:.3f}; of the data {c**2:.3f}")
 assert abs(variance / expected - 1) < 6 * error
-runs["no score"] = samplers.sample_sde(v_target, zero, g, key_wide, x0, **options).trajectory[..., 0]
+runs["no score"] = samplers.sample(v_target, x0, no_score, key=key_wide, **options).trajectory[..., 0]
 print(f"the three Gaussians without the score: KS distance {distance(1.0, runs['no score'][-1]):.3f}")
 assert distance(1.0, runs["no score"][-1]) > 1.5 * critical
 
@@ -460,8 +464,9 @@ def score_of_data(t, x):
     return prediction(target, schedule, 1.0, x).score
 
 
-options["num_steps"], left_mode = 1200, -1.6 + 0.3 * x0[:2000]
-still = samplers.sample_sde(zero, score_of_data, 2.5, key_langevin, left_mode, t1=6.0, **options)
+options["times"], left_mode = samplers.grids.uniform(1200, 0.0, 6.0), -1.6 + 0.3 * x0[:2000]
+langevin = samplers.StochasticHeun(diffusion=2.5, score=score_of_data)
+still = samplers.sample(zero, left_mode, langevin, key=key_langevin, **options)
 for t in (0, 1, 2, 6):
     x = np.array(still.trajectory[200 * t, :, 0])
     print(f"Langevin, t = {t}: share right of -0.7 {np.mean(x > -0.7):.2f}, KS distance {distance(1.0, x):.3f}")

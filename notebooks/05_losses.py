@@ -18,12 +18,13 @@ import numpy as np
 from lab import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SMOKE, film
 from scipy import stats
 
+from fm_jax import samplers
 from fm_jax.losses import error_scale, flow_matching, noise_prediction, score_matching
 from fm_jax.models import MLP, init_params, linen_apply
 from fm_jax.oracles import cdf, gaussian_mixture, log_prob, prediction, sample, velocity
 from fm_jax.parameterization import convert, reschedule, velocity_domain, velocity_fn
 from fm_jax.paths import AffinePath
-from fm_jax.samplers import sample_ddim, sample_ode
+from fm_jax.samplers import DDIM, RungeKutta
 from fm_jax.schedules import DDPM, EDM, VP, Cosine, Linear, linear_betas
 from fm_jax.train import create_state, make_optimizer, make_step
 from fm_jax.types import KINDS
@@ -377,7 +378,7 @@ plt.show()
 # | table $\beta_k$, $\bar\alpha_k = \prod_{i \le k} (1 - \beta_i)$ | $\alpha_t^2 = \bar\alpha_k = 1 - \sigma_t^2$ |
 # | $\sigma_t$ of the course notes' SDE, $g(t)$, $\sqrt{\beta(t)}$ | $g_t$; our $\sigma_t$ is always the path's |
 # | forward process, $q(x_k \mid x_0)$ | conditional path, $p_t(x \mid x_1)$ |
-# | reverse process, $p_\theta(x_{k-1} \mid x_k)$ | a step of `fm_jax.samplers.sample_ddim` with `eta=1` |
+# | reverse process, $p_\theta(x_{k-1} \mid x_k)$ | a step of `fm_jax.samplers.DDIM` with `eta=1` |
 # | $\epsilon_\theta$; $D_\theta$ or $\hat x_0$; $s_\theta$ | the kinds `"noise"`; `"data"`; `"score"` |
 # | $L_{\mathrm{simple}}$; denoising score matching | `noise_prediction`; `score_matching` |
 # | $v$-prediction $\alpha\epsilon - \sigma x_0$ (arXiv:2202.00512) | on `Cosine()`, $-\tfrac{2}{\pi}\, u_t$ |
@@ -442,7 +443,7 @@ assert gap < 1e-10
 #
 # To check the first claim without a formula of our own: $x / \alpha$ against $\rho$ is the path of
 # `fm_jax.schedules.EDM`, on which $\rho$ falls at constant speed. `fm_jax.parameterization.reschedule` carries the
-# field there, and `fm_jax.samplers.sample_ode` takes Euler's steps. All fields from here on are exact; the trained
+# field there, and `fm_jax.samplers.RungeKutta` takes Euler's steps. All fields from here on are exact; the trained
 # network's `v_network` would go in their place.
 
 # %%
@@ -455,11 +456,13 @@ v_edm = reschedule(v, vp, EDM(float(rho[0])))
 
 @jax.jit
 def deterministic(x0):
-    ode = sample_ode(v, x0, method="rk4", grid=grid.clip(max=vp.domain[1]), trajectory=True).trajectory
-    ddim = sample_ddim(v, x0, schedule=vp, grid=grid, trajectory=True).trajectory
-    scaled = sample_ode(v_edm, x0 / alpha[0], method="euler", grid=1 - rho / rho[0], trajectory=True).trajectory
-    ddim_linear = sample_ddim(v_linear, x0, schedule=Linear(), num_steps=10).x
-    euler_linear = sample_ode(v_linear, x0, method="euler", num_steps=10).x
+    def states(v, x0, sampler, times):
+        return samplers.sample(v, x0, sampler, times=times, trajectory=True).trajectory
+
+    ode = states(v, x0, RungeKutta("rk4"), grid.clip(max=vp.domain[1]))
+    ddim = states(v, x0, DDIM(vp), grid)
+    scaled = states(v_edm, x0 / alpha[0], RungeKutta("euler"), 1 - rho / rho[0])
+    ddim_linear, euler_linear = (states(v_linear, x0, each, 10)[-1] for each in (DDIM(Linear()), RungeKutta("euler")))
     return ode, ddim, abs(ddim - alpha[:, None, None] * scaled).max(), abs(ddim_linear - euler_linear).max()
 
 
@@ -511,9 +514,10 @@ beta, variance, variance_next = betas[k - 1], variances[k], variances[k - 1]
 epsilon = oracle(ddpm, jnp.asarray(ts[k]), x0).noise
 z = jax.random.normal(jax.random.fold_in(key_step, 0), x0.shape)  # what the sampler draws in its first step
 published = (x0 - beta / np.sqrt(variance) * epsilon) / np.sqrt(1 - beta) + np.sqrt(variance_next / variance * beta) * z
-options = {"schedule": ddpm, "eta": 1.0, "key": key_step, "grid": ts[[k, k - 1]]}
-gap = abs(jax.jit(lambda x: sample_ddim(velocity(data, ddpm), x, **options).x)(x0) - published).max()
-print(f"sample_ddim with eta = 1 and (5.11): apart by {gap:.0e}")
+options = {"times": ts[[k, k - 1]], "key": key_step}
+step = jax.jit(lambda x: samplers.sample(velocity(data, ddpm), x, DDIM(ddpm, eta=1.0), **options).x)
+gap = abs(step(x0) - published).max()
+print(f"DDIM with eta = 1 and (5.11): apart by {gap:.0e}")
 assert gap < 1e-9
 
 # %% [markdown]
@@ -554,8 +558,9 @@ etas = (0.0, 1.0) if SMOKE else np.linspace(0, 1, 11)
 shown = np.argsort(x0[:, 0])[416::833]  # six paths that start evenly spread
 paths = {"ODE": ode[:, shown, 0], "DDIM": ddim[::5, shown, 0]}
 for eta in etas:
-    options = {"schedule": vp, "eta": eta, "key": key_noise if eta > 0 else None, "num_steps": 400, "trajectory": True}
-    states = np.array(jax.jit(lambda x0, options=options: sample_ddim(v, x0, **options).trajectory[:, :, 0])(x0))
+    sampler, options = DDIM(vp, eta), {"times": 400, "key": key_noise if eta > 0 else None, "trajectory": True}
+    run = jax.jit(lambda x0, each=sampler, options=options: samplers.sample(v, x0, each, **options).trajectory[:, :, 0])
+    states = np.array(run(x0))
     variation, limit = (np.diff(states, axis=0) ** 2).sum(axis=0).mean(), eta**2 * (vp.beta_min + vp.beta_max) / 2
     distance = max(ks_distance(states[i], i / 400) for i in (100, 200, 300, 400))
     print(f"eta {eta:.1f}: quadratic variation {variation:5.2f}, limit {limit:5.2f}; KS distance up to {distance:.3f}")

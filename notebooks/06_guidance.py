@@ -23,8 +23,8 @@ from scipy.integrate import cumulative_simpson, quad
 from fm_jax import oracles
 from fm_jax.guidance import Rescale, ZeroStar, classifier, classifier_free, classifier_free_batched
 from fm_jax.likelihood import encode_and_log_prob
-from fm_jax.nfe import nfe_per_call
-from fm_jax.samplers import sample_ode
+from fm_jax.nfe import Counted
+from fm_jax.samplers import RungeKutta, grids, sample
 from fm_jax.schedules import VP, Cosine, Linear
 
 jax.config.update("jax_enable_x64", True)  # identities are checked to many digits
@@ -56,7 +56,8 @@ schedule = Linear()
 wanted = oracles.gaussian_mixture([[-1.0, 0.8], [1.5, 0.5]], 0.5)
 other = oracles.gaussian_mixture([[-0.8, -0.9]], 0.7)
 everything = oracles.gaussian_mixture([[-1.0, 0.8], [1.5, 0.5], [-0.8, -0.9]], [0.5, 0.5, 0.7])  # p(wanted) = 2/3
-v_c, v_other, v_u = (jax.jit(oracles.velocity(mixture, schedule)) for mixture in (wanted, other, everything))
+fields = (jax.jit(oracles.velocity(mixture, schedule)) for mixture in (wanted, other, everything))
+v_c, v_other, v_u = (Counted(field, 1) for field in fields)  # a call stands for one network evaluation
 log_p = jax.jit(oracles.log_prob, static_argnames="schedule")
 
 
@@ -185,8 +186,8 @@ def one_network(t, x, cond):
 batched = classifier_free_batched(one_network, "velocity", schedule, np.ones(len(x), int), 0, w)
 assert np.abs(jax.jit(batched)(t, x) - cfg(t, x)).max() < 1e-12
 for name, v in {"conditional": v_c, "classifier-free": cfg, "classifier-free, batched": batched}.items():
-    print(f"{name}: NFE {nfe_per_call(v)} for each call")
-assert nfe_per_call(cfg) == nfe_per_call(batched) == 2
+    print(f"{name}: NFE {v.nfe} for each call")
+assert cfg.nfe == batched.nfe == 2
 
 # %% [markdown]
 # Move the slider: $w$ from 1 to 8. The dots are samples of CFG, all from the same noise; the lines are the density
@@ -195,7 +196,7 @@ assert nfe_per_call(cfg) == nfe_per_call(batched) == 2
 
 # %%
 x0 = jax.random.normal(key_x0, (300, 2))
-guided_samples = jax.jit(lambda w, x0: sample_ode(classifier_free(v_c, v_u, w), x0, num_steps=40).x)
+guided_samples = jax.jit(lambda w, x0: sample(classifier_free(v_c, v_u, w), x0, times=40).x)
 log_c, log_u = (np.asarray(log_p(mixture, schedule, 1.0, grid)) for mixture in (wanted, everything))
 
 
@@ -273,7 +274,7 @@ line_c, line_u = oracles.gaussian_mixture([[y / 2]], np.sqrt(1 / 2)), oracles.ga
 reached = {}
 for each in (Linear(), Cosine()):  # all scales at once: each example may have its own
     v = classifier_free(*(oracles.velocity(line, each) for line in (line_c, line_u)), np.repeat(scales, 2))
-    ends = sample_ode(v, np.tile([[0.0], [1.0]], (len(scales), 1)), num_steps=100, method="rk4").x
+    ends = sample(v, np.tile([[0.0], [1.0]], (len(scales), 1)), RungeKutta("rk4"), times=100).x
     means, shifted = np.asarray(ends).reshape(-1, 2).T
     reached[each] = np.stack([means, shifted - means], axis=1)
 for i, scale in enumerate(scales):
@@ -335,13 +336,10 @@ for i, scale in enumerate(scales):
 # rate, in the form $b_t|\delta|^2 = (v_t(x\mid y)-v_t(x))\cdot\delta$ that is finite at $t=0$ too, by Simpson's rule.
 
 # %%
-solve = functools.partial(sample_ode, num_steps=64, method="rk4", trajectory=True)
-(_, _, backward), log_q = jax.jit(lambda x1: encode_and_log_prob(cfg, x1, solve=solve))(grid)
-log_q, times, trajectory = (
-    np.asarray(log_q),
-    np.linspace(0, 1, 65),
-    np.asarray(backward)[::-1],
-)  # [time, point, axis], from noise to data
+times, rk4 = np.linspace(0, 1, 65), RungeKutta("rk4")
+log_q = np.asarray(jax.jit(lambda x1: encode_and_log_prob(cfg, x1, sampler=rk4, times=64)[1])(grid))
+backward = jax.jit(lambda x1: sample(cfg, x1, rk4, times=grids.uniform(64, 1.0, 0.0), trajectory=True).trajectory)(grid)
+trajectory = np.asarray(backward)[::-1]  # [time, point, axis], from noise to data
 
 
 @jax.jit
@@ -412,7 +410,7 @@ laws = {"p(x | y)": (picture / 2, 1 / 2), "tilted": (w_picture / (1 + w_picture)
 distances, contrasts = {}, {}
 for name, option in options.items():
     v = classifier_free(cond, uncond, w_picture, **option)
-    ends = sample_ode(v, noise, num_steps=50, method="heun").x  # 0.5 and 0.04, where the velocity jumps, are grid times
+    ends = sample(v, noise, RungeKutta("heun"), times=50).x  # 0.5 and 0.04, where the velocity jumps, are grid times
     mean, variance = np.mean(ends, axis=0), np.var(ends, axis=0)
     for law, (m, s2) in laws.items():
         pair = oracles.gaussian_pair(mean, np.diag(variance), m, s2 * np.eye(16))

@@ -24,14 +24,21 @@ from matplotlib.collections import PolyCollection
 from scipy import stats
 from scipy.linalg import logm
 
-from fm_jax import oracles
-from fm_jax.divergence import Exact, Hutchinson
-from fm_jax.likelihood import bits_per_dim, encode_and_log_prob, log_prob, normal_log_prob, sample_and_log_prob
+from fm_jax import oracles, samplers
+from fm_jax.likelihood import (
+    Exact,
+    Hutchinson,
+    bits_per_dim,
+    encode_and_log_prob,
+    log_prob,
+    sample_and_log_prob,
+)
 from fm_jax.losses import flow_matching
 from fm_jax.models import PlainMLP, init_params, linen_apply
 from fm_jax.paths import AffinePath
-from fm_jax.samplers import sample_adaptive, sample_ode
+from fm_jax.samplers import Adaptive, RungeKutta
 from fm_jax.schedules import Linear
+from fm_jax.sources import Normal
 from fm_jax.train import create_state, make_step
 
 jax.config.update("jax_enable_x64", True)  # differences of nearby points need the digits
@@ -57,7 +64,7 @@ key_data, key_probes, key_pixels, key_bits, key_init, key_train = jax.random.spl
 # $$
 #
 # **The divergence is the density of the flux.** In $d$ dimensions it is that of a cube, by the same argument.
-# `fm_jax.divergence.Exact` computes it with $d$ Jacobian-vector products. We compare it with the flux, by quadrature,
+# `fm_jax.likelihood.Exact` computes it with $d$ Jacobian-vector products. We compare it with the flux, by quadrature,
 # at squares of shrinking size in the field that carries noise to a mixture of three Gaussians; halving $h$ has to
 # divide the difference by four.
 
@@ -199,17 +206,18 @@ for h in (1e-2, 1e-3):
 # `fm_jax.likelihood.sample_and_log_prob` takes from the log-density of the noise.
 
 # %%
-solve = functools.partial(sample_ode, num_steps=48, method="rk4")
+rk4 = {"sampler": RungeKutta("rk4"), "times": 48}
 edges = np.linspace(-2.4, 2.4, 13)
 corners = np.stack(np.meshgrid(edges, edges), axis=-1)  # of 12 x 12 cells
 x0 = (corners[1:, 1:] + corners[:-1, :-1]).reshape(-1, 2) / 2  # their middles
-log_p0 = np.asarray(normal_log_prob(x0))
-integral = log_p0 - jax.jit(lambda x0: sample_and_log_prob(v, x0, solve=solve)[1])(x0)
+log_p0 = np.asarray(Normal().log_prob(x0))
+integral = log_p0 - jax.jit(lambda x0: sample_and_log_prob(v, x0, **rk4)[1])(x0)
 
 eps = 1e-4
 diamonds = [x0 + eps * np.array(e) for e in ([1, 0], [-1, 0], [0, 1], [0, -1])]
 particles = np.concatenate([corners.reshape(-1, 2), *diamonds])
-path = np.asarray(jax.jit(lambda x: solve(v, x, trajectory=True).trajectory)(particles))  # [time, particle, axis]
+carry = jax.jit(lambda x: samplers.sample(v, x, **rk4, trajectory=True).trajectory)
+path = np.asarray(carry(particles))  # [time, particle, axis]
 right, left, top, bottom = path[-1, 13**2 :].reshape(4, -1, 2)
 log_area = np.linalg.slogdet(np.stack([right - left, top - bottom], axis=1) / (2 * eps))[1]
 gaps = [np.abs(log_area - other).max() for other in (integral, log_p0 - log_p(1.0, (right + left) / 2))]
@@ -257,7 +265,7 @@ film(draw, np.linspace(0, 1, 17), alt=alt, size=(2.8, 2.6))
 # %%
 solution, log_q = jax.jit(lambda x1: encode_and_log_prob(v, x1))(points)
 gap = np.abs(log_q - log_p(1.0, points))
-print(f"log_prob of {len(points)} data points, NFE {solution.nfe}, less the closed form:", end=" ")
+print(f"log_prob of {len(points)} data points, {solution.calls} evaluations, less the closed form:", end=" ")
 print(f"{gap.mean():.0e} nats on average, {gap.max():.0e} at most")
 assert gap.mean() < 1e-3  # the tolerance, 1e-5 for each step, is one for the batch as a whole
 
@@ -277,7 +285,7 @@ assert gap.mean() < 1e-3  # the tolerance, 1e-5 for each step, is one for the ba
 # $$
 #
 # because the products $e_ie_j$, $i<j$, have mean 0 and variance 1 and are uncorrelated. One product, whatever $d$, and
-# an error from the off-diagonal part alone: `fm_jax.divergence.Hutchinson`.
+# an error from the off-diagonal part alone: `fm_jax.likelihood.Hutchinson`.
 #
 # In a solve, $e$ is drawn **once** and kept. The trajectory does not depend on $e$, so the log-density is then off by
 # $\sum_{i<j} 2e_ie_j\int S_{ij}\,\mathrm dt$: right on average, with the variance of [(7.7)](#eq-7-7) for the
@@ -294,8 +302,9 @@ factor = np.random.default_rng(7).normal(size=(8, 8))
 C, m, point = factor @ factor.T / 8 + np.eye(8) / 4, np.ones(8), np.array([[1.5, 0.5] * 4])
 eight = oracles.gaussian_mixture(m[None], C[None])
 v8, exact = oracles.velocity(eight, schedule), stats.multivariate_normal(m, C).logpdf(point)
-midpoint = functools.partial(sample_ode, num_steps=100)
-estimate = jax.jit(lambda x1, key: log_prob(v8, x1, key=key, divergence=Hutchinson(), solve=midpoint))
+midpoint = RungeKutta("midpoint")
+options = {"divergence": Hutchinson(), "sampler": midpoint, "times": 100}
+estimate = jax.jit(lambda x1, key: log_prob(v8, x1, key=key, **options))
 estimates = np.asarray(estimate(np.repeat(point, 500, axis=0), key_probes))
 bias, deviation = estimates.mean() - exact, estimates.std()
 predicted = 2 * np.sqrt((np.triu(logm(C) / 2, k=1) ** 2).sum())
@@ -318,9 +327,9 @@ class Redrawn(Hutchinson):
         return super().__call__(v, super().draw(key, x), t, x)
 
 
-loose = {"solve": functools.partial(sample_adaptive, rtol=1e-3, atol=1e-3), "key": key_probes}
+loose = {"sampler": Adaptive(rtol=1e-3, atol=1e-3), "key": key_probes}
 encode = jax.jit(lambda rate: encode_and_log_prob(v8, point, divergence=Redrawn(rate=rate), **loose)[0])
-once, always = encode(0.0).nfe, encode(1e9).nfe
+once, always = encode(0.0).calls, encode(1e9).calls
 print(f"probes drawn once: {once} evaluations; drawn for each evaluation: {always}")
 assert always > 5 * once
 
@@ -349,7 +358,7 @@ s = 0.2
 pixels = s * np.asarray(jax.random.normal(key_pixels, (500, 2, 2, 1)))
 images = np.clip(np.floor((pixels + 1) / 2 * 256), 0, 255).astype(int)
 v_images = lambda t, x: x * (s**2 * t - (1 - t)) / (s**2 * t**2 + (1 - t) ** 2)  # noqa: E731
-bits = bits_per_dim(v_images, key_bits, images, solve=functools.partial(midpoint, num_steps=200)).mean()
+bits = bits_per_dim(v_images, key_bits, images, sampler=midpoint, times=200).mean()
 entropy = 0.5 * np.log2(2 * np.pi * np.e * s**2) + 7
 error = 1 / np.log(2) / np.sqrt(2 * pixels.size)  # of the mean: (x / s)^2 / 2 has variance 1 / 2
 print(f"{bits:.3f} bits per dimension, where the entropy is {entropy:.3f} (standard error {error:.3f})")
@@ -376,9 +385,8 @@ assert abs(bits - entropy) < 4 * error
 # $\partial_\theta\log p_1(x_1) = e^{-2\theta}|x_1|^2 - d$.
 
 # %%
-solve = functools.partial(midpoint, num_steps=12)
-theta = 0.5
-slope = jax.jit(jax.jacrev(lambda theta: log_prob(lambda t, x: theta * x, points, solve=solve)))(theta)
+twelve, theta = {"sampler": midpoint, "times": 12}, 0.5
+slope = jax.jit(jax.jacrev(lambda theta: log_prob(lambda t, x: theta * x, points, **twelve)))(theta)
 gap = np.abs(slope - (np.exp(-2 * theta) * (points**2).sum(axis=1) - 2)).max()
 print(f"gradient through 12 midpoint steps: at most {gap:.0e} off the closed form")
 assert gap < 2e-2  # of order h^2
@@ -394,7 +402,7 @@ assert gap < 2e-2  # of order h^2
 # %%
 model = PlainMLP(features=(64, 64), activation=jnp.tanh)
 apply_fn, untrained = linen_apply(model), init_params(model, key_init, (2,))
-fine = functools.partial(sample_ode, num_steps=20, method="rk4")
+fine = {"sampler": RungeKutta("rk4"), "times": 20}
 places = np.concatenate([points, lattice])  # where to judge, and where to draw
 truth = np.asarray(log_p(1.0, places))
 
@@ -404,14 +412,14 @@ def bind(params):
 
 
 def negative_log_likelihood(params, key, batch, *, target_params=None):
-    solution, log_q = encode_and_log_prob(bind(params), batch["x1"], solve=solve)
-    return -log_q.mean(), {"nfe": solution.nfe}
+    solution, log_q = encode_and_log_prob(bind(params), batch["x1"], **twelve)
+    return -log_q.mean(), {"calls": solution.calls}
 
 
 losses = {"flow matching": flow_matching(apply_fn, AffinePath(schedule)), "maximum likelihood": negative_log_likelihood}
 rounds, budget = (1, 48) if SMOKE else (5, 2400)  # of network evaluations, for each example, in a round
 data = np.asarray(sample(mixture, key_train, num=rounds * budget * 128), dtype=np.float32)
-log_model = jax.jit(lambda params: log_prob(bind(params), places.astype(np.float32), solve=fine))
+log_model = jax.jit(lambda params: log_prob(bind(params), places.astype(np.float32), **fine))
 figure, ax = plt.subplots(figsize=(4.5, 2.6))
 kl, log_q = {}, {}
 for (name, loss_fn), nfe, colour, marker in zip(losses.items(), (1, 24), (BLUE, ORANGE), "os", strict=True):
@@ -423,7 +431,7 @@ for (name, loss_fn), nfe, colour, marker in zip(losses.items(), (1, 24), (BLUE, 
     for batches in data.reshape(rounds, budget, 128, 2):
         state, metrics = train(state, batches[: budget // nfe])
         history.append(log_model(state.params))
-    assert metrics.get("nfe", np.ones(1))[0] == nfe
+    assert metrics.get("calls", np.ones(1))[0] == nfe
     log_q[name], differences = np.asarray(history[-1]), (truth - np.array(history))[:, :1000]
     kl[name], error = differences[-1].mean(), differences[-1].std() / np.sqrt(1000)
     print(f"{name}: {rounds * budget // nfe} steps of NFE {nfe}, KL = {kl[name]:.3f} nats (+- {error:.3f})")

@@ -18,7 +18,8 @@ import numpy as np
 from lab import BLUE, GREEN, GREY, INK, ORANGE, PALE, RED, SMOKE, film
 from scipy.linalg import inv, sqrtm
 
-from fm_jax import couplings, fewstep, losses, metrics, models, oracles, paths, samplers, train
+from fm_jax import couplings, fewstep, losses, metrics, models, oracles, paths, samplers, sources, train
+from fm_jax.samplers import RungeKutta
 from fm_jax.schedules import Linear
 
 jax.config.update("jax_enable_x64", True)  # several statements below are exact, and deserve more than seven digits
@@ -96,9 +97,9 @@ def eight_points(plan):
 def measure(plan, x0):
     """The trajectory of the flow from x0, its straightness, and where a single Euler step leads."""
     v = field(plan)
-    way = samplers.sample_ode(v, x0, num_steps=100, method="rk4", trajectory=True).trajectory
-    straightness = metrics.straightness(v, x0, num_steps=100, method="rk4")
-    return way, straightness, samplers.sample_ode(v, x0, num_steps=1, method="euler").x
+    way = samplers.sample(v, x0, RungeKutta("rk4"), times=100, trajectory=True).trajectory
+    straightness = metrics.straightness(v, x0, sampler=RungeKutta("rk4"), times=100)
+    return way, straightness, samplers.sample(v, x0, RungeKutta("euler"), times=1).x
 
 
 for name, plan in plans.items():
@@ -389,7 +390,7 @@ assert of_batch < 0.3
 # drift in (8.8), the SDE of [Theorem 2](04_continuity.ipynb#eq-4-7) for $g_t = \sigma$.
 #
 # Theorem 2 gives the same marginals for every $g$. The pairs $(X_0, X_1)$, however, are those of $\pi_\sigma$ for
-# $g = \sigma$ and, as their cross-covariance shows, for neither of two others (`fm_jax.samplers.sample_sde`; 4,096
+# $g = \sigma$ and, as their cross-covariance shows, for neither of two others (`fm_jax.samplers.EulerMaruyama`; 4,096
 # paths on the same Brownian motions, so errors of about 0.02).
 
 
@@ -398,7 +399,8 @@ assert of_batch < 0.3
 def bridge_end(key, x0, g):
     bridge = oracles.schroedinger_bridge(independent, 1.0)
     v, score = oracles.bridge_drift(bridge, 0.0), lambda t, x: oracles.bridge_prediction(bridge, t, x).score
-    return samplers.sample_sde(v, score, lambda t: g, key, x0, num_steps=50).x
+    sde = samplers.EulerMaruyama(diffusion=lambda t: g, score=score)
+    return samplers.sample(v, x0, sde, times=50, key=key).x
 
 
 for g in (0.0, 1.0, 2.0):
@@ -452,8 +454,9 @@ plt.show()
 # %%
 exact = oracles.velocity(data, Linear())
 num_pairs, num_steps, num_test = (512, 20, 256) if SMOKE else (8192, 2000, 512)
-options = {"sampler": "rk4", "num_steps": 20, "batch_size": num_pairs}
-of_flow, _ = fewstep.make_pairs(exact, key_flow, lambda key, num: draw_pairs(key, num)[0], num_pairs, **options)
+normal = sources.Sampled(lambda key, num: draw_pairs(key, num)[0])
+options = {"source": normal, "sampler": RungeKutta("rk4"), "times": 20, "batch_size": num_pairs}
+of_flow, _ = fewstep.make_pairs(exact, key_flow, (num_pairs, 2), **options)
 x0, x1 = (np.asarray(x) for x in draw_pairs(key_pairs, num_pairs))
 x0_ot = [couplings.ExactOT()(None, x0[i : i + 256], x1[i : i + 256]).x0 for i in range(0, num_pairs, 256)]
 pairs = {"independent": {"x0": x0, "x1": x1}, "OT": {"x0": np.concatenate(x0_ot), "x1": x1}, "rectified": of_flow}
@@ -485,8 +488,8 @@ def fit(key, pairs):
 @jax.jit
 def judge(params, x0):
     v = exact if params is None else lambda t, x: model.apply({"params": params}, t, x)
-    ends = [samplers.sample_ode(v, x0, num_steps=n, method="euler").x for n in evaluations]
-    return ends, metrics.straightness(v, x0, num_steps=100)
+    ends = [samplers.sample(v, x0, RungeKutta("euler"), times=n).x for n in evaluations]
+    return ends, metrics.straightness(v, x0, times=100)
 
 
 x0, x1 = draw_pairs(key_test, num_test)

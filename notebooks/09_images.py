@@ -30,7 +30,7 @@ from fm_jax.models.layers import sinusoidal_features
 from fm_jax.models.unet import ResBlock
 from fm_jax.oracles import gaussian_mixture, velocity
 from fm_jax.paths import AffinePath
-from fm_jax.samplers import sample_adams_bashforth
+from fm_jax.samplers import AdamsBashforth, sample
 from fm_jax.train import create_state, make_optimizer, make_step
 
 jax.config.update("jax_default_matmul_precision", "highest")  # where an accelerator would round factors to 10 bits
@@ -417,12 +417,12 @@ labels, x0 = jnp.arange(num) % 10, jax.random.normal(jax.random.key(5), (num, 8,
 
 def draw_digits(name):
     @jax.jit
-    def sample(params, scale):
+    def draw(params, scale):
         model_fn = jax.tree_util.Partial(linen_apply(networks[name]), params, train=False, rngs=None)
         v = classifier_free_batched(model_fn, "velocity", path.schedule, labels, 10, jnp.full(num, scale))
-        return sample_adams_bashforth(v, x0, num_steps=20, trajectory=True).trajectory
+        return sample(v, x0, AdamsBashforth(2), times=20, trajectory=True).trajectory
 
-    return {scale: np.asarray(sample(trained[name], scale)) for scale in (1.0, 2.0)}
+    return {scale: np.asarray(draw(trained[name], scale)) for scale in (1.0, 2.0)}
 
 
 drawn = {name: draw_digits(name) for name in networks}

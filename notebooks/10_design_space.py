@@ -95,14 +95,15 @@ for name, schedule in schedules.items():
 def run(sampler, schedule, grid, start):
     """The rescaled trajectory from rescaled points."""
     v, x0 = oracles.velocity(data, schedule), start * norm(schedule, grid[0])
-    solution = samplers.sample(sampler, v, None, x0, schedule=schedule, grid=grid, trajectory=True)
+    solution = samplers.sample(v, x0, sampler, times=grid, trajectory=True)
     return solution.trajectory[..., 0] / norm(schedule, grid)[:, None]
 
 
 lambdas, u = jnp.linspace(-8.5, 9, 241), (np.arange(256) + 0.5) / 256
 start = jnp.asarray(stats.norm.ppf(u))[:, None]  # quantiles of the noise
 grid_of = {name: schedule.t_from_log_snr(lambdas) for name, schedule in schedules.items()}
-scaled = {name: np.asarray(run("rk4", schedule, grid_of[name], start)) for name, schedule in schedules.items()}
+by_rk4, by_euler = samplers.RungeKutta("rk4"), samplers.RungeKutta("euler")
+scaled = {name: np.asarray(run(by_rk4, schedule, grid_of[name], start)) for name, schedule in schedules.items()}
 apart = max(abs(way - scaled["Linear"]).max() for way in scaled.values())
 print(f"largest distance between the rescaled trajectories of the three schedules: {apart:.0e}")
 assert apart < 1e-4
@@ -140,9 +141,9 @@ plt.show()
 # and on `EDM`, it is DDIM; on `VP` it is another method.
 
 # %%
-reference = run("ddim", Linear(), grid_of["Linear"][::30], start)[-1]
+reference = run(samplers.DDIM(Linear()), Linear(), grid_of["Linear"][::30], start)[-1]
 for name, schedule in schedules.items():
-    ends = [run(sampler, schedule, grid_of[name][::30], start)[-1] for sampler in ("ddim", "euler")]
+    ends = [run(sampler, schedule, grid_of[name][::30], start)[-1] for sampler in (samplers.DDIM(schedule), by_euler)]
     ddim, euler = (float(abs(end - reference).max()) for end in ends)
     print(f"{name:6} after 8 steps, distance to DDIM's points on Linear: DDIM {ddim:.0e}, Euler {euler:.0e}")
     assert ddim < 1e-8
@@ -371,8 +372,8 @@ def distribution_function(x):
 @jax.jit(static_argnums=2)
 def noisy(factor, x0, num_steps):
     g = samplers.falling_noise(Linear())
-    options = {"schedule": Linear(), "num_steps": num_steps}
-    return samplers.sample_sde(v_linear, None, lambda t: factor * g(t), key_sde, x0, **options).x
+    sde = samplers.EulerMaruyama(Linear(), lambda t: factor * g(t))
+    return samplers.sample(v_linear, x0, sde, times=num_steps, key=key_sde).x
 
 
 noises = jnp.asarray(stats.norm.ppf((np.arange(4096) + 0.5) / 4096))[:, None]
@@ -390,7 +391,7 @@ for factor in (0.0, 1.0, 2.0):
 # The optimum is learned, the map is fixed: solver and grid decide how close to it a few evaluations come. On the line
 # the exact end of a path is the quantile of the data with the rank of the noise, so that errors need no reference
 # solution. A method of order $k$ with four times as many steps is $4^k$ times as accurate, in the limit; we check it
-# for Euler's method and for `ab2` (Adams and Bashforth), which costs one evaluation a step as well.
+# for Euler's method and for that of Adams and Bashforth, which costs one evaluation a step as well.
 
 # %%
 fine = np.linspace(-4, 4, 200_001)
@@ -402,24 +403,31 @@ def even(num_steps, schedule, t0, t1):
 
 
 def error(sampler, schedule, make_grid, nfe):
-    grid = make_grid(nfe // samplers.SAMPLERS[sampler].nfe_per_step, schedule, *schedule.domain)
+    grid = make_grid(nfe // sampler.nfe_per_step, schedule, *schedule.domain)
     return float(np.sqrt(((run(sampler, schedule, grid, start)[-1] - exact) ** 2).mean()))
 
 
-for sampler, should in (("euler", 4), ("ab2", 16)):
-    few, many = (error(sampler, Linear(), even, nfe) for nfe in (32, 128))
-    print(f"{sampler:5} error of 32 evaluations {few:.1e}, of 128 {many:.1e}: ratio {few / many:.1f}, theory {should}")
+for name, sampler in {"euler": by_euler, "ab2": samplers.AdamsBashforth(2)}.items():
+    (few, many), should = (error(sampler, Linear(), even, nfe) for nfe in (32, 128)), 4**sampler.order
+    print(f"{name:5} error of 32 evaluations {few:.1e}, of 128 {many:.1e}: ratio {few / many:.1f}, theory {should}")
     assert 0.7 < few / many / should < 1.4
 
 # %% [markdown]
-# With eight evaluations we are far from that limit. Below is the error of five samplers that `fm_jax.samplers.sample`
-# knows by name, on two schedules, which one network serves by (10.2), with times uniform in $t$ and those of EDM
-# (`fm_jax.samplers.grids.edm`, dense near the data).
+# With eight evaluations we are far from that limit. Below is the error of five samplers on two schedules, which one
+# network serves by (10.2), with times uniform in $t$ and those of EDM (`fm_jax.samplers.grids.edm`, dense near the
+# data). Two of the samplers work in log-SNR and are made of the schedule.
 
 # %%
-names = ("euler", "ddim", "midpoint", "ab2", "dpm_solver++_2m")[: 2 if SMOKE else 5]
+makers = {
+    "euler": lambda _: by_euler,
+    "ddim": samplers.DDIM,
+    "midpoint": lambda _: samplers.RungeKutta("midpoint"),
+    "ab2": lambda _: samplers.AdamsBashforth(2),
+    "dpm_solver++_2m": samplers.DPMSolverPlusPlus,
+}
+names = list(makers)[: 2 if SMOKE else 5]
 columns = [(schedule, make_grid) for schedule in (Linear(), VP()) for make_grid in (even, grids.edm)]
-errors = np.array([[error(sampler, *column, 8) for column in columns] for sampler in names])
+errors = np.array([[error(makers[name](column[0]), *column, 8) for column in columns] for name in names])
 figure, ax = plt.subplots(figsize=(6, 2.8))
 ax.imshow(np.log(errors), cmap="Blues", aspect="auto")
 for (row, column), value in np.ndenumerate(errors):

@@ -224,10 +224,10 @@ def velocity_of(params, apply_fn):
 
 
 x0 = jax.random.normal(key_x0, (500, 2))
-samples = {"plain JAX": samplers.sample_ode(velocity_of(plain_params, plain_apply), x0, num_steps=25).x}
+samples = {"plain JAX": samplers.sample(velocity_of(plain_params, plain_apply), x0, times=25).x}
 for name, (params, apply_fn) in {"Flax NNX": from_nnx(nnx_field), "Equinox": from_equinox(eqx_field)}.items():
     print(f"weights of {name} less those of plain JAX: {largest(in_plain[name](params), plain_params):.0e}")
-    samples[name] = samplers.sample_ode(velocity_of(params, apply_fn), x0, num_steps=25).x
+    samples[name] = samplers.sample(velocity_of(params, apply_fn), x0, times=25).x
 distance = measure(wasserstein, moons, key_judge, samples["plain JAX"], repeats=5)
 print(f"2-Wasserstein distance to real moons: {distance}")
 assert SMOKE or distance.value < 3 * distance.floor.mean
@@ -270,8 +270,8 @@ assert diary == [(True, True), (False, False)]
 # %% [markdown]
 # ## Only the target
 #
-# A path is a value with one method: `fm_jax.paths.AffinePath.sample` gives $x_t$ and the velocity $u_t$ to regress, and
-# the loss around them can be your own. With the square it is (11.1) again.
+# A path is a value: `fm_jax.paths.AffinePath.sample` gives $x_t$ and the velocity $u_t$ to regress, and the loss around
+# them can be your own. With the square it is (11.1) again.
 #
 # The square is no matter of taste. The flow needs the conditional *mean* $v_t(x) = \mathbb{E}[u_t \mid x_t = x]$
 # ([Theorem 1](04_continuity.ipynb#eq-4-4)), which is what least squares finds; the absolute error finds the conditional
@@ -294,7 +294,8 @@ assert max(abs(best[0] - 0.25), best[1]) < 0.02
 # %% [markdown]
 # ## Your own path
 #
-# Anything with a `domain` and a `sample` is a path; a frozen dataclass is the natural form, as it compares, hashes and
+# Anything that has what `fm_jax.types.Path` lists is a path: where it starts, what can be learned of it and at which
+# times, a schedule if there is one, and `sample`. A frozen dataclass is the natural form, as it compares, hashes and
 # prints as what it is. Here the plane turns while the points go their straight ways, by a rotation $R_t$ through the
 # angle $2\pi (1 - t)$ times `turns`, so that $R_1$ is the identity:
 #
@@ -319,7 +320,7 @@ assert max(abs(best[0] - 0.25), best[1]) < 0.02
 @dataclass(frozen=True)
 class Swirl:
     turns: float = 1.0
-    domain = (0.0, 1.0)
+    source, schedule, domain, kinds = path.source, None, path.domain, ("velocity",)
 
     def turn(self, t, y):
         angle = 2 * jnp.pi * self.turns * (1 - shapes.expand_time(t, y))
@@ -329,6 +330,12 @@ class Swirl:
     def sample(self, key, t, x0, x1):
         y = path.sample(key, t, x0, x1)
         return PathSample(t, *jax.jvp(self.turn, (t, y.x_t), (jnp.ones_like(t), y.u_t)), x0, x1)
+
+    def targets(self, sample):
+        return {"velocity": sample.u_t}
+
+    def target_domain(self, kind):
+        return self.domain
 
 
 def swirl_apply(params, t, x, cond, *, train, rngs):
@@ -348,7 +355,7 @@ assert abs(swirl_value - straight_value) < 1e-4
 # %%
 grid = [i / 84 for i in range(85)]
 straight, turned = (
-    samplers.sample_ode(velocity_of(plain_params, apply_fn), x0[:150], grid=grid, trajectory=True).trajectory
+    samplers.sample(velocity_of(plain_params, apply_fn), x0[:150], times=grid, trajectory=True).trajectory
     for apply_fn in (plain_apply, swirl_apply)
 )
 
