@@ -20,8 +20,7 @@ import numpy as np
 import scipy.stats
 from lab import BLUE, GREY, INK, ORANGE, RED, film
 
-from fm_jax import oracles, samplers, schedules
-from fm_jax.likelihood import Exact
+from fm_jax import likelihood, oracles, samplers, schedules
 
 jax.config.update("jax_enable_x64", True)  # differences of densities need the digits
 prediction, log_prob, cdf = (jax.jit(f, static_argnums=1) for f in (oracles.prediction, oracles.log_prob, oracles.cdf))
@@ -157,7 +156,7 @@ def residual(density, drift, t, x, g=0.0):
         return density(t, x)[:, None] * drift(t, x) - g**2 / 2 * jax.grad(lambda x: density(t, x).sum())(x)
 
     change = jax.jvp(lambda t: density(t, x), (t,), (jnp.ones_like(t),))[1]
-    return change + Exact()(flux, None, t, x)[1]
+    return change + likelihood.Exact()(flux, None, t, x)[1]
 
 
 exact = np.abs(residual(density, v, 0.5, points)).max()
@@ -218,8 +217,7 @@ assert difference < 1e-9
 
 # %%
 start, to_data_set = np.array([[0.2, -2.0]]), oracles.velocity(data_set, schedule)
-times = samplers.grids.uniform(190, 0.0, 0.95)
-way = np.array(samplers.sample(to_data_set, start, times=times, trajectory=True).trajectory[:, 0])
+way = np.array(samplers.sample(to_data_set, start, times=np.linspace(0, 0.95, 191), trajectory=True).trajectory[:, 0])
 
 
 def draw(t, ax):
@@ -405,8 +403,7 @@ def distance(t, x):
 def simulate(key, a, b):
     exact = partial(oracles.prediction, target, schedule)
     v, s, g = lambda t, x: exact(t, x).velocity, lambda t, x: exact(t, x).score, lambda t: a + b * jnp.sin(jnp.pi * t)
-    sampler = samplers.StochasticHeun(diffusion=g, score=s)
-    return samplers.sample(v, x0, sampler, key=key, **options).trajectory[..., 0]
+    return samplers.sample(v, x0, samplers.StochasticHeun(diffusion=g, score=s), key=key, **options).trajectory[..., 0]
 
 
 runs, distances = {}, []

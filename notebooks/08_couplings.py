@@ -19,7 +19,6 @@ from lab import BLUE, GREEN, GREY, INK, ORANGE, PALE, RED, SMOKE, film
 from scipy.linalg import inv, sqrtm
 
 from fm_jax import couplings, fewstep, losses, metrics, models, oracles, paths, samplers, sources, train
-from fm_jax.samplers import RungeKutta
 from fm_jax.schedules import Linear
 
 jax.config.update("jax_enable_x64", True)  # several statements below are exact, and deserve more than seven digits
@@ -97,9 +96,9 @@ def eight_points(plan):
 def measure(plan, x0):
     """The trajectory of the flow from x0, its straightness, and where a single Euler step leads."""
     v = field(plan)
-    way = samplers.sample(v, x0, RungeKutta("rk4"), times=100, trajectory=True).trajectory
-    straightness = metrics.straightness(v, x0, sampler=RungeKutta("rk4"), times=100)
-    return way, straightness, samplers.sample(v, x0, RungeKutta("euler"), times=1).x
+    way = samplers.sample(v, x0, samplers.RungeKutta("rk4"), times=100, trajectory=True).trajectory
+    straightness = metrics.straightness(v, x0, sampler=samplers.RungeKutta("rk4"), times=100)
+    return way, straightness, samplers.sample(v, x0, samplers.RungeKutta("euler"), times=1).x
 
 
 for name, plan in plans.items():
@@ -399,8 +398,7 @@ assert of_batch < 0.3
 def bridge_end(key, x0, g):
     bridge = oracles.schroedinger_bridge(independent, 1.0)
     v, score = oracles.bridge_drift(bridge, 0.0), lambda t, x: oracles.bridge_prediction(bridge, t, x).score
-    sde = samplers.EulerMaruyama(diffusion=lambda t: g, score=score)
-    return samplers.sample(v, x0, sde, times=50, key=key).x
+    return samplers.sample(v, x0, samplers.EulerMaruyama(diffusion=lambda t: g, score=score), times=50, key=key).x
 
 
 for g in (0.0, 1.0, 2.0):
@@ -454,9 +452,8 @@ plt.show()
 # %%
 exact = oracles.velocity(data, Linear())
 num_pairs, num_steps, num_test = (512, 20, 256) if SMOKE else (8192, 2000, 512)
-normal = sources.Sampled(lambda key, num: draw_pairs(key, num)[0])
-options = {"source": normal, "sampler": RungeKutta("rk4"), "times": 20, "batch_size": num_pairs}
-of_flow, _ = fewstep.make_pairs(exact, key_flow, (num_pairs, 2), **options)
+options = {"source": sources.Sampled(lambda key, num: draw_pairs(key, num)[0]), "sampler": samplers.RungeKutta("rk4")}
+of_flow, _ = fewstep.make_pairs(exact, key_flow, (num_pairs, 2), times=20, batch_size=num_pairs, **options)
 x0, x1 = (np.asarray(x) for x in draw_pairs(key_pairs, num_pairs))
 x0_ot = [couplings.ExactOT()(None, x0[i : i + 256], x1[i : i + 256]).x0 for i in range(0, num_pairs, 256)]
 pairs = {"independent": {"x0": x0, "x1": x1}, "OT": {"x0": np.concatenate(x0_ot), "x1": x1}, "rectified": of_flow}
@@ -488,7 +485,7 @@ def fit(key, pairs):
 @jax.jit
 def judge(params, x0):
     v = exact if params is None else lambda t, x: model.apply({"params": params}, t, x)
-    ends = [samplers.sample(v, x0, RungeKutta("euler"), times=n).x for n in evaluations]
+    ends = [samplers.sample(v, x0, samplers.RungeKutta("euler"), times=n).x for n in evaluations]
     return ends, metrics.straightness(v, x0, times=100)
 
 

@@ -371,8 +371,7 @@ def distribution_function(x):
 
 @jax.jit(static_argnums=2)
 def noisy(factor, x0, num_steps):
-    g = samplers.falling_noise(Linear())
-    sde = samplers.EulerMaruyama(Linear(), lambda t: factor * g(t))
+    sde = samplers.EulerMaruyama(Linear(), lambda t: factor * samplers.falling_noise(Linear())(t))
     return samplers.sample(v_linear, x0, sde, times=num_steps, key=key_sde).x
 
 
@@ -418,16 +417,18 @@ for name, sampler in {"euler": by_euler, "ab2": samplers.AdamsBashforth(2)}.item
 # data). Two of the samplers work in log-SNR and are made of the schedule.
 
 # %%
-makers = {
-    "euler": lambda _: by_euler,
-    "ddim": samplers.DDIM,
-    "midpoint": lambda _: samplers.RungeKutta("midpoint"),
-    "ab2": lambda _: samplers.AdamsBashforth(2),
-    "dpm_solver++_2m": samplers.DPMSolverPlusPlus,
-}
-names = list(makers)[: 2 if SMOKE else 5]
+names = ("euler", "ddim", "midpoint", "ab2", "dpm_solver++_2m")[: 2 if SMOKE else 5]
+
+
+def choices(schedule):
+    of_velocity = by_euler, samplers.RungeKutta("midpoint"), samplers.AdamsBashforth(2)
+    return [of_velocity[0], samplers.DDIM(schedule), *of_velocity[1:], samplers.DPMSolverPlusPlus(schedule)][
+        : len(names)
+    ]
+
+
 columns = [(schedule, make_grid) for schedule in (Linear(), VP()) for make_grid in (even, grids.edm)]
-errors = np.array([[error(makers[name](column[0]), *column, 8) for column in columns] for name in names])
+errors = np.array([[error(sampler, *column, 8) for sampler in choices(column[0])] for column in columns]).T
 figure, ax = plt.subplots(figsize=(6, 2.8))
 ax.imshow(np.log(errors), cmap="Blues", aspect="auto")
 for (row, column), value in np.ndenumerate(errors):
