@@ -27,9 +27,8 @@ class Counted:
     function: Callable[..., Any]
     nfe: int | None
 
-    @property
-    def __wrapped__(self) -> Callable[..., Any]:  # so that it has the signature of the function
-        return self.function
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "__wrapped__", self.function)  # so that it has the signature of the function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(*args, **kwargs)

@@ -24,6 +24,8 @@ from fm_jax.types import KINDS, Array, Cond, Kind, ModelFn, Prediction, Schedule
 def convert(kind: Kind, value: Array, t: Array, x_t: Array, schedule: Schedule) -> Prediction:
     """All four descriptions from any one of them: the reparameterisations of a network, Tweedie's formula among them.
 
+    Notebooks: (4.10), (5.6).
+
     Args:
         kind: what `value` is: "velocity", "data", "noise" or "score".
         value: [batch, ...].
@@ -65,6 +67,8 @@ def convert(kind: Kind, value: Array, t: Array, x_t: Array, schedule: Schedule) 
 def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = None) -> VelocityFn:
     """The velocity function of a network: what every sampler takes.
 
+    Notebooks: (5.6).
+
     Args:
         model_fn: `model_fn(t, x, cond)`, with its parameters bound. A call of it is one network evaluation, unless it
             is `nfe.Counted` otherwise.
@@ -93,6 +97,8 @@ def network_cost(model_fn: Callable[..., Any]) -> int | None:
 
 def score_fn(v: VelocityFn, schedule: Schedule) -> Callable[[Array, Array], Array]:
     """The score function `grad log p_t(x)` of the marginals that a velocity function carries; infinite where sigma = 0.
+
+    Notebooks: (5.6).
 
     Args:
         v: velocity function of an affine path with a standard normal source.
@@ -161,6 +167,8 @@ def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule) ->
     of (alpha, sigma). Then `v_new(r, x) = s' x / s + s t' v(t, x / s)` (Pokle et al. 2023, arXiv:2310.04432, prop. 1;
     Shaul et al. 2023, arXiv:2310.19075). t' and s' come from the angle atan2(alpha, sigma), which is smooth where the
     SNR is 0 or infinite.
+
+    Notebooks: (10.1), (10.2).
 
     Args:
         v: velocity function on `old_schedule`.

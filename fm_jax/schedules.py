@@ -28,6 +28,8 @@ def _with_derivative(f: Callable[[Array], Array], t: Array) -> tuple[Array, Arra
 def coefficients(schedule: Schedule, t: Array) -> Coefficients:
     """alpha, sigma and their time derivatives.
 
+    Notebooks: (3.2).
+
     Args:
         schedule: any schedule.
         t: times of any shape, inside `schedule.domain` for finite results.
@@ -46,7 +48,10 @@ def coefficients(schedule: Schedule, t: Array) -> Coefficients:
 
 
 def log_snr(schedule: Schedule, t: Array) -> Array:
-    """log(alpha^2 / sigma^2) in the shape of `t`; -inf where alpha = 0 and inf where sigma = 0."""
+    """log(alpha^2 / sigma^2) in the shape of `t`; -inf where alpha = 0 and inf where sigma = 0.
+
+    Notebooks: (3.6).
+    """
     t = jnp.asarray(t, dtype=jnp.result_type(t, float))
     return 2 * (jnp.log(schedule.alpha(t)) - jnp.log(schedule.sigma(t)))
 
@@ -69,6 +74,8 @@ class Linear:
 
     `sigma_min = 0` is rectified flow (Liu et al. 2022, arXiv:2209.03003); a small positive `sigma_min` is the path of
     Lipman et al. 2022 (arXiv:2210.02747, eq. 20), which ends in a Gaussian of that width around each data point.
+
+    Notebooks: (3.2).
 
     Raises:
         ValueError: if `sigma_min` is outside [0, 1).
@@ -100,6 +107,8 @@ class Cosine:
 
     Albergo & Vanden-Eijnden 2022 (arXiv:2209.15571); in diffusion time the cosine schedule of Nichol & Dhariwal 2021
     (arXiv:2102.09672, eq. 17) without its offset.
+
+    Notebooks: (3.2).
     """
 
     @property
@@ -120,6 +129,8 @@ class Cosine:
 @dataclass(frozen=True)
 class Polynomial:
     """alpha = t^n, sigma = 1 - t^n: the linear path run at another speed.
+
+    Notebooks: (3.2).
 
     Raises:
         ValueError: if `n` is not positive.
@@ -150,6 +161,8 @@ class VP:
 
     `T(t) = s beta_min + s^2 (beta_max - beta_min) / 2` with `s = 1 - t` (Song et al. 2021, arXiv:2011.13456, eq. 33).
     At t = 0 a little signal is left, alpha(0) = 0.0066; at t = 1 sigma has an infinite slope, left out of the domain.
+
+    Notebooks: (2.9).
 
     Raises:
         ValueError: unless 0 < beta_min <= beta_max.
@@ -185,7 +198,10 @@ class VP:
 
 @dataclass(frozen=True)
 class LinearVP:
-    """alpha = t, sigma = sqrt(1 - t^2): variance-preserving with linear signal; the slope of sigma is infinite at 1."""
+    """alpha = t, sigma = sqrt(1 - t^2): variance-preserving with linear signal; the slope of sigma is infinite at 1.
+
+    Notebooks: (3.2).
+    """
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -207,6 +223,8 @@ class VE:
 
     Song et al. 2021 (arXiv:2011.13456, eq. 31) in reversed time. The source still carries the data at t = 0:
     `x_0 = x1 + sigma_max x0`, so sampling starts from `paths.start` and `sigma_max` has to be large.
+
+    Notebooks: (3.2).
 
     Raises:
         ValueError: unless 0 < sigma_min < sigma_max.
@@ -240,6 +258,8 @@ class EDM:
     Euler and Heun steps in t are then those in sigma of Karras et al. 2022 (arXiv:2206.00364, algorithm 1). Sampling
     starts from `paths.start`, as with `VE`.
 
+    Notebooks: (3.2).
+
     Raises:
         ValueError: unless `sigma_max` is positive and finite.
     """
@@ -264,7 +284,10 @@ class EDM:
 
 
 def linear_betas(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> tuple[float, ...]:
-    """The beta table of Ho et al. 2020 (arXiv:2006.11239, sec. 4), equally spaced from `beta_start` to `beta_end`."""
+    """The beta table of Ho et al. 2020 (arXiv:2006.11239, sec. 4), equally spaced from `beta_start` to `beta_end`.
+
+    Notebooks: (5.8).
+    """
     check_integer("num_steps", num_steps, least=2)
     return tuple(beta_start + (beta_end - beta_start) * i / (num_steps - 1) for i in range(num_steps))
 
@@ -276,6 +299,8 @@ class DDPM:
     The n-th of N entries (n = 1..N) sits at `t = 1 - n / N`: there alpha^2 = prod_{i <= n} (1 - beta_i), Ho et al. 2020
     (arXiv:2006.11239, eq. 4). In between, log alpha is linear, which is the VP diffusion with a piecewise constant
     beta. The domain ends at the table's first entry, t = 1 - 1 / N.
+
+    Notebooks: (2.9), (5.8).
 
     Raises:
         ValueError: if the table has fewer than two entries or one outside (0, 1).

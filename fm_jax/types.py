@@ -28,7 +28,10 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Coefficients(NamedTuple):
-    """Coefficients of `x_t = alpha x1 + sigma x0` and their time derivatives, in the shape of `t`."""
+    """Coefficients of `x_t = alpha x1 + sigma x0` and their time derivatives, in the shape of `t`.
+
+    Notebooks: (3.2).
+    """
 
     alpha: Array
     sigma: Array
@@ -40,6 +43,8 @@ class PathSample(NamedTuple):
     """A point on a conditional path: `t` [batch]; `x_t`, `u_t` = dx_t/dt, `x0`, `x1` all [batch, ...].
 
     `z` [batch, ...] is the latent noise of a bridge, standard normal; `None` where the path has none.
+
+    Notebooks: (3.4).
     """
 
     t: Array
@@ -51,7 +56,10 @@ class PathSample(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """The four equivalent descriptions of a Gaussian marginal path at (t, x_t), each [batch, ...]."""
+    """The four equivalent descriptions of a Gaussian marginal path at (t, x_t), each [batch, ...].
+
+    Notebooks: (5.6).
+    """
 
     velocity: Array
     data: Array
@@ -90,7 +98,10 @@ class Solution(NamedTuple):
 
 
 class VelocityFn(Protocol):
-    """`v(t, x) -> dx/dt`: `t` a scalar or [batch], `x` [batch, ...]. Samplers take one; everything else returns one."""
+    """`v(t, x) -> dx/dt`: `t` a scalar or [batch], `x` [batch, ...]. Samplers take one; everything else returns one.
+
+    Notebooks: (1.1).
+    """
 
     def __call__(self, t: Array, x: Array, /) -> Array: ...
 
@@ -121,7 +132,10 @@ class ApplyFn(Protocol):
 
 
 class LossFn(Protocol):
-    """What `jax.value_and_grad(loss_fn, has_aux=True)` sees: a scalar and a dict of scalars."""
+    """What `jax.value_and_grad(loss_fn, has_aux=True)` sees: a scalar and a dict of scalars.
+
+    Notebooks: (11.1).
+    """
 
     def __call__(
         self, params: Params, key: Key, batch: Batch, /, *, target_params: Params | None = None
@@ -228,4 +242,7 @@ class Sampler(Protocol):
 Weight: TypeAlias = Callable[[Array, Any, Schedule], Array]
 """`weight(t, kind, schedule) -> [batch]`: multiplies the squared error of a prediction of that kind."""
 Diffusion: TypeAlias = float | Callable[[Array], Array]
-"""The noise coefficient g(t) of an SDE: a number, or a function of a scalar time."""
+"""The noise coefficient g(t) of an SDE: a number, or a function of a scalar time.
+
+Notebooks: (2.2).
+"""

@@ -1,8 +1,9 @@
-"""The sources of the site: `make docs` builds it and checks the rest. Sphinx is not needed here."""
+"""What the site is made of: `make docs` builds it and checks the rest. Sphinx is not needed here."""
 
-import importlib.util
+import importlib
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,111 +11,138 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
-
-def load(name):
-    """A file of docs/, which is no package."""
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+sys.path.insert(0, str(DOCS))  # which is no package
+build, equations, pages, public, reference = map(
+    importlib.import_module, ("build", "equations", "pages", "public", "reference")
+)
+sys.path.remove(str(DOCS))
 
 
-public, equations, docstrings = load("public"), load("equations"), load("docstrings")
-DOCUMENTED = public.documented()
-
-
-def test_every_public_name_is_on_a_page():
-    assert len(DOCUMENTED) > 200
-    assert public.missing() == []
-
-
-def test_no_name_is_on_two_pages():
-    paths = [each.path for each in DOCUMENTED]
-    assert sorted(paths) == sorted(set(paths))
+def test_every_public_name_is_on_one_page_and_has_a_docstring():
+    assert len(public.documented()) > 200
+    assert len(public.documented()) == len(set(public.documented()))
+    assert public.problems() == []
 
 
 def test_a_name_that_is_missing_is_found(tmp_path):
     (tmp_path / "losses.md").write_text("```{objects} fm_jax.losses\nflow_matching\n```\n")
-    missing = public.missing(tmp_path)
-    assert "fm_jax.losses.score_matching" in missing
-    assert "fm_jax.losses.flow_matching" not in missing
+    problems = public.problems(tmp_path)
+    assert "fm_jax.losses.score_matching is not in docs/reference" in problems
+    assert "fm_jax.losses.flow_matching is not in docs/reference" not in problems
 
 
-@pytest.mark.parametrize("page", sorted({each.page for each in DOCUMENTED}))
-def test_objects_have_docstrings(page):
-    objects = {each.path: each.load() for each in DOCUMENTED if each.page == page}
-    described = {path: obj for path, obj in objects.items() if inspect.isclass(obj) or inspect.isfunction(obj)}
-    assert [path for path, obj in described.items() if not inspect.getdoc(obj)] == []
+def test_a_name_of_nothing_is_found(tmp_path):
+    (tmp_path / "losses.md").write_text("```{objects} fm_jax.losses\nflow_matching\nflow_matched\n```\n")
+    assert public.problems(tmp_path)[0] == "fm_jax.losses.flow_matched is in docs/reference but not in fm_jax"
 
 
-def test_the_table_of_equations_names_objects_and_equations():
-    assert equations.TABLE.keys() <= {each.path for each in DOCUMENTED}
-    named = {number for numbers in equations.TABLE.values() for number in numbers}
-    assert named <= equations.read().keys()
+def test_docstrings_name_equations_that_exist(monkeypatch):
+    assert equations.problems() == []
+    assert "fm_jax.losses.flow_matching" in equations.implementers()["5.3"]
+    known = {number: each for number, each in equations.read().items() if number != "5.3"}
+    monkeypatch.setattr(equations, "read", lambda: known)
+    (problem,) = equations.problems()
+    assert problem.endswith(": there is no equation (5.3)")
+
+
+def test_a_line_that_the_reference_does_not_show_is_found(monkeypatch):
+    shown = [path for path in public.documented() if path != "fm_jax.losses.flow_matching"]
+    monkeypatch.setattr(public, "documented", lambda: shown)
+    assert "of which the reference shows" in equations.problems()[-1]
+
+
+@pytest.mark.parametrize("tag", ["1.2", "1.1} \\end{aligned"])
+def test_a_number_that_is_not_that_of_its_anchor_is_refused(monkeypatch, tmp_path, tag):
+    (tmp_path / "notebooks").mkdir()
+    cell = (
+        f'{{"cell_type": "markdown", "source": ["# 1\\n\\n<a id=\\"eq-1-1\\"></a>\\n\\n$$\\nx \\\\tag{{{tag}}}\\n$$"]}}'
+    )
+    (tmp_path / "notebooks" / "01_a.ipynb").write_text(f'{{"cells": [{cell}]}}'.replace(" \\end", " \\\\end"))
+    monkeypatch.setattr(public, "ROOT", tmp_path)
+    with pytest.raises(ValueError, match="must end one display"):
+        equations.read.__wrapped__()
 
 
 def test_every_page_is_in_a_toctree():
-    pages = {str(page.relative_to(DOCS).with_suffix("")) for page in DOCS.rglob("*.md")}
-    listed = set()
+    listed = {"docs/index"}
     for page in DOCS.rglob("*.md"):
         for block in re.findall(r"^```\{toctree\}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
             for line in block.splitlines():
                 if line and not line.startswith(":"):
                     entry = line.rpartition("<")[2].rstrip(">")
-                    listed.add(str((page.parent / entry).relative_to(DOCS)))
-    assert {page.replace("howto/README", "howto/index") for page in pages - {"index"}} <= listed
+                    listed.add(entry[1:] if entry[0] == "/" else str((page.parent / entry).relative_to(ROOT)))
+    assert {str(page.relative_to(ROOT).with_suffix("")) for page in DOCS.rglob("*.md")} <= listed
     assert "notebooks/*" in listed
 
 
-def test_markdown_in_docstrings_becomes_rest():
-    text = """`a | b`s mean |x|, s* and x_ of *this*.
-
-    v = a* x_
-
-| a | b |
-|---|---|
-| `c` | 1 |
-
-* one
-Returns:
-    `v(t, x)`: a function.
-"""
-    rest = docstrings.to_rest(text.split("\n"))
-    assert rest[0] == r"``a | b``\ s mean \|x\|, s\* and x\_ of *this*."
-    assert rest[2:5] == [".. code-block:: text", "", "    v = a* x_"]
-    assert "   * - ``c``" in rest
-    assert "* one" in rest
-    assert rest[-2] == f"    ``v(t, x)``{docstrings.COLON} a function."
+def test_links_lead_to_the_pages_of_the_site():
+    """From the README, from a folder and from a notebook: pages, the first page, and folders that have none."""
+    assert pages.link("docs/samplers.md#what-there-is", "README.md") == "/docs/samplers.md#what-there-is"
+    assert pages.link("../../README.md", "docs/howto/extend.md") == "/docs/index.md"
+    assert pages.link("../experiments", "notebooks/01_flows.ipynb") == "/experiments/README.md"
+    assert pages.link("../tests", "docs/samplers.md") is None
+    assert pages.link("https://arxiv.org", "README.md") == "https://arxiv.org"
+    assert pages.link("#here", "README.md") == "#here"
 
 
-def test_links_lead_to_the_pages_of_the_site(monkeypatch, tmp_path):
-    """From the README and from two folders: pages, notebooks, modules, and folders that have no page."""
-    monkeypatch.syspath_prepend(DOCS)
-    sources = load("sources").Sources(tmp_path)
-
-    def link(target, path, page):
-        return sources.markdown(f"[text]({target})", path, page)
-
-    assert link("docs/samplers.md#what-there-is", "README.md", "index.md") == "[text](samplers.md#what-there-is)"
-    assert link("../../README.md", "docs/howto/extend.md", "howto/extend.md") == "[text](../index.md)"
-    assert link("../samplers.md", "docs/howto/extend.md", "howto/extend.md") == "[text](../samplers.md)"
-    assert link("../fm_jax/oracles/mixture.py", "docs/samplers.md", "samplers.md") == "[text](reference/oracles.md)"
-    assert link("../experiments", "notebooks/01_flows.ipynb", "notebooks/01_flows.ipynb") == "[text](../experiments.md)"
-    assert link("../tests", "docs/samplers.md", "samplers.md") == "text"
-    assert link("https://arxiv.org", "README.md", "index.md") == "[text](https://arxiv.org)"
-    assert sources.markdown("`[text](README.md)`", "README.md", "index.md") == "`[text](README.md)`"
+def test_texts_get_their_links():
+    text = "[a](samplers.md), [tests](../tests), `[b](c.md)`, `losses.flow_matching(...)`, `jnp.exp`, arXiv:2210.02747"
+    assert pages.markdown(text, "docs/couplings.md") == (
+        "[a](/docs/samplers.md), tests, `[b](c.md)`, "
+        "{py:obj}`losses.flow_matching(...) <fm_jax.losses.flow_matching>`, `jnp.exp`, "
+        "[arXiv:2210.02747](https://arxiv.org/abs/2210.02747)"
+    )
+    assert pages.markdown("```\n[a](b.md)\n```\n# `AffinePath`", "docs/couplings.md") == (
+        "```\n[a](b.md)\n```\n# `AffinePath`"
+    )
+    assert pages.markdown("[samplers.md](samplers.md)", "docs/couplings.md") == "[](/docs/samplers.md)"
 
 
-def test_links_that_lead_nowhere_are_found(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(DOCS)
-    check = load("check")
+def test_code_means_what_its_module_means_by_it():
+    assert public.find("log_prob") is None  # of two modules
+    assert public.find("log_prob", "fm_jax.oracles") == "fm_jax.oracles.log_prob"
+    assert public.find("AffinePath.sample") == "fm_jax.paths.AffinePath"
+    assert pages.code("apply_fn", signature="f(apply_fn: ApplyFn)") == "`apply_fn`"
+
+
+def example(x: float, *, scale: float = 2.0) -> float:
+    """Multiplies, see `AffinePath`.
+
+    Notebooks: (5.2), (5.3).
+
+    Args:
+        x: a number,
+            and more.
+
+    Returns:
+        The product: a number.
+
+    Example:
+        >>> example(1.0)
+        2.0
+    """
+    return scale * x
+
+
+def test_a_docstring_as_markdown():
+    assert reference.signature(example) == "(x: float, *, scale: float=2.0) -> float"
+    text = reference.markdown(inspect.getdoc(example), "fm_jax.paths")
+    assert re.split(r"\n{2,}", text.strip()) == [
+        "Multiplies, see {py:obj}`AffinePath <fm_jax.paths.AffinePath>`.",
+        "{.derived}\nNotebooks: {ref}`(5.2) <eq-5-2>`, {ref}`(5.3) <eq-5-3>`.",
+        ":param x: a number,\n    and more.",
+        ":returns:\n    The product: a number.",
+        ":::{rubric} Example\n:::",
+        "```pycon\n>>> example(1.0)\n2.0\n```",
+    ]
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path):
     (tmp_path / "a.html").write_text(
         '<p id="here"></p><a href="#here"></a><a href="b.html#there"></a><img src="c.png">'
     )
-    (tmp_path / "b.html").write_text(
-        '<a href="a.html#here"></a><a href="https://example.org"></a><b id="x" /><b id="x">'
-    )
-    assert check.links(tmp_path) == [
+    (tmp_path / "b.html").write_text('<a href="a.html#here"></a><a href="https://a.b#c"></a><b id="x" /><b id="x">')
+    assert build.broken_links(tmp_path) == [
         "a.html: b.html#there has no such anchor",
         "a.html: c.png does not exist",
         "b.html: the id x is there twice",

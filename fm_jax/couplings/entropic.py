@@ -35,6 +35,8 @@ class EntropicOT:
     that has not converged is never used: it raises, or inside `jit`, where nothing can be raised, the weights of the
     pairs are NaN, and with them the loss. Needs `ott-jax`.
 
+    Notebooks: (8.7).
+
     Attributes:
         epsilon: strength of the entropy, in units of the cost.
         cost: `cost(x0, x1) -> [batch, batch]`.
@@ -99,6 +101,8 @@ def schrodinger_bridge_ot(sigma: float, **options) -> EntropicOT:
 
     From x0 Brownian motion reaches x1 at time 1 with a density proportional to exp(-|x1 - x0|^2 / (2 sigma^2)), which
     is Sinkhorn's kernel exp(-c / epsilon). Use it with `BrownianBridge(sigma)`, of the same sigma.
+
+    Notebooks: (8.7).
 
     Args:
         sigma: of the bridge's reference process, positive.

@@ -32,6 +32,8 @@ class ExactOT:
 
     Called with NumPy arrays it works in NumPy alone; inside `jit` it is a host callback.
 
+    Notebooks: (8.6).
+
     Attributes:
         cost: `cost(x0, x1) -> [batch, batch]`.
         maximize: the most expensive pairing in place of the cheapest ("anti-OT"), for study.
@@ -74,7 +76,10 @@ class ExactOT:
 
 
 minibatch_ot = ExactOT()
-"""`ExactOT()`: squared Euclidean costs, within each class where there are integer labels."""
+"""`ExactOT()`: squared Euclidean costs, within each class where there are integer labels.
+
+Notebooks: (8.6).
+"""
 anti_ot = ExactOT(maximize=True)
 """`ExactOT(maximize=True)`: the most expensive pairing, for study."""
 

@@ -11,6 +11,8 @@ from fm_jax.types import Array, Cond, Key, Pairing
 def independent(key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
     """The product coupling: pairs as they come, of a source and data drawn independently.
 
+    Notebooks: (8.1).
+
     Args:
         key: not used; there so that every coupling has one signature.
         x0: source [batch, ...].

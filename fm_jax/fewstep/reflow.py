@@ -113,6 +113,8 @@ def reflow(
 ) -> list[VelocityFn]:
     """Rectifies a flow `rounds` times: pairs of the last flow, then a new flow fitted to them.
 
+    Notebooks: (8.9).
+
     Args:
         fit: `fit(round, pairs) -> v`, the training, on a linear path with `coupling=paired`; rounds count from 0.
         v: velocity function of the first flow, the "1-rectified flow" if it was trained on a linear path.

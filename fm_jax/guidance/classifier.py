@@ -31,6 +31,8 @@ def classifier(
     that of a trained one does not quite: its error is multiplied by 1 / alpha. Let a trained classifier guide from
     later on, say t = 0.1, by `interval`.
 
+    Notebooks: (6.2), (6.3).
+
     Args:
         v: unconditional velocity function.
         log_prob_fn: `log_prob_fn(t, x)` with t [batch] and x [batch, ...]: log p(y | t, x) [batch] of the class that

@@ -29,6 +29,8 @@ def classifier_free(
     Any two will do. With a weaker model of the same data as `v_uncond`, smaller or less trained and under the same
     condition, this is autoguidance (Karras et al. 2024, arXiv:2406.02507).
 
+    Notebooks: (6.4).
+
     Args:
         v_cond: conditional velocity function.
         v_uncond: unconditional velocity function.
@@ -75,6 +77,8 @@ def classifier_free_batched(
     """`classifier_free` of one network under two conditions, both in one call of twice the batch.
 
     A negative condition, to be avoided, is given as `null_cond`: `v_negative + scale (v_cond - v_negative)`.
+
+    Notebooks: (6.4).
 
     Args:
         model_fn: `model_fn(t, x, cond)`, with its parameters bound.

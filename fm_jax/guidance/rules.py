@@ -52,6 +52,8 @@ class Extrapolate:
     one covariance: the tilted laws at different t are not marginals of one path. For N(m_c, a^2) and N(m_u, b^2) on
     the line their standard deviation is a^scale b^(1 - scale), and not (scale / a^2 + (1 - scale) / b^2)^(-1/2).
 
+    Notebooks: (6.4).
+
     Example:
         >>> Extrapolate()(0.5, jnp.zeros((1, 2)), jnp.ones((1, 2)), jnp.zeros((1, 2)), 3.0)
         Array([[3., 3.]], dtype=float32)

@@ -63,6 +63,8 @@ def bits_per_dim(
     tolerances, and nothing is reported where the two disagree. Works on the host: call it outside `jax.jit`, which it
     applies itself, compiling once for each `v`, sampler and shape (do not make `v` anew for each batch).
 
+    Notebooks: (7.8).
+
     Args:
         v: velocity function of a model of dequantised data; called with one draw for each image.
         key: for dequantisation and the probes; draw i uses the two halves of `fold_in(key, i)`.

@@ -37,6 +37,8 @@ class Exact:
     The examples of a batch share each basis vector, since `v` acts on each alone. Memory is that of one linearisation
     and `chunk` products, not d, also when differentiated in reverse. Draws nothing and ignores a key.
 
+    Notebooks: (7.1).
+
     Args:
         chunk: products computed at once.
 
@@ -83,6 +85,8 @@ class Hutchinson:
 
     With S = (J + J') / 2, one probe has variance `2 (|S|_F^2 - sum_i S_ii^2)` if Rademacher, which has the least, and
     `2 |S|_F^2` if Gaussian.
+
+    Notebooks: (7.7).
 
     Args:
         num_probes: how many, all at once in memory.

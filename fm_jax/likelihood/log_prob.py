@@ -38,6 +38,8 @@ def log_prob(
     Differentiable in `x1` and in what `v` closes over, so that `-log_prob(...).mean()` trains a continuous normalising
     flow. With a stochastic divergence it is unbiased up to the error of the solve.
 
+    Notebooks: (7.4), (7.6).
+
     Args:
         v: velocity function.
         x1: data [batch, ...], any event shape.
@@ -79,6 +81,8 @@ def encode_and_log_prob(
 ) -> tuple[Solution, Array]:
     """Where data come from, and their log-density, in one solve from the last time back to the first.
 
+    Notebooks: (7.4), (7.6).
+
     Args:
         v: velocity function.
         x1: data [batch, ...].
@@ -107,6 +111,8 @@ def sample_and_log_prob(
     times: int | ArrayTree | None = None,
 ) -> tuple[Solution, Array]:
     """Samples and their log-density, in one solve from the first time to the last.
+
+    Notebooks: (7.4), (7.6).
 
     Args:
         v: velocity function.

@@ -60,6 +60,8 @@ def bridge_matching(
     [SF]2M, and the SDE of these two with g = sigma is the Schroedinger bridge; other paths and couplings give the other
     stochastic interpolants.
 
+    Notebooks: (8.8).
+
     Args:
         apply_fn: the network, `apply_fn(params, t, x, cond, train=, rngs=) -> (drift, noise)`; made of one network by
             `split_channels`, of two by `two_heads`.

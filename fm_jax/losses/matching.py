@@ -46,6 +46,8 @@ def flow_matching(
     conditional score (denoising score matching, Vincent 2011). By the marginalisation trick its minimiser is the
     marginal quantity, `E[target | x_t]`.
 
+    Notebooks: (5.2), (5.3), (10.4).
+
     Args:
         apply_fn: the network, `apply_fn(params, t, x, cond, train=, rngs=)`.
         path: conditional path, e.g. `AffinePath(Linear())` or `BrownianBridge(1.0)`.
@@ -176,6 +178,8 @@ def score_matching(apply_fn: ApplyFn, path: Path, *, weight: Weight | None = Non
     """Denoising score matching, by default weighted with sigma^2 so that all times count alike.
 
     Vincent 2011; Song et al. 2021 (arXiv:2011.13456, eq. 7). Arguments as in `flow_matching`.
+
+    Notebooks: (5.5).
     """
     weight = _sigma_squared if weight is None else weight
     return flow_matching(apply_fn, path, kind="score", weight=weight, **options)
@@ -187,7 +191,10 @@ def _sigma_squared(t: Array, kind: str, schedule: Schedule) -> Array:
 
 
 def noise_prediction(apply_fn: ApplyFn, path: Path, **options) -> LossFn:
-    """DDPM's simple loss |f - x0|^2 (Ho et al. 2020, arXiv:2006.11239, eq. 14). Arguments as in `flow_matching`."""
+    """DDPM's simple loss |f - x0|^2 (Ho et al. 2020, arXiv:2006.11239, eq. 14). Arguments as in `flow_matching`.
+
+    Notebooks: (5.5).
+    """
     return flow_matching(apply_fn, path, kind="noise", **options)
 
 

@@ -21,6 +21,8 @@ from fm_jax.types import KINDS, Array, Kind, Schedule
 def error_scale(kind: Kind, t: Array, schedule: Schedule) -> Array:
     """By how much an error of the data prediction is multiplied in a prediction of `kind`.
 
+    Notebooks: (5.7).
+
     Args:
         kind: "velocity", "data", "noise" or "score".
         t: any shape.
@@ -57,6 +59,8 @@ class SNRWeight:
     """Weight SNR^power on data prediction: power 1 is the noise loss of DDPM, power 0 uniform on data.
 
     Salimans & Ho 2022 (arXiv:2202.00512, sec. 4); `power = 1` with `kind="noise"` is Ho et al. 2020, eq. 14.
+
+    Notebooks: (5.7), (10.4).
     """
 
     power: float = 1.0
@@ -68,7 +72,10 @@ class SNRWeight:
 
 @dataclass(frozen=True)
 class MinSNRWeight:
-    """Weight min(SNR, gamma) on data prediction (Hang et al. 2023, arXiv:2303.09556, sec. 3.4)."""
+    """Weight min(SNR, gamma) on data prediction (Hang et al. 2023, arXiv:2303.09556, sec. 3.4).
+
+    Notebooks: (10.4).
+    """
 
     gamma: float = 5.0
 
@@ -85,6 +92,8 @@ class EDMWeight:
     """Weight (s^2 + sigma_data^2) / (s sigma_data)^2 on data prediction, s = sigma / alpha: EDM's effective weight.
 
     Karras et al. 2022 (arXiv:2206.00364, table 1). Equal to SNR + 1 / sigma_data^2.
+
+    Notebooks: (10.4).
     """
 
     sigma_data: float = 0.5

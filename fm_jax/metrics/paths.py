@@ -32,6 +32,8 @@ def path_energy(
     (Benamou & Brenier 2000): that is its floor. The kinetic-optimal paths are those of least energy (Shaul et al.
     2023, arXiv:2306.06626).
 
+    Notebooks: (8.2).
+
     Args:
         v: velocity function; called with a scalar t.
         x0: drawn from the source, [batch, ...].
@@ -103,6 +105,8 @@ def straightness(
     what the path energy has in excess of the cost of its own coupling, `S = PE - E|x1 - x0|^2` (Pooladian et al. 2023,
     arXiv:2304.14772), which a reflow brings down. On another interval x1 - x0 stands for the mean velocity
     `(x1 - x0) / (t1 - t0)`.
+
+    Notebooks: (8.2).
 
     Args:
         v: velocity function; called with a scalar t.

@@ -18,7 +18,10 @@ small_normal = nn.initializers.normal(0.02)
 
 
 def patchify(x: Array, patch_size: int) -> Array:
-    """Cuts images [batch, h, w, c] into patches [batch, h w / p^2, p^2 c], both in row-major order."""
+    """Cuts images [batch, h, w, c] into patches [batch, h w / p^2, p^2 c], both in row-major order.
+
+    Notebooks: (9.6).
+    """
     batch_size, height, width, channels = x.shape
     rows, columns = height // patch_size, width // patch_size
     x = x.reshape(batch_size, rows, patch_size, columns, patch_size, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -61,7 +64,10 @@ def layer_norm(dtype: Dtype, name: str) -> nn.LayerNorm:
 
 
 def modulate(h: Array, shift: Array, scale: Array) -> Array:
-    """`h (1 + scale) + shift` for tokens [batch, tokens, d] with `shift` and `scale` [batch, 1, d]."""
+    """`h (1 + scale) + shift` for tokens [batch, tokens, d] with `shift` and `scale` [batch, 1, d].
+
+    Notebooks: (9.7).
+    """
     return h * (1.0 + scale) + shift
 
 
@@ -71,6 +77,8 @@ class DiTBlock(nn.Module):
     The identity at initialisation, because the gates start at zero.
 
     Attributes: see `DiT`.
+
+    Notebooks: (9.7).
     """
 
     num_heads: int
@@ -99,6 +107,8 @@ class DiTBlock(nn.Module):
 
 class DiT(nn.Module):
     """A transformer over the patches of an image, conditioned by adaLN-Zero; zero at initialisation.
+
+    Notebooks: (9.6).
 
     Attributes:
         patch_size: side of a patch in pixels.

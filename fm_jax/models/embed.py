@@ -25,6 +25,8 @@ from fm_jax.types import Array, Cond
 class LabelEmbedding(nn.Module):
     """A learned vector for each class, and one more, the last row, for "no class".
 
+    Notebooks: (9.3).
+
     Attributes:
         num_classes: number of classes; the label `num_classes` is "no class".
         stddev: standard deviation of the initial table. The paper's diffusion transformer has 0.02.

@@ -39,6 +39,8 @@ def sinusoidal_features(t: Array, dim: int, *, scale: float = 1000.0, max_period
 
     `[cos(w_i scale t), sin(w_i scale t)]` with `w_i = max_period^(-i / (dim / 2))`, `i = 0, ..., dim / 2 - 1`.
 
+    Notebooks: (9.2).
+
     Args:
         t: times in [0, 1], [batch].
         dim: number of features, even.
@@ -68,6 +70,8 @@ def sinusoidal_features(t: Array, dim: int, *, scale: float = 1000.0, max_period
 
 class TimeEmbedding(nn.Module):
     """Embeds time: `W2 silu(W1 features(t) + b1) + b2`, in float32.
+
+    Notebooks: (9.3).
 
     Attributes:
         time_features: number of sinusoidal features.

@@ -34,6 +34,8 @@ class ResBlock(nn.Module):
     `x' + conv(silu(condition(norm(conv(silu(norm(x)))))))`, where `x'` is `x`, through a 1x1 convolution if the
     number of channels changes. FiLM conditions by `norm(h) (1 + scale) + shift`, otherwise by `norm(h + shift)`.
 
+    Notebooks: (9.4).
+
     Attributes:
         features: output channels.
         film: scale and shift (FiLM) instead of only shift.
@@ -91,6 +93,8 @@ class UNet(nn.Module):
 
     Level 0 is the full resolution; each further level halves it. Every level has `num_blocks` residual blocks on the
     way down and `num_blocks + 1` on the way up, which see the matching activations of the way down.
+
+    Notebooks: (9.5).
 
     Attributes:
         channels: base number of channels.

@@ -119,6 +119,8 @@ def optimal_plan(pair: GaussianPair) -> GaussianPair:
     """The ends of `pair` under the coupling of least E|x0 - x1|^2, where x1 = `monge_map(pair, x0)`.
 
     `cross = C0^1/2 (C0^1/2 C1 C0^1/2)^1/2 C0^-1/2`; whatever `pair.cross` was is replaced.
+
+    Notebooks: (8.5).
     """
     return _with_regularisation(pair, 0.0)
 
@@ -129,6 +131,8 @@ def entropic_plan(pair: GaussianPair, sigma: float) -> GaussianPair:
     It minimises `E|x0 - x1|^2 / 2 + sigma^2 KL(plan | independent)`, so its density is
     `exp(-|x0 - x1|^2 / (2 sigma^2)) f(x0) g(x1)`, by which
     `cross = C0^1/2 (C0^1/2 C1 C0^1/2 + sigma^4/4 I)^1/2 C0^-1/2 - sigma^2/2 I`.
+
+    Notebooks: (8.7).
 
     Args:
         pair: the two ends; its own coupling is replaced.
@@ -160,6 +164,8 @@ def bures_distance(pair: GaussianPair) -> Array:
 
     `W2^2 = |m0 - m1|^2 + tr(C0 + C1 - 2 (C0^1/2 C1 C0^1/2)^1/2)`, in the units of x.
 
+    Notebooks: (8.5).
+
     Example:
         >>> float(bures_distance(gaussian_pair([0.0], [[1.0]], [3.0], [[25.0]])))  # sqrt(3^2 + (5 - 1)^2)
         5.0
@@ -180,7 +186,10 @@ def _monge_matrix(pair: GaussianPair) -> tuple[Array, Array]:
 
 
 def monge_map(pair: GaussianPair, x0: Array) -> Array:
-    """The optimal transport map of x0 [batch, d], `m1 + T (x0 - m0)`, `T = C0^-1/2 (C0^1/2 C1 C0^1/2)^1/2 C0^-1/2`."""
+    """The optimal transport map of x0 [batch, d], `m1 + T (x0 - m0)`, `T = C0^-1/2 (C0^1/2 C1 C0^1/2)^1/2 C0^-1/2`.
+
+    Notebooks: (8.5).
+    """
     eigenvalues, eigenvectors = _monge_matrix(pair)
     return pair.mean1[None] + (x0 - pair.mean0[None]) @ (eigenvectors * eigenvalues[None]) @ eigenvectors.T
 
@@ -223,6 +232,8 @@ def schroedinger_bridge(pair: GaussianPair, sigma: float) -> GaussianBridge:
 
     The entropic plan, with a Brownian bridge between its ends: `gamma^2 = sigma^2 t (1 - t)` (Leonard 2014; Bunne et
     al. 2022, arXiv:2202.05722). `bridge_drift` with diffusion sigma has its forward and its backward drift.
+
+    Notebooks: (8.7), (8.8).
     """
     return GaussianBridge(entropic_plan(pair, sigma), Linear(), lambda t: sigma**2 * t * (1 - t))
 

@@ -102,6 +102,8 @@ def _over_batch(f: Callable[[Array, Array], ArrayTree], t: Array, x: Array) -> A
 def log_prob(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array) -> Array:
     """The log-density of the marginal, log p_t(x), in nats.
 
+    Notebooks: (3.1).
+
     Args:
         mixture: the data distribution (its own density is that at alpha = 1, sigma = 0).
         schedule: of the path.
@@ -146,6 +148,8 @@ def prediction(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array)
     With posterior weights r_k(x): E[x1 | x] = sum_k r_k (m_k + alpha C_k S_k^-1 (x - alpha m_k)),
     score = -sum_k r_k S_k^-1 (x - alpha m_k), E[x0 | x] = -sigma score, velocity = alpha' E[x1 | x] + sigma' E[x0 | x].
 
+    Notebooks: (4.4), (4.8).
+
     Args:
         mixture: the data distribution.
         schedule: of the path.
@@ -171,7 +175,10 @@ def prediction(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array)
 
 
 def velocity(mixture: GaussianMixture, schedule: Schedule) -> VelocityFn:
-    """The exact marginal velocity function, by the marginalisation trick `v(t, x) = E[u_t | x_t = x]`: for samplers."""
+    """The exact marginal velocity function, by the marginalisation trick `v(t, x) = E[u_t | x_t = x]`: for samplers.
+
+    Notebooks: (4.2), (4.4).
+    """
     return lambda t, x: prediction(mixture, schedule, t, x).velocity
 
 
@@ -179,6 +186,8 @@ def flow_map(mixture: GaussianMixture, schedule: Schedule, t0: float, t1: float,
     """The exact solution at `t1` of dx/dt = v(t, x) from x at `t0`, for a single Gaussian.
 
     x(t1) = alpha_1 m + S_1^(1/2) S_0^(-1/2) (x - alpha_0 m), since S_0 and S_1 share their eigenvectors.
+
+    Notebooks: (1.2).
 
     Args:
         mixture: with k = 1.

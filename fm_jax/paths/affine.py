@@ -19,6 +19,8 @@ class AffinePath:
     Lipman et al. 2022 (arXiv:2210.02747, eq. 10 and 15) for a Gaussian source; Albergo & Vanden-Eijnden 2022
     (arXiv:2209.15571, eq. 4) for any two distributions.
 
+    Notebooks: (3.2), (3.4), (3.5).
+
     Attributes:
         schedule: alpha and sigma.
         source: of x0, where a batch brings none. Score is a kind, and conversions hold, for the standard normal.

@@ -193,6 +193,8 @@ def BrownianBridge(sigma: float, margin: float = 1e-3) -> StochasticInterpolant:
     Under the entropic coupling with regularisation 2 sigma^2 of the squared distance, its marginals are those of the
     Schroedinger bridge. Tong et al. 2023 (arXiv:2302.00482, SB-CFM; arXiv:2307.03672).
 
+    Notebooks: (8.8).
+
     Args:
         sigma: of the Brownian motion, positive.
         margin: how far training stays from t = 0 and t = 1, where u_t is infinite.

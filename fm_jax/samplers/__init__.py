@@ -7,7 +7,8 @@
 * with noise: `EulerMaruyama`, `StochasticHeun`, `DiffraxSDE`, `Churn`, `PredictorCorrector`, and `DDIM` and
   `DPMSolverPlusPlus` by option.
 
-`grids` has the usual times. The steps are functions of their own, for whoever runs the loop.
+`grids` has the usual times. The steps are functions of their own, for whoever runs the loop; `run_steps` is the loop, for
+samplers of your own.
 """
 
 from fm_jax.samplers.adams_bashforth import AdamsBashforth
@@ -18,6 +19,7 @@ from fm_jax.samplers.diffrax_sde import DiffraxSDE
 from fm_jax.samplers.dpm_solver import DPMSolver, DPMSolverPlusPlus
 from fm_jax.samplers.langevin import PredictorCorrector, langevin_step
 from fm_jax.samplers.learned import LearnedSolver
+from fm_jax.samplers.loop import run_steps, step_noise
 from fm_jax.samplers.runge_kutta import RungeKutta, Tableau, ode_step
 from fm_jax.samplers.sample import sample
 from fm_jax.samplers.sde import EulerMaruyama, StochasticHeun, falling_noise, sde_step
@@ -44,6 +46,8 @@ __all__ = [
     "langevin_step",
     "ode_step",
     "renoise",
+    "run_steps",
     "sample",
     "sde_step",
+    "step_noise",
 ]

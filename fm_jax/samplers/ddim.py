@@ -91,6 +91,8 @@ class DDIM:
 
     One evaluation a step. Both ends may be singular, alpha = 0 or sigma = 0; the velocity is not evaluated at the last.
 
+    Notebooks: (5.9), (5.10), (5.11).
+
     Attributes:
         schedule: of the affine path with a standard normal source that the velocity belongs to.
         eta: share of the posterior's noise, a number in [0, 1]. Above 0, time must run forward; step i draws its noise

@@ -60,6 +60,8 @@ class DiffraxSDE:
     as 1 / sigma, unless g vanishes there, and adaptive steps become very short: end at 0.999, say. g must be finite
     also at the last time, and the state float32 or float64.
 
+    Notebooks: (2.2), (4.7).
+
     Attributes:
         schedule: as in `EulerMaruyama`, as the next two.
         diffusion: g.

@@ -83,6 +83,8 @@ def ode_step(
 
     For callers that dispatch steps one by one: on CPU, XLA runs convolutions 1.5 times slower inside a loop.
 
+    Notebooks: (1.4).
+
     Args:
         v: velocity function.
         t: scalar or [batch].
@@ -114,6 +116,8 @@ def ode_step(
 @dataclass(frozen=True)
 class RungeKutta:
     """An explicit Runge-Kutta method for the flow dx/dt = v(t, x), the probability flow of a diffusion.
+
+    Notebooks: (1.1), (1.4).
 
     Attributes:
         method: "euler", "midpoint", "heun", "ralston", "heun3", "rk4" or a tableau. They cost 1, 2, 2, 2, 3 and 4

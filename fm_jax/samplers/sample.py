@@ -26,6 +26,8 @@ def sample(
     `fm_jax.types.Sampler`. With fixed steps it is one `lax.scan`, differentiable in forward and reverse mode, also with
     respect to traced `times`. Wrap it in `jax.jit`.
 
+    Notebooks: (1.1).
+
     Args:
         v: velocity function; called with a scalar t in float32 or better.
         x0: [batch, ...] at the first time, floating point.

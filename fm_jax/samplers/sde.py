@@ -128,6 +128,8 @@ def sde_step(
 
     The noise is an argument, so that callers can dispatch steps one by one or share a Brownian path among grids.
 
+    Notebooks: (2.3), (4.7).
+
     Args:
         v: velocity function.
         score: `score(t, x)`, or `None` to take it from `v` by `schedule`.
@@ -175,6 +177,8 @@ class EulerMaruyama:
     Strong order 1, since g does not depend on X, and weak order 1. It evaluates at the left end of each step, so never
     at the last time, where the score may be infinite. Near a time with sigma = 0 the score grows as 1 / sigma: a g that
     vanishes there, such as `falling_noise(schedule)`, keeps the steps stable.
+
+    Notebooks: (2.2), (4.6), (4.7).
 
     Attributes:
         schedule: of the affine path with a standard normal source that the velocity belongs to, by which the score is

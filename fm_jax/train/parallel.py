@@ -19,6 +19,8 @@ from fm_jax.types import Batch, Key, Metrics
 def pmap_step(step: Step, devices: Sequence[jax.Device] | None = None) -> Step:
     """Runs a per-device step under `jax.pmap`, with the state replicated and donated.
 
+    Notebooks: (11.3).
+
     Args:
         step: from `make_step` with its default `axis_name`.
         devices: all local devices by default.
@@ -46,6 +48,8 @@ def pmap_step(step: Step, devices: Sequence[jax.Device] | None = None) -> Step:
 
 def shard_map_step(step: Step, mesh: Mesh) -> Step:
     """Runs the same per-device step under `jax.jit(jax.shard_map(...))`, the form that JAX develops further.
+
+    Notebooks: (11.3).
 
     Args:
         step: from `make_step` with its default `axis_name`.
