@@ -102,7 +102,7 @@ def run(sampler, schedule, grid, start):
 lambdas, u = jnp.linspace(-8.5, 9, 241), (np.arange(256) + 0.5) / 256
 start = jnp.asarray(stats.norm.ppf(u))[:, None]  # quantiles of the noise
 grid_of = {name: schedule.t_from_log_snr(lambdas) for name, schedule in schedules.items()}
-by_rk4, by_euler = samplers.RungeKutta("rk4"), samplers.RungeKutta("euler")
+by_euler, by_rk4 = (samplers.RungeKutta(method) for method in ("euler", "rk4"))
 scaled = {name: np.asarray(run(by_rk4, schedule, grid_of[name], start)) for name, schedule in schedules.items()}
 apart = max(abs(way - scaled["Linear"]).max() for way in scaled.values())
 print(f"largest distance between the rescaled trajectories of the three schedules: {apart:.0e}")
