@@ -71,7 +71,7 @@ class AffinePath:
             found["score"] = -sample.x0 / self.schedule.sigma(expand_time(sample.t, sample.x0))
         return found
 
-    def target_domain(self, kind: str, margin: float = 1e-3) -> tuple[float, float]:
+    def target_domain(self, kind: str, *, margin: float = 1e-3) -> tuple[float, float]:
         """The range of times on which the target of a kind is finite.
 
         `domain` for velocity; all of [0, 1] for data and noise; for the score, up to `margin` before sigma = 0.

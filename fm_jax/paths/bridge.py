@@ -174,7 +174,7 @@ class StochasticInterpolant:
         drift = d_alpha * sample.x1 + d_sigma * sample.x0
         return {"velocity": sample.u_t, "latent": sample.z, "drift": drift, "score": -sample.z / gamma}
 
-    def target_domain(self, kind: str, margin: float = 1e-3) -> tuple[float, float]:
+    def target_domain(self, kind: str, *, margin: float = 1e-3) -> tuple[float, float]:
         """The range of times on which the target of a kind is finite.
 
         `domain` for velocity; that of `interpolant` for latent and drift; for the score, `domain` less `margin` at an
