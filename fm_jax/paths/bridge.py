@@ -177,11 +177,13 @@ class StochasticInterpolant:
     def target_domain(self, kind: str, *, margin: float = 1e-3) -> tuple[float, float]:
         """The range of times on which the target of a kind is finite.
 
-        `domain` for velocity; that of `interpolant` for latent and drift; for the score, `domain` less `margin` at an
-        end with gamma = 0.
+        All of [0, 1] for the latent; that of `interpolant` for the drift; `domain` for the velocity, and for the score,
+        there less `margin` at an end with gamma = 0.
         """
         check_member("kind", kind, self.kinds)
-        low, high = self.interpolant.domain if kind in ("latent", "drift") else self.domain
+        if kind == "latent":
+            return 0.0, 1.0
+        low, high = self.interpolant.domain if kind == "drift" else self.domain
         if kind == "score":
             low, high = low + margin * vanishes(self.gamma, low), high - margin * vanishes(self.gamma, high)
         return low, high
