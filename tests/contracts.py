@@ -106,7 +106,7 @@ LOSSES = {
     ),
 }
 """By name: the loss of a network `apply_fn`."""
-SAMPLERS = {
+FIXED_STEPS = {
     **{name: lambda s, name=name: samplers.RungeKutta(name) for name in TABLEAUX},
     **{f"ab{order}": lambda s, order=order: samplers.AdamsBashforth(order) for order in (2, 3, 4)},
     "ddim": samplers.DDIM,
@@ -123,17 +123,19 @@ SAMPLERS = {
     "predictor_corrector": samplers.PredictorCorrector,
 }
 """By name: the sampler of a schedule, with fixed steps of our own."""
-DIFFRAX_SAMPLERS = {
+DIFFRAX = {
     **{name: lambda s, name=name: samplers.DiffraxSDE(s, solver=name) for name in ("sea", "shark", "sra1")},
     **{
         f"adaptive_{name}": lambda s, name=name: samplers.DiffraxSDE(s, solver=name, rtol=1e-3, atol=1e-3)
         for name in ("shark", "sra1")
     },
-    **{name: lambda s, name=name: samplers.Adaptive(name) for name in ("bosh3", "heun", "tsit5", "dopri5", "dopri8")},
+    **{name: lambda s, name=name: samplers.Adaptive(name) for name in ("bosh3", "tsit5", "dopri5", "dopri8")},
+    "adaptive_heun": lambda s: samplers.Adaptive("heun"),
     **{name: lambda s, name=name: samplers.Adaptive(name, per_sample=True) for name in ("kvaerno3", "kvaerno5")},
 }
 """Those by Diffrax, which are slow to compile."""
-LEARNED_SAMPLERS = {"learned": lambda s: from_method("midpoint", 4)}
+SAMPLERS = FIXED_STEPS | DIFFRAX
+LEARNED = {"learned": lambda s: from_method("midpoint", 4)}
 """Those with times of their own."""
 
 

@@ -1,6 +1,7 @@
-"""What the tests of the exponential integrators (DDIM, DPM-Solver, UniPC) share: fields, grids and measurements."""
+"""What the tests of the exponential integrators (DDIM, DPM-Solver, UniPC) share: fields, grids and measurements.
 
-import functools
+A sampler is given as a function of the schedule: `DDIM`, or `lambda schedule: DPMSolver(schedule, order=3)`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,19 @@ from contracts import guided_by_half
 from marginals import two_gaussians
 
 from fm_jax import oracles
-from fm_jax.samplers import RungeKutta, sample
+from fm_jax.samplers import RungeKutta, grids, sample
 from fm_jax.schedules import VP, Linear, Polynomial, coefficients
+
+KEY = jax.random.key(3)
 
 NUM_STEPS = [64, 128, 256]
 RANGES = {"linear": (Linear(), 0.05, 0.95), "vp": (VP(), 0.2, 0.9)}
 """Schedules with a range of times on which the log-SNR is finite."""
+
+
+def run(sampler, v, x0, times, **options):
+    """`sample`, with a key where the sampler wants one."""
+    return sample(v, x0, sampler, times=times, key=KEY if sampler.stochastic else None, **options)
 
 
 def even(n):
@@ -27,17 +35,17 @@ def slow_start(n):
     return np.concatenate([np.array([0, 1, 2]) / (4 * n**2), even(n)[1:]])
 
 
-def padded(grids):
+def padded(times):
     """The grids as one array, so that they compile once, with steps of length 0 that change nothing.
 
     They come first: after the last step UniPC would find an evaluation to correct it with.
     """
-    return np.stack([np.pad(grid, (max(map(len, grids)) - len(grid), 0), mode="edge") for grid in grids])
+    return np.stack([np.pad(grid, (max(map(len, times)) - len(grid), 0), mode="edge") for grid in times])
 
 
 def orders(samplers, ranges):
     """Measured orders {(name, range, start, field): order}, from one compiled call a range."""
-    grids = padded([start(n) for start in (even, slow_start) for n in NUM_STEPS])
+    times = padded([start(n) for start in (even, slow_start) for n in NUM_STEPS])
     out = {}
     for place in ranges:
         schedule, t0, t1 = RANGES[place]
@@ -45,14 +53,15 @@ def orders(samplers, ranges):
         v = guided_by_half(schedule, len(x0))
 
         @jax.jit
-        def ends(grids, v=v, schedule=schedule, x0=x0):
+        def ends(times, v=v, schedule=schedule, x0=x0):
             return {
-                name: jax.vmap(lambda grid, sampler=sampler: sampler(v, x0, schedule=schedule, grid=grid).x)(grids)
-                for name, sampler in samplers.items()
+                name: jax.vmap(lambda grid, make=make: run(make(schedule), v, x0, grid).x)(times)
+                for name, make in samplers.items()
             }
 
-        reference = jax.jit(functools.partial(sample_ode, v, num_steps=1000, method="rk4", t0=t0, t1=t1))(x0).x
-        for name, x in ends(t0 + (t1 - t0) * grids).items():
+        fine = grids.uniform(1000, t0, t1)
+        reference = jax.jit(lambda x0, v=v, fine=fine: sample(v, x0, RungeKutta("rk4"), times=fine).x)(x0)
+        for name, x in ends(t0 + (t1 - t0) * times).items():
             # [start, num_steps, field]
             errors = np.abs(x - reference[None]).reshape(2, len(NUM_STEPS), 2, -1).mean(axis=-1)
             for i, start in enumerate(["even", "slow start"]):
@@ -78,15 +87,16 @@ def point_velocity(schedule, x1):
     return v
 
 
-def point_errors(cases):
-    """Largest distance from the exact end point where all data is one point, for each of [(sampler, schedule)].
+def point_errors(samplers):
+    """Largest distance from the exact end point where all data is one point, for each of the samplers.
 
     Forward over the whole domain and backward from its middle. The data prediction, and the noise prediction along the
     flow, are constant, so that every exponential integrator is exact however few its steps.
     """
     x = np.array([[1.0, 2.0], [-0.5, 0.3]])
 
-    def error(sampler, schedule):
+    def error(sampler):
+        schedule = sampler.schedule
         start, end = schedule.domain
         if schedule == Polynomial(2.0):
             start = 1e-3  # the path stands still at 0, and its velocity says nothing of the data
@@ -96,11 +106,11 @@ def point_errors(cases):
         def distance(grid):
             (a0, a1), (s0, s1) = schedule.alpha(grid[jnp.array([0, -1])]), schedule.sigma(grid[jnp.array([0, -1])])
             exact = a1 * POINT + s1 / s0 * (x - a0 * POINT)
-            return jnp.abs(sampler(v, jnp.asarray(x), schedule=schedule, grid=grid).x - exact).max()
+            return jnp.abs(run(sampler, v, jnp.asarray(x), grid).x - exact).max()
 
         return jax.vmap(distance)(jnp.array([[start, middle, end], [middle, (start + middle) / 2, start]])).max()
 
-    return np.array(jax.jit(lambda: [error(*case) for case in cases])())
+    return np.array(jax.jit(lambda: [error(sampler) for sampler in samplers])())
 
 
 def one_draw_an_example(key, i, x):
@@ -115,8 +125,8 @@ def gaussian_moments(samplers, ranges):
     responses: example 0 starts at 0 without noise, 1 at 1, and the others have a unit of noise in one step each. To be
     called with `step_noise` replaced by `one_draw_an_example`.
     """
-    grids = padded([even(n) for n in NUM_STEPS])
-    key, x0 = jax.random.key(0), jnp.zeros((NUM_STEPS[-1] + 2, 1), dtype=float).at[1].set(1.0)
+    times = padded([even(n) for n in NUM_STEPS])
+    x0 = jnp.zeros((NUM_STEPS[-1] + 2, 1), dtype=float).at[1].set(1.0)
     mixture = oracles.gaussian_mixture([[0.5]], 0.6)
 
     @jax.jit
@@ -125,17 +135,15 @@ def gaussian_moments(samplers, ranges):
         for place in ranges:
             schedule, t0, t1 = RANGES[place]
             v = oracles.velocity(mixture, schedule)
-            for name, sampler in samplers.items():
-                sample = functools.partial(sampler, v, x0, schedule=schedule, key=key)
-                out[name, place] = jax.vmap(lambda grid, sample=sample: sample(grid=grid).x[:, 0])(
-                    t0 + (t1 - t0) * grids
-                )
+            for name, make in samplers.items():
+                end = jax.vmap(lambda grid, make=make, schedule=schedule, v=v: run(make(schedule), v, x0, grid).x[:, 0])
+                out[name, place] = end(t0 + (t1 - t0) * times)
         return out
 
     errors = {}
     for (name, place), x in ends().items():
-        schedule, *times = RANGES[place]
-        (a0, a1), (s0, s1) = schedule.alpha(jnp.array(times)), schedule.sigma(jnp.array(times))
+        schedule, *ends_of_range = RANGES[place]
+        (a0, a1), (s0, s1) = (level(jnp.array(ends_of_range)) for level in (schedule.alpha, schedule.sigma))
         response = x[:, 1:] - x[:, :1]
         mean = x[:, 0] + response[:, 0] * a0 * 0.5
         variance = response[:, 0] ** 2 * (a0**2 * 0.36 + s0**2) + (response[:, 1:] ** 2).sum(axis=1)
@@ -143,11 +151,10 @@ def gaussian_moments(samplers, ranges):
     return errors
 
 
-def p_values(sampler, schedule=None, num_steps=200):
+def p_values(sampler, num_steps=200):
     """`marginals.p_values` of 4,000 samples."""
-    schedule = Linear() if schedule is None else schedule
-    v, x0 = oracles.velocity(two_gaussians(), schedule), jax.random.normal(jax.random.key(5), (4000, 2))
-    return marginals.p_values(jax.jit(lambda x: sampler(v, x, schedule=schedule, num_steps=num_steps).x)(x0))
+    v, x0 = oracles.velocity(two_gaussians(), sampler.schedule), jax.random.normal(jax.random.key(5), (4000, 2))
+    return marginals.p_values(jax.jit(lambda x: run(sampler, v, x, num_steps).x)(x0))
 
 
 def field(t, x):
@@ -163,49 +170,29 @@ def end_to_end(samplers):
     """
     x0 = np.array([[0.5, -1.0], [2.0, 0.1]])
 
-    def results(sampler, grids):
+    def results(sampler, times):
         def there(x, grid):
-            return sampler(field, x, schedule=Linear(), grid=grid).x
+            return run(sampler, field, x, grid).x
 
         def in_three(x, middle):
             return there(x, jnp.stack([0 * middle, middle, 0 * middle + 0.8, 0 * middle + 1])).sum()
 
         # One loop over both directions, so that the sampler compiles once.
         x, _ = jax.lax.scan(
-            lambda x, grids: (jax.vmap(there)(x, grids), None), jnp.stack([x0, x0]), jnp.stack([grids, grids[:, ::-1]])
+            lambda x, times: (jax.vmap(there)(x, times), None), jnp.stack([x0, x0]), jnp.stack([times, times[:, ::-1]])
         )
         return jnp.abs(x - x0[None]).mean(axis=(1, 2)), jax.grad(in_three, argnums=(0, 1))(jnp.asarray(x0), 0.3)
 
-    grids = jnp.asarray(padded([even(64), even(128)]))
-    return jax.jit(lambda grids: {name: results(sampler, grids) for name, sampler in samplers.items()})(grids)
+    times = jnp.asarray(padded([even(64), even(128)]))
+    return jax.jit(lambda times: {name: results(make(Linear()), times) for name, make in samplers.items()})(times)
 
 
-def calls_and_nfe(sampler, *grids):
-    """How often the network really ran on each of the grids, and what the sampler says: [(calls, nfe)]."""
-    calls, out = [], []
-
-    def network(t, x):
-        jax.debug.callback(lambda: calls.append(1))
-        return -x
-
-    sample = jax.jit(lambda grid: sampler(network, jnp.ones((3, 1)), schedule=Linear(), grid=grid))
-    for grid in grids:
-        calls.clear()
-        solution = jax.block_until_ready(sample(jnp.asarray(grid)))
-        jax.effects_barrier()
-        out.append((len(calls), int(solution.nfe)))
-    return out
-
-
-def traces(sampler, **options):
-    """What is traced when the jitted sampler is called three times."""
-    traced = []
-
-    @jax.jit
-    def sample(x):
-        traced.append("trace")
-        return sampler(lambda t, x: traced.append("v") or -x, x, schedule=Linear(), num_steps=10, **options).x
-
-    for i in range(3):
-        sample(jnp.full((2, 2), float(i)))
-    return traced
+def single_and_double(samplers):
+    """Where each ends in single and in double precision, after 200 steps on `Linear` with `field`: {name: (x, x)}."""
+    x0 = jax.random.normal(KEY, (4, 2), dtype=jnp.float32)
+    return jax.jit(
+        lambda: {
+            name: [run(make(Linear()), field, x, 200).x for x in (x0, x0.astype(float))]
+            for name, make in samplers.items()
+        }
+    )()

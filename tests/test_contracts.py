@@ -30,11 +30,7 @@ NOUNS = {
     "path": (("sample", "targets", "kinds"), contracts.PATHS),
     "sampler": (
         ("solve", "order", "nfe_per_step", "stochastic", "domain"),
-        [
-            make(Linear())
-            for group in (contracts.SAMPLERS, contracts.DIFFRAX_SAMPLERS, contracts.LEARNED_SAMPLERS)
-            for make in group.values()
-        ],
+        [make(Linear()) for make in (contracts.SAMPLERS | contracts.LEARNED).values()],
     ),
 }
 CALLED = {
@@ -206,9 +202,7 @@ def flow_orders(made):
     schedule, t0, t1 = PLACE
     x0 = jax.random.normal(jax.random.key(0), (8, 2), dtype=float)
     v = guided_by_half(schedule, len(x0))
-    starts = {
-        start: [continued(t0 + (t1 - t0) * start(n)) for n in NUM_STEPS] for start in (even, slow_start)
-    }
+    starts = {start: [continued(t0 + (t1 - t0) * start(n)) for n in NUM_STEPS] for start in (even, slow_start)}
     fine = jax.jit(lambda: sample(v, x0, RungeKutta("rk4"), times=np.linspace(t0, t1, 801)).x)()
 
     @jax.jit
@@ -248,7 +242,7 @@ def law_orders(made):
     return {name: slope(errors) for name, errors in found.items()}
 
 
-MADE = {name: make(Linear()) for name, make in contracts.SAMPLERS.items()}
+MADE = {name: make(Linear()) for name, make in contracts.FIXED_STEPS.items()}
 ON_FLOW = {name: each for name, each in MADE.items() if not each.stochastic}
 WITH_NOISE = {name: each for name, each in MADE.items() if each.stochastic and each.order is not None}
 
@@ -303,7 +297,7 @@ def test_what_is_called_is_counted_and_each_step_costs_what_is_declared(name):
 @pytest.mark.parametrize("schedule", [VP(), Polynomial(2.0)], ids=name_of)
 @pytest.mark.parametrize("name", MADE)
 def test_a_number_of_steps_goes_over_the_declared_range(name, schedule):
-    sampler = contracts.SAMPLERS[name](schedule)
+    sampler = contracts.FIXED_STEPS[name](schedule)
     seen, solution = calls_that_happen(sampler, schedule, 4)
     t0, t1 = sampler.domain
     assert math.isclose(min(seen), t0, abs_tol=1e-7)

@@ -5,9 +5,8 @@ import pytest
 from contracts import guided_by_half
 from exponential import even
 
-from fm_jax.guidance import classifier_free
-from fm_jax.samplers.adams_bashforth import START, sample_adams_bashforth
-from fm_jax.samplers.fixed import sample_ode
+from fm_jax.samplers import AdamsBashforth, RungeKutta, sample
+from fm_jax.samplers.adams_bashforth import START
 from fm_jax.samplers.grids import cosine, uniform
 from fm_jax.schedules import Linear
 
@@ -34,7 +33,7 @@ def orders():
         def ends(grids):
             def end(order):
                 def at_end(grid, n):
-                    return sample_adams_bashforth(v, x0, grid=grid, order=order, trajectory=True).trajectory[n]
+                    return sample(v, x0, AdamsBashforth(order), times=grid, trajectory=True).trajectory[n]
 
                 return jax.vmap(jax.vmap(at_end), in_axes=(0, None))(grids, jnp.array(NUM_STEPS))
 
@@ -42,7 +41,7 @@ def orders():
 
         @jax.jit
         def exact(ends):
-            return jax.vmap(lambda grid: sample_ode(v, x0, grid=grid, method="rk4").x)(ends)
+            return jax.vmap(lambda grid: sample(v, x0, RungeKutta("rk4"), times=grid).x)(ends)
 
         reference = np.asarray(exact(np.stack([even(800), even(800)[::-1]])))[[0, 0, 1]]
         out = {}
@@ -64,9 +63,8 @@ def test_is_exact_on_polynomials_of_its_order_on_any_grid(x64):
     """A velocity t^(k-1), whatever x, is integrated exactly once k velocities are known; the start has order k - 1."""
     grid = np.sort(np.random.default_rng(0).uniform(size=9))
     for order in START:
-        solution = sample_adams_bashforth(
-            lambda t, x, p=order: p * t ** (p - 1) + 0 * x, jnp.zeros((1, 1)), grid=grid, order=order, trajectory=True
-        )
+        v, x0 = (lambda t, x, p=order: p * t ** (p - 1) + 0 * x), jnp.zeros((1, 1))
+        solution = sample(v, x0, AdamsBashforth(order), times=grid, trajectory=True)
         increments = np.diff(solution.trajectory[:, 0, 0])
         np.testing.assert_allclose(increments[order - 1 :], np.diff(grid**order)[order - 1 :], rtol=1e-10)
 
@@ -81,7 +79,7 @@ def test_textbook_weights():
                 return jnp.where(jnp.round(t) == at, 1.0, 0.0) * jnp.ones_like(x)
 
             x0 = jnp.zeros((1, 1))
-            x = sample_adams_bashforth(impulse, x0, num_steps=6, t1=6.0, order=order, trajectory=True).trajectory
+            x = sample(impulse, x0, AdamsBashforth(order), times=np.arange(7.0), trajectory=True).trajectory
             return (x[6] - x[5])[0, 0]
 
         # A velocity that is 1 at one time and 0 at the others reads its weight off.
@@ -89,46 +87,35 @@ def test_textbook_weights():
         np.testing.assert_allclose(read, np.array(weights) / sum(weights), atol=1e-5)
 
 
-@pytest.mark.parametrize("num_steps", [1, 2, 7])
 @pytest.mark.parametrize("order", START)
-def test_nfe_counts_the_calls_that_happen(order, num_steps):
-    calls = []
+def test_few_steps_cost_what_the_start_costs(order):
+    stages = {2: 1, 3: 2, 4: 3}[order]
+    for num_steps in (1, 2, 7):
+        calls = []
 
-    def network(t, x):
-        jax.debug.callback(lambda: calls.append(1))
-        return x
+        def network(t, x, calls=calls):
+            jax.debug.callback(lambda: calls.append(1))
+            return x
 
-    v = classifier_free(network, network, 2.0)
-    solution = jax.jit(lambda x: sample_adams_bashforth(v, x, num_steps=num_steps, order=order))(jnp.ones((3, 1)))
-    jax.block_until_ready(solution)
-    jax.effects_barrier()
-    assert int(solution.nfe) == len(calls)
+        solution = jax.jit(lambda x, v=network, n=num_steps: sample(v, x, AdamsBashforth(order), times=n))(
+            jnp.ones((3, 1))
+        )
+        jax.block_until_ready(solution)
+        jax.effects_barrier()
+        assert int(solution.calls) == len(calls) == num_steps + min(num_steps, order - 1) * (stages - 1)
 
 
-def test_gradients_also_of_the_grid():
+def test_gradients_also_of_the_times():
     def end(a, bend):
-        grid = uniform(8) + bend * cosine(8)
-        return sample_adams_bashforth(lambda t, x: a * x, jnp.ones((1, 1)), grid=grid / (1 + bend), order=4).x[0, 0]
+        times = (uniform(8) + bend * cosine(8)) / (1 + bend)
+        return sample(lambda t, x: a * x, jnp.ones((1, 1)), AdamsBashforth(4), times=times).x[0, 0]
 
-    by_rate, by_grid = jax.jit(jax.grad(end, argnums=(0, 1)))(1.0, 0.5)
+    by_rate, by_times = jax.jit(jax.grad(end, argnums=(0, 1)))(1.0, 0.5)
     np.testing.assert_allclose(by_rate, np.e, rtol=1e-3)
-    assert np.isfinite(by_grid)
+    assert np.isfinite(by_times)
 
 
-X = jnp.ones((2, 3))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_steps": 4, "order": 1}, "order must be one of 2, 3, 4, got 1."),
-        ({"num_steps": 4, "order": "2"}, "order must be one of 2, 3, 4, got '2'."),
-        ({"num_steps": 0}, "num_steps must be at least 1, got 0."),
-        ({}, "Exactly one of num_steps and grid must be given."),
-        ({"grid": [0.0, 0.6, 0.5]}, "grid must be finite and strictly monotone"),
-        ({"num_steps": 4, "v": lambda t, x: x[:, :1]}, r"v\(t, x\) must have the shape of x, \(2, 3\), got \(2, 1\)."),
-    ],
-)
-def test_bad_input_is_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        sample_adams_bashforth(**{"v": lambda t, x: x, "x0": X, **options})
+@pytest.mark.parametrize("order", [1, 5, "2"])
+def test_other_orders_are_refused(order):
+    with pytest.raises(ValueError, match=f"order must be one of 2, 3, 4, got {order!r}."):
+        AdamsBashforth(order)

@@ -8,15 +8,19 @@ import numpy as np
 import pytest
 
 from fm_jax.guidance import classifier_free
-from fm_jax.samplers.adaptive import EXPLICIT, sample_adaptive
+from fm_jax.nfe import Counted
+from fm_jax.samplers import Adaptive, sample
+from fm_jax.samplers.adaptive import SOLVERS
+
+EXPLICIT = [name for name, solver in SOLVERS.items() if not solver.implicit]
 
 # NumPy, so that they become float64 under the x64 fixture.
 RATES = np.array([0.1, 1.0, 2.0, 5.0])
 X = np.array([[1.0, -2.0], [0.5, 0.1], [-1.0, 0.3], [0.2, 2.0]])
 
 
-def solve(v, x0, **options):
-    return jax.jit(lambda x0: sample_adaptive(v, x0, **options))(x0)
+def solve(v, x0, sampler, times=(0.0, 1.0), trajectory=False):
+    return jax.jit(lambda x0: sample(v, x0, sampler, times=times, trajectory=trajectory))(x0)
 
 
 def swing(rates):
@@ -36,7 +40,7 @@ def swung(rates, x0):
 
 
 @pytest.mark.parametrize("solver", [*EXPLICIT, diffrax.Ralston()])
-def test_nfe_counts_the_calls_that_happen(x64, solver):
+def test_calls_are_those_that_happen(x64, solver):
     calls = []
 
     def network(t, x):
@@ -44,26 +48,27 @@ def test_nfe_counts_the_calls_that_happen(x64, solver):
         # Flat at first, so that the first step is too long and is refused; then fast.
         return 10 * jnp.cos(40 * t) * (t > 1e-3) * jnp.ones_like(x) + 1e-3 * x
 
-    v = network if isinstance(solver, str) else classifier_free(network, network, 2.0)
-    solution = solve(v, X, rtol=1e-3, atol=1e-3, solver=solver)
+    v = network if isinstance(solver, str) else classifier_free(Counted(network, 1), Counted(network, 1), 2.0)
+    solution = solve(v, X, Adaptive(solver, rtol=1e-3, atol=1e-3))
     jax.block_until_ready(solution)
     jax.effects_barrier()
-    assert int(solution.nfe) == len(calls)
+    assert int(solution.calls if v is network else solution.nfe) == len(calls)
+    assert (solution.nfe is None) == (v is network)
     exact = X + np.sin(40.0) / 4 - np.sin(0.04) / 4
     np.testing.assert_allclose(solution.x, exact, atol=0.1)
 
 
 def test_error_follows_the_tolerance(x64):
     exact = swung(RATES, X)
-    solutions = [solve(swing(RATES), X, rtol=tol, atol=tol) for tol in (1e-3, 1e-9)]
+    solutions = [solve(swing(RATES), X, Adaptive(rtol=tol, atol=tol)) for tol in (1e-3, 1e-9)]
     errors = [float(jnp.abs(s.x - exact).max()) for s in solutions]
     assert 1e-5 < errors[0] < 0.02
     assert errors[1] < 1e-5 * errors[0]
-    assert solutions[0].nfe < solutions[1].nfe
+    assert solutions[0].calls < solutions[1].calls
 
 
 def test_backward_returns_to_the_start():
-    back = solve(swing(RATES), swung(RATES, X), t0=1.0, t1=0.0, times=[1.0, 0.5, 0.0])
+    back = solve(swing(RATES), swung(RATES, X), Adaptive(), [1.0, 0.5, 0.0], trajectory=True)
     half = X * jnp.exp(jnp.sin(1.5 * RATES) / 3)[:, None]
     np.testing.assert_allclose(back.x, X, atol=1e-3)
     np.testing.assert_allclose(back.trajectory, jnp.stack([swung(RATES, X), half, back.x]), atol=1e-3)
@@ -77,28 +82,30 @@ def test_per_sample_lines_up_with_the_condition_and_counts_for_each_example(x64)
         assert t.shape == (4,)
         return swing(RATES)(t, x)
 
-    options = {"rtol": 1e-7, "atol": 1e-7, "times": [0.5]}
-    own = solve(v, X, per_sample=True, **options)
+    options, times = {"rtol": 1e-7, "atol": 1e-7}, [0.0, 0.5, 1.0]
+    own = solve(Counted(v, 2), X, Adaptive(**options, per_sample=True), times, trajectory=True)
     jax.block_until_ready(own)
     jax.effects_barrier()
     np.testing.assert_allclose(own.x, swung(RATES, X), atol=1e-5)
     half = X * jnp.exp(jnp.sin(3 * RATES * 0.5) / 3)[:, None]
-    np.testing.assert_allclose(own.trajectory, half[None], atol=1e-5)
-    assert own.nfe.shape == (4,)
-    assert list(own.nfe) == sorted(own.nfe)  # the fast ones need more
-    assert own.nfe[3] > 2 * own.nfe[0]
-    assert len(calls) == own.nfe.max()  # one call for the whole batch, until the last is done
+    np.testing.assert_allclose(own.trajectory, jnp.stack([X, half, own.x]), atol=1e-5)
+    assert own.calls.shape == (4,)
+    assert list(own.calls) == sorted(own.calls)  # the fast ones need more
+    assert own.calls[3] > 2 * own.calls[0]
+    assert len(calls) == own.calls.max()  # one call for the whole batch, until the last is done
+    np.testing.assert_array_equal(own.nfe, 2 * own.calls)
 
-    alone = solve(swing(RATES[2:3]), X[2:3], **options)
+    alone = solve(swing(RATES[2:3]), X[2:3], Adaptive(**options), times, trajectory=True)
     np.testing.assert_allclose(alone.x, own.x[2:3], rtol=1e-12)
-    assert int(alone.nfe) == int(own.nfe[2])
+    assert int(alone.calls) == int(own.calls[2])
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_gradient(x64, per_sample):
     def end(rates):
-        solution = sample_adaptive(swing(rates), X, rtol=1e-7, atol=1e-7, per_sample=per_sample, max_steps=256)
-        return solution.x.sum(), solution.x
+        sampler = Adaptive(rtol=1e-7, atol=1e-7, per_sample=per_sample, max_steps=256)
+        x = sample(swing(rates), X, sampler, times=(0.0, 1.0)).x
+        return x.sum(), x
 
     (_, x), gradient = jax.jit(jax.value_and_grad(end, has_aux=True))(RATES)
     np.testing.assert_allclose(x, swung(RATES, X), atol=1e-5)
@@ -107,8 +114,8 @@ def test_gradient(x64, per_sample):
 
 def test_forward_mode(x64):
     def end(rate):
-        v = swing(rate * RATES)
-        return sample_adaptive(v, X, rtol=1e-7, atol=1e-7, adjoint=diffrax.ForwardMode(), per_sample=True).x.sum()
+        sampler = Adaptive(rtol=1e-7, atol=1e-7, adjoint=diffrax.ForwardMode(), per_sample=True)
+        return sample(swing(rate * RATES), X, sampler, times=(0.0, 1.0)).x.sum()
 
     def derivative(f):
         return jax.jit(lambda rate: jax.jvp(f, (rate,), (1.0,)))(1.0)
@@ -123,15 +130,15 @@ def test_an_implicit_solver_takes_long_steps_where_the_field_is_stiff(x64):
     def v(t, x):
         return 3000.0 * (jnp.cos(t)[:, None] - x)
 
-    solution = solve(v, X, rtol=1e-5, atol=1e-5, solver="kvaerno3", per_sample=True, max_steps=100)
+    solution = solve(Counted(v, 1), X, Adaptive("kvaerno3", per_sample=True, max_steps=100))
     np.testing.assert_allclose(solution.x, np.full(X.shape, np.cos(1.0)), atol=1e-3)
-    assert solution.nfe.shape == (4,)
-    assert np.isnan(solution.nfe).all()
+    assert solution.calls is None  # Diffrax does not say how many
+    assert solution.nfe is None
 
 
 def test_too_few_steps_is_an_error():
     with pytest.raises(RuntimeError, match="maximum number of solver steps was reached"):
-        jax.block_until_ready(solve(swing(RATES), X, max_steps=3))
+        jax.block_until_ready(solve(swing(RATES), X, Adaptive(max_steps=3)))
 
 
 def test_importing_the_samplers_does_not_import_diffrax():
@@ -141,30 +148,43 @@ def test_importing_the_samplers_does_not_import_diffrax():
 
 def test_missing_diffrax_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffrax", None)
-    with pytest.raises(ImportError, match="sample_adaptive needs Diffrax: pip install diffrax"):
-        sample_adaptive(swing(RATES), X)
+    with pytest.raises(ImportError, match="Adaptive needs diffrax: pip install diffrax"):
+        sample(swing(RATES), X, Adaptive())
 
 
-BAD = [
-    ({"rtol": -1.0}, "rtol must be finite and not negative, got -1.0."),
-    ({"atol": float("nan")}, "atol must be finite and not negative, got nan."),
-    ({"rtol": 0.0, "atol": 0.0}, "rtol and atol must not both be 0."),
-    ({"solver": "rk45"}, "solver must be one of 'tsit5', 'dopri5', 'dopri8', .*, 'kvaerno5', got 'rk45'."),
-    ({"solver": diffrax.SemiImplicitEuler()}, "solver must be a name or a Runge-Kutta solver of Diffrax"),
-    ({"solver": "kvaerno5"}, "An implicit solver needs per_sample=True"),
-    ({"max_steps": 0}, "max_steps must be at least 1, got 0."),
-    ({"t1": 0.0}, "t0 and t1 must differ, both are 0.0."),
-    ({"times": [[0.5]]}, r"times must be \[num_times\], got shape \(1, 1\)."),
-    ({"times": [0.5, 0.2]}, "times must run from t0 = 0.0 towards t1 = 1.0"),
-    ({"times": [0.5, 1.2]}, "times must run from t0 = 0.0 towards t1 = 1.0"),
-    ({"times": [0.2, 0.5], "t0": 1.0, "t1": 0.0}, "times must run from t0 = 1.0 towards t1 = 0.0"),
-    ({"x0": jnp.asarray(X, dtype=jnp.bfloat16)}, "x0 must be float32 or float64"),
-    ({"x0": jnp.ones((4, 2), dtype=int)}, "x0 must be floating point, got int32."),
-    ({"v": lambda t, x: x[:, :1]}, r"v\(t, x\) must have the shape of x, \(4, 2\), got \(4, 1\)."),
-]
+def test_a_number_of_steps_says_where_to_save():
+    """The solver chooses its own steps between."""
+    solution = solve(lambda t, x: x, X, Adaptive(), 4, trajectory=True)
+    np.testing.assert_allclose(solution.trajectory, X[None] * np.exp(np.linspace(0, 1, 5))[:, None, None], rtol=1e-3)
 
 
-@pytest.mark.parametrize(("options", "message"), BAD)
-def test_bad_input_is_refused(options, message):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rtol": -1.0}, "rtol must be finite and not negative, got -1.0."),
+        ({"atol": float("nan")}, "atol must be finite and not negative, got nan."),
+        ({"rtol": 0.0, "atol": 0.0}, "rtol and atol must not both be 0."),
+        ({"solver": "rk45"}, "solver must be one of 'tsit5', 'dopri5', 'dopri8', .*, 'kvaerno5', got 'rk45'."),
+        ({"solver": diffrax.SemiImplicitEuler()}, "solver must be a name or a Runge-Kutta solver of Diffrax"),
+        ({"solver": "kvaerno5"}, "An implicit solver needs per_sample=True"),
+        ({"solver": diffrax.Kvaerno5()}, "An implicit solver needs per_sample=True"),
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0."),
+    ],
+)
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        sample_adaptive(**{"v": swing(RATES), "x0": X, **options})
+        Adaptive(**options)
+
+
+def test_low_precision_is_refused():
+    with pytest.raises(ValueError, match="x0 must be float32 or float64"):
+        sample(swing(RATES), jnp.asarray(X, dtype=jnp.bfloat16), Adaptive())
+
+
+def test_the_order_is_that_of_the_solver():
+    orders = [Adaptive(solver, per_sample=True).order for solver in (*SOLVERS, diffrax.Bosh3())]
+    assert orders == [5, 5, 8, 3, 2, 3, 5, 3]
+
+
+def test_loosened_is_the_same_with_larger_tolerances():
+    assert Adaptive("bosh3", 1e-4, 1e-6, max_steps=9).loosened(2) == Adaptive("bosh3", 2e-4, 2e-6, max_steps=9)

@@ -9,14 +9,11 @@ import pytest
 from marginals import p_values, two_gaussians
 
 from fm_jax import oracles
-from fm_jax.guidance import classifier_free
-from fm_jax.samplers.churn import churn_step, renoise, sample_churn
-from fm_jax.samplers.fixed import ode_step, sample_ode
+from fm_jax.samplers import Churn, RungeKutta, churn_step, ode_step, renoise, sample
 from fm_jax.schedules import VE, VP, Linear
 
 NUM_STEPS = [32, 64, 128, 256]
 ORDERS = {"euler": 1, "heun": 2}
-X = np.ones((2, 3), dtype=np.float32)
 
 
 def swing(t, x):
@@ -28,8 +25,9 @@ def swing(t, x):
 def test_no_churn_is_the_ode_sampler_to_the_last_bit(schedule, options):
     x0 = jax.random.normal(jax.random.key(0), (5, 2))
     grid = np.array([0.0, 0.1, 0.35, 0.5, 0.9, 0.99])
-    churned = sample_churn(swing, jax.random.key(1), x0, schedule=schedule, grid=grid, trajectory=True, **options)
-    solution = sample_ode(swing, x0, grid=grid, method="heun", trajectory=True)
+    churn = Churn(schedule, **options)
+    churned = sample(swing, x0, churn, times=grid, key=jax.random.key(1), trajectory=True)
+    solution = sample(swing, x0, RungeKutta("heun"), times=grid, trajectory=True)
     np.testing.assert_array_equal(churned.trajectory, solution.trajectory)
 
 
@@ -66,17 +64,8 @@ def test_sampling_is_the_algorithm_of_the_paper(x64):
         assert raised[0] == 1
         assert raised[1] == 100 / 90
         assert raised[2] == 1 + most
-        solution = sample_churn(
-            swing,
-            key,
-            jnp.ones((3, 2)),
-            schedule=schedule,
-            churn=churn,
-            churn_range=(0.5, 95.0),
-            noise_scale=1.003,
-            method="ralston",
-            grid=[time(sigma) for sigma in sigmas],
-        )
+        sampler = Churn(schedule, churn, churn_range=(0.5, 95.0), noise_scale=1.003, method="ralston")
+        solution = sample(swing, jnp.ones((3, 2)), sampler, times=[time(sigma) for sigma in sigmas], key=key)
         np.testing.assert_allclose(solution.x, x, rtol=1e-9)
 
 
@@ -117,60 +106,33 @@ def test_weak_order_is_the_order_of_the_method(moments, method):
     np.testing.assert_allclose(-np.polyfit(np.log(NUM_STEPS), np.log(errors), 1)[0], ORDERS[method], atol=0.15)
 
 
-def test_marginal_nfe_and_the_power_of_the_test():
+def test_marginal_and_the_power_of_the_test():
     """Kolmogorov-Smirnov on four projections, 4,000 samples, each p-value refused below 1e-4.
 
     A right sampler fails with probability below 4e-4 under a fresh key. Noise too large by a quarter is refused.
     """
-    calls = []
-    mixture = two_gaussians()
+    v = oracles.velocity(two_gaussians(), Linear())
 
-    def v(t, x):
-        jax.debug.callback(lambda: calls.append(1))
-        return oracles.velocity(mixture, Linear())(t, x)
-
-    def sample(noise_scale):
+    def end(sampler):
         x0 = jax.random.normal(jax.random.key(5), (4000, 2))
-        options = {"schedule": Linear(), "num_steps": 60, "noise_scale": noise_scale}
-        solution = jax.block_until_ready(jax.jit(lambda key: sample_churn(v, key, x0, **options))(jax.random.key(6)))
-        jax.effects_barrier()
-        return solution
+        return jax.jit(lambda x: sample(v, x, sampler, times=60, key=jax.random.key(6)).x)(x0)
 
-    right = sample(1.0)
-    assert int(right.nfe) == len(calls) == 120
-    assert min(p_values(right.x)) > 1e-4
-    assert min(p_values(sample(1.25).x)) < 1e-6
+    assert min(p_values(end(Churn(Linear())))) > 1e-4
+    assert min(p_values(end(Churn(Linear(), noise_scale=1.25)))) < 1e-6
 
 
-def test_nfe_counts_guidance():
-    guided = classifier_free(swing, lambda t, x: x, 3.0)
-    solution = sample_churn(guided, jax.random.key(0), X, schedule=Linear(), num_steps=4, method="rk4")
-    assert int(solution.nfe) == 32
-
-
-def test_low_precision_states_keep_their_dtype():
-    x = jnp.ones((2, 3), dtype=jnp.bfloat16)
-    solution = sample_churn(lambda t, x: -x, jax.random.key(0), x, schedule=Linear(), num_steps=4)
-    assert solution.x.dtype == jnp.bfloat16
-
-
-BAD = [
-    ({"num_steps": 0}, "num_steps must be at least 1, got 0."),
-    ({"t0": 1.0, "t1": 0.0}, "Time must run forward, got a grid from 1.0 to 0.0."),
-    ({"method": "sde"}, "method must be one of 'euler', 'midpoint', 'heun', 'ralston', 'heun3', 'rk4', got 'sde'."),
-    ({"churn": -1.0}, "churn must be finite and not negative, got -1.0."),
-    ({"churn": float("inf")}, "churn must be finite and not negative, got inf."),
-    ({"noise_scale": -0.5}, "noise_scale must be finite and not negative, got -0.5."),
-    ({"churn_range": (2.0, 1.0)}, r"churn_range must be \(low, high\) with 0 <= low < high, got \(2.0, 1.0\)."),
-    ({"churn_range": (-1.0, 1.0)}, "churn_range must be"),
-    ({"churn_range": (0.0, float("nan"))}, "churn_range must be"),
-    ({"key": None}, "key must be one typed key, as from jax.random.key"),
-    ({"x0": jnp.ones((2, 2), dtype=int)}, "x0 must be floating point, got int32."),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), BAD)
-def test_bad_input_is_refused(options, message):
-    options = {"v": swing, "key": jax.random.key(0), "x0": X, "schedule": Linear(), "num_steps": 3, **options}
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "sde"}, "method must be one of 'euler', 'midpoint', 'heun', 'ralston', 'heun3', 'rk4', got 'sde'."),
+        ({"churn": -1.0}, "churn must be finite and not negative, got -1.0."),
+        ({"churn": float("inf")}, "churn must be finite and not negative, got inf."),
+        ({"noise_scale": -0.5}, "noise_scale must be finite and not negative, got -0.5."),
+        ({"churn_range": (2.0, 1.0)}, r"churn_range must be \(low, high\) with 0 <= low < high, got \(2.0, 1.0\)."),
+        ({"churn_range": (-1.0, 1.0)}, "churn_range must be"),
+        ({"churn_range": (0.0, float("nan"))}, "churn_range must be"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        sample_churn(**options)
+        Churn(Linear(), **options)

@@ -1,4 +1,3 @@
-import functools
 import math
 
 import jax
@@ -7,7 +6,7 @@ import numpy as np
 import pytest
 from contracts import SCHEDULES
 from exponential import (
-    calls_and_nfe,
+    KEY,
     end_to_end,
     field,
     gaussian_moments,
@@ -16,28 +15,25 @@ from exponential import (
     p_values,
     point_errors,
     point_velocity,
+    run,
+    single_and_double,
     slope,
-    traces,
 )
 
 from fm_jax import oracles
-from fm_jax.guidance import classifier_free
-from fm_jax.samplers import ddim
-from fm_jax.samplers.ddim import noise_shares, sample_ddim
-from fm_jax.samplers.fixed import sample_ode
+from fm_jax.samplers import DDIM, RungeKutta, ddim, sample
+from fm_jax.samplers.ddim import ddim_step, noise_shares
 from fm_jax.samplers.levels import levels, phi
 from fm_jax.schedules import DDPM, VE, VP, Cosine, Linear, Polynomial, linear_betas
 
-KEY = jax.random.key(3)
-
 
 def test_order_one_without_noise(x64):
-    for case, order in orders({"ddim": sample_ddim}, ["linear"]).items():
+    for case, order in orders({"ddim": DDIM}, ["linear"]).items():
         np.testing.assert_allclose(order, 1, atol=0.1, err_msg=str(case))
 
 
 def test_exact_where_all_data_is_one_point(x64):
-    assert point_errors([(sample_ddim, schedule) for schedule in SCHEDULES]).max() < 1e-10
+    assert point_errors([DDIM(schedule) for schedule in SCHEDULES]).max() < 1e-10
 
 
 def test_on_a_gaussian_every_step_multiplies_the_exact_solution_by_a_cosine(x64):
@@ -47,7 +43,7 @@ def test_on_a_gaussian_every_step_multiplies_the_exact_solution_by_a_cosine(x64)
     x0 = jax.random.normal(KEY, (4, 2), dtype=float)
 
     def distances(schedule):
-        x = sample_ddim(oracles.velocity(mixture, schedule), x0, schedule=schedule, grid=grid).x
+        x = sample(oracles.velocity(mixture, schedule), x0, DDIM(schedule), times=grid).x
         alpha, sigma = schedule.alpha(jnp.asarray(grid)), schedule.sigma(jnp.asarray(grid))
         exact, mean_there = oracles.flow_map(mixture, schedule, 0.0, 0.95, x0), alpha[-1] * mean
         cosines = jnp.cos(jnp.diff(jnp.arctan2(width * alpha, sigma)))
@@ -62,8 +58,7 @@ def test_on_a_gaussian_every_step_multiplies_the_exact_solution_by_a_cosine(x64)
 def test_on_straight_lines_it_is_the_euler_method():
     @jax.jit
     def both(x0):
-        ddim = sample_ddim(field, x0, schedule=Linear(), num_steps=7).x
-        return ddim, sample_ode(field, x0, num_steps=7, method="euler").x
+        return [sample(field, x0, sampler, times=7).x for sampler in (DDIM(Linear()), RungeKutta("euler"))]
 
     np.testing.assert_allclose(*both(jax.random.normal(KEY, (4, 2))), rtol=1e-5, atol=1e-6)
 
@@ -72,13 +67,13 @@ def test_with_all_noise_it_is_ancestral_sampling_of_ddpm(x64):
     """Mean and variance of the posterior, Ho et al. 2020, eq. 7, from entry n of the table to n - 1."""
     x, x1, betas = np.array([[1.0, -2.0]]), np.array([[0.3, 0.8]]), np.array(linear_betas())
     v = point_velocity(DDPM(), x1)
-    sample = jax.jit(lambda grid: sample_ddim(v, x, schedule=DDPM(), eta=1.0, key=KEY, grid=grid).x)
+    end = jax.jit(lambda times: run(DDIM(DDPM(), eta=1.0), v, x, times).x)
     z = jax.random.normal(jax.random.fold_in(KEY, 0), x.shape)
     for n in (1000, 500, 2):
         bar, bar_before, beta = np.prod(1 - betas[:n]), np.prod(1 - betas[: n - 1]), betas[n - 1]
         mean = (np.sqrt(bar_before) * beta * x1 + np.sqrt(1 - beta) * (1 - bar_before) * x) / (1 - bar)
         variance = (1 - bar_before) / (1 - bar) * beta
-        ours = sample(np.array([1 - n / 1000, 1 - (n - 1) / 1000]))
+        ours = end(np.array([1 - n / 1000, 1 - (n - 1) / 1000]))
         np.testing.assert_allclose(ours, mean + np.sqrt(variance) * z, rtol=1e-8)
 
 
@@ -90,12 +85,11 @@ def test_a_noisy_step_has_the_law_of_the_posterior(x64):
     x, x1, grid = np.array([[1.0, -2.0]]), np.array([[0.3, 0.8]]), np.array([0.4, 0.55])
     cases = [(schedule, eta) for schedule in (Linear(), VE(), Cosine()) for eta in (1.0, 0.6)]
 
-    def sample(schedule, eta):
-        v = point_velocity(schedule, x1)
-        return sample_ddim(v, jnp.asarray(x), schedule=schedule, eta=eta, key=KEY, grid=grid).x
+    def end(schedule, eta):
+        return run(DDIM(schedule, eta), point_velocity(schedule, x1), jnp.asarray(x), grid).x
 
     z = jax.random.normal(jax.random.fold_in(KEY, 0), x.shape)
-    for (schedule, eta), ours in zip(cases, jax.jit(lambda: [sample(*case) for case in cases])(), strict=True):
+    for (schedule, eta), ours in zip(cases, jax.jit(lambda: [end(*case) for case in cases])(), strict=True):
         (alpha, alpha_n), (sigma, sigma_n) = schedule.alpha(grid), schedule.sigma(grid)
         a = alpha / alpha_n
         likelihood = sigma**2 - a**2 * sigma_n**2
@@ -109,7 +103,7 @@ def test_a_noisy_step_has_the_law_of_the_posterior(x64):
 
 def test_weak_order_one_with_noise(x64, monkeypatch):
     monkeypatch.setattr(ddim, "step_noise", one_draw_an_example)
-    samplers = {eta: functools.partial(sample_ddim, eta=eta) for eta in (0.5, 1.0)}
+    samplers = {eta: lambda schedule, eta=eta: DDIM(schedule, eta) for eta in (0.5, 1.0)}
     for case, (means, variances) in gaussian_moments(samplers, ["linear", "vp"]).items():
         assert means.max() < 1e-12, case  # the mean of a Gaussian is carried exactly
         assert variances[-1] < 0.01, case
@@ -119,20 +113,20 @@ def test_weak_order_one_with_noise(x64, monkeypatch):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_every_eta_reaches_the_same_marginal(eta):
     """Refused at p < 1e-4 on any of four projections: a right sampler fails with probability below 4e-4."""
-    assert min(p_values(functools.partial(sample_ddim, eta=eta, key=KEY if eta else None))) > 1e-4
+    assert min(p_values(DDIM(Linear(), eta))) > 1e-4
 
 
 def test_the_marginal_test_refuses_noise_that_is_only_added(monkeypatch):
-    def unbalanced(grid, eta):
-        kept, fresh = noise_shares(grid, eta)
+    def unbalanced(*levels_and_eta):
+        kept, fresh = noise_shares(*levels_and_eta)
         return jnp.ones_like(kept), fresh
 
     monkeypatch.setattr(ddim, "noise_shares", unbalanced)
-    assert min(p_values(functools.partial(sample_ddim, eta=0.5, key=KEY))) < 1e-6
+    assert min(p_values(DDIM(Linear(), 0.5))) < 1e-6
 
 
 def test_from_end_to_end_and_back(x64):
-    errors, (by_start, by_time) = end_to_end({"ddim": sample_ddim})["ddim"]
+    errors, (by_start, by_time) = end_to_end({"ddim": DDIM})["ddim"]
     assert errors[1] < 0.05
     np.testing.assert_allclose(np.log2(errors[0] / errors[1]), 1, atol=0.1)
     assert np.isfinite(by_start).all()
@@ -141,8 +135,7 @@ def test_from_end_to_end_and_back(x64):
 
 def test_gradients_of_ancestral_sampling_from_end_to_end():
     def end(x0, middle):
-        grid = jnp.stack([0 * middle, middle, 0 * middle + 1])
-        return sample_ddim(field, x0, schedule=Linear(), eta=1.0, key=KEY, grid=grid).x.sum()
+        return run(DDIM(Linear(), eta=1.0), field, x0, jnp.stack([0 * middle, middle, 0 * middle + 1])).x.sum()
 
     by_start, by_time = jax.jit(jax.grad(end, argnums=(0, 1)))(jnp.ones((2, 1)), 0.4)
     assert np.isfinite(by_start).all()
@@ -150,20 +143,8 @@ def test_gradients_of_ancestral_sampling_from_end_to_end():
     assert by_time != 0
 
 
-def test_nfe_counts_the_calls_that_happen():
-    assert calls_and_nfe(sample_ddim, np.linspace(0, 1, 6)) == [(5, 5)]
-    guided = classifier_free(lambda t, x: x, lambda t, x: -x, 2.0)
-    assert int(sample_ddim(guided, jnp.ones((1, 1)), schedule=Linear(), num_steps=5).nfe) == 10
-
-
-def test_traced_once():
-    assert traces(sample_ddim) == ["trace", "v"]
-
-
 def test_single_precision_loses_little(x64):
-    x0 = jax.random.normal(KEY, (4, 2), dtype=jnp.float32)
-    sample = functools.partial(sample_ddim, field, schedule=Linear(), num_steps=200)
-    single, double = jax.jit(lambda: [sample(x).x for x in (x0, x0.astype(float))])()
+    single, double = single_and_double({"ddim": DDIM})["ddim"]
     assert single.dtype == jnp.float32
     np.testing.assert_allclose(single, double, atol=3e-5)
 
@@ -174,21 +155,25 @@ def test_low_precision_states_keep_exact_levels():
         return ((2 - x) / (1 - t)).astype(x.dtype)
 
     x0 = jnp.zeros((1, 1), dtype=jnp.bfloat16)
-    solution = jax.jit(lambda x: sample_ddim(v, x, schedule=Linear(), num_steps=512, trajectory=True))(x0)
-    assert solution.x.dtype == jnp.bfloat16
+    solution = jax.jit(lambda x: sample(v, x, DDIM(Linear()), times=512, trajectory=True))(x0)
     np.testing.assert_allclose(solution.trajectory[256, 0, 0], 1.0, atol=0.05)
 
 
-def test_trajectory_and_vmap():
-    def sample(x, **options):
-        return sample_ddim(lambda t, x: -x, x, schedule=Linear(), grid=[0.0, 0.3, 1.0], **options)
+@pytest.mark.parametrize("eta", [0.0, 0.6])
+def test_stepping_one_by_one_is_the_same(eta):
+    x, times = jax.random.normal(KEY, (2, 4)), jnp.array([0.0, 0.3, 0.7, 1.0])
+    solution = run(DDIM(Cosine(), eta), field, x, times)
+    for i in range(3):
+        noise = jax.random.normal(jax.random.fold_in(KEY, i), x.shape)
+        x = ddim_step(field, times[i], times[i + 1], x, schedule=Cosine(), eta=eta, noise=noise)
+    np.testing.assert_allclose(solution.x, x, rtol=2e-5, atol=1e-5)
 
+
+def test_vmap_over_a_further_axis():
     x0 = jax.random.normal(KEY, (3, 2, 4))
-    solution, batched = jax.jit(lambda x: (sample(x[1], trajectory=True), jax.vmap(sample)(x).x))(x0)
-    assert solution.trajectory.shape == (3, 2, 4)
-    np.testing.assert_array_equal(solution.trajectory[0], x0[1])
-    np.testing.assert_array_equal(solution.trajectory[-1], solution.x)
-    np.testing.assert_allclose(batched[1], solution.x, rtol=1e-6)
+    end = lambda x: sample(lambda t, x: -x, x, DDIM(Linear()), times=[0.0, 0.3, 1.0]).x  # noqa: E731
+    one, batched = jax.jit(lambda x: (end(x[1]), jax.vmap(end)(x)))(x0)
+    np.testing.assert_allclose(batched[1], one, rtol=1e-6)
 
 
 def test_levels_where_the_log_snr_is_infinite():
@@ -216,25 +201,13 @@ def test_phi_functions(x64):
         np.testing.assert_allclose(value, expected, rtol=1e-13)
 
 
-BAD = [
-    ({"num_steps": 0}, "num_steps must be at least 1, got 0."),
-    ({"grid": [0.0, 0.5, 0.2], "num_steps": None}, "grid must be finite and strictly monotone"),
-    ({"eta": -0.1}, r"eta must be in \[0, 1\], got -0.1."),
-    ({"eta": 1.5}, r"eta must be in \[0, 1\], got 1.5."),
-    ({"eta": float("nan")}, r"eta must be in \[0, 1\], got nan."),
-    ({"eta": 0.5}, "key must be one typed key, as from jax.random.key"),
-    ({"key": KEY}, "key must be None for eta = 0, which draws no noise, got Array"),
-    ({"eta": 0.5, "key": KEY, "t0": 1.0, "t1": 0.0}, "Time must run forward, got a grid from 1.0 to 0.0."),
-    ({"x0": jnp.ones((2, 2), dtype=int)}, "x0 must be floating point, got int32."),
-    ({"v": lambda t, x: x[:, :1]}, "value and x_t must have the same shape"),
-    (
-        {"schedule": Polynomial(2.0)},
-        "The velocity says nothing of data and noise where the log-SNR stands still, at t = 0.0",
-    ),
-]
+@pytest.mark.parametrize("eta", [-0.1, 1.5, float("nan")])
+def test_a_bad_eta_is_refused(eta):
+    with pytest.raises(ValueError, match=rf"eta must be in \[0, 1\], got {eta}."):
+        DDIM(Linear(), eta)
 
 
-@pytest.mark.parametrize(("options", "message"), BAD)
-def test_bad_input_is_refused(options, message):
+def test_a_start_where_the_log_snr_stands_still_is_refused():
+    message = "The velocity says nothing of data and noise where the log-SNR stands still, at t = 0.0"
     with pytest.raises(ValueError, match=message):
-        sample_ddim(**{"v": lambda t, x: x, "x0": jnp.ones((2, 2)), "schedule": Linear(), "num_steps": 3, **options})
+        sample(field, jnp.ones((2, 2)), DDIM(Polynomial(2.0)), times=[0.0, 0.5])

@@ -7,7 +7,7 @@ from contracts import SCHEDULES, TIME_SAMPLERS
 from scipy.special import expit
 
 from fm_jax import schedules, times
-from fm_jax.samplers.grids import check_state, cosine, edm, quantiles, time_dtype, time_grid, uniform
+from fm_jax.samplers.grids import cosine, edm, quantiles, time_grid, uniform
 
 X = jnp.zeros((2, 3))
 
@@ -30,60 +30,62 @@ def test_backward_is_the_mirror_image():
     np.testing.assert_allclose(uniform(5, 1.0, 0.0), uniform(5)[::-1], atol=1e-7)
 
 
-def test_grid_is_kept_in_the_dtype_of_the_state_but_at_least_float32():
-    assert time_grid(10, None, 0.0, 1.0, X).dtype == jnp.float32
-    assert time_dtype(X.astype(jnp.bfloat16)) == jnp.float32
-    assert time_grid(1000, None, 0.0, 1.0, X.astype(jnp.bfloat16)).dtype == jnp.float32
+RANGE = (0.2, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        (7, np.linspace(*RANGE, 8)),
+        (np.int64(2), [0.2, 0.55, 0.9]),
+        ([0.0, 0.25, 1.0], [0.0, 0.25, 1.0]),
+        ((1.0, 0.5), [1.0, 0.5]),
+        (jnp.array([0.0, 3.0]), [0.0, 3.0]),
+    ],
+)
+def test_times_are_a_number_of_even_steps_over_the_domain_or_themselves(times, expected):
+    np.testing.assert_array_equal(time_grid(times, RANGE, X), np.asarray(expected, dtype=np.float32))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_times_are_in_the_dtype_of_the_state_but_at_least_float32(dtype):
+    assert time_grid(1000, (0.0, 1.0), X.astype(dtype)).dtype == jnp.float32
+    assert time_grid([0.0, 1.0], (0.0, 1.0), X.astype(dtype)).dtype == jnp.float32
 
 
 def test_float64(x64):
-    times = time_grid(3, None, 0.0, 1.0, jnp.zeros((1, 1)))
+    times = time_grid(3, (0.0, 1.0), jnp.zeros((1, 1)))
     assert times.dtype == jnp.float64
     np.testing.assert_array_equal(times, np.arange(4) / 3)
 
 
-def test_a_traced_grid_passes_unchecked():
-    traced = jax.jit(lambda grid: time_grid(None, grid, 0.0, 1.0, X))
-    np.testing.assert_array_equal(traced(jnp.array([0.0, 0.25, 1.0])), [0.0, 0.25, 1.0])
-
-
-BAD = [
-    ({"num_steps": None, "grid": None}, "Exactly one of num_steps and grid must be given."),
-    ({"num_steps": 2, "grid": [0.0, 1.0]}, "Exactly one of num_steps and grid must be given."),
-    ({"num_steps": 0}, "num_steps must be at least 1, got 0."),
-    ({"num_steps": -3}, "num_steps must be at least 1, got -3."),
-    ({"num_steps": 2.0}, "num_steps must be an integer, got 2.0."),
-    ({"num_steps": True}, "num_steps must be an integer, got True."),
-    ({"num_steps": 2, "t1": 0.0}, "t0 and t1 must differ, both are 0.0."),
-    ({"num_steps": 2, "t1": float("nan")}, "t0 and t1 must be finite, got 0.0 and nan."),
-    ({"num_steps": 2, "t0": 1.0, "t1": 1.0 + 1e-9}, "grid must be finite and strictly monotone in float32"),
-    ({"grid": [0.0]}, r"grid must be \[num_steps \+ 1\] with at least two times, got shape \(1,\)."),
-    ({"grid": [[0.0, 1.0]]}, r"got shape \(1, 2\)."),
-    ({"grid": [0.0, 0.5, 0.5, 1.0]}, "grid must be finite and strictly monotone"),
-    ({"grid": [0.0, 0.7, 0.5, 1.0]}, "grid must be finite and strictly monotone"),
-    ({"grid": [0.0, float("nan"), 1.0]}, "grid must be finite and strictly monotone"),
-    ({"grid": [0.0, 0.5], "t1": 0.5}, "t0 and t1 go with num_steps"),
-    ({"grid": [1.0, 0.0], "forward": True}, "Time must run forward, got a grid from 1.0 to 0.0."),
-    ({"num_steps": 2, "t0": 1.0, "t1": 0.0, "forward": True}, "Time must run forward"),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), BAD)
-def test_bad_grids_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        time_grid(**{"num_steps": None, "grid": None, "t0": 0.0, "t1": 1.0, "x": X, **options})
+def test_traced_times_pass_unchecked():
+    traced = jax.jit(lambda times: time_grid(times, RANGE, X))
+    np.testing.assert_array_equal(traced(jnp.array([0.0, 0.25, 0.25])), [0.0, 0.25, 0.25])
+    assert traced(jnp.zeros(2, jnp.bfloat16)).dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
-    ("x0", "message"),
+    ("times", "message"),
     [
-        (jnp.zeros((2, 2), dtype=int), "x0 must be floating point, got int32."),
-        (jnp.float32(1.0), r"x0 must be \[batch, ...\], got a scalar."),
+        (0, "num_steps must be at least 1, got 0."),
+        (-3, "num_steps must be at least 1, got -3."),
+        (2.0, "num_steps must be an integer, got 2.0."),
+        (np.float32(2.0), "num_steps must be an integer, got "),
+        (True, "num_steps must be an integer, got True."),
+        ("2", r"times must be a number of steps or \[num \+ 1\], at least two, got shape \(\)."),
+        ([0.0], r"times must be a number of steps or \[num \+ 1\], at least two, got shape \(1,\)."),
+        ([[0.0, 1.0]], r"got shape \(1, 2\)."),
+        ([1.0, 1.0 + 1e-9], "times must be finite and strictly monotone in float32"),
+        ([0.0, 0.5, 0.5, 1.0], "times must be finite and strictly monotone"),
+        ([0.0, 0.7, 0.5, 1.0], "times must be finite and strictly monotone"),
+        ([0.0, float("nan"), 1.0], "times must be finite and strictly monotone"),
+        ([0.0, float("inf")], "times must be finite and strictly monotone"),
     ],
 )
-def test_bad_states_are_refused(x0, message):
+def test_bad_times_are_refused(times, message):
     with pytest.raises(ValueError, match=message):
-        check_state(x0)
+        time_grid(times, (0.0, 1.0), X)
 
 
 def test_cosine_is_dense_at_both_ends():
@@ -140,6 +142,9 @@ def test_edm_on_every_schedule(schedule):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: uniform(2, 0.0, float("nan")), "t0 and t1 must be finite, got 0.0 and nan."),
+        (lambda: uniform(2, 1.0, 1.0), "t0 and t1 must differ, both are 1.0."),
+        (lambda: uniform(2.0), "num_steps must be an integer, got 2.0."),
         (lambda: cosine(0), "num_steps must be at least 1, got 0."),
         (lambda: cosine(4, 0.5, 0.5), "t0 and t1 must differ, both are 0.5."),
         (lambda: edm(0, schedules.Linear()), "num_steps must be at least 1, got 0."),

@@ -5,12 +5,10 @@ import pytest
 from marginals import p_values, two_gaussians
 
 from fm_jax import oracles
-from fm_jax.guidance import classifier_free
 from fm_jax.parameterization import score_fn
-from fm_jax.samplers.fixed import sample_ode
-from fm_jax.samplers.langevin import langevin_step, sample_predictor_corrector
+from fm_jax.samplers import EulerMaruyama, PredictorCorrector, RungeKutta, langevin_step, sample, sde_step
+from fm_jax.samplers.grids import uniform
 from fm_jax.samplers.loop import step_noise
-from fm_jax.samplers.sde import sample_sde, sde_step
 from fm_jax.schedules import Cosine, Linear
 
 X = np.ones((2, 3), dtype=np.float32)
@@ -72,9 +70,8 @@ def test_the_step_size_is_at_most_the_one_from_the_norms_of_the_score():
 @pytest.mark.parametrize(("diffusion", "grid"), [(0.5, [0.0, 0.2, 0.7]), (0.0, [0.9, 0.5, 0.0])])
 def test_sampling_is_steps_with_the_documented_noise(diffusion, grid):
     schedule, key, x = Cosine(), jax.random.key(2), jnp.asarray(X)
-    options = {"schedule": schedule, "diffusion": diffusion, "corrector_steps": 2, "snr": 0.3, "grid": grid}
-    solution = sample_predictor_corrector(swing, key, x, trajectory=True, **options)
-    np.testing.assert_array_equal(solution.trajectory[0], x)
+    sampler = PredictorCorrector(schedule, diffusion, corrector_steps=2, snr=0.3)
+    solution = sample(swing, x, sampler, times=grid, key=key, trajectory=True)
     for i in range(2):
         noises = [jax.random.normal(jax.random.fold_in(key, 3 * i + j), x.shape) for j in range(3)]
         x = sde_step(swing, None, diffusion, grid[i], grid[i + 1], x, noises[0], schedule=schedule)
@@ -82,16 +79,16 @@ def test_sampling_is_steps_with_the_documented_noise(diffusion, grid):
         for noise in noises[1:]:
             x = langevin_step(score_fn(swing, schedule), jnp.asarray(grid[i + 1]), x, noise, eps)
         np.testing.assert_allclose(solution.trajectory[i + 1], x, rtol=2e-5, atol=1e-6)
-    np.testing.assert_array_equal(solution.trajectory[-1], solution.x)
 
 
 def test_without_corrector_it_is_the_predictor():
-    key, options = jax.random.key(0), {"num_steps": 5, "t1": 0.9}
-    ode = sample_predictor_corrector(swing, key, X, schedule=Linear(), corrector_steps=0, **options)
-    np.testing.assert_array_equal(ode.x, sample_ode(swing, X, method="euler", **options).x)
-    sde = sample_predictor_corrector(swing, key, X, schedule=Linear(), corrector_steps=0, diffusion=0.7, **options)
-    np.testing.assert_allclose(sde.x, sample_sde(swing, None, 0.7, key, X, schedule=Linear(), **options).x, rtol=1e-5)
-    assert int(ode.nfe) == int(sde.nfe) == 5
+    key, times = jax.random.key(0), uniform(5, 0.0, 0.9)
+    ode = sample(swing, X, PredictorCorrector(Linear(), corrector_steps=0), times=times, key=key)
+    np.testing.assert_array_equal(ode.x, sample(swing, X, RungeKutta("euler"), times=times).x)
+    sde = sample(swing, X, PredictorCorrector(Linear(), 0.7, corrector_steps=0), times=times, key=key)
+    alone = sample(swing, X, EulerMaruyama(Linear(), 0.7), times=times, key=key)
+    np.testing.assert_allclose(sde.x, alone.x, rtol=1e-5)
+    assert int(ode.calls) == int(sde.calls) == 5
 
 
 @pytest.mark.parametrize(
@@ -107,21 +104,19 @@ def test_without_corrector_it_is_the_predictor():
         (0.0, 1.0, 0.5, [0.5, 0.5, 0.5, *[0.625] * 4, *[0.75] * 4, *[0.875] * 4, 1.0]),
     ],
 )
-def test_nfe_counts_the_calls_that_happen_and_none_for_the_score_at_sigma_zero(diffusion, t0, t1, calls):
+def test_calls_are_those_that_happen_and_none_for_the_score_at_sigma_zero(diffusion, t0, t1, calls):
     times = []
 
     def v(t, x):
         jax.debug.callback(lambda t: times.append(float(t)), t)
         return x
 
-    options = {"schedule": Linear(), "diffusion": diffusion, "corrector_steps": 3, "num_steps": 4, "t0": t0, "t1": t1}
-    solution = sample_predictor_corrector(v, jax.random.key(0), X, **options)
+    sampler = PredictorCorrector(Linear(), diffusion, corrector_steps=3)
+    solution = sample(v, X, sampler, times=uniform(4, t0, t1), key=jax.random.key(0))
     jax.effects_barrier()
     np.testing.assert_allclose(sorted(times), calls, atol=1e-6)
-    assert int(solution.nfe) == len(calls)
+    assert int(solution.calls) == len(calls)
     assert np.isfinite(solution.x).all()
-    guided = classifier_free(swing, lambda t, x: x, 2.0)
-    assert int(sample_predictor_corrector(guided, jax.random.key(0), X, **options).nfe) == 2 * len(calls)
 
 
 def test_marginal_and_the_way_back_to_it_from_a_wrong_start():
@@ -133,33 +128,31 @@ def test_marginal_and_the_way_back_to_it_from_a_wrong_start():
     v = oracles.velocity(two_gaussians(), Linear())
     x0 = jax.random.normal(jax.random.key(5), (4000, 2))
 
-    def sample(**options):
-        return jax.jit(
-            lambda x: sample_predictor_corrector(v, jax.random.key(6), x, schedule=Linear(), num_steps=100, **options).x
-        )
+    def end(**options):
+        sampler = PredictorCorrector(Linear(), **options)
+        return jax.jit(lambda x: sample(v, x, sampler, times=100, key=jax.random.key(6)).x)
 
-    corrected, predicted = sample(corrector_steps=4, snr=0.15), sample(corrector_steps=0)
+    corrected, predicted = end(corrector_steps=4, snr=0.15), end(corrector_steps=0)
     assert min(p_values(corrected(x0))) > 1e-4
     assert min(p_values(predicted(1.5 * x0))) < 1e-6
     assert min(p_values(corrected(1.5 * x0))) > 1e-4
 
 
-BAD = [
-    ({"num_steps": 0}, "num_steps must be at least 1, got 0."),
-    ({"corrector_steps": -1}, "corrector_steps must be an integer of at least 0, got -1."),
-    ({"corrector_steps": 1.5}, "corrector_steps must be an integer of at least 0, got 1.5."),
-    ({"snr": 0.0}, r"snr must be in \(0, 1\), got 0.0."),
-    ({"snr": float("nan")}, r"snr must be in \(0, 1\), got nan."),
-    ({"diffusion": -1.0}, "diffusion must be finite and not negative, got -1.0."),
-    ({"diffusion": 0.5, "t0": 1.0, "t1": 0.0}, "The score is infinite where sigma = 0, at t = 1.0"),
-    ({"key": None}, "key must be one typed key, as from jax.random.key"),
-    ({"x0": jnp.ones((2, 2), dtype=int)}, "x0 must be floating point, got int32."),
-    ({"v": lambda t, x: x[:, :1]}, r"v\(t, x\) must have the shape of x, \(2, 3\), got \(2, 1\)."),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), BAD)
-def test_bad_input_is_refused(options, message):
-    options = {"v": swing, "key": jax.random.key(0), "x0": X, "schedule": Linear(), "num_steps": 3, **options}
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"corrector_steps": -1}, "corrector_steps must be at least 0, got -1."),
+        ({"corrector_steps": 1.5}, "corrector_steps must be an integer, got 1.5."),
+        ({"snr": 0.0}, r"snr must be in \(0, 1\), got 0.0."),
+        ({"snr": float("nan")}, r"snr must be in \(0, 1\), got nan."),
+        ({"diffusion": -1.0}, "diffusion must be finite and not negative, got -1.0."),
+    ],
+)
+def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        sample_predictor_corrector(**options)
+        PredictorCorrector(Linear(), **options)
+
+
+def test_noise_from_where_the_score_is_infinite_is_refused():
+    with pytest.raises(ValueError, match=r"The score is infinite where sigma = 0, at t = 1\.0"):
+        sample(swing, X, PredictorCorrector(Linear(), 0.5), times=[1.0, 0.0], key=jax.random.key(0))

@@ -12,12 +12,8 @@ import numpy as np
 import pytest
 
 from fm_jax import oracles
-from fm_jax.samplers import ddim, dpm_solver
-from fm_jax.samplers.ddim import sample_ddim
-from fm_jax.samplers.dpm_solver import sample_dpm_solver
-from fm_jax.samplers.fixed import sample_ode
+from fm_jax.samplers import DDIM, DPMSolverPlusPlus, RungeKutta, UniPC, ddim, dpm_solver, sample
 from fm_jax.samplers.levels import phi
-from fm_jax.samplers.unipc import sample_unipc
 from fm_jax.schedules import DDPM, EDM, Linear
 
 pytestmark = pytest.mark.parity
@@ -84,9 +80,9 @@ def assert_same_states(ours, theirs, atol=SINGLE):
     np.testing.assert_allclose(ours, theirs, atol=atol, rtol=0)
 
 
-def ours(sampler, schedule, x, grid, **options):
-    v = oracles.velocity(mixture(), schedule)
-    return sampler(v, jnp.asarray(x), schedule=schedule, grid=grid, trajectory=True, **options).trajectory
+def ours(sampler, x, grid):
+    v, key = oracles.velocity(mixture(), sampler.schedule), jax.random.key(0) if sampler.stochastic else None
+    return sample(v, jnp.asarray(x), sampler, times=grid, key=key, trajectory=True).trajectory
 
 
 def share_noise(monkeypatch, module, draws):
@@ -104,8 +100,7 @@ def test_ddim(eta, num_steps, x64, monkeypatch):
     expected = roll_out(
         theirs, DDPM(), "noise", start(), grid, eta=lambda i: eta, variance_noise=lambda i: tensor(draws[i])
     )
-    key = jax.random.key(0) if eta else None
-    assert_same_states(ours(sample_ddim, DDPM(), start(), grid, eta=eta, key=key), expected)
+    assert_same_states(ours(DDIM(DDPM(), eta), start(), grid), expected)
 
 
 def test_ddpm(x64, monkeypatch):
@@ -118,7 +113,7 @@ def test_ddpm(x64, monkeypatch):
     share_noise(monkeypatch, ddim, draws)
     grid = table_grid(theirs)
     expected = roll_out(theirs, DDPM(), "noise", start(), grid, generator=lambda i: torch.Generator().manual_seed(i))
-    assert_same_states(ours(sample_ddim, DDPM(), start(), grid, eta=1.0, key=jax.random.key(0)), expected)
+    assert_same_states(ours(DDIM(DDPM(), eta=1.0), start(), grid), expected)
 
 
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
@@ -136,7 +131,7 @@ def test_dpm_solver_multistep(order, num_steps, final, x64, monkeypatch):
     theirs.set_timesteps(num_steps)
     grid = sigma_grid(theirs)
     expected = roll_out(theirs, DDPM(), "noise", start(), grid)
-    assert_same_states(ours(sample_dpm_solver, DDPM(), start(), grid, method=f"dpm_solver++_{order}m"), expected)
+    assert_same_states(ours(DPMSolverPlusPlus(DDPM(), order), start(), grid), expected)
 
 
 def test_dpm_solver_multistep_sde(x64, monkeypatch):
@@ -148,8 +143,7 @@ def test_dpm_solver_multistep_sde(x64, monkeypatch):
     share_noise(monkeypatch, dpm_solver, draws)
     grid = sigma_grid(theirs)
     expected = roll_out(theirs, DDPM(), "noise", start(), grid, variance_noise=lambda i: tensor(draws[i]))
-    options = {"method": "dpm_solver++_2m_sde", "key": jax.random.key(0)}
-    assert_same_states(ours(sample_dpm_solver, DDPM(), start(), grid, **options), expected)
+    assert_same_states(ours(DPMSolverPlusPlus(DDPM(), sde=True), start(), grid), expected)
 
 
 @pytest.mark.parametrize(("final", "lower"), [("zero", True), ("sigma_min", False)])
@@ -162,7 +156,7 @@ def test_unipc(order, variant, final, lower, x64):
     theirs.set_timesteps(12)
     grid = sigma_grid(theirs)
     expected = roll_out(theirs, DDPM(), "noise", start(), grid)
-    states = ours(sample_unipc, DDPM(), start(), grid, order=order, variant=variant)
+    states = ours(UniPC(DDPM(), order, variant), start(), grid)
     if lower and order == 3:  # they take the last step but one with order 2
         states, expected = states[:-2], expected[:-2]
     elif lower and variant == "bh1":  # to sigma = 0 they have B(h) = inf times nothing, and end with nan
@@ -184,7 +178,7 @@ def test_euler_and_heun_in_sigma(name, x64):
         method, expected, sigmas = "heun", expected[:-1:2], sigmas[:-1][[0, *range(1, len(sigmas) - 1, 2)]]
     grid = 1 - sigmas / 100
     v = oracles.velocity(mixture(), schedule)
-    states = sample_ode(v, jnp.asarray(start(sigmas[0])), grid=grid, method=method, trajectory=True).trajectory
+    states = sample(v, jnp.asarray(start(sigmas[0])), RungeKutta(method), times=grid, trajectory=True).trajectory
     assert len(states) == len(expected)
     assert_same_states(states, expected, atol=SINGLE * sigmas[0])
 
@@ -201,7 +195,7 @@ def test_flow_match_euler(shift, x64):
         x = theirs.step(tensor(-v(jnp.asarray(1 - sigma), jnp.asarray(x))), step, tensor(x)).prev_sample.numpy()
         expected.append(x)
     for states in (
-        sample_ode(v, jnp.asarray(start()), grid=1 - sigmas, method="euler", trajectory=True).trajectory,
-        ours(sample_ddim, Linear(), start(), 1 - sigmas),
+        sample(v, jnp.asarray(start()), RungeKutta("euler"), times=1 - sigmas, trajectory=True).trajectory,
+        ours(DDIM(Linear()), start(), 1 - sigmas),
     ):
         assert_same_states(states, np.stack(expected))

@@ -7,14 +7,14 @@ import pytest
 from contracts import guided_by_half
 
 from fm_jax import oracles
-from fm_jax.guidance import classifier_free
-from fm_jax.samplers.fixed import METHODS, Method, ode_step, sample_ode
+from fm_jax.samplers import RungeKutta, Tableau, ode_step, sample
 from fm_jax.samplers.grids import uniform
+from fm_jax.samplers.runge_kutta import TABLEAUX
 from fm_jax.schedules import Cosine, Linear
 
 NUM_STEPS = [16, 32, 64, 128]
-CASES = [*itertools.product(METHODS, ["mixture", "guided"]), ("heun", "gaussian"), ("rk4", "gaussian")]
-EULER_SOLD_AS_HEUN = Method(order=2, a=((), (1.0,)), b=(1.0, 0.0), c=(0.0, 1.0))
+CASES = [*itertools.product(TABLEAUX, ["mixture", "guided"]), ("heun", "gaussian"), ("rk4", "gaussian")]
+EULER_SOLD_AS_HEUN = Tableau(order=2, a=((), (1.0,)), b=(1.0, 0.0), c=(0.0, 1.0))
 
 
 def gaussian():
@@ -37,15 +37,15 @@ def orders():
     with jax.enable_x64(True):
         x0 = jax.random.normal(jax.random.key(0), (8, 2))
         v_half, (v_gaussian, exact) = guided_by_half(Linear(), len(x0)), gaussian()
-        on_half = dict(METHODS)
-        on_gaussian = {"heun": METHODS["heun"], "rk4": METHODS["rk4"], "fake": EULER_SOLD_AS_HEUN}
+        on_half = {name: RungeKutta(name) for name in TABLEAUX}
+        on_gaussian = {"heun": on_half["heun"], "rk4": on_half["rk4"], "fake": RungeKutta(EULER_SOLD_AS_HEUN)}
 
         @jax.jit
         def ends(grids):
-            def end(v, methods):
+            def end(v, samplers):
                 return {
-                    name: jax.vmap(lambda grid, m=m: sample_ode(v, x0, grid=grid, method=m).x)(grids)
-                    for name, m in methods.items()
+                    name: jax.vmap(lambda grid, sampler=sampler: sample(v, x0, sampler, times=grid).x)(grids)
+                    for name, sampler in samplers.items()
                 }
 
             return end(v_half, on_half), end(v_gaussian, on_gaussian)
@@ -53,7 +53,7 @@ def orders():
         # All grids have the same length, so that they compile once: steps of length 0 at the end change nothing.
         grids = jnp.stack([jnp.pad(uniform(n), (0, NUM_STEPS[-1] - n), mode="edge") for n in NUM_STEPS])
         half, whole = ends(jnp.concatenate([grids, warp(grids)]))
-        reference = jax.jit(lambda: sample_ode(v_half, x0, num_steps=1000, method="rk4").x)()
+        reference = jax.jit(lambda: sample(v_half, x0, RungeKutta("rk4"), times=1000).x)()
 
         def fit(x, reference):
             errors = np.abs(x - reference[None]).mean(axis=(1, 2)).reshape(2, -1)
@@ -68,17 +68,17 @@ def orders():
 
 @pytest.mark.parametrize(("method", "field"), CASES)
 def test_order_of_convergence(orders, method, field):
-    np.testing.assert_allclose(orders[method, field], METHODS[method].order, atol=0.15)
+    np.testing.assert_allclose(orders[method, field], RungeKutta(method).order, atol=0.15)
 
 
 def test_order_of_convergence_unmasks_a_heun_that_is_euler(orders):
     np.testing.assert_allclose(orders["fake", "gaussian"], 1, atol=0.15)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", TABLEAUX)
 def test_tableau_satisfies_the_order_conditions(name):
     """Hairer, Norsett & Wanner 1993, table II.2.1: one condition for each tree with up to four nodes."""
-    method = METHODS[name]
+    method = TABLEAUX[name]
     s = method.stages
     a = np.zeros((s, s))
     for i, row in enumerate(method.a):
@@ -106,15 +106,15 @@ def test_backward_returns_to_the_start(x64):
 
     @jax.jit
     def there_and_back(x0):
-        x1 = sample_ode(v, x0, num_steps=64, method="rk4").x
-        return x1, sample_ode(v, x1, num_steps=64, method="rk4", t0=1.0, t1=0.0).x
+        x1 = sample(v, x0, RungeKutta("rk4"), times=64).x
+        return x1, sample(v, x1, RungeKutta("rk4"), times=uniform(64, 1.0, 0.0)).x
 
     x1, back = there_and_back(x0)
     assert np.abs(x1 - x0).max() > 0.3
     np.testing.assert_allclose(back, x0, atol=1e-7)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", TABLEAUX)
 def test_stepping_one_by_one_is_the_same(method):
     def v(t, x):
         return jnp.sin(3 * t) * x - t
@@ -124,9 +124,7 @@ def test_stepping_one_by_one_is_the_same(method):
     x = x0
     for t, t_next in itertools.pairwise(grid):
         x = ode_step(v, t, t_next, x, method)
-    solution = sample_ode(v, x0, grid=grid, method=method)
-    np.testing.assert_allclose(solution.x, x, rtol=1e-6)
-    assert solution.trajectory is None
+    np.testing.assert_allclose(sample(v, x0, RungeKutta(method), times=grid).x, x, rtol=1e-6)
 
 
 def test_a_step_takes_one_time_for_each_example():
@@ -137,29 +135,20 @@ def test_a_step_takes_one_time_for_each_example():
     np.testing.assert_allclose(x, jnp.array([[0.5] * 3, [-0.125] * 3]))
 
 
-@pytest.mark.parametrize(("method", "stages"), [(name, method.stages) for name, method in METHODS.items()])
-def test_nfe_counts_the_calls_that_happen(method, stages):
-    calls = []
+@pytest.mark.parametrize("method", TABLEAUX)
+def test_evaluates_from_the_start_to_the_end_and_nowhere_else(method):
+    times = []
 
-    def network(t, x):
-        jax.debug.callback(lambda t: calls.append(float(t)), t)
-        return x
-
-    solution = jax.jit(lambda x: sample_ode(network, x, num_steps=5, method=method))(jnp.ones((3, 1)))
-    jax.block_until_ready(solution)
-    jax.effects_barrier()
-    assert int(solution.nfe) == len(calls) == 5 * stages
-    assert min(calls) == 0
-    assert max(calls) <= 1
-    assert (max(calls) == 1) == (METHODS[method].c[-1] == 1)
-
-
-def test_nfe_counts_both_branches_of_guidance():
     def v(t, x):
+        jax.debug.callback(lambda t: times.append(float(t)), t)
         return x
 
-    guided = classifier_free(v, v, 3.0)
-    assert int(sample_ode(guided, jnp.ones((1, 1)), num_steps=4, method="heun").nfe) == 16
+    jax.block_until_ready(jax.jit(lambda x: sample(v, x, RungeKutta(method), times=5))(jnp.ones((3, 1))))
+    jax.effects_barrier()
+    assert len(times) == 5 * RungeKutta(method).nfe_per_step
+    assert min(times) == 0
+    assert max(times) <= 1
+    assert (max(times) == 1) == (TABLEAUX[method].c[-1] == 1)
 
 
 def test_last_stage_is_at_the_end_exactly():
@@ -168,30 +157,17 @@ def test_last_stage_is_at_the_end_exactly():
     seen = jax.vmap(lambda t, t_next: ode_step(lambda t, x: jnp.broadcast_to(t, x.shape), t, t_next, jnp.zeros(1)))
     h, mean = times[:, 1] - times[:, 0], (times[:, 0] + times[:, 1]) / 2
     np.testing.assert_allclose(seen(*times.T)[:, 0], h * mean, atol=1e-7)
-    last = Method(order=1, a=((), (1.0,)), b=(0.5, 0.5), c=(0.0, 1.0))
+    last = Tableau(order=1, a=((), (1.0,)), b=(0.5, 0.5), c=(0.0, 1.0))
     stages = []
     for t, t_next in times[:50]:
         ode_step(lambda t, x: stages.append(np.asarray(t)) or x, t, t_next, jnp.zeros((1, 1)), last)
     np.testing.assert_array_equal(np.array(stages).reshape(50, 2), times[:50])
 
 
-def test_traced_once():
-    calls = []
-
-    @jax.jit
-    def sample(x):
-        calls.append("trace")
-        return sample_ode(lambda t, x: calls.append("v") or -x, x, num_steps=10, method="euler").x
-
-    for i in range(3):
-        sample(jnp.full((2, 2), float(i)))
-    assert calls == ["trace", "v"]
-
-
 def test_gradients_in_both_modes(x64):
     # Heun on x' = a x multiplies by 1 + z + z^2 / 2 with z = a h, each step.
     def end(a):
-        return sample_ode(lambda t, x: a * x, jnp.ones((1, 1)), num_steps=4, method="heun").x[0, 0]
+        return sample(lambda t, x: a * x, jnp.ones((1, 1)), RungeKutta("heun"), times=4).x[0, 0]
 
     z = 0.7 / 4
     np.testing.assert_allclose(end(0.7), (1 + z + z**2 / 2) ** 4, rtol=1e-12)
@@ -200,12 +176,11 @@ def test_gradients_in_both_modes(x64):
     np.testing.assert_allclose(jax.jvp(end, (0.7,), (1.0,))[1], expected, rtol=1e-12)
 
 
-def test_gradient_with_respect_to_the_grid():
+def test_gradient_with_respect_to_the_times():
     # Euler on x' = 2t over (0, s, 1) gives 2 s (1 - s).
     def end(s):
-        return sample_ode(
-            lambda t, x: 2 * t + 0 * x, jnp.zeros((1, 1)), grid=jnp.stack([0 * s, s, 1 + 0 * s]), method="euler"
-        ).x[0, 0]
+        times = jnp.stack([0 * s, s, 1 + 0 * s])
+        return sample(lambda t, x: 2 * t + 0 * x, jnp.zeros((1, 1)), RungeKutta("euler"), times=times).x[0, 0]
 
     np.testing.assert_allclose(jax.value_and_grad(end)(0.3), (0.42, 0.8), rtol=1e-5)
 
@@ -215,59 +190,30 @@ def test_vmap_over_a_further_axis():
         return x * t
 
     x0 = jax.random.normal(jax.random.key(0), (3, 2, 4))
-    batched = jax.vmap(lambda x: sample_ode(v, x, num_steps=3).x)(x0)
-    np.testing.assert_allclose(batched[1], sample_ode(v, x0[1], num_steps=3).x, rtol=1e-6)
+    batched = jax.vmap(lambda x: sample(v, x, times=3).x)(x0)
+    np.testing.assert_allclose(batched[1], sample(v, x0[1], times=3).x, rtol=1e-6)
 
 
-@pytest.mark.parametrize(
-    "options", [{"num_steps": 5}, {"grid": [0.0, 0.3, 1.0]}, {"num_steps": 3, "t0": 1.0, "t1": 0.2}]
-)
-def test_trajectory_is_exact_where_the_method_is(options):
+@pytest.mark.parametrize("times", [5, [0.0, 0.3, 1.0], [1.0, 0.6, 0.2]])
+def test_trajectory_is_exact_where_the_method_is(times):
     # rk4 integrates 3 t^2 exactly.
-    def v(t, x):
-        return 3 * t**2 + 0 * x
-
-    grid = jnp.asarray(options["grid"]) if "grid" in options else uniform(**options)
+    grid = uniform(times) if isinstance(times, int) else jnp.asarray(times)
     x0 = jnp.full((2, 2), grid[0] ** 3)
-    solution = sample_ode(v, x0, method="rk4", trajectory=True, **options)
+    solution = sample(lambda t, x: 3 * t**2 + 0 * x, x0, RungeKutta("rk4"), times=times, trajectory=True)
     assert solution.trajectory.shape == (len(grid), 2, 2)
     np.testing.assert_allclose(solution.trajectory[:, 0, 1], grid**3, atol=1e-6)
-    np.testing.assert_array_equal(solution.trajectory[0], x0)
-    np.testing.assert_array_equal(solution.trajectory[-1], solution.x)
 
 
 def test_low_precision_states_keep_exact_steps():
-    seen = []
-
-    def v(t, x):
-        seen.append(t.dtype)
-        return jnp.ones_like(x)
-
-    solution = sample_ode(v, jnp.zeros((1, 1), dtype=jnp.bfloat16), num_steps=512, method="euler")
-    assert solution.x.dtype == jnp.bfloat16
-    assert set(seen) == {jnp.dtype(jnp.bfloat16)}
     # Adding 1/512 to bfloat16 numbers stalls at 0.5: the steps themselves are not lost, which would give 0.
+    x0 = jnp.zeros((1, 1), dtype=jnp.bfloat16)
+    solution = sample(lambda t, x: jnp.ones_like(x), x0, RungeKutta("euler"), times=512)
     assert 0.4 < float(solution.x[0, 0]) <= 1
 
 
-X = jnp.ones((2, 3))
-BAD = [
-    ({"num_steps": 0}, "num_steps must be at least 1, got 0."),
-    (
-        {"num_steps": 4, "method": "rk5"},
-        "method must be one of 'euler', 'midpoint', 'heun', 'ralston', 'heun3', 'rk4', got 'rk5'.",
-    ),
-    ({}, "Exactly one of num_steps and grid must be given."),
-    ({"num_steps": 4, "x0": jnp.ones((2, 3), dtype=int)}, "x0 must be floating point, got int32."),
-    ({"num_steps": 4, "v": lambda t, x: x[:, :1]}, r"v\(t, x\) must have the shape of x, \(2, 3\), got \(2, 1\)."),
-]
-
-
-@pytest.mark.parametrize(("options", "message"), BAD)
-def test_bad_input_is_refused(options, message):
-    options = {"v": lambda t, x: x, "x0": X, **options}
-    with pytest.raises(ValueError, match=message):
-        sample_ode(options.pop("v"), options.pop("x0"), **options)
+def test_an_unknown_method_is_refused():
+    with pytest.raises(ValueError, match=r"method must be one of 'euler', .*, 'heun3', 'rk4', got 'rk5'\."):
+        RungeKutta("rk5")
 
 
 @pytest.mark.parametrize(
@@ -280,4 +226,4 @@ def test_bad_input_is_refused(options, message):
 )
 def test_bad_tableaux_are_refused(tableau, message):
     with pytest.raises(ValueError, match=message):
-        Method(order=1, **tableau)
+        Tableau(order=1, **tableau)

@@ -5,11 +5,13 @@ import pytest
 from marginals import p_values, source_cdf, two_gaussians
 
 from fm_jax import oracles
-from fm_jax.guidance import classifier_free
+from fm_jax.nfe import Counted
 from fm_jax.parameterization import score_fn
-from fm_jax.samplers.fixed import sample_ode
-from fm_jax.samplers.sde import METHODS, sample_sde, sde_step
+from fm_jax.samplers import EulerMaruyama, RungeKutta, StochasticHeun, falling_noise, sample, sde_step
+from fm_jax.samplers.grids import uniform
 from fm_jax.schedules import VP, Cosine, Linear, Polynomial
+
+METHODS = {"euler_maruyama": EulerMaruyama, "heun": StochasticHeun}
 
 NUM_STEPS = [32, 64, 128, 256]
 DIFFUSIONS = {
@@ -83,7 +85,7 @@ def moments():
 
 @pytest.mark.parametrize("case", sorted(LAWS), ids=str)
 def test_weak_order(moments, case):
-    order = {"euler_maruyama": 1, "heun": 2}[case[0]]
+    order = METHODS[case[0]].order
     mean_errors, cov_errors = moments[case]
     assert mean_errors[-1] < 0.02
     assert cov_errors[-1] < 0.02
@@ -123,23 +125,10 @@ def test_strong_order_one_on_a_shared_brownian_path(x64, method):
 
 
 MARGINALS = {
-    "vanishing at the data": (Linear(), lambda t: jnp.sqrt(1 - t), "heun", 100),
-    "song": (VP(), lambda t: jnp.sqrt(0.1 + (1 - t) * 19.9), "euler_maruyama", 400),
+    "vanishing at the data": (StochasticHeun(Linear(), lambda t: jnp.sqrt(1 - t)), 100),
+    "song": (EulerMaruyama(VP(), lambda t: jnp.sqrt(0.1 + (1 - t) * 19.9)), 400),
 }
 KEY_START, KEY_DATA, KEY_PATH = (jax.random.key(i) for i in (5, 7, 6))
-
-
-def sampler(schedule, g, method, num_steps, **options):
-    """`sample(x, factor)` on the mixture, with `factor` times the true score."""
-    mixture = two_gaussians()
-    v = oracles.velocity(mixture, schedule)
-
-    def sample(x, factor=None):
-        score = None if factor is None else lambda t, x: factor * oracles.prediction(mixture, schedule, t, x).score
-        by = schedule if factor is None else None
-        return sample_sde(v, score, g, KEY_PATH, x, schedule=by, num_steps=num_steps, method=method, **options).x
-
-    return jax.jit(sample)
 
 
 @pytest.mark.parametrize("name", MARGINALS)
@@ -148,37 +137,50 @@ def test_every_diffusion_reaches_the_same_marginal(name):
 
     Power: a drift without the score term, or with half of it, is refused below.
     """
-    schedule = MARGINALS[name][0]
-    x = sampler(*MARGINALS[name], t1=schedule.domain[1])(jax.random.normal(KEY_START, (4000, 2)))
-    assert min(p_values(x)) > 1e-4
+    sampler, num_steps = MARGINALS[name]
+    v, times = oracles.velocity(two_gaussians(), sampler.schedule), uniform(num_steps, *sampler.schedule.domain)
+    end = jax.jit(lambda x: sample(v, x, sampler, times=times, key=KEY_PATH).x)
+    assert min(p_values(end(jax.random.normal(KEY_START, (4000, 2))))) > 1e-4
+
+
+def with_a_multiple_of_the_score(make, times):
+    """`end(x, factor)` on the mixture and `Linear`, with `factor` times the true score."""
+    mixture = two_gaussians()
+    v = oracles.velocity(mixture, Linear())
+
+    @jax.jit
+    def end(x, factor):
+        sampler = make(diffusion=0.7, score=lambda t, x: factor * oracles.prediction(mixture, Linear(), t, x).score)
+        return sample(v, x, sampler, times=times, key=KEY_PATH).x
+
+    return end
 
 
 def test_the_marginal_test_refuses_a_wrong_score_term():
-    sample, x0 = sampler(Linear(), 0.7, "euler_maruyama", 400), jax.random.normal(KEY_START, (4000, 2))
-    assert min(p_values(sample(x0, 1.0))) > 1e-4
-    assert min(p_values(sample(x0, 0.5))) < 1e-6
-    assert min(p_values(sample(x0, 0.0))) < 1e-6
+    end, x0 = with_a_multiple_of_the_score(EulerMaruyama, 400), jax.random.normal(KEY_START, (4000, 2))
+    assert min(p_values(end(x0, 1.0))) > 1e-4
+    assert min(p_values(end(x0, 0.5))) < 1e-6
+    assert min(p_values(end(x0, 0.0))) < 1e-6
 
 
 def test_backward_reaches_the_source():
     """False-alarm rate as above; the sign that the score term has in forward time is refused."""
     mixture = two_gaussians()
     x = 0.95 * oracles.sample(mixture, KEY_DATA, 4000) + 0.05 * jax.random.normal(KEY_START, (4000, 2))
-    sample = sampler(Linear(), 0.7, "heun", 50, t0=0.95, t1=0.0)
-    assert min(p_values(sample(x, 1.0), source_cdf)) > 1e-4
-    assert min(p_values(sample(x, -1.0), source_cdf)) < 1e-6
+    end = with_a_multiple_of_the_score(StochasticHeun, uniform(50, 0.95, 0.0))
+    assert min(p_values(end(x, 1.0), source_cdf)) > 1e-4
+    assert min(p_values(end(x, -1.0), source_cdf)) < 1e-6
 
 
 def swing(t, x):
     return jnp.sin(3 * t) * x - t
 
 
-@pytest.mark.parametrize(("method", "ode_method"), [("euler_maruyama", "euler"), ("heun", "heun")])
-def test_no_diffusion_is_the_method_for_the_flow(method, ode_method):
-    options = {"num_steps": 7, "t1": 0.9, "trajectory": True}
-    x0 = jax.random.normal(jax.random.key(0), (5, 2))
-    sde = sample_sde(swing, None, 0.0, jax.random.key(1), x0, schedule=Cosine(), method=method, **options)
-    ode = sample_ode(swing, x0, method=ode_method, **options)
+@pytest.mark.parametrize(("make", "method"), [(EulerMaruyama, "euler"), (StochasticHeun, "heun")])
+def test_no_diffusion_is_the_method_for_the_flow(make, method):
+    x0, times = jax.random.normal(jax.random.key(0), (5, 2)), uniform(7, 0.0, 0.9)
+    sde = sample(swing, x0, make(Cosine(), 0.0), times=times, key=jax.random.key(1), trajectory=True)
+    ode = sample(swing, x0, RungeKutta(method), times=times, trajectory=True)
     np.testing.assert_allclose(sde.trajectory, ode.trajectory, atol=1e-6)
 
 
@@ -221,109 +223,131 @@ def test_low_precision_states_keep_the_last_steps_finite():
         assert np.isfinite(np.asarray(stepped, dtype=float)).all()
 
 
-def test_sampling_is_steps_with_the_documented_noise():
+@pytest.mark.parametrize("method", METHODS)
+def test_sampling_is_steps_with_the_documented_noise(method):
     v, score, g = (lambda t, x: x - t), (lambda t, x: -x), (lambda t: 1 + t)
-    key, x = jax.random.key(2), jnp.ones((2, 3))
-    grid = [0.0, 0.2, 0.7]
-    solution = sample_sde(v, score, g, key, x, grid=grid, trajectory=True)
-    assert solution.trajectory.shape == (3, 2, 3)
-    np.testing.assert_array_equal(solution.trajectory[0], x)
+    key, x, times = jax.random.key(2), jnp.ones((2, 3)), [0.0, 0.2, 0.7]
+    solution = sample(v, x, METHODS[method](diffusion=g, score=score), times=times, key=key, trajectory=True)
     for i in range(2):
         noise = jax.random.normal(jax.random.fold_in(key, i), (2, 3))
-        x = sde_step(v, score, g, grid[i], grid[i + 1], x, noise)
+        x = sde_step(v, score, g, times[i], times[i + 1], x, noise, method=method)
         np.testing.assert_allclose(solution.trajectory[i + 1], x, rtol=1e-5)
-    np.testing.assert_array_equal(solution.trajectory[-1], solution.x)
 
 
 @pytest.mark.parametrize(
-    ("method", "t0", "t1", "calls"),
+    ("make", "t0", "t1", "calls"),
     [
-        ("euler_maruyama", 0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8]),
-        ("heun", 0.0, 1.0, [0.0, 0.2, 0.2, 0.4, 0.4, 0.6, 0.6, 0.8, 0.8]),
-        ("heun", 0.5, 0.0, [0.0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5]),
+        (EulerMaruyama, 0.0, 1.0, [0.0, 0.2, 0.4, 0.6, 0.8]),
+        (StochasticHeun, 0.0, 1.0, [0.0, 0.2, 0.2, 0.4, 0.4, 0.6, 0.6, 0.8, 0.8]),
+        (StochasticHeun, 0.5, 0.0, [0.0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.3, 0.4, 0.4, 0.5]),
     ],
 )
-def test_nfe_counts_the_calls_that_happen_and_none_at_sigma_zero(method, t0, t1, calls):
+def test_calls_are_those_that_happen_and_none_at_sigma_zero(make, t0, t1, calls):
     times = []
 
     def v(t, x):
         jax.debug.callback(lambda t: times.append(float(t)), t)
         return x
 
-    solution = sample_sde(
-        v, None, 1.0, jax.random.key(0), jnp.ones((1, 1)), schedule=Linear(), num_steps=5, method=method, t0=t0, t1=t1
-    )
+    solution = sample(v, jnp.ones((1, 1)), make(Linear(), 1.0), times=uniform(5, t0, t1), key=jax.random.key(0))
     jax.effects_barrier()
     np.testing.assert_allclose(sorted(times), calls, atol=1e-6)
-    assert int(solution.nfe) == len(calls)  # the score came from the same evaluations
+    assert int(solution.calls) == len(calls)  # the score came from the same evaluations
     assert np.isfinite(solution.x).all()
 
 
-@pytest.mark.parametrize(("method", "evaluations"), [("euler_maruyama", 5), ("heun", 10)])
-def test_nfe_adds_velocity_and_score(method, evaluations):
-    v = classifier_free(lambda t, x: x, lambda t, x: -x, 2.0)
-    options = {"key": jax.random.key(0), "x0": jnp.ones((1, 1)), "num_steps": 5, "method": method}
-    assert int(sample_sde(v, lambda t, x: x, 1.0, **options).nfe) == 3 * evaluations
-    assert int(sample_sde(v, None, 1.0, schedule=Linear(), t1=0.9, **options).nfe) == 2 * evaluations
+@pytest.mark.parametrize(("make", "times"), [(EulerMaruyama, 5), (StochasticHeun, 10)])
+def test_a_score_of_its_own_is_called_and_paid_for_too(make, times):
+    def counts(v, score):
+        solution = sample(v, jnp.ones((1, 1)), make(diffusion=1.0, score=score), times=5, key=jax.random.key(0))
+        return int(solution.calls), None if solution.nfe is None else int(solution.nfe)
+
+    v, score = Counted(lambda t, x: x, 2), Counted(lambda t, x: -x, 1)
+    assert counts(v, score) == (2 * times, 3 * times)
+    assert counts(v, score.function) == counts(v.function, score) == (2 * times, None)
 
 
 def test_score_from_the_schedule_equals_a_separate_score():
-    schedule = Linear()
-    options = {"key": jax.random.key(0), "x0": jnp.ones((3, 2)), "num_steps": 5}
-    shared = sample_sde(swing, None, 0.7, schedule=schedule, **options).x
-    np.testing.assert_allclose(shared, sample_sde(swing, score_fn(swing, schedule), 0.7, **options).x, rtol=1e-5)
+    options = {"times": 5, "key": jax.random.key(0)}
+    x0, own = jnp.ones((3, 2)), EulerMaruyama(diffusion=0.7, score=score_fn(swing, Linear()))
+    shared = sample(swing, x0, EulerMaruyama(Linear(), 0.7), **options).x
+    np.testing.assert_allclose(shared, sample(swing, x0, own, **options).x, rtol=1e-5)
+
+
+def test_the_default_noise_is_the_falling_one():
+    x0, options = jnp.ones((3, 2)), {"times": 5, "key": jax.random.key(0)}
+    by_default, given = (sample(swing, x0, EulerMaruyama(VP(), g), **options).x for g in (None, falling_noise(VP())))
+    np.testing.assert_array_equal(by_default, given)
+
+
+def test_falling_noise_is_that_of_the_reverse_diffusion():
+    """On the linear path -d sigma^2 / dt = 2 (1 - t)."""
+    t = np.linspace(0, 1, 5)
+    np.testing.assert_allclose(jax.vmap(falling_noise(Linear()))(t), np.sqrt(2 * (1 - t)), atol=1e-6)
 
 
 def test_gradient_through_the_path():
     # X_1 = x0 prod(1 + a h) + noise, so that dX_1 / da = x0 n h (1 + a h)^(n - 1) where the noise vanishes.
     def end(a):
-        return sample_sde(
-            lambda t, x: a * x, lambda t, x: 0 * x, 0.0, jax.random.key(0), jnp.ones((1, 1)), num_steps=4
-        ).x[0, 0]
+        sampler = EulerMaruyama(diffusion=0.0, score=lambda t, x: 0 * x)
+        return sample(lambda t, x: a * x, jnp.ones((1, 1)), sampler, times=4, key=jax.random.key(0)).x[0, 0]
 
     np.testing.assert_allclose(jax.grad(end)(0.5), (1 + 0.5 / 4) ** 3, rtol=1e-5)
 
 
-SCHEDULE = Linear()
-BAD = [
-    ({"num_steps": 0}, "num_steps must be at least 1, got 0."),
-    ({"t0": 1.0, "t1": 0.0}, "The score is infinite where sigma = 0, at t = 1.0: start or end short of it"),
-    ({"num_steps": None, "grid": [1.0, 0.5, 0.0]}, "The score is infinite where sigma = 0"),
-    (
-        {"schedule": Polynomial(2.0)},
-        "The velocity says nothing of data and noise where the log-SNR stands still, at t = 0.0",
-    ),
-    ({"num_steps": None, "grid": [0.5, 0.0, 0.2]}, "grid must be finite and strictly monotone"),
-    ({"method": "euler"}, "method must be one of 'euler_maruyama', 'heun', got 'euler'."),
-    ({"diffusion": -1.0}, "diffusion must be finite and not negative, got -1.0."),
-    ({"diffusion": float("nan")}, "diffusion must be finite and not negative, got nan."),
-    ({"diffusion": lambda t: jnp.ones(2)}, r"diffusion\(t\) must be a scalar, got shape \(2,\)."),
-    ({"key": None}, "key must be one typed key, as from jax.random.key"),
-    ({"key": 0}, "key must be one typed key"),
-    ({"key": jax.random.PRNGKey(0)}, "key must be one typed key"),
-    ({"key": jax.random.split(jax.random.key(0))}, "key must be one typed key"),
-    ({"schedule": None}, "Exactly one of score and schedule must be given"),
-    ({"score": lambda t, x: x}, "Exactly one of score and schedule must be given"),
-    (
-        {"schedule": None, "score": lambda t, x: x[:, :1]},
-        r"score\(t, x\) must have the shape of x, \(2, 2\), got \(2, 1\).",
-    ),
-    ({"v": lambda t, x: x[:, :1]}, r"v\(t, x\) must have the shape of x, \(2, 2\), got \(2, 1\)."),
-    ({"x0": jnp.ones((2, 2), dtype=int)}, "x0 must be floating point, got int32."),
-]
+def minus(t, x):
+    return -x
 
 
-@pytest.mark.parametrize(("options", "message"), BAD)
-def test_bad_input_is_refused(options, message):
-    options = {
-        "v": lambda t, x: x,
-        "score": None,
-        "diffusion": 1.0,
-        "key": jax.random.key(0),
-        "x0": jnp.ones((2, 2)),
-        "schedule": SCHEDULE,
-        "num_steps": 3,
-        **options,
-    }
+@pytest.mark.parametrize("make", METHODS.values())
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": Linear(), "diffusion": -1.0}, "diffusion must be finite and not negative, got -1.0."),
+        ({"schedule": Linear(), "diffusion": float("nan")}, "diffusion must be finite and not negative, got nan."),
+        ({}, "Exactly one of score and schedule must be given"),
+        ({"schedule": Linear(), "score": minus}, "Exactly one of score and schedule must be given"),
+        ({"score": minus}, "diffusion must be given with a score: its default is made of a schedule."),
+    ],
+)
+def test_bad_options_are_refused(make, options, message):
     with pytest.raises(ValueError, match=message):
-        sample_sde(**options)
+        make(**options)
+
+
+@pytest.mark.parametrize("make", METHODS.values())
+@pytest.mark.parametrize(
+    ("options", "times", "message"),
+    [
+        (
+            {"schedule": Linear()},
+            [1.0, 0.5, 0.0],
+            "The score is infinite where sigma = 0, at t = 1.0: start or end short",
+        ),
+        ({"schedule": Polynomial(2.0)}, [0.0, 1.0], "The velocity says nothing of data and noise .*, at t = 0.0"),
+        ({"schedule": Linear(), "diffusion": lambda t: jnp.ones(2)}, 3, r"diffusion\(t\) must be a scalar, got shape"),
+        (
+            {"score": lambda t, x: x[:, :1], "diffusion": 1.0},
+            3,
+            r"score\(t, x\) must have the shape of x, \(2, 2\), got",
+        ),
+    ],
+)
+def test_bad_paths_are_refused(make, options, times, message):
+    with pytest.raises(ValueError, match=message):
+        sample(minus, jnp.ones((2, 2)), make(**options), times=times, key=jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "euler"}, "method must be one of 'euler_maruyama', 'heun', got 'euler'."),
+        ({"schedule": None}, "Exactly one of score and schedule must be given"),
+        ({"diffusion": -1.0}, "diffusion must be finite and not negative, got -1.0."),
+    ],
+)
+def test_bad_steps_are_refused(options, message):
+    options = {"schedule": Linear(), "diffusion": 1.0, **options}
+    x = jnp.ones((2, 2))
+    with pytest.raises(ValueError, match=message):
+        sde_step(minus, None, options.pop("diffusion"), 0.0, 0.1, x, x, **options)
