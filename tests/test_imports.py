@@ -27,10 +27,10 @@ EXTRAS = [
 # A file imports from its own layer and those below.
 LAYERS = [
     ["types", "_version"],
-    ["shapes", "nfe", "manifolds", "conditions"],
-    ["schedules"],
+    ["checks", "shapes"],
+    ["nfe", "sources", "schedules", "conditions"],
     ["times", "couplings", "oracles", "paths", "parameterization"],
-    ["losses", "guidance", "samplers", "divergence"],
+    ["losses", "guidance", "samplers"],
     ["likelihood", "fewstep"],
 ]
 CORE = {name: height for height, names in enumerate(LAYERS) for name in names}
@@ -78,7 +78,7 @@ sys.meta_path.insert(0, Blocker())
 import fm_jax
 from fm_jax.losses import flow_matching
 import fm_jax.metrics, fm_jax.models, fm_jax.samplers, fm_jax.train
-import fm_jax.train.checkpoint, fm_jax.train.loop, fm_jax.train.metrics, fm_jax.train.parallel
+import fm_jax.train.checkpoint, fm_jax.train.loop, fm_jax.train.log, fm_jax.train.parallel
 """)
 
 

@@ -11,7 +11,18 @@ import optax
 import pytest
 
 import fm_jax
-from fm_jax import fewstep, guidance, losses, parameterization, samplers, schedules, types
+from fm_jax import (
+    fewstep,
+    guidance,
+    likelihood,
+    losses,
+    metrics,
+    parameterization,
+    samplers,
+    schedules,
+    sources,
+    types,
+)
 from fm_jax.models import MLP, linen_apply
 from fm_jax.paths import AffinePath, SplinePath
 from fm_jax.train import make_step
@@ -79,6 +90,9 @@ def test_the_order_can_fail():
         (types.TimeSampler, contracts.TIME_SAMPLERS),
         (types.Coupling, [*contracts.COUPLINGS.values(), *contracts.OTT_COUPLINGS.values()]),
         (types.Path, [*(AffinePath(schedule) for schedule in contracts.SCHEDULES), *contracts.BRIDGES]),
+        (types.Source, [sources.Normal(), sources.Uniform(), sources.Sampled(lambda key, num: key)]),
+        (types.Sampler, [make(schedules.Linear()) for make in contracts.SAMPLERS.values()]),
+        (types.Sampler, [samplers.learned.from_method("euler", 2)]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -147,9 +161,11 @@ def test_what_is_made_is_called_alike(made, arguments, options):
 @pytest.mark.parametrize(
     ("function", "arguments"),
     [
-        (samplers.sample_ode, ["v", "x0"]),
-        (samplers.sample_adaptive, ["v", "x0"]),
-        (samplers.sample_sde, ["v", "score", "diffusion", "key", "x0"]),
+        (samplers.sample, ["v", "x0", "sampler"]),
+        (likelihood.log_prob, ["v", "x1"]),
+        (likelihood.bits_per_dim, ["v", "key", "images"]),
+        (metrics.path_energy, ["v", "x0"]),
+        (fewstep.make_pairs, ["v", "key", "shape"]),
         (losses.flow_matching, ["apply_fn", "path"]),
         (guidance.classifier_free, ["v_cond", "v_uncond", "scale"]),
         (parameterization.convert, ["kind", "value", "t", "x_t", "schedule"]),
@@ -165,12 +181,14 @@ def test_options_are_keywords(function, arguments):
     )
 
 
-def test_samplers_share_their_options():
+def test_what_samples_shares_its_options():
     """The same words for the same things."""
-    fixed, sde = keyword_only(samplers.sample_ode), keyword_only(samplers.sample_sde)
-    assert fixed == ["num_steps", "method", "t0", "t1", "grid", "trajectory"]
-    assert [name for name in sde if name != "schedule"] == fixed
-    assert set(keyword_only(samplers.sample_adaptive)) & set(fixed) == {"t0", "t1"}
+    assert keyword_only(samplers.sample) == ["times", "key", "trajectory"]
+    inside = [likelihood.log_prob, likelihood.encode_and_log_prob, likelihood.sample_and_log_prob]
+    for function in (*inside, likelihood.bits_per_dim, metrics.path_energy, metrics.straightness, fewstep.make_pairs):
+        assert {"sampler", "times"} <= set(keyword_only(function))
+    for sampler in (samplers.EulerMaruyama, samplers.StochasticHeun, samplers.DiffraxSDE):
+        assert positional(sampler)[:3] == ["schedule", "diffusion", "score"]
 
 
 def test_the_loss_is_what_jax_differentiates():

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from contracts import SCHEDULES
 
-from fm_jax.paths import AffinePath, source, targets
+from fm_jax.paths import AffinePath, start
 from fm_jax.schedules import VE, Linear, coefficients
+from fm_jax.sources import Normal, Uniform
 
 SHAPE = (4, 2, 3, 1)
 
@@ -40,22 +41,35 @@ def test_targets(schedule, pair, x64):
     """The conditional score is the gradient of log N(x_t | alpha x1, sigma^2)."""
     x0, x1 = (jnp.asarray(x, dtype=float) for x in pair)
     t = jnp.array([0.15, 0.35, 0.6, 0.9])
-    sample = AffinePath(schedule).sample(None, t, x0, x1)
-    got = targets(sample, schedule)
+    path = AffinePath(schedule)
+    sample = path.sample(None, t, x0, x1)
+    got = path.targets(sample)
+    assert set(got) == set(path.kinds)
     for i in range(4):
         alpha, sigma, _, _ = coefficients(schedule, t[i])
         log_density = lambda x: -0.5 * jnp.square((x - alpha * x1[i]) / sigma).sum()  # noqa: E731, B023
-        np.testing.assert_allclose(got.score[i], jax.grad(log_density)(sample.x_t[i]), rtol=1e-6, atol=1e-9)
-    assert got.velocity is sample.u_t
-    assert got.data is sample.x1
-    assert got.noise is sample.x0
+        np.testing.assert_allclose(got["score"][i], jax.grad(log_density)(sample.x_t[i]), rtol=1e-6, atol=1e-9)
+    assert got["velocity"] is sample.u_t
+    assert got["data"] is sample.x1
+    assert got["noise"] is sample.x0
 
 
-def test_source_has_the_noise_level_of_the_start():
-    x0 = jnp.ones((2, 3))
-    np.testing.assert_array_equal(source(Linear(), x0), x0)
-    np.testing.assert_allclose(source(Linear(), x0, t0=0.25), 0.75 * x0)
-    np.testing.assert_allclose(source(VE(0.01, 80.0), x0), 80.0 * x0, rtol=1e-6)
+@pytest.mark.parametrize("source", [Uniform(-1.0, 1.0), Normal(2.0)])
+def test_the_score_is_a_kind_for_the_standard_normal_alone(source, pair):
+    """By `-x0 / sigma` only there; the other targets hold for any source."""
+    assert AffinePath(source=Normal(1.0)).kinds == ("velocity", "data", "noise", "score")
+    path = AffinePath(source=source)
+    assert path.kinds == ("velocity", "data", "noise")
+    assert set(path.targets(path.sample(None, 0.5, *pair))) == set(path.kinds)
+    with pytest.raises(ValueError, match="kind must be one of 'velocity', 'data', 'noise', got 'score'"):
+        path.target_domain("score")
+
+
+def test_start_has_the_noise_level_of_its_time():
+    assert start(Linear()) == Normal(1.0)
+    assert start(Linear(), 0.25) == Normal(0.75)
+    np.testing.assert_allclose(start(VE(0.01, 80.0)).scale, 80.0, rtol=1e-6)
+    assert jax.jit(lambda x: start(Linear(), 0.25).scale * x)(1.0) == 0.75
 
 
 def test_bad_input(pair):

@@ -19,6 +19,7 @@ from fm_jax.paths import (
     StochasticInterpolant,
 )
 from fm_jax.schedules import VP, Cosine, Linear
+from fm_jax.types import PathSample
 
 # Each gamma with its value and slope, by hand and in numpy.
 GAMMAS = {
@@ -48,6 +49,20 @@ def test_value_by_hand(name, key, x64):
     np.testing.assert_allclose(sample.u_t, x1 - x0 + slope(t) * sample.z, rtol=1e-12)
     assert sample.z.shape == SHAPE
     np.testing.assert_array_equal(sample.z, jax.random.normal(key, SHAPE))
+
+
+@pytest.mark.parametrize("name", GAMMAS)
+def test_targets_by_hand(name, key, x64):
+    gamma, value, _ = GAMMAS[name]
+    x0, x1 = np.random.default_rng(0).normal(size=(2, *SHAPE))
+    path, t = StochasticInterpolant(Cosine(), gamma), T.reshape(4, 1, 1, 1)
+    sample = path.sample(key, jnp.asarray(T), jnp.asarray(x0), jnp.asarray(x1))
+    targets = path.targets(sample)
+    assert targets["velocity"] is sample.u_t
+    assert targets["latent"] is sample.z
+    drift = np.pi / 2 * (np.cos(np.pi / 2 * t) * x1 - np.sin(np.pi / 2 * t) * x0)
+    np.testing.assert_allclose(targets["drift"], drift, rtol=1e-10)
+    np.testing.assert_allclose(targets["score"], -sample.z / value(t), rtol=1e-10)
 
 
 def test_velocity_is_the_time_derivative_on_a_curved_interpolant(x64):
@@ -102,8 +117,6 @@ def test_paths_are_values():
     assert hash(BrownianBridge(0.5)) == hash(BrownianBridge(0.5))
     assert BrownianBridge(0.5) != BrownianBridge(0.6)
     assert dataclasses.replace(BrownianBridge(0.5), gamma=SineNoise()) == StochasticInterpolant(Linear(), SineNoise())
-    # Losses take an attribute `schedule` to mean that Gaussian conversions hold, which they do not here.
-    assert not hasattr(BrownianBridge(0.5), "schedule")
 
 
 def test_built_inside_jit(key):
@@ -142,11 +155,15 @@ def test_built_inside_jit(key):
         ),
         (
             lambda: flow_matching(lambda *_: 0, BrownianBridge(1.0), kind="data"),
-            "'data' and weights need an affine path",
+            "kind must be one of 'velocity', 'latent', 'drift', 'score', got 'data'",
         ),
         (
             lambda: flow_matching(lambda *_: 0, BrownianBridge(1.0), weight=lambda *_: 1),
-            "a velocity and a latent noise",
+            r"weight needs a path with a schedule, by which kinds convert; StochasticInterpolant.* has none",
+        ),
+        (
+            lambda: BrownianBridge(1.0).targets(PathSample(0.5, *[jnp.ones((2, 1))] * 4)),
+            "the sample must have a latent z, as this path's own samples do, got None",
         ),
     ],
 )

@@ -1,0 +1,87 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from fm_jax.sources import Normal, Sampled, Uniform
+
+LAWS = [
+    (Normal(), scipy.stats.norm()),
+    (Normal(3.0), scipy.stats.norm(scale=3.0)),
+    (Uniform(), scipy.stats.uniform()),
+    (Uniform(-2.0, 0.5), scipy.stats.uniform(-2.0, 2.5)),
+]
+SHAPES = [(5,), (4, 3), (2, 3, 4, 2)]
+
+
+def ramp(key, num):
+    """2 y dy on [0, 1], in the plane."""
+    return jnp.sqrt(jax.random.uniform(key, (num, 2)))
+
+
+@pytest.mark.parametrize(("source", "law"), [*LAWS, (Sampled(ramp), scipy.stats.beta(2, 1))], ids=str)
+def test_draws_have_the_law(source, law, key):
+    """Kolmogorov-Smirnov of 20,000 numbers, refused below 1e-4; and those of two columns are independent."""
+    x = np.asarray(source.draw(key, jnp.zeros((10_000, 2))))
+    assert scipy.stats.kstest(x.ravel(), law.cdf).pvalue > 1e-4
+    assert scipy.stats.kstest(x.ravel(), lambda y: law.cdf(1.05 * y)).pvalue < 1e-4
+    assert abs(np.corrcoef(x.T)[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize(("source", "law"), LAWS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_log_prob_is_scipys(source, law, shape, x64):
+    x = np.random.default_rng(0).uniform(-3, 1.5, size=shape)
+    expected = law.logpdf(x).reshape(shape[0], -1).sum(axis=1)
+    np.testing.assert_allclose(source.log_prob(jnp.asarray(x)), expected, rtol=1e-12)
+    x = source.draw(jax.random.key(1), x)
+    np.testing.assert_allclose(source.log_prob(x), law.logpdf(x).reshape(shape[0], -1).sum(axis=1), rtol=1e-12)
+
+
+@pytest.mark.parametrize("source", [source for source, _ in LAWS], ids=str)
+def test_the_density_integrates_to_one(source):
+    grid = jnp.linspace(-25, 25, 200_001)
+    np.testing.assert_allclose(jnp.trapezoid(jnp.exp(source.log_prob(grid[:, None])), grid), 1, atol=1e-3)
+
+
+@pytest.mark.parametrize("source", [*(source for source, _ in LAWS), Sampled(ramp)], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_draws_are_in_the_shape_and_dtype_of_what_they_are_like(source, dtype, key):
+    for like in (jnp.zeros((3, 2), dtype), jax.ShapeDtypeStruct((3, 2), dtype), np.zeros((3, 2), dtype)):
+        x = jax.jit(lambda key, like=like: source.draw(key, like))(key)
+        assert x.shape == (3, 2)
+        assert x.dtype == dtype
+        assert np.isfinite(np.asarray(x, dtype=float)).all()
+
+
+def test_the_standard_normal_is_that_of_jax_to_the_last_bit(key):
+    np.testing.assert_array_equal(Normal().draw(key, jnp.zeros((4, 3))), jax.random.normal(key, (4, 3)))
+
+
+def test_sources_are_values():
+    assert Normal() == Normal(1.0) != Normal(2.0)
+    assert len({Normal(), Normal(1.0), Uniform(), Uniform(0.0, 1.0), Sampled(ramp), Sampled(ramp)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Normal(0.0), "scale must be positive and finite, got 0.0."),
+        (lambda: Normal(float("nan")), "scale must be positive and finite, got nan."),
+        (lambda: Uniform(1.0, 1.0), "low < high must hold, both finite, got 1.0 and 1.0."),
+        (lambda: Uniform(0.0, float("inf")), "low < high must hold, both finite, got 0.0 and inf."),
+        (lambda: Uniform(float("nan"), 1.0), "low < high must hold"),
+        (
+            lambda: Sampled(ramp).log_prob(jnp.zeros((2, 2))),
+            "has no density: a likelihood needs a source such as Normal",
+        ),
+        (
+            lambda: Sampled(ramp).draw(jax.random.key(0), jnp.zeros((4, 3))),
+            r"must draw the shape \(4, 3\), got \(4, 2\).",
+        ),
+    ],
+)
+def test_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
