@@ -12,6 +12,7 @@ LAWS = [
     (Uniform(), scipy.stats.uniform()),
     (Uniform(-2.0, 0.5), scipy.stats.uniform(-2.0, 2.5)),
 ]
+IDS = ["normal", "wide", "interval", "box"]
 SHAPES = [(5,), (4, 3), (2, 3, 4, 2)]
 
 
@@ -20,7 +21,7 @@ def ramp(key, num):
     return jnp.sqrt(jax.random.uniform(key, (num, 2)))
 
 
-@pytest.mark.parametrize(("source", "law"), [*LAWS, (Sampled(ramp), scipy.stats.beta(2, 1))], ids=str)
+@pytest.mark.parametrize(("source", "law"), [*LAWS, (Sampled(ramp), scipy.stats.beta(2, 1))], ids=[*IDS, "sampled"])
 def test_draws_have_the_law(source, law, key):
     """Kolmogorov-Smirnov of 20,000 numbers, refused below 1e-4; and those of two columns are independent."""
     x = np.asarray(source.draw(key, jnp.zeros((10_000, 2))))
@@ -29,7 +30,7 @@ def test_draws_have_the_law(source, law, key):
     assert abs(np.corrcoef(x.T)[0, 1]) < 0.05
 
 
-@pytest.mark.parametrize(("source", "law"), LAWS, ids=str)
+@pytest.mark.parametrize(("source", "law"), LAWS, ids=IDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_log_prob_is_scipys(source, law, shape, x64):
     x = np.random.default_rng(0).uniform(-3, 1.5, size=shape)
@@ -39,13 +40,13 @@ def test_log_prob_is_scipys(source, law, shape, x64):
     np.testing.assert_allclose(source.log_prob(x), law.logpdf(x).reshape(shape[0], -1).sum(axis=1), rtol=1e-12)
 
 
-@pytest.mark.parametrize("source", [source for source, _ in LAWS], ids=str)
+@pytest.mark.parametrize("source", [source for source, _ in LAWS], ids=IDS)
 def test_the_density_integrates_to_one(source):
     grid = jnp.linspace(-25, 25, 200_001)
     np.testing.assert_allclose(jnp.trapezoid(jnp.exp(source.log_prob(grid[:, None])), grid), 1, atol=1e-3)
 
 
-@pytest.mark.parametrize("source", [*(source for source, _ in LAWS), Sampled(ramp)], ids=str)
+@pytest.mark.parametrize("source", [*(source for source, _ in LAWS), Sampled(ramp)], ids=[*IDS, "sampled"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_draws_are_in_the_shape_and_dtype_of_what_they_are_like(source, dtype, key):
     for like in (jnp.zeros((3, 2), dtype), jax.ShapeDtypeStruct((3, 2), dtype), np.zeros((3, 2), dtype)):

@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 from contracts import BRIDGES, SCHEDULES
 
-from fm_jax.paths import AffinePath, SplinePath, StochasticInterpolant
-from fm_jax.schedules import VP, Linear
+from fm_jax.paths import AffinePath, ConstantNoise, SplinePath, StochasticInterpolant
+from fm_jax.schedules import VP, Cosine, Linear
 from fm_jax.sources import Normal, Uniform
 
 AFFINE = [AffinePath(schedule) for schedule in SCHEDULES]
-DIFFERENT = [AffinePath(source=Uniform()), StochasticInterpolant(VP()), StochasticInterpolant(gamma=lambda t: 0.5)]
+DIFFERENT = [
+    AffinePath(source=Uniform()),
+    StochasticInterpolant(VP()),
+    StochasticInterpolant(Cosine(), ConstantNoise(0.5)),
+]
 SPLINE = SplinePath((0.0, 0.3, 1.0))
 PATHS = [*AFFINE, *BRIDGES, *DIFFERENT]
 X0, X1 = np.random.default_rng(0).normal(size=(2, 4, 2)).astype(np.float32)
