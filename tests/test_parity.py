@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fm_jax.samplers.fixed import Method
 
 from fm_jax import schedules
 from fm_jax.couplings import minibatch_ot
@@ -20,7 +21,6 @@ from fm_jax.models import make_unet
 from fm_jax.parameterization import convert, reschedule
 from fm_jax.paths import AffinePath, BrownianBridge, ConstantNoise, StochasticInterpolant
 from fm_jax.samplers import sample_adaptive, sample_ode
-from fm_jax.samplers.fixed import Method
 from fm_jax.schedules import coefficients, log_snr
 
 pytestmark = pytest.mark.parity

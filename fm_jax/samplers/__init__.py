@@ -7,8 +7,8 @@
 * with noise: `EulerMaruyama`, `StochasticHeun`, `DiffraxSDE`, `Churn`, `PredictorCorrector`, and `DDIM` and
   `DPMSolverPlusPlus` by option.
 
-`grids` has the usual times. The steps are functions of their own, for whoever runs the loop; `run_steps` is the loop, for
-samplers of your own.
+`grids` has the usual times. The steps are functions of their own, for whoever runs the loop; `run_steps` is the loop,
+for samplers of your own.
 """
 
 from fm_jax.samplers.adams_bashforth import AdamsBashforth

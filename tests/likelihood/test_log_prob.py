@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
+from fm_jax.divergence import Hutchinson, HutchPlusPlus
 
 from fm_jax import oracles, schedules
-from fm_jax.divergence import Hutchinson, HutchPlusPlus
 from fm_jax.guidance import classifier_free
 from fm_jax.likelihood import (
     NotConvergedError,

@@ -5,7 +5,6 @@ import sys
 import time
 
 import pytest
-
 from fm_jax.train.metrics import MetricsWriter, read_metrics
 
 
