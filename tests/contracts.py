@@ -3,6 +3,8 @@
 `test_contracts.py` finds the value that nobody listed, and measures what the listed ones claim.
 """
 
+import functools
+
 import numpy as np
 
 from fm_jax import (
@@ -20,6 +22,7 @@ from fm_jax import (
 )
 from fm_jax.data.toy import moons
 from fm_jax.guidance import classifier_free
+from fm_jax.models import MLP, DiT, LabelEmbedding, PlainMLP, TokenEmbedding, UNet, VectorEmbedding
 from fm_jax.nfe import Counted
 from fm_jax.samplers.learned import from_method
 from fm_jax.samplers.runge_kutta import TABLEAUX
@@ -135,6 +138,19 @@ DIFFRAX = {
 }
 """Those by Diffrax, which are slow to compile."""
 SAMPLERS = FIXED_STEPS | DIFFRAX
+MODELS = {
+    "mlp": functools.partial(MLP, features=(16, 16), time_features=8),
+    "unet": functools.partial(UNet, channels=8, channel_mults=(1, 2), num_blocks=1, num_heads=2, num_groups=4),
+    "dit": functools.partial(DiT, patch_size=2, hidden=16, num_layers=2, num_heads=2),
+}
+"""By name: the small network of an `embed` and a `compute`, for images [batch, 4, 4, 2]."""
+PLAIN_MODELS = {"plain_mlp": PlainMLP}
+"""Those without conditions."""
+EMBEDS = {
+    "label": lambda: LabelEmbedding(3),
+    "vector": lambda: VectorEmbedding(5),
+    "token": lambda: TokenEmbedding(4),
+}
 LEARNED = {"learned": lambda s: from_method("midpoint", 4)}
 """Those with times of their own."""
 

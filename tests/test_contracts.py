@@ -9,6 +9,7 @@ import re
 import types
 
 import contracts
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ from contracts import guided_by_half
 from exponential import even, one_draw_an_example, slow_start
 
 import fm_jax
+import fm_jax.models
 from fm_jax import losses, oracles, samplers, schedules
 from fm_jax.nfe import Counted
 from fm_jax.samplers import RungeKutta, sample
@@ -42,6 +44,11 @@ CALLED = {
     "weight": (["t", "kind", "schedule"], contracts.WEIGHTS),
     "rule of guidance": (["t", "x", "conditional", "unconditional", "scale"], contracts.RULES),
     "divergence": (["v", "probes", "t", "x"], contracts.DIVERGENCES),
+    "model": (
+        ["t", "x", "cond", "train"],
+        [make() for make in (contracts.MODELS | contracts.PLAIN_MODELS).values()],
+    ),
+    "embed": (["cond", "features", "batch_size"], [make() for make in contracts.EMBEDS.values()]),
 }
 
 
@@ -116,6 +123,8 @@ def test_what_nobody_listed_is_found():
         fm_jax.guidance.Extrapolate,
         fm_jax.likelihood.Exact,
         fm_jax.couplings.ExactOT,
+        fm_jax.models.MLP,
+        fm_jax.models.LabelEmbedding,
     ]
     for cls in classes:
         new = invented(cls, "New" + cls.__name__)
@@ -135,8 +144,8 @@ def test_what_nobody_listed_is_found():
 )
 def test_is_a_value(value):
     """Equal, hashable and printed as itself, so that it can be an argument of `jit`; frozen."""
-    if not dataclasses.is_dataclass(value) or isinstance(value, samplers.LearnedSolver):
-        return  # a function, or a pytree of arrays
+    if not dataclasses.is_dataclass(value) or isinstance(value, samplers.LearnedSolver | nn.Module):
+        return  # a function, a pytree of arrays, or a value that Flax has made
     again = dataclasses.replace(value)
     assert value == again
     assert hash(value) == hash(again)

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contracts import MODELS
 
 from fm_jax.models import (
     MLP,
     Compute,
-    DiT,
     LabelEmbedding,
-    UNet,
     VectorEmbedding,
     forward_flops,
     init_params,
@@ -22,11 +21,6 @@ from fm_jax.models import (
 )
 
 BATCH, EVENT, CLASSES = 8, (4, 4, 2), 3
-MODELS = {
-    "mlp": functools.partial(MLP, features=(16, 16), time_features=8),
-    "unet": functools.partial(UNet, channels=8, channel_mults=(1, 2), num_blocks=1, num_heads=2, num_groups=4),
-    "dit": functools.partial(DiT, patch_size=2, hidden=16, num_layers=2, num_heads=2),
-}
 
 
 class Constant(nn.Module):
