@@ -122,7 +122,7 @@ FIXED_STEPS = {
     **{f"unipc_{p}_bh1": lambda s, p=p: samplers.UniPC(s, p, "bh1") for p in (1, 2, 3)},
     "euler_maruyama": samplers.EulerMaruyama,
     "stochastic_heun": samplers.StochasticHeun,
-    "churn": lambda s: samplers.Churn(s, churn=5.0),
+    "churn": lambda s: samplers.Churn(s, churn=1.0),
     "predictor_corrector": samplers.PredictorCorrector,
 }
 """By name: the sampler of a schedule, with fixed steps of our own."""
