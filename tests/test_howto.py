@@ -48,6 +48,7 @@ def run(tmp_path, monkeypatch):
     return run_page
 
 
+@pytest.mark.slow
 def test_own_images(run, tmp_path):
     pytest.importorskip("grain", reason="needs the extra fm_jax[data]")
     image = pytest.importorskip("PIL.Image", reason="needs the extra fm_jax[data]")
@@ -65,6 +66,7 @@ def test_own_images(run, tmp_path):
     np.testing.assert_array_equal(loaded.labels, [0, 1])
 
 
+@pytest.mark.slow
 def test_own_project(run):
     names = run("own_project")
     # The least loss is pi / 2; over 20,000 examples its standard error is 0.015.
@@ -83,6 +85,7 @@ def test_own_project(run):
         assert 2 < loss < 6, name
 
 
+@pytest.mark.slow
 def test_guidance(run):
     names = run("guidance")
     (plain, nfe), (guided, guided_nfe) = names["plain"], names["guided"]
@@ -105,6 +108,7 @@ def test_choose_sampler(run):
     np.testing.assert_allclose(names["noisy"].std(axis=0), names["accurate"].x.std(axis=0), atol=0.25)
 
 
+@pytest.mark.slow
 def test_devices(run):
     names = run("devices")
     assert all(jax.tree.leaves(names["same"]))
@@ -112,6 +116,7 @@ def test_devices(run):
     assert names["gap"] < 1e-4
 
 
+@pytest.mark.slow
 def test_checkpoints(run):
     names = run("checkpoints")
     assert all(jax.tree.leaves(names["same"]))
@@ -121,6 +126,7 @@ def test_checkpoints(run):
     assert [row["step"] for row in names["rows"]] == [10, 20, 30, 40, 50, 60]
 
 
+@pytest.mark.slow
 def test_likelihood(run):
     names = run("likelihood")
     assert jnp.abs(names["nats"] - names["exact"]).max() < 1e-2
@@ -130,6 +136,7 @@ def test_likelihood(run):
     assert abs(names["bound"].mean() - names["bits"]) < 0.02
 
 
+@pytest.mark.slow
 def test_between_two_datasets(run):
     names = run("between_two_datasets")
     assert names["paired_error"] < 0.15
@@ -147,6 +154,7 @@ def test_between_two_datasets(run):
         np.testing.assert_allclose(names["way"][k].mean(axis=0), place, atol=0.25)
 
 
+@pytest.mark.slow
 def test_few_steps(run):
     names = run("few_steps")
     errors, bends = names["errors"], names["bends"]
@@ -163,6 +171,7 @@ def library_tests(path: str):
     return module
 
 
+@pytest.mark.slow
 def test_extend(run, monkeypatch):
     names = run("extend")
     ratios = np.divide(names["errors"][:-1], names["errors"][1:])

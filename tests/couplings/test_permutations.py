@@ -57,6 +57,7 @@ def test_pairs_are_as_frequent_as_the_plan_says(draw, plan):
     assert (statistic <= chi2.isf(1e-4, freedom)).all(), statistic / freedom
 
 
+@pytest.mark.slow
 def test_without_empty_edges_it_is_the_same(monkeypatch):
     """Dropping empty edges, as larger plans do, changes no permutation."""
     plan, keys = jnp.asarray(PLANS["sharp"], jnp.float32), jax.random.split(jax.random.key(6), 100)

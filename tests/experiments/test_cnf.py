@@ -38,6 +38,7 @@ def test_smoke(tmp_path, capsys):
     assert "held-out points of moons" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_maximum_likelihood_reaches_the_entropy():
     """From N(0, 1) to N(2, 0.25) in 60 steps of a linear field: the loss ends within 0.05 nats of the entropy."""
 

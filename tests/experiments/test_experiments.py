@@ -28,7 +28,11 @@ def smoke(config, run_dir, **changes):
     return dataclasses.replace(config, smoke=True, training=training, **changes)
 
 
-@pytest.mark.parametrize("module", [digits, mnist, fashion_mnist, cifar10], ids=lambda m: m.__name__.split(".")[-1])
+@pytest.mark.parametrize(
+    "module",
+    [digits, *(pytest.param(module, marks=pytest.mark.slow) for module in (mnist, fashion_mnist, cifar10))],
+    ids=lambda m: m.__name__.split(".")[-1],
+)
 def test_images(module, tmp_path, capsys):
     config = smoke(module.CONFIG, tmp_path / "run")
     try:
@@ -77,6 +81,7 @@ def test_one_option_changes_the_method(method, tmp_path):
     assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run-smoke"))
 
 
+@pytest.mark.slow
 def test_sample_draws_from_a_run(tmp_path, capsys):
     images.run(smoke(digits.CONFIG, tmp_path / "run"))
     run = tmp_path / "moved"
@@ -151,6 +156,7 @@ def test_help_lists_the_samplers_with_order_and_cost(capsys, monkeypatch):
         assert line in out
 
 
+@pytest.mark.slow
 def test_learned_solver_of_a_run(toy_run, tmp_path, capsys):
     config = learned_solver.Config(run=toy_run, calls=(2, 3), num=32, fine_steps=5, iterations=3, batch_size=16)
     results = learned_solver.run(config)
@@ -180,6 +186,7 @@ def short(run_dir, total_steps, **changes):
     return dataclasses.replace(toy2d.CONFIG, training=training, sampling=sampling, width=8, depth=1, num_samples=32)
 
 
+@pytest.mark.slow
 def test_a_longer_run_continues_bit_for_bit_and_another_config_is_refused(tmp_path):
     toy2d.run(short(tmp_path / "whole", 6))
     toy2d.run(short(tmp_path / "parts", 3))

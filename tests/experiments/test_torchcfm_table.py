@@ -12,6 +12,7 @@ from experiments import reflow, torchcfm_table
 from experiments.torchcfm_table.methods import METHODS, Recipe
 
 
+@pytest.mark.slow
 def test_torchcfm_table(tmp_path, capsys, monkeypatch):
     """Every method in two columns, as tables and a figure."""
     pytest.importorskip("ott", reason="SB-CFM needs the extra fm_jax[ot]")
@@ -44,6 +45,7 @@ def test_reflow(tmp_path, capsys):
         reflow.Config(problem="N to N")
 
 
+@pytest.mark.slow
 def test_torchcfm_table_goes_on_where_it_was(tmp_path):
     recipe = Recipe(steps=100, batch_size=8)
     config = torchcfm_table.Config(

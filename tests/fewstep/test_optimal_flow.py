@@ -137,6 +137,7 @@ def steps(height, x):
     return 0.05 * (x**2).sum(axis=1) + height * (jnp.logaddexp(20 * x, -20 * x) / 20).sum(axis=1)
 
 
+@pytest.mark.slow
 def test_newton_survives_steps_and_failures_show():
     """Full Newton steps never get there: from x = 2, t = 1 the first goes to -18 or so, where they turn back."""
     t, x = jnp.ones(5), jnp.array([[2.0], [0.5], [-0.9], [-2.0], [0.0]])
@@ -191,6 +192,7 @@ def test_optimal_map_is_stationary_for_any_plan(plan):
         assert max(score.max() for score in z_scores({**best, **worse})) > 10
 
 
+@pytest.mark.slow
 def test_training_finds_the_optimal_map():
     """An ICNN trained on independent pairs: the unexplained share E |T(x) - T*(x)|^2 / Var falls from 0.66 to 0.005."""
     module, optimizer = ICNN(features=(16,)), optax.adam(3e-2)

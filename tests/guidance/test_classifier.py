@@ -180,6 +180,7 @@ def trained(few_digits):
     return lambda t, x: jax.nn.log_softmax(model.apply(params, t, x))
 
 
+@pytest.mark.slow
 def test_the_trained_classifier_reads_noisy_digits(trained):
     """At t = 0.9, 92% of held-out digits; less at t = 0.5, where there is as much noise as signal; chance at t = 0."""
     digits = load_digits("test")
@@ -194,6 +195,7 @@ def test_the_trained_classifier_reads_noisy_digits(trained):
     assert accuracy[2] < 0.2
 
 
+@pytest.mark.slow
 def test_a_trained_classifier_leads_to_its_class(trained, few_digits):
     """The unconditional field is exact, each of the 300 digits a narrow Gaussian. Samples end at one of them: 90% at
     one of their class, and 7% without guidance.

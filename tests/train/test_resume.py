@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import pytest
 from fm_jax.train.metrics import TIMING_FIELDS, read_metrics
 
 from fm_jax.train.checkpoint import Checkpointer
@@ -66,6 +67,7 @@ def untimed(run_dir):
     return [{name: x for name, x in row.items() if name not in TIMING_FIELDS} for row in read_metrics(run_dir)]
 
 
+@pytest.mark.slow
 def test_killed_terminated_and_interrupted_run_equals_the_unbroken_one(tmp_path):
     script = load_script()
     unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
