@@ -7,7 +7,7 @@ import pytest
 from scipy.integrate import solve_ivp
 
 from fm_jax import oracles
-from fm_jax.samplers import sample_sde
+from fm_jax.samplers import StochasticHeun, sample
 from fm_jax.schedules import Cosine, Linear
 
 MEAN0, COV0 = np.array([-1.0, 0.5]), np.array([[0.8, 0.3], [0.3, 0.5]])
@@ -226,7 +226,7 @@ def heun(key, x, g, grid):
     v = lambda t, x: oracles.bridge_prediction(bridge, t, x).velocity  # noqa: E731
     score = lambda t, x: oracles.bridge_prediction(bridge, t, x).score  # noqa: E731
     # g is traced, so that all share one compilation: a function of t passes the checks of a number.
-    return sample_sde(v, score, lambda t: g, key, x, grid=grid, method="heun").x
+    return sample(v, x, StochasticHeun(diffusion=lambda t: g, score=score), times=grid, key=key).x
 
 
 @pytest.mark.parametrize("direction", [1, -1])

@@ -3,7 +3,6 @@
 Only their public functions are called. See "Parity with PyTorch peers" in CONTRIBUTING.md for the environment.
 """
 
-import functools
 import importlib
 from types import ModuleType
 
@@ -11,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fm_jax.samplers.fixed import Method
 
 from fm_jax import schedules
 from fm_jax.couplings import minibatch_ot
@@ -20,7 +18,7 @@ from fm_jax.metrics import wasserstein
 from fm_jax.models import make_unet
 from fm_jax.parameterization import convert, reschedule
 from fm_jax.paths import AffinePath, BrownianBridge, ConstantNoise, StochasticInterpolant
-from fm_jax.samplers import sample_adaptive, sample_ode
+from fm_jax.samplers import Adaptive, RungeKutta, Tableau, sample
 from fm_jax.schedules import coefficients, log_snr
 
 pytestmark = pytest.mark.parity
@@ -155,7 +153,7 @@ def test_reschedule(old, new, x64):
 
 
 # torchdiffeq's "rk4" is the rule of the 3/8 (Kutta 1901), not the classical method of the same name here.
-THREE_EIGHTHS = Method(
+THREE_EIGHTHS = Tableau(
     order=4,
     a=((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)),
     b=(1 / 8, 3 / 8, 3 / 8, 1 / 8),
@@ -175,7 +173,7 @@ def test_fixed_step_solvers(method, theirs, grid, x64):
     expected = solver.sample(
         x_init=tensor(x0), step_size=None, method=theirs, time_grid=tensor(grid), return_intermediates=True
     )
-    solution = sample_ode(field, jnp.asarray(x0), grid=jnp.asarray(grid), method=method, trajectory=True)
+    solution = sample(field, jnp.asarray(x0), RungeKutta(method), times=grid, trajectory=True)
     assert_close(solution.trajectory, expected.numpy(), atol=DOUBLE)
 
 
@@ -183,7 +181,7 @@ def test_the_step_size_of_the_solver_is_one_over_num_steps(x64):
     solver = peer("flow_matching.solver.ode_solver").ODESolver(lambda x, t: field(t, x))
     (x0,) = arrays(1)
     expected = solver.sample(x_init=tensor(x0), step_size=0.1, method="heun2", time_grid=tensor([0.0, 1.0]))
-    assert_close(sample_ode(field, jnp.asarray(x0), num_steps=10).x, expected.numpy())
+    assert_close(sample(field, jnp.asarray(x0), RungeKutta("heun"), times=10).x, expected.numpy())
 
 
 def test_adaptive_solver(x64):
@@ -191,7 +189,7 @@ def test_adaptive_solver(x64):
     (x0,) = arrays(1)
     x, times = tensor(x0), tensor([0.0, 1.0])
     expected = peer("torchdiffeq").odeint(lambda t, x: field(t, x), x, times, rtol=1e-9, atol=1e-9, method="dopri5")[-1]
-    ours = jax.jit(lambda x: sample_adaptive(field, x, rtol=1e-9, atol=1e-9, solver="dopri5").x)(x0)
+    ours = jax.jit(lambda x: sample(field, x, Adaptive("dopri5", 1e-9, 1e-9)).x)(x0)
     assert_close(ours, expected.numpy(), atol=1e-7)
 
 
@@ -209,8 +207,8 @@ def test_likelihood(x64):
         time_grid=tensor([1.0, 0.0]),
         exact_divergence=True,
     )
-    solve = functools.partial(sample_ode, num_steps=10, method="midpoint")
-    solution, log_prob = jax.jit(lambda x: encode_and_log_prob(field, x, solve=solve))(x1)
+    options = {"sampler": RungeKutta("midpoint"), "times": 10}
+    solution, log_prob = jax.jit(lambda x: encode_and_log_prob(field, x, **options))(x1)
     assert_close(solution.x, source.numpy(), atol=DOUBLE)
     assert_close(log_prob, expected.numpy(), atol=1e-10)
 

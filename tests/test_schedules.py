@@ -119,7 +119,7 @@ def test_ddpm_table(x64):
     [
         (lambda: schedules.Linear(sigma_min=1.0), r"sigma_min must be in \[0, 1\), got 1.0"),
         (lambda: schedules.Linear(sigma_min=-0.1), r"sigma_min must be in \[0, 1\)"),
-        (lambda: schedules.Polynomial(0.0), "n must be positive, got 0.0"),
+        (lambda: schedules.Polynomial(0.0), "n must be positive and finite, got 0.0"),
         (lambda: schedules.VP(beta_min=0.0), "0 < beta_min <= beta_max must hold, got 0.0 and 20.0"),
         (lambda: schedules.VE(sigma_min=2.0, sigma_max=1.0), "0 < sigma_min < sigma_max must hold"),
         (lambda: schedules.DDPM((0.1,)), "at least two numbers"),

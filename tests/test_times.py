@@ -70,9 +70,9 @@ def test_stratified_average_varies_less(key):
     [
         (lambda: times.Uniform(0.5, 0.5), "0 <= t_min < t_max <= 1 must hold, got t_min=0.5 and t_max=0.5"),
         (lambda: times.Stratified(-0.1, 1.0), "0 <= t_min < t_max <= 1"),
-        (lambda: times.LogitNormal(std=0.0), "std must be positive, got 0.0"),
+        (lambda: times.LogitNormal(std=0.0), "std must be positive and finite, got 0.0"),
         (lambda: times.Mode(2.0), r"scale must be in \[-1"),
-        (lambda: times.Beta(a=0.0), "a and b must be positive"),
+        (lambda: times.Beta(a=0.0), "a must be positive and finite, got 0.0"),
         (lambda: times.EDMLogNormal(std=-1.0), "std must be positive"),
         (
             lambda: times.Rescale(times.Uniform(0.1, 0.9), 0.0, 0.5),

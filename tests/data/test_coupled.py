@@ -14,6 +14,7 @@ from fm_jax.couplings.costs import squared_euclidean
 from fm_jax.data.coupled import CoupledBatches
 from fm_jax.losses import flow_matching
 from fm_jax.paths import AffinePath
+from fm_jax.sources import Normal, Sampled, Uniform
 from fm_jax.train import create_state, make_step
 from fm_jax.types import Pairing
 
@@ -119,7 +120,7 @@ def test_weights_and_drawn_sources_travel():
     def coupling(key, x0, x1, cond=None):
         return Pairing(x0, x1, cond, np.arange(len(x1)), weight=np.linspace(0, 2, len(x1)))
 
-    batch = next(CoupledBatches(Numbered(), coupling, KEY, draw_x0=lambda key, num: jnp.full((num, 2), 7.0)))
+    batch = next(CoupledBatches(Numbered(), coupling, KEY, source=Sampled(lambda key, num: jnp.full((num, 2), 7.0))))
     np.testing.assert_array_equal(batch["x0"], 7.0)
     np.testing.assert_allclose(batch["weight"], np.linspace(0, 2, 4))
 
@@ -129,6 +130,16 @@ def test_default_source_is_standard_normal():
     x0 = np.concatenate([b["x0"] for b in take(CoupledBatches(Numbered(), ExactOT(), KEY), 500)])
     assert abs(x0.mean()) < 4.5 / np.sqrt(x0.size)
     assert abs(x0.var() - 1) < 4.5 * np.sqrt(2 / x0.size)
+
+
+@pytest.mark.parametrize("source", [Uniform(2.0, 3.0), Normal(100.0)], ids=str)
+def test_another_source_is_drawn_in_the_shape_of_the_data_and_not_asked_where_they_bring_x0(source):
+    drawn = next(CoupledBatches(Numbered(), paired, KEY, source=source))["x0"]
+    assert drawn.shape == (4, 2)
+    assert drawn.dtype == np.float32
+    assert (np.abs(drawn) > 2).mean() > 0.9
+    brought = next(CoupledBatches(Numbered(x0=True), paired, KEY, source=source))["x0"]
+    np.testing.assert_array_equal(brought, next(Numbered(x0=True))["x0"])
 
 
 def test_nothing_is_lost_at_the_end_of_the_data():

@@ -1,56 +1,63 @@
 """Pairs of a flow against its closed-form map; reflow and distillation of Gaussians against theirs."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contracts import SAMPLERS
 
 from fm_jax import oracles
 from fm_jax.couplings import paired
 from fm_jax.fewstep import distillation, make_pairs, reflow
 from fm_jax.losses import flow_matching
-from fm_jax.paths import AffinePath
-from fm_jax.samplers import SAMPLERS, sample_ode
-from fm_jax.schedules import VP, Linear
+from fm_jax.nfe import Counted
+from fm_jax.paths import AffinePath, start
+from fm_jax.samplers import Adaptive, RungeKutta, UniPC, sample
+from fm_jax.samplers.grids import uniform
+from fm_jax.schedules import VE, VP, Linear
 from fm_jax.shapes import expand_time
+from fm_jax.sources import Sampled
 
 GAUSSIAN = oracles.gaussian_mixture([[1.0, -2.0]], np.array([[[0.5, 0.2], [0.2, 0.3]]]))
 MEAN, STD = 1.5, 0.3
 ON_A_LINE = oracles.gaussian_mixture([[MEAN]], STD)
 
 
-def draw(key, num):
-    return jax.random.normal(key, (num, 2))
-
-
-def draw_line(key, num):
-    return jax.random.normal(key, (num, 1))
+ONE_STEP = RungeKutta("euler")
+RK4 = {"sampler": RungeKutta("rk4"), "times": 40}
 
 
 @pytest.mark.parametrize(
     ("schedule", "options", "nfe", "atol"),
     [
-        (Linear(), {"num_steps": 40, "sampler": "rk4"}, 160, 1e-4),
-        (Linear(), {"num_steps": 100}, 200, 2e-3),
-        (Linear(), {"sampler": functools.partial(sample_ode, method="heun"), "num_steps": 100}, 200, 2e-3),
-        (VP(), {"sampler": "unipc_2", "num_steps": 300, "schedule": VP(), "t1": 0.999}, 300, 1e-2),
-        (Linear(), {"sampler": "tsit5", "rtol": 1e-5, "atol": 1e-5}, None, 1e-3),
+        (Linear(), RK4, 160, 1e-4),
+        (Linear(), {"times": 100}, 200, 2e-3),
+        (Linear(), {}, 40, 2e-2),
+        (VP(), {"sampler": UniPC(VP()), "times": uniform(300, 0.0, 0.999)}, 300, 1e-2),
+        (VE(0.1, 20.0), {"sampler": UniPC(VE(0.1, 20.0)), "times": 200, "source": start(VE(0.1, 20.0))}, 200, 2e-2),
+        (Linear(), {"sampler": Adaptive()}, None, 1e-3),
     ],
-    ids=["rk4", "default", "callable", "unipc", "adaptive"],
+    ids=["rk4", "midpoint", "default", "unipc", "source", "adaptive"],
 )
 def test_pairs_obey_the_flow_map(schedule, options, nfe, atol, key):
-    num = 24 if "schedule" in options or nfe is None else 20
-    v = oracles.velocity(GAUSSIAN, schedule)
-    pairs, spent = make_pairs(v, key, draw, num, batch_size=12, **options)
+    v, num = Counted(oracles.velocity(GAUSSIAN, schedule), 1), 24
+    pairs, spent = make_pairs(v, key, (num, 2), batch_size=12, **options)
     assert sorted(pairs) == ["x0", "x1"]
     assert pairs["x0"].shape == pairs["x1"].shape == (num, 2)
-    exact = oracles.flow_map(GAUSSIAN, schedule, 0.0, options.get("t1", 1.0), jnp.asarray(pairs["x0"]))
+    last = 0.999 if schedule == VP() else 1.0
+    exact = oracles.flow_map(GAUSSIAN, schedule, 0.0, last, jnp.asarray(pairs["x0"]))
     np.testing.assert_allclose(pairs["x1"], exact, atol=atol)
     assert spent.shape == (num,)
     assert (spent == nfe).all() if nfe else (spent > 20).all()
     assert len(np.unique(pairs["x0"])) == 2 * num  # no batch is drawn twice
+    scale = start(schedule).scale
+    assert 0.5 * scale < pairs["x0"].std() < 1.5 * scale
+
+
+def test_a_last_batch_that_is_smaller_and_a_cost_that_is_not_known(key):
+    pairs, spent = make_pairs(lambda t, x: x, key, (5, 2, 1), batch_size=2, times=3)
+    assert pairs["x0"].shape == pairs["x1"].shape == (5, 2, 1)
+    assert spent is None
 
 
 def linear_fit(k, pairs):
@@ -76,21 +83,21 @@ def displacement(t, x):
 
 def energy(v, x0, num_steps=200):
     """E integral |v|^2 dt along the flow of v, by the midpoint rule."""
-    states = sample_ode(v, x0, num_steps=num_steps, trajectory=True).trajectory
+    states = sample(v, x0, times=num_steps, trajectory=True).trajectory
     return float(num_steps * (jnp.diff(states, axis=0) ** 2).mean(axis=1).sum())
 
 
 def test_one_reflow_is_optimal_transport_on_a_line(key):
     """The flow's pairs are monotone, so the reflowed velocity is the displacement's, and its energy is W2^2."""
     v = oracles.velocity(ON_A_LINE, Linear())
-    (once,) = reflow(linear_fit, v, key, draw_line, num_pairs=3000, batch_size=1500, num_steps=40, sampler="rk4")
+    (once,) = reflow(linear_fit, v, key, (3000, 1), batch_size=1500, **RK4)
     x = jnp.linspace(-2, 2, 9)[:, None]
     for t in (0.0, 0.3, 0.9):
         np.testing.assert_allclose(once(t, x), displacement(t, x), atol=2e-3)
     exact = oracles.flow_map(ON_A_LINE, Linear(), 0.0, 1.0, x)
-    np.testing.assert_allclose(sample_ode(once, x, num_steps=1, method="euler").x, exact, atol=2e-3)
-    assert abs(sample_ode(v, x, num_steps=1, method="euler").x - exact).max() > 0.5  # it was not straight before
-    x0 = draw_line(key, 3000)
+    np.testing.assert_allclose(sample(once, x, ONE_STEP, times=1).x, exact, atol=2e-3)
+    assert abs(sample(v, x, ONE_STEP, times=1).x - exact).max() > 0.5  # it was not straight before
+    x0 = jax.random.normal(key, (3000, 1))
     w2 = float(((MEAN + (STD - 1) * x0) ** 2).mean())
     np.testing.assert_allclose(energy(once, x0), w2, rtol=2e-3)
     assert energy(v, x0) > 1.02 * w2
@@ -99,7 +106,7 @@ def test_one_reflow_is_optimal_transport_on_a_line(key):
 def test_displacement_is_the_minimiser_on_the_pairs(key):
     """flow_matching with coupling=paired takes the pairs as they are: the loss of the displacement's velocity is 0."""
     v = oracles.velocity(ON_A_LINE, Linear())
-    pairs, _ = make_pairs(v, key, draw_line, 64, num_steps=40, sampler="rk4")
+    pairs, _ = make_pairs(v, key, (64, 1), **RK4)
     loss = lambda v: flow_matching(lambda p, t, x, c, **_: v(t, x), AffinePath(), coupling=paired)(None, key, pairs)[0]  # noqa: E731
     assert loss(displacement) < 1e-6
     assert loss(v) > 1e-2
@@ -112,7 +119,7 @@ def test_rounds_follow_each_other_with_fresh_noise(key):
         seen.append((k, pairs))
         return lambda t, x: jnp.full_like(x, 10.0 * (k + 1))
 
-    flows = reflow(fit, lambda t, x: jnp.zeros_like(x), key, draw, num_pairs=5, rounds=3, batch_size=2, num_steps=1)
+    flows = reflow(fit, lambda t, x: jnp.zeros_like(x), key, (5, 2), rounds=3, batch_size=2, times=1)
     assert [k for k, _ in seen] == [0, 1, 2]
     for k, pairs in seen:
         np.testing.assert_allclose(pairs["x1"], pairs["x0"] + 10 * k, rtol=1e-6)
@@ -120,35 +127,33 @@ def test_rounds_follow_each_other_with_fresh_noise(key):
     assert [float(v(0.0, jnp.zeros((1, 1)))[0, 0]) for v in flows] == [10.0, 20.0, 30.0]
 
 
-RANDOM = [name for name, each in SAMPLERS.items() if each.stochastic]
-
-
-@pytest.mark.parametrize("name", RANDOM)
-def test_refuses_random_samplers(name, key):
-    with pytest.raises(ValueError, match=f"sampler must be one of 'euler', .*got '{name.replace('+', '[+]')}'"):
-        make_pairs(lambda t, x: x, key, draw, 4, sampler=name, num_steps=2, schedule=Linear())
+@pytest.mark.parametrize("name", [name for name, make in SAMPLERS.items() if make(Linear()).stochastic])
+def test_random_samplers_are_refused(name, key):
+    with pytest.raises(ValueError, match="sampler must not be random, for x1 to be a function of x0, got"):
+        make_pairs(lambda t, x: x, key, (4, 2), sampler=SAMPLERS[name](Linear()))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": "ddim", "eta": 0.5, "schedule": Linear()}, "sampler must not be random, .* got eta=0.5"),
-        ({"num": 0}, "num must be at least 1, got 0"),
+        ({"shape": (0, 2)}, "the number of pairs must be at least 1, got 0"),
+        ({"shape": 4}, r"shape must be \(number of pairs, \*event\), got 4"),
+        ({"shape": ()}, r"shape must be \(number of pairs, \*event\), got \(\)"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"draw_x0": lambda key, num: jnp.zeros((3, 2))}, r"draw_x0\(key, 4\) must be \[4, ...\], got shape \(3, 2\)"),
+        ({"source": Sampled(lambda key, num: jnp.zeros((3, 2)))}, r"must draw the shape \(4, 2\), got \(3, 2\)"),
         ({"v": lambda t, x: x / 0}, "samples must be finite, got 4 of 4 that are not"),
-        ({"rtol": 1e-3}, "'midpoint' takes t0, t1, num_steps, grid, trajectory; got rtol"),
+        ({"times": [0.0, 0.5, 0.2]}, "times must be finite and strictly monotone"),
     ],
 )
 def test_refuses(options, message, key):
-    given = {"v": lambda t, x: x, "draw_x0": draw, "num": 4, "num_steps": 2, **options}
+    given = {"v": lambda t, x: x, "shape": (4, 2), "times": 2, **options}
     with pytest.raises(ValueError, match=message):
-        make_pairs(given.pop("v"), key, given.pop("draw_x0"), given.pop("num"), **given)
+        make_pairs(given.pop("v"), key, given.pop("shape"), **given)
 
 
 def test_refuses_no_rounds(key):
     with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
-        reflow(linear_fit, lambda t, x: x, key, draw, num_pairs=4, rounds=0)
+        reflow(linear_fit, lambda t, x: x, key, (4, 1), rounds=0)
 
 
 def affine(params, t, x, cond, *, train, rngs):
@@ -173,7 +178,7 @@ def test_distillation_by_hand(key):
 def test_distillation_finds_the_map(key):
     """At the flow's own map x1 = m + s x0 the loss and its gradient are 0 up to the error of the sampler."""
     v = oracles.velocity(ON_A_LINE, Linear())
-    pairs, _ = make_pairs(v, key, draw_line, 64, num_steps=40, sampler="rk4")
+    pairs, _ = make_pairs(v, key, (64, 1), **RK4)
     loss = lambda params: distillation(affine)(params, None, pairs)[0]  # noqa: E731
     value, gradient = jax.value_and_grad(loss)({"a": STD - 1, "b": MEAN})
     assert value < 1e-7

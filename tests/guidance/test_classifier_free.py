@@ -7,14 +7,15 @@ import scipy.stats
 
 from fm_jax import oracles
 from fm_jax.guidance import ZeroStar, classifier_free, classifier_free_batched, compose
-from fm_jax.nfe import nfe_per_call
+from fm_jax.nfe import Counted, cost
 from fm_jax.parameterization import convert
-from fm_jax.samplers import sample_ode
+from fm_jax.samplers import RungeKutta, sample
+from fm_jax.samplers.grids import uniform
 from fm_jax.schedules import VP, Linear
 
 X = jnp.array([[1.0, -2.0], [0.5, 3.0], [0.0, 1.0]])
 T = jnp.array([0.1, 0.5, 0.9])
-LINEAR = Linear()
+LINEAR, RK4 = Linear(), RungeKutta("rk4")
 
 
 def v_cond(t, x):
@@ -30,7 +31,7 @@ def test_extrapolates_from_the_unconditional_velocity(scale):
     guided = classifier_free(v_cond, v_uncond, scale)
     expected = v_uncond(T, X) + scale * (v_cond(T, X) - v_uncond(T, X))
     np.testing.assert_allclose(guided(T, X), expected, rtol=1e-6)
-    assert guided.nfe_per_call == 2
+    assert guided.nfe is None  # functions of your own
 
 
 def test_scale_one_is_off_and_free():
@@ -39,7 +40,7 @@ def test_scale_one_is_off_and_free():
     off = classifier_free_batched(model_fn, "velocity", LINEAR, CLASSES, 2, 1, rule=ZeroStar())
     np.testing.assert_array_equal(off(T, X), model_fn(T, X, CLASSES))
     assert model_fn.batches == [3, 3]
-    assert nfe_per_call(off) == 1
+    assert cost(off) == 1
 
 
 def test_one_scale_for_each_example():
@@ -64,12 +65,15 @@ def test_no_rule_acts_outside_the_interval():
     np.testing.assert_array_equal(guided[:2], jnp.stack([v_cond(T, X)[0], jnp.zeros(2)]))
 
 
-def test_nfe_adds_up_through_nesting():
-    inner = classifier_free(v_cond, v_uncond, 2.0)
-    assert nfe_per_call(classifier_free(inner, v_uncond, 2.0)) == 3
-    batched = classifier_free_batched(inner, "velocity", LINEAR, CLASSES, 0, 2.0)
-    assert nfe_per_call(batched) == 4
-    assert nfe_per_call(compose(inner, "velocity", LINEAR, [CLASSES] * 3, 0, [1.0, 2.0, 3.0])) == 8
+def test_costs_add_up_through_nesting():
+    once, model_fn = Counted(v_cond, 1), class_model("velocity", LINEAR)
+    inner = classifier_free(once, once, 2.0)
+    assert inner.nfe == 2
+    assert classifier_free(inner, once, 2.0).nfe == 3
+    assert classifier_free(inner, v_uncond, 2.0).nfe is None
+    for model, each in ((model_fn, 1), (Counted(model_fn, 2), 2)):
+        assert classifier_free_batched(model, "velocity", LINEAR, CLASSES, 0, 2.0).nfe == 2 * each
+        assert compose(model, "velocity", LINEAR, [CLASSES] * 3, 0, [1.0, 2.0, 3.0]).nfe == 4 * each
 
 
 CLASSES = np.array([0, 1, 1])
@@ -183,7 +187,7 @@ def test_compose_samples_the_product_of_gaussians(x64):
     conds = [np.zeros(3, dtype=int), np.ones(3, dtype=int)]
     v = compose(model_fn, "velocity", LINEAR, conds, 2, [1.5, -1.0])
     product = oracles.gaussian_mixture([means[2] + 1.5 * (means[0] - means[2]) - (means[1] - means[2])], [covariance])
-    end = jax.jit(lambda x: sample_ode(v, x, num_steps=200, method="rk4").x)(x0)
+    end = jax.jit(lambda x: sample(v, x, RK4, times=200).x)(x0)
     np.testing.assert_allclose(end, oracles.flow_map(product, LINEAR, 0.0, 1.0, x0), atol=1e-6)
 
 
@@ -203,7 +207,7 @@ def test_samples_the_tilted_law_of_gaussians_with_one_covariance(schedule, x64):
     @jax.jit
     def check(x):
         logs = [oracles.log_prob(each, schedule, 0.6, x) for each in (cond, uncond, tilted)]
-        end = sample_ode(guided, x, num_steps=400, method="rk4", t1=t1).x
+        end = sample(guided, x, RK4, times=uniform(400, 0.0, t1)).x
         return guided(0.6, x), oracles.velocity(tilted, schedule)(0.6, x), logs, end
 
     field, exact, (log_c, log_u, log_tilted), end = check(x0)
@@ -218,7 +222,7 @@ def end_moments(mean_c, std_c, mean_u, std_u, scale):
         oracles.velocity(oracles.gaussian_mixture([[m]], s), LINEAR) for m, s in ((mean_c, std_c), (mean_u, std_u))
     )
     guided = classifier_free(v_c, v_u, scale)
-    low, high = jax.jit(lambda x: sample_ode(guided, x, num_steps=200, method="rk4").x[:, 0])(np.array([[-1.0], [1.0]]))
+    low, high = jax.jit(lambda x: sample(guided, x, RK4, times=200).x[:, 0])(np.array([[-1.0], [1.0]]))
     return (low + high) / 2, (high - low) / 2
 
 
@@ -265,7 +269,7 @@ def test_does_not_sample_the_tilted_law_of_a_mixture(x64):
     @jax.jit
     def both(grid, x0):
         log_c, log_u = (oracles.log_prob(each, LINEAR, 1.0, grid) for each in (cond, uncond))
-        return scale * log_c + (1 - scale) * log_u, sample_ode(guided, x0, num_steps=100, method="rk4").x[:, 0]
+        return scale * log_c + (1 - scale) * log_u, sample(guided, x0, RK4, times=100).x[:, 0]
 
     log_tilted, samples = both(grid, quantiles)
     density = np.exp(log_tilted)

@@ -16,9 +16,10 @@ from fm_jax.guidance import (
     classifier_free_batched,
     compose,
 )
-from fm_jax.nfe import nfe_per_call, with_nfe_per_call
+from fm_jax.nfe import Counted
 from fm_jax.parameterization import convert, velocity_fn
-from fm_jax.samplers import sample_adaptive, sample_ode
+from fm_jax.samplers import Adaptive, sample
+from fm_jax.samplers.grids import uniform
 from fm_jax.schedules import Cosine, Linear, Polynomial
 from fm_jax.types import KINDS
 
@@ -185,21 +186,17 @@ def guided_fields():
 def test_every_guided_field_goes_through_every_sampler(x64):
     """Fixed and adaptive, joint and per example, agree. A switch among the fields makes them one compilation."""
     fields = guided_fields()
-    assert [nfe_per_call(v) for v in fields.values()] == [2] * len(RULES) + [2, 3, 1]
+    assert [v.nfe for v in fields.values()] == [2] * len(RULES) + [2, 3, 1]
     x0, t0 = X[0][:, :2].repeat(2, axis=0), 0.04
 
     @jax.jit
-    def sample(i):
-        v = with_nfe_per_call(jax.jit(lambda t, x: jax.lax.switch(i, list(fields.values()), t, x)), 2)
-        adaptive = {"rtol": 1e-4, "atol": 1e-4, "solver": "bosh3", "t0": t0}
-        return (
-            sample_ode(v, x0, num_steps=200, t0=t0),
-            sample_adaptive(v, x0, **adaptive),
-            sample_adaptive(v, x0, per_sample=True, **adaptive),
-        )
+    def ends(i):
+        v = Counted(jax.jit(lambda t, x: jax.lax.switch(i, list(fields.values()), t, x)), 2)
+        joint, own = (Adaptive("bosh3", 1e-4, 1e-4, per_sample=per_sample) for per_sample in (False, True))
+        return sample(v, x0, times=uniform(200, t0)), *(sample(v, x0, each, times=(t0, 1.0)) for each in (joint, own))
 
     for i, name in enumerate(fields):
-        fixed, joint, own = sample(i)
+        fixed, joint, own = ends(i)
         assert np.abs(fixed.x - x0).max() > 0.1, name
         np.testing.assert_allclose(joint.x, fixed.x, atol=3e-3, err_msg=name)
         np.testing.assert_allclose(own.x, fixed.x, atol=3e-3, err_msg=name)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fm_jax.divergence import Exact, Hutchinson, HutchPlusPlus
 
+from fm_jax.likelihood import Exact, Hutchinson, HutchPlusPlus
 from fm_jax.shapes import expand_time
 
 D = 7

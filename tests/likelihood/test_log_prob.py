@@ -1,4 +1,5 @@
 import functools
+from types import SimpleNamespace
 
 import contracts
 import jax
@@ -7,35 +8,22 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
-from fm_jax.divergence import Hutchinson, HutchPlusPlus
 
 from fm_jax import oracles, schedules
 from fm_jax.guidance import classifier_free
-from fm_jax.likelihood import (
-    NotConvergedError,
-    bits_per_dim,
-    dequantize,
-    encode_and_log_prob,
-    log_prob,
-    normal_log_prob,
-    sample_and_log_prob,
-)
-from fm_jax.samplers import sample_adaptive, sample_ode
+from fm_jax.likelihood import Hutchinson, HutchPlusPlus, encode_and_log_prob, log_prob, sample_and_log_prob
+from fm_jax.nfe import Counted
+from fm_jax.paths import start
+from fm_jax.samplers import Adaptive, EulerMaruyama, RungeKutta
+from fm_jax.samplers.grids import uniform
 from fm_jax.schedules import VE, Linear
+from fm_jax.sources import Sampled, Uniform
 
 KEY = jax.random.key(0)
 SCHEDULES = [schedules.Linear(), schedules.Cosine(), schedules.Polynomial(2.0), schedules.VP(), schedules.VE()]
-RK4 = functools.partial(sample_ode, num_steps=200, method="rk4")
-MIDPOINT = functools.partial(sample_ode, num_steps=300, method="midpoint")  # quicker to compile
+RK4 = RungeKutta("rk4")
+MIDPOINT = {"sampler": RungeKutta("midpoint"), "times": 300}  # quicker to compile
 MATRIX = np.array([[0.5, -1.0, 0.3], [0.2, -0.4, 0.8], [0.1, 0.6, 0.7]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """These programs run for a moment and are slow to compile."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def data(num=8):
@@ -65,9 +53,9 @@ def closed_forms():
         x1, mixture, results = data(), contracts.mixture(), {}
         for schedule in SCHEDULES:
             t0, t1 = schedule.domain
-            options = {"t0": t0, "t1": t1, "solve": RK4}
-            options["log_p0"] = functools.partial(oracles.log_prob, mixture, schedule, t0)
-            computed = log_prob(oracles.velocity(mixture, schedule), x1, **options)
+            source = SimpleNamespace(log_prob=functools.partial(oracles.log_prob, mixture, schedule, t0))
+            v, times = oracles.velocity(mixture, schedule), uniform(200, t0, t1)
+            computed = log_prob(v, x1, source=source, sampler=RK4, times=times)
             results[str(schedule)] = computed, oracles.log_prob(mixture, schedule, t1, x1)
         return results
 
@@ -89,10 +77,9 @@ def test_defaults_in_single_precision_on_images():
     @jax.jit
     def both(images):
         v, ve = oracles.velocity(mixture, Linear()), oracles.velocity(mixture, VE())
-        wide = functools.partial(normal_log_prob, scale=50.0)
         return (
             encode_and_log_prob(as_images(v), images),
-            log_prob(as_images(ve), images, log_p0=wide, solve=MIDPOINT),
+            log_prob(as_images(ve), images, source=start(VE()), **MIDPOINT),
         )
 
     x1 = data()
@@ -108,7 +95,7 @@ def estimates():
 
     @jax.jit
     def all_of_them(x1):
-        options = {"key": jax.random.key(1), "solve": functools.partial(sample_ode, num_steps=4, method="rk4")}
+        options = {"key": jax.random.key(1), "sampler": RK4, "times": 4}
         return [log_prob(affine, x1, divergence=each, **options) for each in (Hutchinson(), HutchPlusPlus(3))]
 
     x1 = np.tile(np.float32([0.5, -1.0, 0.2]), (8000, 1))
@@ -142,11 +129,11 @@ def test_both_directions_agree_and_probes_cost_no_steps():
     samples, forward, (source, backward) = there_and_back(x0)
     np.testing.assert_allclose(forward, backward, atol=1e-3)
     np.testing.assert_allclose(source.x, x0, atol=1e-3)
-    assert samples.nfe < 100
-    assert source.nfe < 100
+    assert samples.calls < 100
+    assert source.calls < 100
 
 
-def test_nfe_counts_the_calls_that_happen():
+def test_calls_are_those_that_happen_and_cost_what_the_velocity_costs():
     calls = []
 
     def network(t, x):
@@ -154,12 +141,13 @@ def test_nfe_counts_the_calls_that_happen():
         return -x
 
     x = jnp.ones((2, 3))
-    solution, _ = jax.jit(lambda x: encode_and_log_prob(network, x, solve=RK4))(x)
+    guided = classifier_free(Counted(network, 1), Counted(lambda t, x: x, 1), 2.0)
+    solution, _ = jax.jit(lambda x: encode_and_log_prob(guided, x, sampler=RK4, times=200))(x)
     jax.block_until_ready(solution)
     jax.effects_barrier()
-    assert int(solution.nfe) == len(calls) == 800
-    guided = classifier_free(lambda t, x: -x, lambda t, x: x, 2.0)
-    assert int(encode_and_log_prob(guided, x, solve=RK4)[0].nfe) == 1600
+    assert int(solution.calls) == len(calls) == 800
+    assert int(solution.nfe) == 1600
+    assert encode_and_log_prob(shrink, x, sampler=RK4, times=2)[0].nfe is None
 
 
 def test_guided_flow_integrates_to_one(x64):
@@ -168,7 +156,7 @@ def test_guided_flow_integrates_to_one(x64):
     everything = oracles.gaussian_mixture([[0.0]], 1.0)
     v = classifier_free(oracles.velocity(cats, Linear()), oracles.velocity(everything, Linear()), 2.0)
     x = jnp.linspace(-6, 6, 601)[:, None]
-    density = jnp.exp(jax.jit(lambda x: log_prob(v, x, solve=MIDPOINT))(x))
+    density = jnp.exp(jax.jit(lambda x: log_prob(v, x, **MIDPOINT))(x))
     np.testing.assert_allclose(jnp.trapezoid(density, x[:, 0]), 1, atol=1e-4)
     assert np.abs(density - jnp.exp(oracles.log_prob(cats, Linear(), 1.0, x))).max() > 0.05
 
@@ -181,11 +169,11 @@ def affine_log_prob(x1, a=1.0):
 
 def test_gradients_are_those_of_the_closed_form():
     """In x1 and in a parameter of the velocity, through the adaptive solver and through fixed steps."""
-    solves = [sample_adaptive, functools.partial(sample_ode, num_steps=40, method="midpoint")]
+    solves = [{}, {"sampler": RungeKutta("midpoint"), "times": 40}]
 
     @jax.jit
     def gradients(x1, a):
-        flows = [lambda x1, a, s=s: log_prob(lambda t, x: affine(t, x, a), x1, solve=s).sum() for s in solves]
+        flows = [lambda x1, a, s=s: log_prob(lambda t, x: affine(t, x, a), x1, **s).sum() for s in solves]
         return [jax.grad(flow, argnums=(0, 1))(x1, a) for flow in flows]
 
     x1 = np.random.default_rng(0).normal(size=(5, 3))
@@ -197,125 +185,58 @@ def test_gradients_are_those_of_the_closed_form():
         np.testing.assert_allclose(computed_by_a, by_a, rtol=2e-3)
 
 
-def test_trajectory_and_scalar_events():
-    solve = functools.partial(sample_ode, num_steps=10, method="rk4", trajectory=True)
-    solution, log_p = sample_and_log_prob(lambda t, x: x, jnp.array([0.0, 1.0]), solve=solve)
-    assert solution.trajectory.shape == (11, 2)
-    np.testing.assert_allclose(solution.trajectory[:, 1], np.exp(np.linspace(0, 1, 11)), rtol=1e-4)
-    np.testing.assert_allclose(log_p, normal_log_prob(jnp.array([0.0, 1.0])) - 1, rtol=1e-5)
+def test_scalar_events():
+    solution, log_p = sample_and_log_prob(lambda t, x: x, jnp.array([0.0, 1.0]), sampler=RK4, times=10)
+    np.testing.assert_allclose(solution.x, [0, np.e], rtol=1e-4)
+    np.testing.assert_allclose(log_p, scipy.stats.norm.logpdf([0.0, 1.0]) - 1, rtol=1e-5)
 
 
 def test_one_step_size_for_each_example():
     x1 = jnp.array([[0.0], [1.0], [-20.0]])
-    solve = functools.partial(sample_adaptive, per_sample=True)
-    solution, log_p = jax.jit(lambda x1: encode_and_log_prob(shrink, x1, solve=solve))(x1)
-    assert solution.nfe.shape == (3,)
+    solution, log_p = jax.jit(lambda x1: encode_and_log_prob(shrink, x1, sampler=Adaptive(per_sample=True)))(x1)
+    assert solution.calls.shape == (3,)
     np.testing.assert_allclose(log_p, scipy.stats.norm(0, np.exp(-1)).logpdf(x1[:, 0]), rtol=1e-3)
 
 
-LEVELS = 8
-IMAGES = np.array([[[2], [5]], [[6], [2]], [[3], [5]], [[0], [0]]], dtype=np.uint8)
-SOLVE = functools.partial(sample_ode, num_steps=10, method="rk4")
+def test_the_source_is_any_with_a_density():
+    """dx/dt = x takes the box [-1, 1]^2 to [-e, e]^2, of density (2 e)^-2."""
+    x1 = jnp.array([[0.5, -1.0], [2.5, 2.5], [2.8, 0.0]])
+    options = {"source": Uniform(-1.0, 1.0), "sampler": RK4, "times": 10}
+    log_p = log_prob(lambda t, x: x, x1, **options)
+    np.testing.assert_allclose(log_p, [-2 * np.log(2 * np.e)] * 2 + [-np.inf], rtol=1e-5)
+    x0 = jnp.array([[0.5, -1.0]])
+    np.testing.assert_allclose(sample_and_log_prob(lambda t, x: x, x0, **options)[1], -2 * np.log(2 * np.e), rtol=1e-5)
 
 
-def euler(num_steps):
-    return functools.partial(sample_ode, num_steps=num_steps, method="euler")
-
-
-def narrow(t, x):
-    """To N(0, 0.15^2)."""
-    return np.log(0.15) * x
-
-
-def test_dequantised_levels_fill_their_bins():
-    images = np.tile(np.arange(LEVELS, dtype=np.uint8), (4000, 1))
-    x = np.asarray(dequantize(jax.random.key(0), images, LEVELS))
-    np.testing.assert_array_equal(np.floor((x + 1) / 2 * LEVELS), images)
-    # Uniform within the bin: refused at p < 1e-4.
-    assert scipy.stats.kstest(((x + 1) / 2 * LEVELS - images).ravel(), "uniform").pvalue > 1e-4
-
-
-def test_more_draws_tighten_the_bound_to_the_exact_probability():
-    """Means over 400 copies of two images under N(0, 0.15^2): most of the bias of one draw is gone with 20."""
-    images = np.array([[3, 5], [2, 4]])
-    edges = (2 * np.stack([images, images + 1.0]) / LEVELS - 1) / 0.15
-    exact = -np.log2(np.diff(scipy.stats.norm.cdf(edges), axis=0)[0]).mean(axis=1)
-    images = np.tile(images, (400, 1))
-    bounds, errors = [], []
-    for num_draws in (1, 20):
-        bits = bits_per_dim(narrow, KEY, images, levels=LEVELS, num_draws=num_draws, solve=SOLVE).reshape(400, 2)
-        bounds.append(bits.mean(axis=0))
-        errors.append(bits.std(axis=0) / 20)
-    assert (bounds[0] - bounds[1] > 4 * np.hypot(*errors)).all()
-    assert (bounds[1] - exact > -3 * errors[1]).all()
-    assert (bounds[1] - exact < 0.2 * (bounds[0] - exact)).all()
-
-
-def test_one_draw_may_be_estimated_by_hutchinson():
-    """With signs it is exact on a diagonal Jacobian."""
-    options = {"v": shrink, "key": jax.random.key(3), "images": IMAGES, "levels": LEVELS, "solve": euler(200)}
-    bits = bits_per_dim(**options, tolerance=0.1, divergence=Hutchinson())
-    np.testing.assert_allclose(bits, bits_per_dim(**options, tolerance=0.1), rtol=1e-5)
-
-
-def test_a_converged_solve_is_the_closed_form_and_another_is_refused():
-    """Eight Euler steps on a sharp model are off by bits."""
-    mixture = oracles.gaussian_mixture([[-0.4, 0.3], [0.5, -0.2]], 0.02)
-    v, images = as_images(oracles.velocity(mixture, Linear())), np.array([[[76], [166]], [[191], [102]]], np.uint8)
-    bits = bits_per_dim(v, KEY, images, solve=RK4)
-    x1 = dequantize(jax.random.split(jax.random.fold_in(KEY, 0))[0], images)[..., 0]
-    exact = -oracles.log_prob(mixture, Linear(), 1.0, x1) / np.log(2) / 2 + 7
-    np.testing.assert_allclose(bits, exact, atol=1e-3)
-    said = r"the solve has not converged: -?\d.* bits/dim at num_steps = 4, -?\d.* at num_steps = 8 for image \d, more"
-    with pytest.raises(NotConvergedError, match=said):
-        bits_per_dim(v, KEY, images, solve=euler(8))
-    assert (np.abs(bits_per_dim(v, KEY, images, solve=euler(8), tolerance=1e6) - exact) > 1).all()
-
-
-@pytest.mark.parametrize(
-    ("rate", "message"), [(50.0, r"at rtol = 1, atol = 1, .* at rtol = 0\.1, atol = 0\.1"), (jnp.nan, "nan bits/dim")]
-)
-def test_loose_tolerances_and_nans_are_refused(rate, message):
-    solve = functools.partial(sample_adaptive, rtol=0.1, atol=0.1) if rate == 50 else euler(8)
-    with pytest.raises(NotConvergedError, match=message):
-        bits_per_dim(lambda t, x: rate * jnp.cos(rate * t) * x, KEY, IMAGES, levels=LEVELS, solve=solve)
-
-
-def test_bits_per_dim_compiles_once():
-    traces = []
-
-    def v(t, x):
-        traces.append(1)
-        return -x
-
-    counts = []
-    for i in range(2):
-        bits_per_dim(v, jax.random.key(i), IMAGES, levels=LEVELS, solve=SOLVE)
-        counts.append(len(traces))
-    assert counts[0] == counts[1] > 0
+@pytest.mark.parametrize("times", [20, uniform(20), np.linspace(0, 1, 21)])
+def test_times_run_from_the_source_to_the_data(times):
+    x1 = jnp.array([[0.3, -0.5]])
+    log_p = jax.jit(lambda times: log_prob(shrink, x1, sampler=RK4, times=times))(times) if np.ndim(times) else None
+    exact = scipy.stats.norm(0, np.exp(-1)).logpdf(x1).sum()
+    np.testing.assert_allclose(log_prob(shrink, x1, sampler=RK4, times=times), exact, rtol=1e-5)
+    if log_p is not None:  # traced
+        np.testing.assert_allclose(log_p, exact, rtol=1e-5)
 
 
 X = jnp.ones((2, 3))
-BITS = {"v": shrink, "key": KEY, "images": IMAGES, "levels": LEVELS}
 BAD = [
     (lambda: log_prob(shrink, X, divergence=Hutchinson()), r"Hutchinson\(.*\) draws random probes and needs a key"),
     (lambda: log_prob(shrink, X, divergence=HutchPlusPlus(), key=0), "key must be one typed key"),
-    (lambda: log_prob(shrink, jnp.ones((2, 3), dtype=int)), "must be floating point, got int32."),
-    (lambda: log_prob(shrink, jnp.ones(())), r"must be \[batch, ...\], got a scalar."),
+    (lambda: log_prob(shrink, jnp.ones((2, 3), dtype=int)), "x1 must be floating point, got int32."),
+    (lambda: sample_and_log_prob(shrink, jnp.ones((2, 3), dtype=int)), "x0 must be floating point, got int32."),
+    (lambda: log_prob(shrink, jnp.ones(())), r"x1 must be \[batch, ...\], got a scalar."),
     (lambda: log_prob(lambda t, x: x[:, :1], X), r"v\(t, x\) must have the shape of x, \(2, 3\), got \(2, 1\)."),
-    (lambda: log_prob(shrink, X, t0=1.0), "t0 and t1 must differ"),
+    (lambda: log_prob(shrink, X, times=(1.0, 1.0)), "times must be finite and strictly monotone"),
+    (
+        lambda: log_prob(shrink, X, times=(1.0, 0.0)),
+        "Time must run forward for a likelihood, got times from 1.0 to 0.0",
+    ),
+    (lambda: log_prob(shrink, X, sampler=EulerMaruyama(Linear())), "sampler must not draw noise, .*got EulerMaruyama"),
+    (
+        lambda: log_prob(shrink, X, source=Sampled(lambda key, num: X), sampler=RK4, times=1),
+        "has no density: a likelihood needs a source",
+    ),
     (lambda: sample_and_log_prob(shrink, X, divergence=Hutchinson()), "needs a key"),
-    (lambda: bits_per_dim(**BITS | {"key": None}), "key must be one typed key"),
-    (lambda: bits_per_dim(**BITS | {"levels": 1}), "levels must be at least 2, got 1."),
-    (lambda: bits_per_dim(**BITS | {"levels": 4}), r"images must be in 0 .. 3, got 0 .. 6."),
-    (lambda: bits_per_dim(**BITS | {"images": -1 * IMAGES.astype(int)}), r"images must be in 0 .. 7, got -6 .. 0."),
-    (lambda: bits_per_dim(**BITS | {"images": IMAGES / 2}), r"images must be integers \[batch, ...\], got float64"),
-    (lambda: bits_per_dim(**BITS | {"images": IMAGES[0, 0]}), r"images must be integers \[batch, ...\]"),
-    (lambda: bits_per_dim(**BITS, num_draws=0), "num_draws must be at least 1, got 0."),
-    (lambda: bits_per_dim(**BITS, tolerance=0.0), "tolerance must be positive, got 0.0."),
-    (lambda: bits_per_dim(**BITS, num_draws=2, divergence=Hutchinson()), "num_draws = 2 needs an exact divergence"),
-    (lambda: bits_per_dim(**BITS, solve=lambda v, z, t0, t1: z), "solve must have num_steps, or rtol and atol"),
-    (lambda: bits_per_dim(**BITS, solve=euler(1)), "num_steps must be at least 1, got 0."),
 ]
 
 

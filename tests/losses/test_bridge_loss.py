@@ -7,7 +7,7 @@ from fm_jax import oracles, times
 from fm_jax.conditions import DropCondition
 from fm_jax.couplings import ExactOT, paired
 from fm_jax.losses import bridge_matching, bridge_score, bridge_velocity, flow_matching, split_channels, two_heads
-from fm_jax.nfe import nfe_per_call, with_nfe_per_call
+from fm_jax.nfe import Counted
 from fm_jax.paths import (
     AffinePath,
     BrownianBridge,
@@ -16,9 +16,10 @@ from fm_jax.paths import (
     SineNoise,
     StochasticInterpolant,
 )
-from fm_jax.samplers import sample_ode, sample_sde
+from fm_jax.samplers import RungeKutta, StochasticHeun, sample
+from fm_jax.samplers.grids import uniform
 from fm_jax.schedules import Cosine, Linear
-from fm_jax.types import Pairing, PathSample
+from fm_jax.types import Pairing
 
 SIGMA = 0.7
 MEAN0, COV0 = np.array([-1.0, 0.5]), np.array([[0.8, 0.3], [0.3, 0.5]])
@@ -151,13 +152,14 @@ def test_conditions_are_dropped_and_nothing_else_changes(key):
 
 
 def test_evaluations_are_counted():
-    model_fn = with_nfe_per_call(lambda t, x, cond: (x, x), 2)
     path = BrownianBridge(1.0)
-    v, score = bridge_velocity(model_fn, path), bridge_score(model_fn, path)
-    assert nfe_per_call(v) == nfe_per_call(score) == 2
-    low, high = path.domain
-    solution = sample_sde(v, score, 1.0, jax.random.key(0), jnp.ones((2, 1)), num_steps=5, t0=low, t1=high)
-    assert solution.nfe == 20
+    for model_fn, cost in ((lambda t, x, cond: (x, x), 1), (Counted(lambda t, x, cond: (x, x), 2), 2)):
+        v, score = bridge_velocity(model_fn, path), bridge_score(model_fn, path)
+        assert v.nfe == score.nfe == cost
+        sampler = StochasticHeun(diffusion=1.0, score=score)
+        solution = sample(v, jnp.ones((2, 1)), sampler, times=uniform(5, *path.domain), key=jax.random.key(0))
+        assert int(solution.calls) == 20
+        assert int(solution.nfe) == 20 * cost
 
 
 def scores_of(x, mean, cov):
@@ -172,8 +174,8 @@ def sampled(key, x, grid):
     """Ends of the ODE and of the SDE with g = sigma."""
     perfect, path = model(brownian("entropic")), BrownianBridge(SIGMA)
     v, score = bridge_velocity(perfect, path), bridge_score(perfect, path)
-    flow = sample_ode(v, x, grid=grid, method="heun").x
-    return flow, sample_sde(v, score, SIGMA, key, x, grid=grid, method="heun").x
+    flow = sample(v, x, RungeKutta("heun"), times=grid).x
+    return flow, sample(v, x, StochasticHeun(diffusion=SIGMA, score=score), times=grid, key=key).x
 
 
 @pytest.mark.parametrize("direction", [1, -1])
@@ -304,7 +306,7 @@ class Narrow(Linear):
 
 
 def test_denoiser_alone(key):
-    """`flow_matching(kind="noise")` regresses the latent z: the value by hand, and no z is an error."""
+    """`flow_matching(kind="latent")` regresses z: the value by hand."""
     path = BrownianBridge(0.7)
     x0, x1 = jax.random.normal(key, (2, 6, 3))
     batch = {"x0": x0, "x1": x1, "t": jnp.linspace(0.1, 0.9, 6)}
@@ -314,16 +316,17 @@ def test_denoiser_alone(key):
         seen["x_t"] = x
         return params * x
 
-    loss, _ = flow_matching(network, path, kind="noise")(0.5, jax.random.key(3), batch)
+    loss, _ = flow_matching(network, path, kind="latent")(0.5, jax.random.key(3), batch)
     t, gamma = np.asarray(batch["t"])[:, None], 0.7 * np.sqrt(batch["t"] * (1 - batch["t"]))[:, None]
     z = (np.asarray(seen["x_t"]) - (1 - t) * np.asarray(x0) - t * np.asarray(x1)) / gamma
     np.testing.assert_allclose(loss, ((0.5 * np.asarray(seen["x_t"]) - z) ** 2).mean(), rtol=1e-5)
 
-    class Bare:
-        domain = (0.0, 1.0)
 
-        def sample(self, key, t, x0, x1):
-            return PathSample(t, x0, x1, x0, x1)
-
-    with pytest.raises(ValueError, match="kind='noise' needs a path with latent noise"):
-        flow_matching(network, Bare(), kind="noise")(0.5, jax.random.key(3), batch)
+def test_one_kind_at_a_time_is_both_together(key):
+    """The two errors of `bridge_matching` are the losses of kinds "drift" and "latent" with the same key."""
+    batch = {"x0": jnp.zeros((8, 2)), "x1": jnp.ones((8, 2))}
+    path = StochasticInterpolant(Linear(), QuadraticNoise())
+    metrics = bridge_matching(heads, path)(0.7, key, batch)[1]
+    for kind, params in (("drift", 0.7), ("latent", 1.4)):
+        loss, _ = flow_matching(lambda params, t, x, c, **_: params * x, path, kind=kind)(params, key, batch)
+        np.testing.assert_allclose(loss, metrics["mse_drift" if kind == "drift" else "mse_noise"], rtol=1e-5)

@@ -12,8 +12,9 @@ from fm_jax.conditions import DropCondition
 from fm_jax.couplings import ExactOT, independent
 from fm_jax.losses import flow_matching
 from fm_jax.losses.matching import draw_pairs
-from fm_jax.paths import AffinePath
+from fm_jax.paths import AffinePath, SplinePath, StochasticInterpolant
 from fm_jax.schedules import VP, Cosine, Linear, coefficients
+from fm_jax.sources import Normal, Sampled, Uniform
 from fm_jax.types import KINDS
 
 
@@ -112,6 +113,18 @@ def test_coupling_and_condition_reach_the_network(coupling, key):
     assert jax.jit(loss)(None, key, batch)[0] < 1e-6
 
 
+@pytest.mark.parametrize("make", [AffinePath, StochasticInterpolant])
+@pytest.mark.parametrize("source", [Normal(), Uniform(-3.0, 3.0), Sampled(lambda key, num: jnp.full((num, 2), 7.0))])
+def test_x0_is_drawn_from_the_source_of_the_path(make, source, key):
+    """To the last bit the loss of the same x0 given with the batch, whose first key it is drawn with."""
+    batch = {"x1": jax.random.normal(jax.random.key(3), (6, 2))}
+    x0 = source.draw(jax.random.split(key, 5)[0], batch["x1"])
+    loss = flow_matching(scaled_identity, make(source=source))
+    np.testing.assert_array_equal(loss(0.5, key, batch)[0], loss(0.5, key, {**batch, "x0": x0})[0])
+    if source == Normal():
+        np.testing.assert_array_equal(x0, jax.random.normal(jax.random.split(key, 5)[0], (6, 2)))
+
+
 def test_same_key_same_loss_and_different_key_different(key):
     loss = flow_matching(scaled_identity, AffinePath())
     batch = {"x1": jnp.ones((8, 2))}
@@ -145,11 +158,19 @@ def test_traces_once(key):
         (lambda: flow_matching(scaled_identity, AffinePath(), kind="eps"), "kind must be one of"),
         (
             lambda: flow_matching(scaled_identity, AffinePath(VP()), time_sampler=times.LogitNormal()),
-            r"draws from \[0.0, 1.0\], but the velocity target of VP.* times.Rescale\(sampler, 0.0, 0.99999\)",
+            r"draws from \[0.0, 1.0\], but the velocity target of .*VP.* times.Rescale\(sampler, 0.0, 0.99999\)",
         ),
         (
             lambda: losses.score_matching(scaled_identity, AffinePath(), time_sampler=times.Uniform()),
-            "the score target of Linear.* is finite only on",
+            "the score target of .*Linear.* is finite only on",
+        ),
+        (
+            lambda: flow_matching(scaled_identity, AffinePath(source=Uniform()), kind="score"),
+            "kind must be one of 'velocity', 'data', 'noise', got 'score'",
+        ),
+        (
+            lambda: flow_matching(scaled_identity, SplinePath((0.0, 1.0)), weight=WEIGHTS[0]),
+            "weight needs a path with a schedule, by which kinds convert; SplinePath.* has none",
         ),
     ],
 )
@@ -177,7 +198,7 @@ def test_dropping_conditions_changes_nothing_else(key):
     cond = jnp.arange(16)
     batch = {"x1": 1.0 * cond[:, None] + jnp.zeros((16, 2)), "cond": {"label": cond, "vector": 1.0 * cond[:, None]}}
     coupling, drop = ExactOT(ignore_cond=True), DropCondition(0.5, {"label": -1, "vector": -1.0})
-    plain, dropped = (draw_pairs(key, batch, coupling, times.Uniform(), each) for each in (None, drop))
+    plain, dropped = (draw_pairs(key, batch, Normal(), coupling, times.Uniform(), each) for each in (None, drop))
     key_x0, key_t, key_coupling, key_path, key_dropout, key_drop = jax.random.split(key, 6)
     assert (jax.random.key_data(jax.random.split(key, 5)) == jax.random.key_data(jax.random.split(key, 6)[:5])).all()
     pairing = coupling(key_coupling, jax.random.normal(key_x0, (16, 2)), batch["x1"])
@@ -219,6 +240,11 @@ def test_what_is_not_there_cannot_be_dropped(key):
     loss_fn = flow_matching(scaled_identity, AffinePath(), drop=DropCondition(0.1, 2))
     with pytest.raises(ValueError, match=r"cond must be a pytree of \[batch, ...\], got None: there is no condition"):
         loss_fn(0.5, key, {"x1": jnp.ones((2, 2))})
+
+
+def test_a_path_without_a_source_needs_x0(key):
+    with pytest.raises(ValueError, match="keeps the pairs of the data: the batch must hold 'x0'"):
+        flow_matching(scaled_identity, SplinePath((0.0, 1.0)))(0.5, key, {"x1": jnp.ones((2, 2))})
 
 
 def test_network_of_the_wrong_shape_is_refused(key):

@@ -49,8 +49,8 @@ def test_velocity_weights_are_finite_on_the_whole_path(weight):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: losses.MinSNRWeight(0.0), "gamma must be positive, got 0.0"),
-        (lambda: losses.EDMWeight(0.0), "sigma_data must be positive, got 0.0"),
+        (lambda: losses.MinSNRWeight(0.0), "gamma must be positive and finite, got 0.0."),
+        (lambda: losses.EDMWeight(0.0), "sigma_data must be positive and finite, got 0.0."),
         (lambda: error_scale("eps", T, schedules.Linear()), "kind must be one of"),
     ],
 )

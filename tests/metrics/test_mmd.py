@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import pdist
 
-from fm_jax.metrics import Polynomial, linear, median_distance, mmd
+from fm_jax.metrics import PolynomialKernel, linear, median_distance, mmd
 
 
 def by_double_loop(kernel, x, y, unbiased):
@@ -39,8 +39,8 @@ def test_gaussian_kernels_equal_a_double_loop(samples, bandwidths, unbiased):
     ("kernel", "formula"),
     [
         (linear, lambda a, b: a @ b),
-        (Polynomial(), lambda a, b: (a @ b / 6 + 1) ** 3),
-        (Polynomial(2, 0.5), lambda a, b: (a @ b / 6 + 0.5) ** 2),
+        (PolynomialKernel(), lambda a, b: (a @ b / 6 + 1) ** 3),
+        (PolynomialKernel(2, 0.5), lambda a, b: (a @ b / 6 + 0.5) ** 2),
         (lambda x, y: jnp.tanh(x @ y.T), lambda a, b: math.tanh(a @ b)),
     ],
     ids=["linear", "cubic", "square", "own"],
@@ -93,18 +93,18 @@ def test_unbiased(shift):
 def test_products_are_taken_in_full_precision():
     """Accelerators would round float32 to 10 bits or fewer, which the difference of the terms would not survive."""
     x = jnp.ones((3, 2))
-    for kernel in (linear, Polynomial()):
+    for kernel in (linear, PolynomialKernel()):
         jaxpr = str(jax.make_jaxpr(lambda x, k=kernel: mmd(x, x, kernel=k))(x))
         assert jaxpr.count("dot_general") == jaxpr.count("Precision.HIGHEST, Precision.HIGHEST") > 0
 
 
 def test_kernels_are_values():
-    assert Polynomial(3) == Polynomial(3, 1.0)
-    assert hash(Polynomial(3)) == hash(Polynomial())
+    assert PolynomialKernel(3) == PolynomialKernel(3, 1.0)
+    assert hash(PolynomialKernel(3)) == hash(PolynomialKernel())
     with pytest.raises(ValueError, match="degree must be an integer of at least 1, got 0"):
-        Polynomial(0)
+        PolynomialKernel(0)
     with pytest.raises(ValueError, match=r"offset must not be negative, got -1.0"):
-        Polynomial(2, -1.0)
+        PolynomialKernel(2, -1.0)
 
 
 def test_bad_input(samples):

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fm_jax.train.metrics import MetricsWriter, read_metrics
 
 from fm_jax.train import loop
 from fm_jax.train.checkpoint import Checkpointer
 from fm_jax.train.interrupts import deferred_signals
+from fm_jax.train.log import MetricsWriter, read_metrics
 from fm_jax.train.loop import NonFiniteLossError, fit
 from fm_jax.train.progress import Progress
 from fm_jax.train.state import create_state

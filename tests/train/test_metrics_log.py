@@ -5,7 +5,8 @@ import sys
 import time
 
 import pytest
-from fm_jax.train.metrics import MetricsWriter, read_metrics
+
+from fm_jax.train.log import MetricsWriter, read_metrics
 
 
 def test_lines_are_json_and_come_back(tmp_path):

@@ -13,9 +13,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from fm_jax.train.metrics import TIMING_FIELDS, read_metrics
 
 from fm_jax.train.checkpoint import Checkpointer
+from fm_jax.train.log import TIMING_FIELDS, read_metrics
 
 SCRIPT = Path(__file__).with_name("train_script.py")
 

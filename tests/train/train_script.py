@@ -10,9 +10,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fm_jax.train.metrics import MetricsWriter
 
 from fm_jax.train.checkpoint import Checkpointer
+from fm_jax.train.log import MetricsWriter
 from fm_jax.train.loop import fit
 from fm_jax.train.optim import make_optimizer
 from fm_jax.train.parallel import pmap_step, split_batch
