@@ -162,7 +162,7 @@ def claims_of(schedule, num=41):
     t = np.linspace(*schedule.domain, num)
     inside = jnp.asarray(t[1:-1])
     inverse = np.abs(schedule.t_from_log_snr(log_snr(schedule, inside)) - inside).max()
-    finite = all(np.isfinite(c).all() for c in schedules.coefficients(schedule, jnp.asarray(t)))
+    finite = all(np.isfinite(c).all() for c in schedules.coefficients(schedule, jnp.asarray(t, jnp.float32)))
     return float(inverse), finite, bool((np.diff(log_snr(schedule, inside)) > 0).all())
 
 
