@@ -14,13 +14,6 @@ from fm_jax.data.toy import moons
 from fm_jax.train.log import read_metrics
 
 
-@pytest.fixture(autouse=True)
-def _defaults():
-    """Smoke mode turns XLA's optimisations off for the process."""
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def test_smoke(tmp_path, capsys):
     training = dataclasses.replace(cnf.CONFIG.training, run_dir=tmp_path / "run")
     results = cnf.run(dataclasses.replace(cnf.CONFIG, smoke=True, training=training))
