@@ -61,7 +61,7 @@ def test_adaptive_steps_reach_the_marginal_and_count_what_they_cost():
 
     Power: a start too wide by a half is refused.
     """
-    calls, x0 = [], jax.random.normal(jax.random.key(5), (4000, 2))
+    calls, x0 = [], jax.random.normal(jax.random.key(5), (2000, 2))
     v = counted(oracles.velocity(two_gaussians(), Linear()), calls)
 
     sampler = DiffraxSDE(Linear(), lambda t: jnp.sqrt(1 - t), solver="sra1", rtol=1e-2, atol=1e-2)
@@ -71,7 +71,6 @@ def test_adaptive_steps_reach_the_marginal_and_count_what_they_cost():
     assert int(solution.calls) < 400
     assert solution.nfe is None
     assert min(p_values(solution.x)) > 1e-4
-    np.testing.assert_array_equal(end(jax.random.key(6), x0).x, solution.x)
     assert np.abs(end(jax.random.key(7), x0).x - solution.x).mean() > 0.1
     assert min(p_values(end(jax.random.key(6), 1.5 * x0).x)) < 1e-6
 
@@ -79,14 +78,14 @@ def test_adaptive_steps_reach_the_marginal_and_count_what_they_cost():
 def test_fixed_steps_backward_reach_the_source():
     """False-alarm rate as above; a start that is not the marginal, one point alone, is refused."""
     key_data, key_noise, key_path = jax.random.split(jax.random.key(8), 3)
-    noise = jax.random.normal(key_noise, (4000, 2))
-    start = 0.95 * oracles.sample(two_gaussians(), key_data, 4000) + 0.05 * noise
+    noise = jax.random.normal(key_noise, (2000, 2))
+    start = 0.95 * oracles.sample(two_gaussians(), key_data, 2000) + 0.05 * noise
     v = oracles.velocity(two_gaussians(), Linear())
 
-    sampler, times = DiffraxSDE(Linear(), 0.7, solver="sea"), uniform(64, 0.95, 0.0)
+    sampler, times = DiffraxSDE(Linear(), 0.7, solver="sea"), uniform(50, 0.95, 0.0)
     end = jax.jit(lambda x: sample(v, x, sampler, times=times, key=key_path, trajectory=True))
     solution = end(start)
-    assert solution.trajectory.shape == (65, 4000, 2)
+    assert solution.trajectory.shape == (51, 2000, 2)
     np.testing.assert_array_equal(solution.trajectory[0], start)
     np.testing.assert_array_equal(solution.trajectory[-1], solution.x)
     assert min(p_values(solution.x, source_cdf)) > 1e-4
