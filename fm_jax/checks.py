@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.types import Array, ArrayTree, Diffusion, Key
+from fm_jax.types import AnyArray, ArrayTree, Diffusion, Key
 
 
 def is_traced(value: Any) -> bool:
@@ -75,7 +75,7 @@ def check_key(key: Key | None) -> None:
         raise ValueError(f"key must be one typed key, as from jax.random.key(0), got {key!r}.")
 
 
-def check_state(x: Array, name: str = "x0") -> None:
+def check_state(x: AnyArray, name: str = "x0") -> None:
     """Refuses a state that is not real floating point with a batch axis."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point, got {x.dtype}.")
@@ -83,20 +83,20 @@ def check_state(x: Array, name: str = "x0") -> None:
         raise ValueError(f"{name} must be [batch, ...], got a scalar.")
 
 
-def check_shape(name: str, value: Array, x: Array) -> None:
+def check_shape(name: str, value: AnyArray, x: AnyArray) -> None:
     """Refuses what a function such as "v(t, x)" returns if it has not the shape of `x`."""
     if value.shape != x.shape:
         raise ValueError(f"{name} must have the shape of x, {x.shape}, got {value.shape}.")
 
 
-def check_same_shape(**arrays: Array) -> None:
+def check_same_shape(**arrays: AnyArray) -> None:
     """Refuses arrays of different shapes."""
     shapes = [array.shape for array in arrays.values()]
     if len(set(shapes)) > 1:
         raise ValueError(f"{_listed(arrays)} must have the same shape, got {_listed(shapes)}.")
 
 
-def check_per_example(x: Array, **values: Array | None) -> None:
+def check_per_example(x: AnyArray, **values: AnyArray | None) -> None:
     """Refuses the first of the values that is there and not [batch], a number for each example."""
     for name, value in values.items():
         if value is not None and value.shape != x.shape[:1]:

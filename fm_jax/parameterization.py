@@ -18,23 +18,23 @@ from fm_jax.checks import check_member, check_same_shape
 from fm_jax.nfe import Counted, cost
 from fm_jax.schedules import coefficients, stands_still, vanishes
 from fm_jax.shapes import batch_time, expand_time, time_dtype
-from fm_jax.types import KINDS, Array, Cond, Kind, ModelFn, Prediction, Schedule, VelocityFn
+from fm_jax.types import KINDS, Cond, Kind, ModelFn, Prediction, Schedule, State, Time, VelocityFn
 
 
-def convert(kind: Kind, value: Array, t: Array, x_t: Array, schedule: Schedule) -> Prediction:
+def convert(kind: Kind, value: State, t: Time, x_t: State, schedule: Schedule) -> Prediction:
     """All four descriptions from any one of them: the reparameterisations of a network, Tweedie's formula among them.
 
     Notebooks: (4.10), (5.6).
 
     Args:
         kind: what `value` is: "velocity", "data", "noise" or "score".
-        value: [batch, ...].
-        t: scalar or [batch].
-        x_t: [batch, ...].
+        value: the prediction.
+        t: times.
+        x_t: points on the path.
         schedule: of the path.
 
     Returns:
-        `Prediction`, each [batch, ...]. Not finite where the conversion has no solution: "data" at sigma = 0, "noise"
+        `Prediction`. Not finite where the conversion has no solution: "data" at sigma = 0, "noise"
         and "score" at alpha = 0; the score is infinite at sigma = 0 whatever it comes from.
 
     Raises:
@@ -77,11 +77,11 @@ def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = 
         cond: conditioning [batch, ...] or `None`.
 
     Returns:
-        `v(t, x)`, `t` a scalar or [batch], `x` [batch, ...].
+        `v(t, x)`.
     """
     check_member("kind", kind, KINDS)
 
-    def velocity(t: Array, x: Array) -> Array:
+    def velocity(t: Time, x: State) -> State:
         prediction = model_fn(batch_time(t, x), x, cond)
         if kind == "velocity":
             return prediction
@@ -95,7 +95,7 @@ def network_cost(model_fn: Callable[..., Any]) -> int | None:
     return cost(model_fn) if isinstance(model_fn, Counted) else 1
 
 
-def score_fn(v: VelocityFn, schedule: Schedule) -> Callable[[Array, Array], Array]:
+def score_fn(v: VelocityFn, schedule: Schedule) -> VelocityFn:
     """The score function `grad log p_t(x)` of the marginals that a velocity function carries; infinite where sigma = 0.
 
     Notebooks: (5.6).
@@ -105,10 +105,10 @@ def score_fn(v: VelocityFn, schedule: Schedule) -> Callable[[Array, Array], Arra
         schedule: of that path.
 
     Returns:
-        `score(t, x)` with the shapes of `v`.
+        `score(t, x)`, called as `v` is.
     """
 
-    def score(t: Array, x: Array) -> Array:
+    def score(t: Time, x: State) -> State:
         return convert("velocity", v(t, x), t, x, schedule).score
 
     return Counted(score, cost(v))
@@ -176,10 +176,10 @@ def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule) ->
         new_schedule: the schedule to sample on. Where its SNR is outside the old one's range, t leaves [0, 1].
 
     Returns:
-        `v_new(r, x)` with the shapes of `v`.
+        `v_new(r, x)`, called as `v` is.
     """
 
-    def new_velocity(r: Array, x: Array) -> Array:
+    def new_velocity(r: Time, x: State) -> State:
         new = coefficients(new_schedule, r)
         t = old_schedule.t_from_log_snr(2 * (jnp.log(new.alpha) - jnp.log(new.sigma))).astype(time_dtype(x))
         old = coefficients(old_schedule, t)

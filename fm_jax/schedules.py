@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool
 
 from fm_jax.checks import check_integer, check_number
-from fm_jax.types import Array, Coefficients, Schedule
+from fm_jax.types import AnyArray, Array, Coefficients, Elementwise, Schedule
 
 _EDGE = 1e-5
 """How far a domain stays from a time at which a derivative is infinite."""
@@ -25,14 +26,14 @@ def _with_derivative(f: Callable[[Array], Array], t: Array) -> tuple[Array, Arra
     return jax.jvp(f, (t,), (jnp.ones_like(t),))
 
 
-def coefficients(schedule: Schedule, t: Array) -> Coefficients:
+def coefficients(schedule: Schedule, t: Elementwise) -> Coefficients:
     """alpha, sigma and their time derivatives.
 
     Notebooks: (3.2).
 
     Args:
         schedule: any schedule.
-        t: times of any shape, inside `schedule.domain` for finite results.
+        t: times, inside `schedule.domain` for finite results.
 
     Returns:
         `Coefficients`, each in the shape of `t`.
@@ -47,8 +48,8 @@ def coefficients(schedule: Schedule, t: Array) -> Coefficients:
     return Coefficients(alpha, sigma, d_alpha, d_sigma)
 
 
-def log_snr(schedule: Schedule, t: Array) -> Array:
-    """log(alpha^2 / sigma^2) in the shape of `t`; -inf where alpha = 0 and inf where sigma = 0.
+def log_snr(schedule: Schedule, t: Elementwise) -> Elementwise:
+    """log(alpha^2 / sigma^2); -inf where alpha = 0 and inf where sigma = 0.
 
     Notebooks: (3.6).
     """
@@ -56,13 +57,13 @@ def log_snr(schedule: Schedule, t: Array) -> Array:
     return 2 * (jnp.log(schedule.alpha(t)) - jnp.log(schedule.sigma(t)))
 
 
-def vanishes(coefficient: Callable[[Array], Array], t: float) -> bool:
+def vanishes(coefficient: Callable[[Elementwise], Elementwise], t: float) -> bool:
     """Whether `schedule.alpha` or `schedule.sigma` is exactly 0 at `t`; a Python bool, also while tracing."""
     with jax.ensure_compile_time_eval():
         return bool(coefficient(jnp.asarray(t, dtype=float)) == 0)
 
 
-def stands_still(schedule: Schedule, t: Array) -> Array:
+def stands_still(schedule: Schedule, t: Elementwise) -> Bool[AnyArray, " *shape"]:
     """Whether alpha sigma' = sigma alpha' at `t`: the log-SNR stands still, and a velocity says nothing of the data."""
     c = coefficients(schedule, t)
     return c.alpha * c.d_sigma == c.sigma * c.d_alpha
@@ -90,13 +91,13 @@ class Linear:
     def domain(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def alpha(self, t: Array) -> Array:
+    def alpha(self, t: Elementwise) -> Elementwise:
         return t
 
-    def sigma(self, t: Array) -> Array:
+    def sigma(self, t: Elementwise) -> Elementwise:
         return 1 - (1 - self.sigma_min) * t
 
-    def t_from_log_snr(self, log_snr: Array) -> Array:
+    def t_from_log_snr(self, log_snr: Elementwise) -> Elementwise:
         # alpha / sigma = r gives t = r / (1 + (1 - sigma_min) r); dividing by r keeps r = inf exact.
         return 1 / (jnp.exp(-log_snr / 2) + (1 - self.sigma_min))
 
@@ -115,14 +116,14 @@ class Cosine:
     def domain(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def alpha(self, t: Array) -> Array:
+    def alpha(self, t: Elementwise) -> Elementwise:
         return jnp.sin(math.pi / 2 * t)
 
-    def sigma(self, t: Array) -> Array:
+    def sigma(self, t: Elementwise) -> Elementwise:
         # sin of the complement is exactly 0 at t = 1, where cos(pi / 2) rounds to a negative number in float32.
         return jnp.sin(math.pi / 2 * (1 - t))
 
-    def t_from_log_snr(self, log_snr: Array) -> Array:
+    def t_from_log_snr(self, log_snr: Elementwise) -> Elementwise:
         return 2 / math.pi * jnp.arctan(jnp.exp(log_snr / 2))
 
 
@@ -145,13 +146,13 @@ class Polynomial:
     def domain(self) -> tuple[float, float]:
         return (0.0 if self.n >= 1 else _EDGE), 1.0
 
-    def alpha(self, t: Array) -> Array:
+    def alpha(self, t: Elementwise) -> Elementwise:
         return t**self.n
 
-    def sigma(self, t: Array) -> Array:
+    def sigma(self, t: Elementwise) -> Elementwise:
         return 1 - t**self.n
 
-    def t_from_log_snr(self, log_snr: Array) -> Array:
+    def t_from_log_snr(self, log_snr: Elementwise) -> Elementwise:
         return jax.nn.sigmoid(log_snr / 2) ** (1 / self.n)
 
 
@@ -179,17 +180,17 @@ class VP:
     def domain(self) -> tuple[float, float]:
         return 0.0, 1.0 - _EDGE
 
-    def _integrated_beta(self, t: Array) -> Array:
+    def _integrated_beta(self, t: Elementwise) -> Elementwise:
         s = 1 - t
         return s * self.beta_min + s**2 * (self.beta_max - self.beta_min) / 2
 
-    def alpha(self, t: Array) -> Array:
+    def alpha(self, t: Elementwise) -> Elementwise:
         return jnp.exp(-self._integrated_beta(t) / 2)
 
-    def sigma(self, t: Array) -> Array:
+    def sigma(self, t: Elementwise) -> Elementwise:
         return jnp.sqrt(-jnp.expm1(-self._integrated_beta(t)))
 
-    def t_from_log_snr(self, log_snr: Array) -> Array:
+    def t_from_log_snr(self, log_snr: Elementwise) -> Elementwise:
         integrated = jax.nn.softplus(-log_snr)  # exp(-T) = sigmoid(log_snr)
         # The root of the quadratic in the form that loses no digits near T = 0, and that allows beta_max = beta_min.
         slope = self.beta_max - self.beta_min
@@ -207,13 +208,13 @@ class LinearVP:
     def domain(self) -> tuple[float, float]:
         return 0.0, 1.0 - _EDGE
 
-    def alpha(self, t: Array) -> Array:
+    def alpha(self, t: Elementwise) -> Elementwise:
         return t
 
-    def sigma(self, t: Array) -> Array:
+    def sigma(self, t: Elementwise) -> Elementwise:
         return jnp.sqrt((1 - t) * (1 + t))
 
-    def t_from_log_snr(self, log_snr: Array) -> Array:
+    def t_from_log_snr(self, log_snr: Elementwise) -> Elementwise:
         return jnp.sqrt(jax.nn.sigmoid(log_snr))
 
 
@@ -241,13 +242,13 @@ class VE:
     def domain(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def alpha(self, t: Array) -> Array:
+    def alpha(self, t: Elementwise) -> Elementwise:
         return jnp.ones_like(t)
 
-    def sigma(self, t: Array) -> Array:
+    def sigma(self, t: Elementwise) -> Elementwise:
         return self.sigma_max * jnp.exp(math.log(self.sigma_min / self.sigma_max) * t)
 
-    def t_from_log_snr(self, log_snr: Array) -> Array:
+    def t_from_log_snr(self, log_snr: Elementwise) -> Elementwise:
         return (-log_snr / 2 - math.log(self.sigma_max)) / math.log(self.sigma_min / self.sigma_max)
 
 
@@ -273,13 +274,13 @@ class EDM:
     def domain(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def alpha(self, t: Array) -> Array:
+    def alpha(self, t: Elementwise) -> Elementwise:
         return jnp.ones_like(t)
 
-    def sigma(self, t: Array) -> Array:
+    def sigma(self, t: Elementwise) -> Elementwise:
         return self.sigma_max * (1 - t)
 
-    def t_from_log_snr(self, log_snr: Array) -> Array:
+    def t_from_log_snr(self, log_snr: Elementwise) -> Elementwise:
         return 1 - jnp.exp(-log_snr / 2) / self.sigma_max
 
 
@@ -327,17 +328,17 @@ class DDPM:
         num = len(self.betas)
         return jnp.asarray([1 - n / num for n in range(num, -1, -1)]), jnp.asarray(total[::-1])
 
-    def _integrated_beta(self, t: Array) -> Array:
+    def _integrated_beta(self, t: Elementwise) -> Elementwise:
         times, integrated = self._table()
         dtype = jnp.result_type(t, float)
         return jnp.interp(t, times.astype(dtype), integrated.astype(dtype))
 
-    def alpha(self, t: Array) -> Array:
+    def alpha(self, t: Elementwise) -> Elementwise:
         return jnp.exp(-self._integrated_beta(t) / 2)
 
-    def sigma(self, t: Array) -> Array:
+    def sigma(self, t: Elementwise) -> Elementwise:
         return jnp.sqrt(-jnp.expm1(-self._integrated_beta(t)))
 
-    def t_from_log_snr(self, log_snr: Array) -> Array:
+    def t_from_log_snr(self, log_snr: Elementwise) -> Elementwise:
         times, integrated = self._table()
         return jnp.interp(jax.nn.softplus(-log_snr), integrated[::-1], times[::-1])

@@ -1,15 +1,16 @@
 """The one place where time [batch] meets data [batch, ...]."""
 
 import jax.numpy as jnp
+from jaxtyping import Bool, Shaped
 
-from fm_jax.types import Array, ArrayTree
+from fm_jax.types import AnyArray, Array, ArrayTree, PerExample, State, Time
 
 
-def expand_time(t: Array, x: Array) -> Array:
+def expand_time(t: Time | Bool[AnyArray, " batch"], x: Shaped[AnyArray, " batch *event"]) -> Array:
     """Appends axes to `t` so that it multiplies `x`.
 
     Args:
-        t: scalar or [batch].
+        t: times, or whatever else is one number for all examples or one for each.
         x: [batch, ...].
 
     Returns:
@@ -29,15 +30,8 @@ def expand_time(t: Array, x: Array) -> Array:
     return t.reshape(t.shape + (1,) * (x.ndim - 1))
 
 
-def batch_time(t: Array, x: Array) -> Array:
-    """Repeats a scalar time for every example.
-
-    Args:
-        t: scalar or [batch].
-        x: [batch, ...].
-
-    Returns:
-        `t` as [batch], in `time_dtype(x)`.
+def batch_time(t: Time, x: State) -> PerExample:
+    """A time for every example, in `time_dtype(x)`.
 
     Example:
         >>> batch_time(0.5, jnp.zeros((3, 2)))
@@ -54,6 +48,6 @@ def time_dtype(x: ArrayTree) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def mean_over_event(x: Array) -> Array:
-    """Averages over every axis but the first: [batch, ...] -> [batch]."""
+def mean_over_event(x: State) -> PerExample:
+    """Averages over every axis but the first."""
     return x.reshape(x.shape[0], -1).mean(axis=1)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.checks import check_number
-from fm_jax.types import Array, ArrayTree, Key
+from fm_jax.types import Array, Key, Like, PerExample, State
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Normal:
     def __post_init__(self) -> None:
         check_number("scale", self.scale, "(0, inf)")
 
-    def draw(self, key: Key, like: ArrayTree) -> Array:
+    def draw(self, key: Key, like: Like) -> State:
         """Independent normal numbers in the shape and dtype of `like`."""
         return self.scale * jax.random.normal(key, like.shape, like.dtype)
 
-    def log_prob(self, x: Array) -> Array:
-        """The log-density of x [batch, ...] in nats, [batch]."""
+    def log_prob(self, x: State) -> PerExample:
+        """The log-density in nats."""
         squares = (x / self.scale) ** 2 + math.log(2 * math.pi * self.scale**2)
         return -0.5 * squares.reshape(x.shape[0], -1).sum(axis=1)
 
@@ -61,12 +61,12 @@ class Uniform:
         if not -math.inf < self.low < self.high < math.inf:
             raise ValueError(f"low < high must hold, both finite, got {self.low} and {self.high}.")
 
-    def draw(self, key: Key, like: ArrayTree) -> Array:
+    def draw(self, key: Key, like: Like) -> State:
         """Independent uniform numbers in the shape and dtype of `like`."""
         return jax.random.uniform(key, like.shape, like.dtype, self.low, self.high)
 
-    def log_prob(self, x: Array) -> Array:
-        """The log-density of x [batch, ...] in nats, [batch]; -inf outside of the box."""
+    def log_prob(self, x: State) -> PerExample:
+        """The log-density in nats; -inf outside of the box."""
         inside = ((x >= self.low) & (x <= self.high)).reshape(x.shape[0], -1)
         volume = inside.shape[1] * math.log(self.high - self.low)
         return jnp.where(inside.all(axis=1), jnp.asarray(-volume, x.dtype), -jnp.inf)
@@ -90,13 +90,13 @@ class Sampled:
     def __repr__(self) -> str:
         return f"Sampled({getattr(self.function, '__name__', self.function)})"
 
-    def draw(self, key: Key, like: ArrayTree) -> Array:
+    def draw(self, key: Key, like: Like) -> State:
         """Draws in the dtype of `like`; raises `ValueError` if they have not its shape [batch, ...]."""
         x = jnp.asarray(self.function(key, like.shape[0]))
         if x.shape != tuple(like.shape):
             raise ValueError(f"{self} must draw the shape {tuple(like.shape)}, got {x.shape}.")
         return x.astype(like.dtype)
 
-    def log_prob(self, x: Array) -> Array:
+    def log_prob(self, x: State) -> PerExample:
         """Raises `ValueError`: the density is not known."""
         raise ValueError(f"{self} has no density: a likelihood needs a source such as Normal().")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_number, check_range
 from fm_jax.schedules import Linear, log_snr
-from fm_jax.types import Array, Key, Schedule, TimeSampler
+from fm_jax.types import Key, PerExample, Schedule, TimeSampler
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Uniform:
     def domain(self) -> tuple[float, float]:
         return self.t_min, self.t_max
 
-    def __call__(self, key: Key, batch_size: int) -> Array:
+    def __call__(self, key: Key, batch_size: int) -> PerExample:
         return jax.random.uniform(key, (batch_size,), minval=self.t_min, maxval=self.t_max)
 
 
@@ -50,7 +50,7 @@ class Stratified:
     def domain(self) -> tuple[float, float]:
         return self.t_min, self.t_max
 
-    def __call__(self, key: Key, batch_size: int) -> Array:
+    def __call__(self, key: Key, batch_size: int) -> PerExample:
         u = (jnp.arange(batch_size) + jax.random.uniform(key, (batch_size,))) / batch_size
         return self.t_min + (self.t_max - self.t_min) * u
 
@@ -70,7 +70,7 @@ class LogitNormal:
     def domain(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def __call__(self, key: Key, batch_size: int) -> Array:
+    def __call__(self, key: Key, batch_size: int) -> PerExample:
         return jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (batch_size,)))
 
 
@@ -95,7 +95,7 @@ class Mode:
     def domain(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def __call__(self, key: Key, batch_size: int) -> Array:
+    def __call__(self, key: Key, batch_size: int) -> PerExample:
         u = jax.random.uniform(key, (batch_size,))
         return u + self.scale * (jnp.cos(math.pi / 2 * u) ** 2 - 1 + u)
 
@@ -115,7 +115,7 @@ class Beta:
     def domain(self) -> tuple[float, float]:
         return 0.0, 1.0
 
-    def __call__(self, key: Key, batch_size: int) -> Array:
+    def __call__(self, key: Key, batch_size: int) -> PerExample:
         return jax.random.beta(key, self.a, self.b, (batch_size,))
 
 
@@ -142,7 +142,7 @@ class EDMLogNormal:
     def domain(self) -> tuple[float, float]:
         return self.schedule.domain
 
-    def __call__(self, key: Key, batch_size: int) -> Array:
+    def __call__(self, key: Key, batch_size: int) -> PerExample:
         t_min, t_max = self.domain
         highest, lowest = (-log_snr(self.schedule, jnp.asarray(t)) / 2 for t in (t_min, t_max))
         z = jax.random.truncated_normal(
@@ -169,5 +169,5 @@ class Rescale:
     def domain(self) -> tuple[float, float]:
         return self.t_min, self.t_max
 
-    def __call__(self, key: Key, batch_size: int) -> Array:
+    def __call__(self, key: Key, batch_size: int) -> PerExample:
         return self.t_min + (self.t_max - self.t_min) * self.sampler(key, batch_size)

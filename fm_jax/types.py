@@ -4,12 +4,36 @@ Time runs from 0 (source, noise) to 1 (data). Batches come first, images are NHW
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
 
 import jax
-from jaxtyping import PyTree
+from jaxtyping import PyTree, Real, Shaped
 
 Array: TypeAlias = jax.Array
+
+if TYPE_CHECKING:  # a type checker is told what the code of a function does with its arguments
+    AnyArray: TypeAlias = jax.Array
+    Number: TypeAlias = jax.Array
+else:
+    AnyArray = Any  # whatever has a shape and a dtype, NumPy's arrays too
+    Number = float | int
+
+# Within a call, all arguments and results agree in `batch`, and in `*event`.
+State: TypeAlias = Real[AnyArray, " batch *event"]
+"""A batch of points x [batch, ...], or of what is like them: velocities, data, noise, scores."""
+Examples: TypeAlias = Shaped[AnyArray, " batch ..."]
+"""A batch [batch, ...], whose events may differ from those of others."""
+Points: TypeAlias = Real[AnyArray, "batch d"]
+"""A batch of points in d dimensions."""
+Scalar: TypeAlias = Real[AnyArray, ""]
+PerExample: TypeAlias = Real[AnyArray, " batch"]
+"""A number for each example."""
+Time: TypeAlias = Scalar | PerExample | Number
+"""One time for all examples, or one for each, [batch]; and what else is given so, such as a guidance scale."""
+Elementwise: TypeAlias = Real[AnyArray, " *shape"] | Number
+"""An array of any shape, or a number. A function of it works on each element: it returns the same shape."""
+Like: TypeAlias = Shaped[Any, " batch *event"]
+"""What has the shape and the dtype that a batch is to have: an array, or a `jax.ShapeDtypeStruct`."""
 Key: TypeAlias = jax.Array
 """A typed PRNG key, as made by `jax.random.key`."""
 Params: TypeAlias = PyTree
@@ -40,7 +64,7 @@ class Coefficients(NamedTuple):
 
 
 class PathSample(NamedTuple):
-    """A point on a conditional path: `t` [batch]; `x_t`, `u_t` = dx_t/dt, `x0`, `x1` all [batch, ...].
+    """A point on a conditional path: `t`, a scalar or [batch]; `x_t`, `u_t` = dx_t/dt, `x0`, `x1` all [batch, ...].
 
     `z` [batch, ...] is the latent noise of a bridge, standard normal; `None` where the path has none.
 
@@ -97,23 +121,26 @@ class Solution(NamedTuple):
     trajectory: Array | None = None
 
 
+@runtime_checkable
 class VelocityFn(Protocol):
-    """`v(t, x) -> dx/dt`: `t` a scalar or [batch], `x` [batch, ...]. Samplers take one; everything else returns one.
+    """`v(t, x) -> dx/dt`. Samplers take one; everything else returns one.
 
     Notebooks: (1.1).
     """
 
-    def __call__(self, t: Array, x: Array, /) -> Array: ...
+    def __call__(self, t: Time, x: State, /) -> State: ...
 
 
+@runtime_checkable
 class ModelFn(Protocol):
-    """`f(t, x, cond) -> prediction`: a network whose parameters are bound. `t` a scalar or [batch]."""
+    """`f(t, x, cond) -> prediction`: a network whose parameters are bound."""
 
-    def __call__(self, t: Array, x: Array, cond: Cond = None, /) -> Array: ...
+    def __call__(self, t: Time, x: State, cond: Cond = None, /) -> State: ...
 
 
+@runtime_checkable
 class ApplyFn(Protocol):
-    """A network in any library, as the losses see it: `t` [batch], `x` [batch, ...], the result like `x`.
+    """A network in any library, as the losses see it.
 
     `rngs` is a dict with the key `"dropout"`, or `None`, in which case nothing may be random.
     """
@@ -121,16 +148,17 @@ class ApplyFn(Protocol):
     def __call__(
         self,
         params: Params,
-        t: Array,
-        x: Array,
+        t: PerExample,
+        x: State,
         cond: Cond,
         /,
         *,
         train: bool,
         rngs: Mapping[str, Key] | None,
-    ) -> Array: ...
+    ) -> State: ...
 
 
+@runtime_checkable
 class LossFn(Protocol):
     """What `jax.value_and_grad(loss_fn, has_aux=True)` sees: a scalar and a dict of scalars.
 
@@ -139,9 +167,10 @@ class LossFn(Protocol):
 
     def __call__(
         self, params: Params, key: Key, batch: Batch, /, *, target_params: Params | None = None
-    ) -> tuple[Array, Metrics]: ...
+    ) -> tuple[Scalar, Metrics]: ...
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """Coefficients of an affine path, elementwise in `t`; see `fm_jax.schedules`.
 
@@ -151,25 +180,27 @@ class Schedule(Protocol):
     @property
     def domain(self) -> tuple[float, float]: ...
 
-    def alpha(self, t: Array, /) -> Array: ...
+    def alpha(self, t: Elementwise, /) -> Elementwise: ...
 
-    def sigma(self, t: Array, /) -> Array: ...
+    def sigma(self, t: Elementwise, /) -> Elementwise: ...
 
-    def t_from_log_snr(self, log_snr: Array, /) -> Array: ...
+    def t_from_log_snr(self, log_snr: Elementwise, /) -> Elementwise: ...
 
 
+@runtime_checkable
 class Source(Protocol):
     """A distribution p_0 that a path starts from; see `fm_jax.sources`.
 
-    `draw(key, like)` is a batch in the shape and dtype of `like`, an array or a `jax.ShapeDtypeStruct` [batch, ...];
-    `log_prob(x)` is in nats, [batch].
+    `draw(key, like)` is a batch in the shape and dtype of `like`, an array or a `jax.ShapeDtypeStruct`; `log_prob(x)`
+    is in nats.
     """
 
-    def draw(self, key: Key, like: ArrayTree, /) -> Array: ...
+    def draw(self, key: Key, like: Like, /) -> State: ...
 
-    def log_prob(self, x: Array, /) -> Array: ...
+    def log_prob(self, x: State, /) -> PerExample: ...
 
 
+@runtime_checkable
 class Path(Protocol):
     """A conditional probability path: where an (x0, x1) pair is at time t, and what can be learned there.
 
@@ -191,28 +222,31 @@ class Path(Protocol):
     @property
     def kinds(self) -> tuple[str, ...]: ...
 
-    def sample(self, key: Key | None, t: Array, x0: Array, x1: Array, /) -> PathSample: ...
+    def sample(self, key: Key | None, t: Time, x0: State, x1: State, /) -> PathSample: ...
 
     def targets(self, sample: PathSample, /) -> Mapping[str, Array]: ...
 
     def target_domain(self, kind: str, /) -> tuple[float, float]: ...
 
 
+@runtime_checkable
 class Coupling(Protocol):
     """Pairs source with data samples within a batch. Never drops or repeats an example."""
 
-    def __call__(self, key: Key | None, x0: Array, x1: Array, cond: Cond = None, /) -> Pairing: ...
+    def __call__(self, key: Key | None, x0: State, x1: State, cond: Cond = None, /) -> Pairing: ...
 
 
+@runtime_checkable
 class TimeSampler(Protocol):
-    """Draws training times [batch] inside `domain`."""
+    """Draws training times inside `domain`."""
 
     @property
     def domain(self) -> tuple[float, float]: ...
 
-    def __call__(self, key: Key, batch_size: int, /) -> Array: ...
+    def __call__(self, key: Key, batch_size: int, /) -> PerExample: ...
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """How a velocity function is followed; see `fm_jax.samplers`, and `fm_jax.samplers.sample`, which runs it.
 
@@ -236,12 +270,12 @@ class Sampler(Protocol):
     @property
     def domain(self) -> tuple[float, float]: ...
 
-    def solve(self, v: VelocityFn, key: Any, times: ArrayTree, x0: Array, trajectory: bool, /) -> Solution: ...
+    def solve(self, v: VelocityFn, key: Any, times: ArrayTree, x0: State, trajectory: bool, /) -> Solution: ...
 
 
-Weight: TypeAlias = Callable[[Array, Any, Schedule], Array]
-"""`weight(t, kind, schedule) -> [batch]`: multiplies the squared error of a prediction of that kind."""
-Diffusion: TypeAlias = float | Callable[[Array], Array]
+Weight: TypeAlias = Callable[[PerExample, Any, Schedule], PerExample]
+"""`weight(t, kind, schedule)`: multiplies the squared error of a prediction of that kind."""
+Diffusion: TypeAlias = float | Callable[[Scalar], Scalar | float]
 """The noise coefficient g(t) of an SDE: a number, or a function of a scalar time.
 
 Notebooks: (2.2).

@@ -17,7 +17,7 @@ from fm_jax.checks import check_number
 from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import assign_within, call_host
 from fm_jax.couplings.pairing import check_same_space
-from fm_jax.types import Array, ArrayTree, Cond, Key, Pairing
+from fm_jax.types import Array, ArrayTree, Cond, Key, Pairing, State
 
 ConditionCost: TypeAlias = Callable[[Cond, Cond], Array]
 """`condition_cost(cond, cond) -> [batch, batch]`: not negative, and 0 for a condition with itself."""
@@ -66,13 +66,13 @@ class ConditionalOT:
             raise ValueError(f"weight must be at least 0, or None to find it by ratio, got {self.weight}.")
         check_number("ratio", self.ratio, "(0, 1]")
 
-    def __call__(self, key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
+    def __call__(self, key: Key | None, x0: State, x1: State, cond: Cond = None) -> Pairing:
         """Pairs a batch.
 
         Args:
             key: not used, the assignment is deterministic.
-            x0: source [batch, ...], independent of `cond`.
-            x1: data [batch, ...].
+            x0: source, independent of `cond`.
+            x1: data.
             cond: a pytree of numbers [batch, ...], or `None`.
 
         Returns:

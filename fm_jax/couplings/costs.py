@@ -6,22 +6,24 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Real
 
-from fm_jax.types import Array, ArrayTree
+from fm_jax.types import AnyArray, ArrayTree
 
-Cost: TypeAlias = Callable[[Array, Array], Array]
+Costs: TypeAlias = Real[AnyArray, "n m"]
+Cost: TypeAlias = Callable[[AnyArray, AnyArray], Costs]
 """`cost(x0 [n, ...], x1 [m, ...]) -> [n, m]`, for every pair."""
 
 
-def squared_euclidean(x0: Array, x1: Array) -> Array:
+def squared_euclidean(x0: Real[AnyArray, " n *event"], x1: Real[AnyArray, " m *event"]) -> Costs:
     """|x0_i - x1_j|^2, summed over the dimensions of an example.
 
     Args:
-        x0: [n, ...].
-        x1: [m, ...], of the same event shape.
+        x0: in rows.
+        x1: in columns.
 
     Returns:
-        [n, m], not negative.
+        Costs, not negative.
 
     Example:
         >>> squared_euclidean(np.array([[0.0, 0.0]]), np.array([[3.0, 4.0], [0.0, 1.0]]))
@@ -35,12 +37,12 @@ def squared_euclidean(x0: Array, x1: Array) -> Array:
     return distance2.clip(0)
 
 
-def euclidean(x0: Array, x1: Array) -> Array:
-    """|x0_i - x1_j|, as [n, m]: the cost of the 1-Wasserstein distance. Arguments as in `squared_euclidean`."""
+def euclidean(x0: Real[AnyArray, " n *event"], x1: Real[AnyArray, " m *event"]) -> Costs:
+    """|x0_i - x1_j|: the cost of the 1-Wasserstein distance. Arguments as in `squared_euclidean`."""
     return squared_euclidean(x0, x1) ** 0.5
 
 
-def cost_matrix(cost: Cost, x0: Array, x1: Array) -> ArrayTree:
+def cost_matrix(cost: Cost, x0: Real[AnyArray, " n ..."], x1: Real[AnyArray, " m ..."]) -> ArrayTree:
     """The costs of all pairs, checked.
 
     Args:
@@ -63,18 +65,18 @@ def cost_matrix(cost: Cost, x0: Array, x1: Array) -> ArrayTree:
     return np.asarray(matrix) if on_host(x0, x1) else matrix
 
 
-def check_finite(matrix: Array | np.ndarray) -> None:
+def check_finite(matrix: AnyArray | np.ndarray) -> None:
     """Raises `ValueError` saying how many costs are not finite, if any are; not for traced arrays."""
     bad = int((~np.isfinite(np.asarray(matrix))).sum())
     if bad:
         raise ValueError(f"costs must be finite, got {bad} of {matrix.size} that are not: look for NaN in x0 and x1.")
 
 
-def on_host(*arrays: Array | None) -> bool:
+def on_host(*arrays: AnyArray | None) -> bool:
     """Whether all of the arrays are NumPy's, so that the work may be done without JAX."""
     return all(isinstance(each, np.ndarray) for each in arrays if each is not None)
 
 
-def as_arrays(x0: Array, x1: Array) -> tuple[Array, Array]:
+def as_arrays(x0: ArrayTree, x1: ArrayTree) -> tuple[AnyArray, AnyArray]:
     """The two batches as arrays: NumPy's stay NumPy's, everything else becomes JAX's."""
     return (x0, x1) if on_host(x0, x1) else (jnp.asarray(x0), jnp.asarray(x1))

@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Real
 
 from fm_jax.checks import check_integer, check_number
 from fm_jax.couplings.costs import Cost, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import as_labels
 from fm_jax.couplings.pairing import check_same_space
 from fm_jax.couplings.permutations import sample_permutation
-from fm_jax.types import Array, Cond, Key, Pairing
+from fm_jax.types import AnyArray, Array, Cond, Key, Pairing, State
 
 _VISIT = 200
 """Iterations at one epsilon before the next smaller one is tried."""
@@ -64,13 +65,13 @@ class EntropicOT:
     def __post_init__(self):
         check_options(self)
 
-    def __call__(self, key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
+    def __call__(self, key: Key | None, x0: State, x1: State, cond: Cond = None) -> Pairing:
         """Pairs a batch.
 
         Args:
             key: PRNG key.
-            x0: source [batch, ...], independent of `cond`.
-            x1: data [batch, ...].
+            x0: source, independent of `cond`.
+            x1: data.
             cond: integer labels [batch], or `None`.
 
         Returns:
@@ -87,8 +88,8 @@ class EntropicOT:
         weight = nan_unless(converged, jnp.ones(len(index0), problem.costs.dtype))
         return Pairing(problem.x0[index0], problem.x1, cond, index0, weight)
 
-    def plan(self, x0: Array, x1: Array, cond: Cond = None) -> Array:
-        """The plan [batch, batch], x0 in rows and x1 in columns, each of sum 1: the probabilities of the pairs.
+    def plan(self, x0: State, x1: State, cond: Cond = None) -> Real[AnyArray, "batch batch"]:
+        """The plan, x0 in rows and x1 in columns, each of sum 1: the probabilities of the pairs.
 
         NaN where Sinkhorn fails inside `jit`. Arguments and errors as in `__call__`.
         """
@@ -124,8 +125,8 @@ def schrodinger_bridge_ot(sigma: float, **options) -> EntropicOT:
 class Problem(NamedTuple):
     """A batch, checked, and what transport sees of it."""
 
-    x0: Array
-    x1: Array
+    x0: State
+    x1: State
     costs: Array
     """[n, n], floating."""
     epsilon: Array
@@ -152,7 +153,7 @@ def require_key(options: Any, key: Key | None) -> Key:
     return key
 
 
-def prepare(options: Any, x0: Array, x1: Array, cond: Cond) -> Problem:
+def prepare(options: Any, x0: State, x1: State, cond: Cond) -> Problem:
     """Checks a batch and finds its costs, as `EntropicOT` and `UnbalancedOT` want them; raises what they raise."""
     x0, x1 = check_same_space(jnp.asarray(x0), jnp.asarray(x1))
     costs = cost_matrix(options.cost, jax.lax.stop_gradient(x0), jax.lax.stop_gradient(x1))

@@ -14,7 +14,7 @@ import numpy as np
 
 from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.pairing import check_same_space
-from fm_jax.types import Array, ArrayTree, Cond, Key, Pairing
+from fm_jax.types import ArrayTree, Cond, Key, Pairing, State
 
 _COLD = 96
 """Problems up to this size are solved without potentials."""
@@ -49,13 +49,13 @@ class ExactOT:
     maximize: bool = False
     ignore_cond: bool = False
 
-    def __call__(self, key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
+    def __call__(self, key: Key | None, x0: State, x1: State, cond: Cond = None) -> Pairing:
         """Pairs a batch.
 
         Args:
             key: not used, the assignment is deterministic.
-            x0: source [batch, ...], independent of `cond`.
-            x1: data [batch, ...].
+            x0: source, independent of `cond`.
+            x1: data.
             cond: integer labels [batch], or `None`.
 
         Returns:

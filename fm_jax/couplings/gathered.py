@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from fm_jax.couplings.pairing import check_batch
-from fm_jax.types import Array, Cond, Coupling, Key, Pairing
+from fm_jax.types import Array, Cond, Coupling, Examples, Key, Pairing
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class Gathered:
     coupling: Coupling
     axis_name: str = "data"
 
-    def __call__(self, key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
+    def __call__(self, key: Key | None, x0: Examples, x1: Examples, cond: Cond = None) -> Pairing:
         """Pairs a device's batch with the source of all.
 
         Args:
             key: the first device's is used, by all.
-            x0: source [batch, ...].
-            x1: data [batch, ...].
+            x0: source.
+            x1: data.
             cond: conditioning [batch, ...] or `None`.
 
         Returns:

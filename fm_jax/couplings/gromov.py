@@ -11,7 +11,7 @@ from fm_jax.checks import check_integer, check_number
 from fm_jax.couplings.costs import Cost, cost_matrix, on_host, squared_euclidean
 from fm_jax.couplings.exact import as_labels, assign_within, call_host
 from fm_jax.couplings.pairing import check_batch
-from fm_jax.types import Array, ArrayTree, Cond, Key, Pairing
+from fm_jax.types import AnyArray, Array, ArrayTree, Cond, Examples, Key, Pairing
 
 _APART = 1e3
 """The cost of a pair across classes, where costs within a space have mean 1."""
@@ -65,13 +65,13 @@ class GromovWassersteinOT:
         check_number("fused", self.fused, "[0, inf)")
         check_integer("max_iterations", self.max_iterations)
 
-    def __call__(self, key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
+    def __call__(self, key: Key | None, x0: Examples, x1: Examples, cond: Cond = None) -> Pairing:
         """Pairs a batch.
 
         Args:
             key: not used, the solution is deterministic.
-            x0: source [batch, ...].
-            x1: data [batch, ...], of any event shape.
+            x0: source.
+            x1: data, of any event shape.
             cond: integer labels [batch], or `None`; pairs are within classes.
 
         Returns:
@@ -105,10 +105,10 @@ def _solve(
     epsilon: float,
     max_iterations: int,
     fused: float,
-    within0: Array,
-    within1: Array,
-    cross: Array | None,
-    labels: Array,
+    within0: AnyArray,
+    within1: AnyArray,
+    cross: AnyArray | None,
+    labels: AnyArray,
 ) -> tuple[Array, Array]:
     """The plan [n, n], 0 throughout where it did not converge; and whether it did."""
     try:
@@ -138,7 +138,7 @@ def _solve(
     return jnp.where(converged, plan, 0.0), converged
 
 
-def _of_mean_one(costs: Array) -> Array:
+def _of_mean_one(costs: AnyArray) -> Array:
     """Divided by their mean, where that is not 0."""
     costs = jax.lax.stop_gradient(jnp.asarray(costs))
     mean = costs.mean()

@@ -5,18 +5,18 @@ import numpy as np
 
 from fm_jax.checks import check_same_shape
 from fm_jax.couplings.costs import as_arrays, on_host
-from fm_jax.types import Array, Cond, Key, Pairing
+from fm_jax.types import AnyArray, ArrayTree, Cond, Examples, Key, Pairing
 
 
-def independent(key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
+def independent(key: Key | None, x0: Examples, x1: Examples, cond: Cond = None) -> Pairing:
     """The product coupling: pairs as they come, of a source and data drawn independently.
 
     Notebooks: (8.1).
 
     Args:
         key: not used; there so that every coupling has one signature.
-        x0: source [batch, ...].
-        x1: data [batch, ...].
+        x0: source.
+        x1: data.
         cond: conditioning [batch, ...] or `None`.
 
     Returns:
@@ -30,7 +30,7 @@ def independent(key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pai
     return Pairing(x0, x1, cond, (np if on_host(x0, x1) else jnp).arange(x1.shape[0]))
 
 
-def paired(key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
+def paired(key: Key | None, x0: Examples, x1: Examples, cond: Cond = None) -> Pairing:
     """The coupling that the data bring along, as blurred and sharp images of one scene: pairs as they come.
 
     The losses refuse to draw the `x0` of a paired batch, which is the one difference to `independent`.
@@ -38,7 +38,7 @@ def paired(key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
     return independent(key, x0, x1, cond)
 
 
-def check_batch(x0: Array, x1: Array) -> tuple[Array, Array]:
+def check_batch(x0: ArrayTree, x1: ArrayTree) -> tuple[AnyArray, AnyArray]:
     """Both as arrays; raises `ValueError` unless they have one length, at least 1."""
     x0, x1 = as_arrays(x0, x1)
     if not x0.ndim or not x1.ndim or len(x0) != len(x1) or not len(x1):
@@ -46,7 +46,7 @@ def check_batch(x0: Array, x1: Array) -> tuple[Array, Array]:
     return x0, x1
 
 
-def check_same_space(x0: Array, x1: Array) -> tuple[Array, Array]:
+def check_same_space(x0: ArrayTree, x1: ArrayTree) -> tuple[AnyArray, AnyArray]:
     """Both as arrays; raises `ValueError` unless they have one shape."""
     x0, x1 = as_arrays(x0, x1)
     check_same_shape(x0=x0, x1=x1)

@@ -11,7 +11,7 @@ from fm_jax.checks import check_number
 from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import _COLD, as_labels, assign, call_host, extend_potentials, row_potentials
 from fm_jax.couplings.pairing import check_same_space
-from fm_jax.types import Array, Cond, Key, Pairing
+from fm_jax.types import Cond, Key, Pairing, State
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class PartialOT:
     def __post_init__(self) -> None:
         check_number("mass", self.mass, "(0, 1]")
 
-    def __call__(self, key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
+    def __call__(self, key: Key | None, x0: State, x1: State, cond: Cond = None) -> Pairing:
         """Pairs a batch.
 
         Args:
             key: not used, the assignment is deterministic.
-            x0: source [batch, ...], independent of `cond`.
-            x1: data [batch, ...].
+            x0: source, independent of `cond`.
+            x1: data.
             cond: integer labels [batch], or `None`.
 
         Returns:

@@ -10,8 +10,9 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int, Real
 
-from fm_jax.types import Array, Key
+from fm_jax.types import AnyArray, Array, Key
 
 _STRIDE = 3
 """Halvings between two removals of empty edges: fewer make it faster, and slower to compile."""
@@ -19,7 +20,7 @@ _SMALL = 2**12
 """Plans of up to so many entries keep their empty edges."""
 
 
-def sample_permutation(key: Key, plan: Array, *, bits: int = 20) -> Array:
+def sample_permutation(key: Key, plan: Real[AnyArray, "n n"], *, bits: int = 20) -> Int[Array, " n"]:
     """A random permutation whose pairs have the probabilities of a plan: `P(index0[j] = i) = plan[i, j]`.
 
     In units of 2^-bits the plan is a bipartite graph in which every row and every column has 2^bits edges. They are
@@ -33,12 +34,12 @@ def sample_permutation(key: Key, plan: Array, *, bits: int = 20) -> Array:
 
     Args:
         key: PRNG key.
-        plan: [n, n] with x0 in rows and x1 in columns; rows and columns sum to 1, that is n times the joint
+        plan: with x0 in rows and x1 in columns; rows and columns sum to 1, that is n times the joint
             distribution. Sums off by less than 1% on average, as Sinkhorn's are, are evened out.
         bits: precision, 1 to 24.
 
     Returns:
-        `index0` int32 [n], a permutation: x0[index0[j]] goes with x1[j].
+        `index0` int32, a permutation: x0[index0[j]] goes with x1[j].
 
     Raises:
         ValueError: if `bits` is out of range or `plan` is not square; or, unless it is traced, negative, not finite or

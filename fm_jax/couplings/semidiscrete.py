@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Int, Real
 
 from fm_jax.checks import check_integer, check_number
 from fm_jax.couplings.costs import Cost, check_finite, squared_euclidean
 from fm_jax.sources import Normal
-from fm_jax.types import Array, Key, Source
+from fm_jax.types import AnyArray, Array, Key, Source, State
 
 _NORMAL = Normal()
 
@@ -39,11 +40,11 @@ class SemidiscreteOT:
     cost: Cost = field(default=squared_euclidean)
     source: Source = field(default_factory=Normal)
 
-    def pair(self, x0: Array) -> Array:
-        """The data point of each source sample, as its index int32 [batch].
+    def pair(self, x0: State) -> Int[AnyArray, " batch"]:
+        """The data point of each source sample, as its index int32.
 
         Args:
-            x0: source [batch, ...].
+            x0: source.
 
         Raises:
             ValueError: if `x0` and the data differ in event shape.
@@ -52,8 +53,8 @@ class SemidiscreteOT:
             raise ValueError(f"x0 must be [batch, ...] with events {self.x1.shape[1:]}, got shape {x0.shape}.")
         return (self.cost(x0, self.x1) - self.potential[None, :]).argmin(axis=1).astype(jnp.int32)
 
-    def draw(self, key: Key, batch_size: int) -> Array:
-        """Points of the source, [batch_size, ...]."""
+    def draw(self, key: Key, batch_size: int) -> State:
+        """Points of the source."""
         return self.source.draw(key, _like(self.x1, batch_size))
 
     def batch(self, key: Key, batch_size: int) -> dict[str, Array]:
@@ -105,7 +106,7 @@ def cell_masses(transport: SemidiscreteOT, key: Key, *, num_batches: int = 100, 
 
 def fit_semidiscrete(
     key: Key,
-    x1: Array,
+    x1: Real[AnyArray, " m *event"],
     *,
     source: Source = _NORMAL,
     num_iterations: int = 10_000,
@@ -122,7 +123,7 @@ def fit_semidiscrete(
 
     Args:
         key: PRNG key.
-        x1: the data [m, ...].
+        x1: the data.
         source: of x0, in the event shape of `x1`.
         num_iterations: steps.
         batch_size: source samples in each.

@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Real
 
 from fm_jax.couplings.costs import Cost, squared_euclidean
 from fm_jax.couplings.entropic import (
@@ -19,7 +20,7 @@ from fm_jax.couplings.entropic import (
     require_key,
     separate,
 )
-from fm_jax.types import Array, Cond, Key, Pairing
+from fm_jax.types import AnyArray, Array, Cond, Key, Pairing, State
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ class UnbalancedOT:
         """Of x0 and of x1."""
         return self.tau if isinstance(self.tau, tuple) else (self.tau, self.tau)
 
-    def __call__(self, key: Key | None, x0: Array, x1: Array, cond: Cond = None) -> Pairing:
+    def __call__(self, key: Key | None, x0: State, x1: State, cond: Cond = None) -> Pairing:
         """Pairs a batch.
 
         Args:
             key: PRNG key.
-            x0: source [batch, ...], independent of `cond`.
-            x1: data [batch, ...].
+            x0: source, independent of `cond`.
+            x1: data.
             cond: integer labels [batch], or `None`. Pairs are within a class; the mass of classes may shift.
 
         Returns:
@@ -100,8 +101,8 @@ class UnbalancedOT:
         weight = nan_unless(converged_balanced & converged, jnp.exp(log_ratio - log_mass))
         return Pairing(problem.x0[index0], problem.x1, cond, index0, weight)
 
-    def plan(self, x0: Array, x1: Array, cond: Cond = None) -> Array:
-        """The plan n pi [batch, batch], x0 in rows and x1 in columns: its sums would be 1, were it balanced.
+    def plan(self, x0: State, x1: State, cond: Cond = None) -> Real[AnyArray, "batch batch"]:
+        """The plan n pi, x0 in rows and x1 in columns: its sums would be 1, were it balanced.
 
         NaN where Sinkhorn fails inside `jit`. Arguments and errors as in `__call__`.
         """

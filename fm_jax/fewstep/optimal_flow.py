@@ -21,7 +21,20 @@ from fm_jax.losses.matching import draw_pairs
 from fm_jax.paths.affine import AffinePath
 from fm_jax.shapes import batch_time, expand_time, mean_over_event
 from fm_jax.times import Uniform
-from fm_jax.types import Array, Batch, Coupling, Key, LossFn, Metrics, Params, TimeSampler, VelocityFn
+from fm_jax.types import (
+    Array,
+    Batch,
+    Coupling,
+    Key,
+    LossFn,
+    Metrics,
+    Params,
+    Scalar,
+    State,
+    Time,
+    TimeSampler,
+    VelocityFn,
+)
 
 Potential: TypeAlias = Callable[[Params, Array], Array]
 """`potential_fn(params, x [batch, ...]) -> [batch]`, convex in x."""
@@ -89,7 +102,7 @@ def optimal_flow_matching(
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Scalar, Metrics]:
         del target_params
         pairs = draw_pairs(key, batch, path.source, coupling, time_sampler)
         if pairs.cond is not None:
@@ -106,16 +119,13 @@ def optimal_flow_matching(
     return loss_fn
 
 
-def transport(potential_fn: Potential, params: Params, x0: Array) -> Array:
+def transport(potential_fn: Potential, params: Params, x0: State) -> State:
     """The transport map `grad Psi(x0)`: a sample for one evaluation.
 
     Args:
         potential_fn: the potential.
         params: its parameters.
-        x0: source [batch, ...].
-
-    Returns:
-        [batch, ...].
+        x0: source.
 
     Raises:
         ValueError: if the potential is not [batch].
@@ -137,8 +147,8 @@ def transport(potential_fn: Potential, params: Params, x0: Array) -> Array:
 def invert(
     potential_fn: Potential,
     params: Params,
-    t: Array,
-    x_t: Array,
+    t: Time,
+    x_t: State,
     *,
     tolerance: float = 1e-4,
     max_iterations: int = 100,
@@ -152,8 +162,8 @@ def invert(
     Args:
         potential_fn: the potential.
         params: its parameters.
-        t: times, scalar or [batch].
-        x_t: [batch, ...].
+        t: times.
+        x_t: points on the lines.
         tolerance: root mean square of `phi_t(z0) - x_t` over the dimensions at which to stop.
         max_iterations: most Newton steps, shortened ones included.
 
@@ -178,7 +188,7 @@ def invert(
 
 
 def inverse_transport(
-    potential_fn: Potential, params: Params, x1: Array, *, tolerance: float = 1e-4, max_iterations: int = 100
+    potential_fn: Potential, params: Params, x1: State, *, tolerance: float = 1e-4, max_iterations: int = 100
 ) -> Inverse:
     """The inverse of the transport map, from data back to the source: `invert` at t = 1."""
     return invert(potential_fn, params, jnp.ones(()), x1, tolerance=tolerance, max_iterations=max_iterations)
@@ -199,11 +209,11 @@ def straight_velocity(
         max_iterations: as for `invert`.
 
     Returns:
-        `v(t, x)`, `t` a scalar or [batch]; NaN for an example whose inverse was not found.
+        `v(t, x)`; NaN for an example whose inverse was not found.
     """
     _check_options(tolerance, max_iterations)
 
-    def velocity(t: Array, x: Array) -> Array:
+    def velocity(t: Time, x: State) -> State:
         z0, residual = invert(potential_fn, params, t, x, tolerance=tolerance, max_iterations=max_iterations)
         return jnp.where(expand_time(residual <= tolerance, x), transport(potential_fn, params, z0) - z0, jnp.nan)
 

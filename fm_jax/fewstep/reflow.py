@@ -21,19 +21,7 @@ from fm_jax.samplers import RungeKutta, sample
 from fm_jax.shapes import mean_over_event
 from fm_jax.sources import Normal
 from fm_jax.times import Uniform
-from fm_jax.types import (
-    ApplyFn,
-    Array,
-    ArrayTree,
-    Batch,
-    Key,
-    LossFn,
-    Metrics,
-    Params,
-    Sampler,
-    Source,
-    VelocityFn,
-)
+from fm_jax.types import ApplyFn, Array, ArrayTree, Batch, Key, LossFn, Metrics, Params, Sampler, Source, VelocityFn
 
 PairBatch: TypeAlias = dict[str, np.ndarray]
 """`x0` and `x1`, both [num, ...]: a batch for losses with `coupling=paired`."""

@@ -10,12 +10,12 @@ from fm_jax.nfe import Counted, cost
 from fm_jax.parameterization import velocity_domain
 from fm_jax.schedules import coefficients, vanishes
 from fm_jax.shapes import batch_time, expand_time
-from fm_jax.types import Array, ArrayTree, Schedule, VelocityFn
+from fm_jax.types import Array, ArrayTree, PerExample, Schedule, State, Time, VelocityFn
 
 
 def classifier(
     v: VelocityFn,
-    log_prob_fn: Callable[[Array, Array], Array],
+    log_prob_fn: Callable[[PerExample, State], PerExample],
     scale: ArrayTree,
     schedule: Schedule,
     *,
@@ -35,7 +35,7 @@ def classifier(
 
     Args:
         v: unconditional velocity function.
-        log_prob_fn: `log_prob_fn(t, x)` with t [batch] and x [batch, ...]: log p(y | t, x) [batch] of the class that
+        log_prob_fn: `log_prob_fn(t, x)` with t [batch]: log p(y | t, x) [batch] of the class that
             each example is led towards. Must treat each example on its own.
         scale: a number, or [batch]. 0 is off (`v` itself is returned for the number 0).
         schedule: of the path that `v` and the classifier were trained on.
@@ -73,7 +73,7 @@ def classifier(
     if is_number(scale, 0):
         return v
 
-    def guided(t: Array, x: Array) -> Array:
+    def guided(t: Time, x: State) -> State:
         # Outside the interval 0 multiplies what the nearest time inside gives, and not what may be infinite.
         inside_t = jnp.clip(t, start, end)
 

@@ -11,7 +11,7 @@ from fm_jax.guidance.scale import ALWAYS, check_interval, check_scale, is_number
 from fm_jax.nfe import Counted, cost, total
 from fm_jax.parameterization import network_cost, velocity_fn
 from fm_jax.shapes import expand_time
-from fm_jax.types import Array, ArrayTree, Cond, Kind, ModelFn, Schedule, VelocityFn
+from fm_jax.types import Array, ArrayTree, Cond, Kind, ModelFn, Schedule, State, Time, VelocityFn
 
 _EXTRAPOLATE = Extrapolate()
 
@@ -56,7 +56,7 @@ def classifier_free(
     if is_number(scale, 1):
         return v_cond
 
-    def guided(t: Array, x: Array) -> Array:
+    def guided(t: Time, x: State) -> State:
         scale_t = scale_at(scale, t, x, interval=interval, outside=1)
         return rule(t, x, v_cond(t, x), v_uncond(t, x), scale_t)
 
@@ -111,7 +111,7 @@ def classifier_free_batched(
     if is_number(scale, 1):
         return velocity_fn(model_fn, kind, schedule, cond)
 
-    def guided(t: Array, x: Array) -> Array:
+    def guided(t: Time, x: State) -> State:
         scale_t = scale_at(scale, t, x, interval=interval, outside=1)
         conditional, unconditional = branches(t, x)
         return rule(t, x, conditional, unconditional, scale_t)
@@ -168,7 +168,7 @@ def compose(
     check_interval(interval)
     branches = _one_batch(model_fn, kind, schedule, conds, null_cond)
 
-    def guided(t: Array, x: Array) -> Array:
+    def guided(t: Time, x: State) -> State:
         *conditional, unconditional = branches(t, x)
         total = unconditional
         for scale, each in zip(scales, conditional, strict=True):
@@ -190,7 +190,7 @@ def _one_batch(
     stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conds, null_like(conds[0], null_cond))
     v = velocity_fn(model_fn, kind, schedule, stacked)
 
-    def branches(t: Array, x: Array) -> list[Array]:
+    def branches(t: Time, x: State) -> list[State]:
         repeated_t = t if jnp.ndim(t) == 0 else jnp.concatenate([t] * num)
         return jnp.split(v(repeated_t, jnp.concatenate([x] * num)), num)
 

@@ -15,30 +15,30 @@ import jax.numpy as jnp
 from fm_jax.checks import check_number
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import expand_time
-from fm_jax.types import Array, Schedule
+from fm_jax.types import AnyArray, Schedule, State, Time
 
-Rule: TypeAlias = Callable[[Array, Array, Array, Array, Array], Array]
-"""`rule(t, x, conditional, unconditional, scale) -> velocity`: `t` and `scale` scalars or [batch], the rest and the
-result [batch, ...]. Must return `conditional` where `scale` is 1: so it is switched off outside an interval."""
+Rule: TypeAlias = Callable[[Time, State, State, State, Time], State]
+"""`rule(t, x, conditional, unconditional, scale) -> velocity`. Must return `conditional` where `scale` is 1: so it is
+switched off outside an interval."""
 
 
-def _dot(a: Array, b: Array) -> Array:
+def _dot(a: State, b: State) -> AnyArray:
     """Inner products over the event: [batch, ...] -> [batch, 1, ..., 1]."""
     return (a * b).sum(axis=tuple(range(1, a.ndim)), keepdims=True)
 
 
-def _ratio(a: Array, b: Array, where_zero: float) -> Array:
+def _ratio(a: AnyArray, b: AnyArray, where_zero: float) -> AnyArray:
     """The quotient a / b, and `where_zero` where b = 0, with a finite gradient there too."""
     zero = b == 0
     return jnp.where(zero, where_zero, a / jnp.where(zero, 1, b))
 
 
-def _sqrt(a: Array) -> Array:
+def _sqrt(a: AnyArray) -> AnyArray:
     """The square root with derivative 0 at 0, where it is infinite."""
     return jnp.where(a > 0, jnp.sqrt(jnp.where(a > 0, a, 1)), 0)
 
 
-def _project(a: Array, b: Array) -> Array:
+def _project(a: State, b: State) -> State:
     """The multiple of `b` nearest to `a`, for each example: `b <a, b> / |b|^2`, and 0 where b = 0."""
     return b * _ratio(_dot(a, b), _dot(b, b), 0)
 
@@ -63,7 +63,7 @@ class Extrapolate:
         (arXiv:2311.13443).
     """
 
-    def __call__(self, t: Array, x: Array, conditional: Array, unconditional: Array, scale: Array) -> Array:
+    def __call__(self, t: Time, x: State, conditional: State, unconditional: State, scale: Time) -> State:
         # v_c + (s - 1)(v_c - v_u) is v_u + s (v_c - v_u), and at s = 1 exactly v_c.
         return conditional + expand_time(scale - 1, conditional) * (conditional - unconditional)
 
@@ -87,7 +87,7 @@ class Rescale:
     def __post_init__(self) -> None:
         check_number("phi", self.phi, "[0, 1]")
 
-    def __call__(self, t: Array, x: Array, conditional: Array, unconditional: Array, scale: Array) -> Array:
+    def __call__(self, t: Time, x: State, conditional: State, unconditional: State, scale: Time) -> State:
         guided = Extrapolate()(t, x, conditional, unconditional, scale)
         event = tuple(range(1, x.ndim))
         variance_ratio = _ratio(conditional.var(event, keepdims=True), guided.var(event, keepdims=True), 1)
@@ -115,7 +115,7 @@ class ZeroStar:
     def __post_init__(self) -> None:
         check_number("zero_until", self.zero_until, "[0, 1)")
 
-    def __call__(self, t: Array, x: Array, conditional: Array, unconditional: Array, scale: Array) -> Array:
+    def __call__(self, t: Time, x: State, conditional: State, unconditional: State, scale: Time) -> State:
         guided = Extrapolate()(t, x, conditional, _project(conditional, unconditional), scale)
         still = (expand_time(t, x) < self.zero_until) & (expand_time(scale, x) != 1)
         return jnp.where(still, 0, guided)
@@ -149,7 +149,7 @@ class Projected:
         if not self.norm > 0:
             raise ValueError(f"norm must be positive, got {self.norm}.")
 
-    def __call__(self, t: Array, x: Array, conditional: Array, unconditional: Array, scale: Array) -> Array:
+    def __call__(self, t: Time, x: State, conditional: State, unconditional: State, scale: Time) -> State:
         alpha, sigma, d_alpha, d_sigma = coefficients(self.schedule, expand_time(t, x))
         difference = conditional - unconditional
         if self.norm < math.inf:

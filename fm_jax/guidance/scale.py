@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm_jax.checks import check_finite
-from fm_jax.types import Array, ArrayTree
+from fm_jax.types import ArrayTree, PerExample, Scalar, State, Time
 
 ALWAYS = (0.0, 1.0)
 
@@ -34,13 +34,15 @@ def is_number(scale: ArrayTree, value: float) -> bool:
     return isinstance(scale, (int, float)) and scale == value
 
 
-def scale_at(scale: ArrayTree, t: Array, x: Array, *, interval: tuple[float, float], outside: ArrayTree) -> Array:
+def scale_at(
+    scale: ArrayTree, t: Time, x: State, *, interval: tuple[float, float], outside: ArrayTree
+) -> Scalar | PerExample:
     """The scale at time `t`.
 
     Args:
         scale: a number, or [batch].
-        t: scalar or [batch].
-        x: [batch, ...].
+        t: times.
+        x: the state.
         interval: the times at which `scale` holds, ends included.
         outside: what holds at other times, in the shape of `scale` or a number.
 

@@ -11,7 +11,7 @@ from fm_jax.checks import check_has, check_integer, check_key, check_number
 from fm_jax.likelihood.divergence import Divergence
 from fm_jax.likelihood.log_prob import ADAPTIVE, DEFAULT_STEPS, EXACT, NORMAL, log_prob
 from fm_jax.samplers.grids import time_grid
-from fm_jax.types import Array, ArrayTree, Key, Sampler, Source, VelocityFn
+from fm_jax.types import Array, ArrayTree, Key, PerExample, Sampler, Source, VelocityFn
 
 
 class NotConvergedError(RuntimeError):
@@ -49,7 +49,7 @@ def bits_per_dim(
     sampler: Sampler = ADAPTIVE,
     times: int | ArrayTree | None = None,
     tolerance: float = 0.01,
-) -> Array:
+) -> PerExample:
     """An upper bound of the negative log-likelihood of images with discrete pixels, in bits per dimension.
 
     The model's probability of an image is the integral of its density over the image's bin, `(2 / K)^d E_u p(x_u)`
@@ -78,7 +78,7 @@ def bits_per_dim(
         tolerance: largest difference between the two solves for any image, in bits per dimension.
 
     Returns:
-        [batch], in bits per dimension.
+        In bits per dimension.
 
     Raises:
         ValueError: for images that are not such integers, or a bad number or key; for more than one draw with a

@@ -7,17 +7,20 @@ right-hand side is a smooth function of time, without it an adaptive solver reje
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypeAlias, get_args, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Real
 
 from fm_jax.checks import check_integer, check_key, check_member, check_shape
-from fm_jax.types import Array, Key, VelocityFn
+from fm_jax.types import AnyArray, Array, Key, Like, PerExample, State, Time, VelocityFn
 
 Distribution = Literal["rademacher", "gaussian"]
+Probes: TypeAlias = Real[AnyArray, "probes batch *event"]
 
 
+@runtime_checkable
 class Divergence(Protocol):
     """A way to compute the divergence: draw probes for the shape of `x`, then use them at every (t, x)."""
 
@@ -25,9 +28,9 @@ class Divergence(Protocol):
     def stochastic(self) -> bool:
         """Whether the result depends on probes, that is on a key."""
 
-    def draw(self, key: Key | None, x: Array, /) -> Any: ...
+    def draw(self, key: Key | None, x: Like, /) -> Any: ...
 
-    def __call__(self, v: VelocityFn, probes: Any, t: Array, x: Array, /) -> tuple[Array, Array]: ...
+    def __call__(self, v: VelocityFn, probes: Any, t: Time, x: State, /) -> tuple[State, PerExample]: ...
 
 
 @dataclass(frozen=True)
@@ -59,11 +62,11 @@ class Exact:
     def stochastic(self) -> bool:
         return False
 
-    def draw(self, key: Key | None, x: Array) -> None:
+    def draw(self, key: Key | None, x: Like) -> None:
         """Nothing."""
 
-    def __call__(self, v: VelocityFn, probes: None, t: Array, x: Array) -> tuple[Array, Array]:
-        """`v(t, x)` [batch, ...] and its divergence [batch]."""
+    def __call__(self, v: VelocityFn, probes: None, t: Time, x: State) -> tuple[State, PerExample]:
+        """`v(t, x)` and its divergence."""
         velocity, product = _linearize(v, t, x)
         dim = math.prod(x.shape[1:])
 
@@ -110,13 +113,13 @@ class Hutchinson:
     def stochastic(self) -> bool:
         return True
 
-    def draw(self, key: Key | None, x: Array) -> Array:
-        """Probes [num_probes, batch, ...]."""
+    def draw(self, key: Key | None, x: Like) -> Probes:
+        """The probes, all at once."""
         draw = jax.random.rademacher if self.distribution == "rademacher" else jax.random.normal
         return draw(_checked_key(self, key), (self.num_probes, *x.shape), x.dtype)
 
-    def __call__(self, v: VelocityFn, probes: Array, t: Array, x: Array) -> tuple[Array, Array]:
-        """`v(t, x)` [batch, ...] and an estimate of its divergence [batch]."""
+    def __call__(self, v: VelocityFn, probes: Probes, t: Time, x: State) -> tuple[State, PerExample]:
+        """`v(t, x)` and an estimate of its divergence."""
         velocity, product = _linearize(v, t, x)
         estimates = jax.vmap(lambda e: (e * product(e)).reshape(x.shape[0], -1).sum(axis=1))(probes)
         return velocity, estimates.mean(axis=0)
@@ -150,8 +153,8 @@ class HutchPlusPlus:
     def stochastic(self) -> bool:
         return True
 
-    def draw(self, key: Key | None, x: Array) -> tuple[Array, Array]:
-        """Gaussian probes for the sketch and Rademacher ones for the rest, [num_probes / 3, batch, ...] each.
+    def draw(self, key: Key | None, x: Like) -> tuple[Probes, Probes]:
+        """Gaussian probes for the sketch and Rademacher ones for the rest, a third of `num_probes` each.
 
         In few dimensions, Rademacher vectors are too often equal up to sign, which would waste one of the sketch.
         """
@@ -159,8 +162,8 @@ class HutchPlusPlus:
         shape = (self.num_probes // 3, *x.shape)
         return jax.random.normal(key_sketch, shape, x.dtype), jax.random.rademacher(key_rest, shape, x.dtype)
 
-    def __call__(self, v: VelocityFn, probes: tuple[Array, Array], t: Array, x: Array) -> tuple[Array, Array]:
-        """`v(t, x)` [batch, ...] and an estimate of its divergence [batch]."""
+    def __call__(self, v: VelocityFn, probes: tuple[Probes, Probes], t: Time, x: State) -> tuple[State, PerExample]:
+        """`v(t, x)` and an estimate of its divergence."""
         sketch, rest = probes
         velocity, product = _linearize(v, t, x)
 
@@ -181,8 +184,8 @@ class HutchPlusPlus:
         return velocity, on_subspace + jnp.einsum("bdk,bdk->b", rest, products(rest)) / rest.shape[2]
 
 
-def _linearize(v: VelocityFn, t: Array, x: Array) -> tuple[Array, Callable[[Array], Array]]:
-    """`v(t, x)`, and the product of its Jacobian in x with a vector [batch, ...], from one evaluation."""
+def _linearize(v: VelocityFn, t: Time, x: State) -> tuple[State, Callable[[State], State]]:
+    """`v(t, x)`, and the product of its Jacobian in x with a vector, from one evaluation."""
     velocity, product = jax.linearize(lambda x: v(t, x), x)
     check_shape("v(t, x)", velocity, x)
     return velocity, product

@@ -17,7 +17,7 @@ from fm_jax.nfe import Counted, cost
 from fm_jax.samplers import Adaptive, sample
 from fm_jax.samplers.grids import check_forward, time_grid
 from fm_jax.sources import Normal
-from fm_jax.types import Array, ArrayTree, Key, Sampler, Solution, Source, VelocityFn
+from fm_jax.types import Array, ArrayTree, Key, PerExample, Sampler, Solution, Source, State, Time, VelocityFn
 
 EXACT, ADAPTIVE, NORMAL = Exact(), Adaptive(), Normal()
 DEFAULT_STEPS = 50
@@ -25,14 +25,14 @@ DEFAULT_STEPS = 50
 
 def log_prob(
     v: VelocityFn,
-    x1: Array,
+    x1: State,
     *,
     key: Key | None = None,
     divergence: Divergence = EXACT,
     source: Source = NORMAL,
     sampler: Sampler = ADAPTIVE,
     times: int | ArrayTree | None = None,
-) -> Array:
+) -> PerExample:
     """The log-density of data under a flow, in nats: `encode_and_log_prob` without the encoding.
 
     Differentiable in `x1` and in what `v` closes over, so that `-log_prob(...).mean()` trains a continuous normalising
@@ -42,7 +42,7 @@ def log_prob(
 
     Args:
         v: velocity function.
-        x1: data [batch, ...], any event shape.
+        x1: data, of any event shape.
         key: for a stochastic divergence, which draws its probes once; `Exact` ignores it.
         divergence: `Exact`, `Hutchinson` or `HutchPlusPlus`.
         source: at the first time. For a schedule with hardly any signal there and another sigma than 1, such as VE,
@@ -53,7 +53,7 @@ def log_prob(
             is 50 by default.
 
     Returns:
-        [batch], in nats.
+        In nats.
 
     Raises:
         ValueError: for a stochastic divergence without a key, a sampler that is random, times that do not increase; and
@@ -71,21 +71,21 @@ def log_prob(
 
 def encode_and_log_prob(
     v: VelocityFn,
-    x1: Array,
+    x1: State,
     *,
     key: Key | None = None,
     divergence: Divergence = EXACT,
     source: Source = NORMAL,
     sampler: Sampler = ADAPTIVE,
     times: int | ArrayTree | None = None,
-) -> tuple[Solution, Array]:
+) -> tuple[Solution, PerExample]:
     """Where data come from, and their log-density, in one solve from the last time back to the first.
 
     Notebooks: (7.4), (7.6).
 
     Args:
         v: velocity function.
-        x1: data [batch, ...].
+        x1: data.
         key: see `log_prob`, as the other options.
         divergence: estimator of div v.
         source: p_0.
@@ -93,8 +93,8 @@ def encode_and_log_prob(
         times: from the source to the data.
 
     Returns:
-        `Solution` with x the source [batch, ...] and the calls of `v` (each with the Jacobian products that the
-        divergence takes, which are not counted); the log-density of the data, [batch] in nats.
+        `Solution` with x the source and the calls of `v` (each with the Jacobian products that the
+        divergence takes, which are not counted); the log-density of the data in nats.
     """
     solution, change = _transport(v, "x1", x1, key, divergence, sampler, times, backward=True)
     return solution, source.log_prob(solution.x) - change
@@ -102,21 +102,21 @@ def encode_and_log_prob(
 
 def sample_and_log_prob(
     v: VelocityFn,
-    x0: Array,
+    x0: State,
     *,
     key: Key | None = None,
     divergence: Divergence = EXACT,
     source: Source = NORMAL,
     sampler: Sampler = ADAPTIVE,
     times: int | ArrayTree | None = None,
-) -> tuple[Solution, Array]:
+) -> tuple[Solution, PerExample]:
     """Samples and their log-density, in one solve from the first time to the last.
 
     Notebooks: (7.4), (7.6).
 
     Args:
         v: velocity function.
-        x0: drawn from the source, [batch, ...].
+        x0: drawn from the source.
         key: see `log_prob`, as the other options.
         divergence: estimator of div v.
         source: p_0.
@@ -124,7 +124,7 @@ def sample_and_log_prob(
         times: from the source to the data.
 
     Returns:
-        `Solution` with x the samples [batch, ...], as for `encode_and_log_prob`; their log-density, [batch] in nats.
+        `Solution` with x the samples, as for `encode_and_log_prob`; their log-density in nats.
     """
     solution, change = _transport(v, "x0", x0, key, divergence, sampler, times, backward=False)
     return solution, source.log_prob(jnp.asarray(x0)) + change
@@ -133,15 +133,15 @@ def sample_and_log_prob(
 def _transport(
     v: VelocityFn,
     name: str,
-    x: Array,
+    x: State,
     key: Key | None,
     divergence: Divergence,
     sampler: Sampler,
     times: int | ArrayTree | None,
     *,
     backward: bool,
-) -> tuple[Solution, Array]:
-    """Carries x along the times, or back; and the change of its log-density on the way, [batch]."""
+) -> tuple[Solution, PerExample]:
+    """Carries x along the times, or back; and the change of its log-density on the way."""
     x = jnp.asarray(x)
     check_state(x, name)
     if sampler.stochastic:
@@ -151,10 +151,10 @@ def _transport(
     batch, event = x.shape[0], x.shape[1:]
     probes = divergence.draw(key, x)
 
-    def state(z: Array) -> Array:
+    def state(z: State) -> Array:
         return z[..., :-1].reshape(*z.shape[:-1], *event)
 
-    def augmented(t: Array, z: Array) -> Array:
+    def augmented(t: Time, z: State) -> State:
         velocity, div = divergence(v, probes, t, state(z))
         return jnp.concatenate([velocity.reshape(batch, -1), -div[:, None]], axis=1).astype(z.dtype)
 

@@ -1,7 +1,7 @@
 """Velocity and score of a bridge, learned together: [SF]2M and stochastic interpolants."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from fm_jax.paths.bridge import StochasticInterpolant, value_and_slope
 from fm_jax.shapes import batch_time, expand_time, mean_over_event
 from fm_jax.types import (
     ApplyFn,
-    Array,
     Batch,
     Cond,
     Coupling,
@@ -24,20 +23,25 @@ from fm_jax.types import (
     LossFn,
     Metrics,
     Params,
+    PerExample,
+    Scalar,
+    State,
+    Time,
     TimeSampler,
     VelocityFn,
 )
 
-PairModelFn: TypeAlias = Callable[[Array, Array, Cond], tuple[Array, Array]]
+PairModelFn: TypeAlias = Callable[[PerExample, State, Cond], tuple[State, State]]
 """`f(t, x, cond) -> (drift, noise)`: a network of two outputs whose parameters are bound."""
 
 
+@runtime_checkable
 class PairApplyFn(Protocol):
-    """A network as `ApplyFn`, of two outputs `(drift, noise)`, each like `x`."""
+    """A network as `ApplyFn`, of two outputs `(drift, noise)`."""
 
     def __call__(
-        self, params: Params, t: Array, x: Array, cond: Cond, /, *, train: bool, rngs: Any
-    ) -> tuple[Array, Array]: ...
+        self, params: Params, t: PerExample, x: State, cond: Cond, /, *, train: bool, rngs: Any
+    ) -> tuple[State, State]: ...
 
 
 def bridge_matching(
@@ -86,7 +90,7 @@ def bridge_matching(
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Scalar, Metrics]:
         del target_params
         pairs = draw_pairs(key, batch, path.source, coupling, time_sampler, drop)
         sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
@@ -114,7 +118,7 @@ def check_latent(path: Any) -> None:
     check_has("the path", path, ("interpolant", "gamma"), "a StochasticInterpolant, as from BrownianBridge")
 
 
-def check_pair(prediction: Any, x: Array) -> None:
+def check_pair(prediction: Any, x: State) -> None:
     """Raises `ValueError` unless `prediction` is two arrays of the shape of `x`."""
     shapes = [each.shape for each in prediction] if isinstance(prediction, tuple | list) else prediction.shape
     if shapes != [x.shape, x.shape]:
@@ -124,7 +128,7 @@ def check_pair(prediction: Any, x: Array) -> None:
 def split_channels(apply_fn: ApplyFn) -> PairApplyFn:
     """One network with twice the channels of x, as `(drift, noise)`: the halves of its last axis."""
 
-    def split(params: Params, t: Array, x: Array, cond: Cond, *, train: bool, rngs: Any) -> tuple[Array, Array]:
+    def split(params: Params, t: PerExample, x: State, cond: Cond, *, train: bool, rngs: Any) -> tuple[State, State]:
         output = apply_fn(params, t, x, cond, train=train, rngs=rngs)
         if output.shape != (*x.shape[:-1], 2 * x.shape[-1]):
             raise ValueError(f"the network must return twice the channels of x, {x.shape}, got {output.shape}.")
@@ -137,7 +141,7 @@ def split_channels(apply_fn: ApplyFn) -> PairApplyFn:
 def two_heads(apply_drift: ApplyFn, apply_noise: ApplyFn) -> PairApplyFn:
     """Two networks as one with two outputs; its parameters are a dict of theirs, `{"drift": ..., "noise": ...}`."""
 
-    def both(params: Params, t: Array, x: Array, cond: Cond, *, train: bool, rngs: Any) -> tuple[Array, Array]:
+    def both(params: Params, t: PerExample, x: State, cond: Cond, *, train: bool, rngs: Any) -> tuple[State, State]:
         rngs_drift, rngs_noise = rngs, rngs
         if rngs is not None:
             keys = {name: jax.random.split(key) for name, key in rngs.items()}
@@ -160,11 +164,11 @@ def bridge_velocity(model_fn: PairModelFn, path: StochasticInterpolant, cond: Co
         cond: conditioning [batch, ...] or `None`.
 
     Returns:
-        `v(t, x)`, `t` a scalar or [batch], `x` [batch, ...]; infinite or NaN outside `path.domain`, where gamma' is.
+        `v(t, x)`; infinite or NaN outside `path.domain`, where gamma' is.
     """
     check_latent(path)
 
-    def velocity(t: Array, x: Array) -> Array:
+    def velocity(t: Time, x: State) -> State:
         t = batch_time(t, x)
         drift, noise = model_fn(t, x, cond)
         return drift + value_and_slope(path.gamma, expand_time(t, x))[1] * noise
@@ -185,7 +189,7 @@ def bridge_score(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond 
         cond: conditioning [batch, ...] or `None`.
 
     Returns:
-        `score(t, x)`, `t` a scalar or [batch], `x` [batch, ...]. In an SDE sampler both this and the velocity call the
+        `score(t, x)`. In an SDE sampler both this and the velocity call the
         network at the same point, and both calls are counted; `jit` may make one of them.
 
     Raises:
@@ -193,7 +197,7 @@ def bridge_score(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond 
     """
     check_latent(path)
 
-    def score(t: Array, x: Array) -> Array:
+    def score(t: Time, x: State) -> State:
         t = batch_time(t, x)
         gamma, _ = value_and_slope(path.gamma, t)
         if not isinstance(gamma, jax.core.Tracer) and bool((gamma == 0).any()):

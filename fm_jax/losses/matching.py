@@ -12,7 +12,6 @@ from fm_jax.shapes import mean_over_event
 from fm_jax.times import Uniform
 from fm_jax.types import (
     ApplyFn,
-    Array,
     Batch,
     Cond,
     Coupling,
@@ -22,8 +21,11 @@ from fm_jax.types import (
     Params,
     Path,
     PathSample,
+    PerExample,
+    Scalar,
     Schedule,
     Source,
+    State,
     TimeSampler,
     Weight,
 )
@@ -88,7 +90,7 @@ def flow_matching(
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Scalar, Metrics]:
         del target_params  # for losses with a second network; a regression on the path has none
         pairs = draw_pairs(key, batch, path.source, coupling, time_sampler, drop)
         sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
@@ -117,11 +119,11 @@ def times_within(time_sampler: TimeSampler | None, domain: tuple[float, float], 
 class Pairs(NamedTuple):
     """What a loss draws before it asks the path: a paired batch, times, and what else is random."""
 
-    x0: Array
-    x1: Array
+    x0: State
+    x1: State
     cond: Cond
-    weight: Array | None
-    t: Array
+    weight: PerExample | None
+    t: PerExample
     key_path: Key | None
     rngs: dict[str, Key] | None
 
@@ -160,13 +162,13 @@ def dropped(drop: Drop | None, key: Key | None, cond: Cond) -> Cond:
     return cond if drop is None or key is None else drop(key, cond)
 
 
-def product(*weights: Array | None) -> Array | None:
+def product(*weights: PerExample | None) -> PerExample | None:
     """The product of those weights that are there, `None` if none is."""
     return functools.reduce(lambda a, b: b if a is None else a if b is None else a * b, weights)
 
 
-def squared_error(apply_fn: ApplyFn, params: Params, sample: PathSample, pairs: Pairs, target: Array) -> Array:
-    """The network's squared error against a target [batch, ...], averaged over the event: [batch]."""
+def squared_error(apply_fn: ApplyFn, params: Params, sample: PathSample, pairs: Pairs, target: State) -> PerExample:
+    """The network's squared error against a target, averaged over the event."""
     train = pairs.rngs is not None
     prediction = apply_fn(params, sample.t, sample.x_t, pairs.cond, train=train, rngs=pairs.rngs)
     if prediction.shape != target.shape:
@@ -185,7 +187,7 @@ def score_matching(apply_fn: ApplyFn, path: Path, *, weight: Weight | None = Non
     return flow_matching(apply_fn, path, kind="score", weight=weight, **options)
 
 
-def _sigma_squared(t: Array, kind: str, schedule: Schedule) -> Array:
+def _sigma_squared(t: PerExample, kind: str, schedule: Schedule) -> PerExample:
     del kind
     return schedule.sigma(t) ** 2
 

@@ -1,16 +1,32 @@
 """Flow matching through several marginals: snapshots of a population, each drawn at its own time."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Real
 
 from fm_jax.checks import check_has, check_per_example
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
 from fm_jax.losses.matching import Pairs, dropped, product, squared_error, times_within
 from fm_jax.paths.spline import SplinePath
-from fm_jax.types import ApplyFn, Array, Batch, Cond, Coupling, Key, LossFn, Metrics, Params, TimeSampler
+from fm_jax.types import (
+    AnyArray,
+    ApplyFn,
+    Array,
+    Batch,
+    Cond,
+    Coupling,
+    Key,
+    LossFn,
+    Metrics,
+    Params,
+    Scalar,
+    TimeSampler,
+)
+
+Snapshots: TypeAlias = Real[AnyArray, "batch snapshots *event"]
 
 
 class Chain(NamedTuple):
@@ -25,7 +41,7 @@ class Chain(NamedTuple):
     weight: Array | None
 
 
-def couple_snapshots(coupling: Coupling, key: Key | None, x: Array, cond: Cond = None) -> Chain:
+def couple_snapshots(coupling: Coupling, key: Key | None, x: Snapshots, cond: Cond = None) -> Chain:
     """Couples each snapshot with the next: under a Markov chain of optimal couplings, trajectories.
 
     It goes backward from the last snapshot, which stays in place with its conditions, as data do in a coupling.
@@ -33,7 +49,7 @@ def couple_snapshots(coupling: Coupling, key: Key | None, x: Array, cond: Cond =
     Args:
         coupling: of consecutive snapshots.
         key: typed key, or `None` for couplings that are not random.
-        x: [batch, K, ...]; the examples of different snapshots need not belong together.
+        x: snapshots; the examples of different snapshots need not belong together.
         cond: [batch, ...] or `None`. An example has one for all of its snapshots.
 
     Returns:
@@ -100,7 +116,7 @@ def trajectory_matching(
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Scalar, Metrics]:
         del target_params
         pairs, x = _draw(key, batch, coupling, time_sampler, drop)
         sample = path.sample(pairs.key_path, pairs.t, x)

@@ -15,27 +15,27 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_member, check_number
 from fm_jax.schedules import coefficients
-from fm_jax.types import KINDS, Array, Kind, Schedule
+from fm_jax.types import KINDS, Array, Elementwise, Kind, PerExample, Schedule
 
 
-def error_scale(kind: Kind, t: Array, schedule: Schedule) -> Array:
+def error_scale(kind: Kind, t: Elementwise, schedule: Schedule) -> Elementwise:
     """By how much an error of the data prediction is multiplied in a prediction of `kind`.
 
     Notebooks: (5.7).
 
     Args:
         kind: "velocity", "data", "noise" or "score".
-        t: any shape.
+        t: times.
         schedule: of the path.
 
     Returns:
-        The factor in the shape of `t`; infinite where sigma = 0, but for "data".
+        The factor; infinite where sigma = 0, but for "data".
     """
     _, per_unit = _weights(kind, t, schedule)
     return per_unit**-0.5
 
 
-def _weights(kind: Kind, t: Array, schedule: Schedule) -> tuple[Array, Array]:
+def _weights(kind: Kind, t: Elementwise, schedule: Schedule) -> tuple[Array, Array]:
     """The weights SNR and 1 on data prediction, both divided by `error_scale`^2.
 
     Each is reduced by hand, so that neither is 0 / 0 at the ends of the path.
@@ -65,7 +65,7 @@ class SNRWeight:
 
     power: float = 1.0
 
-    def __call__(self, t: Array, kind: Kind, schedule: Schedule) -> Array:
+    def __call__(self, t: PerExample, kind: Kind, schedule: Schedule) -> PerExample:
         snr, one = _weights(kind, t, schedule)
         return snr**self.power * one ** (1 - self.power)
 
@@ -82,7 +82,7 @@ class MinSNRWeight:
     def __post_init__(self) -> None:
         check_number("gamma", self.gamma, "(0, inf)")
 
-    def __call__(self, t: Array, kind: Kind, schedule: Schedule) -> Array:
+    def __call__(self, t: PerExample, kind: Kind, schedule: Schedule) -> PerExample:
         snr, one = _weights(kind, t, schedule)
         return jnp.minimum(snr, self.gamma * one)
 
@@ -101,6 +101,6 @@ class EDMWeight:
     def __post_init__(self) -> None:
         check_number("sigma_data", self.sigma_data, "(0, inf)")
 
-    def __call__(self, t: Array, kind: Kind, schedule: Schedule) -> Array:
+    def __call__(self, t: PerExample, kind: Kind, schedule: Schedule) -> PerExample:
         snr, one = _weights(kind, t, schedule)
         return snr + one / self.sigma_data**2

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 
 from fm_jax.metrics.mmd import discrepancy, squared_distance
-from fm_jax.types import Array, ArrayTree
+from fm_jax.types import Array, ArrayTree, Scalar
 
 
-def energy_distance(x: ArrayTree, y: ArrayTree, *, unbiased: bool = True) -> Array:
+def energy_distance(x: ArrayTree, y: ArrayTree, *, unbiased: bool = True) -> Scalar:
     """The energy distance, squared: `2 E|x - y| - E|x - x'| - E|y - y'|`.
 
     It is 0 only between equal distributions, has no bandwidth to choose, and is the MMD^2 of the kernel -|x - y|
@@ -22,7 +22,7 @@ def energy_distance(x: ArrayTree, y: ArrayTree, *, unbiased: bool = True) -> Arr
             may be negative. Otherwise the V-statistic, the energy distance of the two empirical distributions.
 
     Returns:
-        A scalar, in the unit of x.
+        In the unit of x.
 
     Raises:
         ValueError: if the event shapes differ, a sample is empty or (unless traced) not finite, or an unbiased estimate

@@ -10,14 +10,15 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import numpy as np
+from jaxtyping import Real
 
 from fm_jax.checks import check_integer, check_key
 from fm_jax.metrics.wasserstein import wasserstein
-from fm_jax.types import Array, ArrayTree, Key
+from fm_jax.types import AnyArray, ArrayTree, Key
 
-Distance: TypeAlias = Callable[[Array, Array], ArrayTree]
+Distance: TypeAlias = Callable[[AnyArray, AnyArray], ArrayTree]
 """`metric(x [n, ...], y [n, ...]) -> number`, with its options bound by `functools.partial`."""
-Draw: TypeAlias = Callable[[Key, int], Array]
+Draw: TypeAlias = Callable[[Key, int], AnyArray]
 """`draw(key, num) -> [num, ...]`, as in `fm_jax.data.toy`."""
 
 
@@ -76,14 +77,14 @@ def floor(metric: Distance, draw: Draw, key: Key, num: int, *, repeats: int = 20
     return _summary([value(each) for each in jax.random.split(key, repeats)], num)
 
 
-def measure(metric: Distance, draw: Draw, key: Key, x: Array, *, repeats: int = 20) -> Measured:
+def measure(metric: Distance, draw: Draw, key: Key, x: Real[AnyArray, "num ..."], *, repeats: int = 20) -> Measured:
     """The metric between samples and a fresh draw of the target of the same size, beside its floor.
 
     Args:
         metric: `metric(x, y)`.
         draw: `draw(key, num) -> [num, ...]` from the target.
         key: PRNG key.
-        x: samples to judge, [num, ...].
+        x: samples to judge.
         repeats: pairs of samples for the floor.
 
     Returns:
@@ -135,7 +136,7 @@ def _check(key: Key, num: int, repeats: int) -> None:
     check_integer("repeats", repeats, least=2)
 
 
-def _drawn(draw: Draw, key: Key, num: int) -> Array:
+def _drawn(draw: Draw, key: Key, num: int) -> AnyArray:
     sample = draw(key, num)
     if len(sample) != num:
         raise ValueError(f"draw(key, num) must return [num, ...] with num = {num}, got shape {sample.shape}.")

@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
+from jaxtyping import Real
 
 from fm_jax.checks import check_number
 from fm_jax.metrics.samples import device_samples
-from fm_jax.types import Array, ArrayTree
+from fm_jax.types import AnyArray, Array, ArrayTree, Scalar
 
-Kernel: TypeAlias = Callable[[Array, Array], Array]
+Points0: TypeAlias = Real[AnyArray, "n d"]
+Points1: TypeAlias = Real[AnyArray, "m d"]
+Pairs: TypeAlias = Real[AnyArray, "n m"]
+Kernel: TypeAlias = Callable[[Points0, Points1], Pairs]
 """`kernel(x [n, d], y [m, d]) -> [n, m]`, for every pair, each pair by itself."""
 _ENTRIES = 2**24
 """Numbers in memory at once, where XLA does not fuse the differences of all pairs into the sum over them."""
@@ -26,10 +30,10 @@ def mmd(
     x: ArrayTree,
     y: ArrayTree,
     *,
-    bandwidths: float | Sequence[float] | Array | None = None,
+    bandwidths: float | Sequence[float] | AnyArray | None = None,
     kernel: Kernel | None = None,
     unbiased: bool = True,
-) -> Array:
+) -> Scalar:
     """The squared maximum mean discrepancy, by default in a Gaussian kernel.
 
     `MMD^2 = E k(x, x') + E k(y, y') - 2 E k(x, y)`, with `k = mean_h exp(-|x - y|^2 / (2 h^2))` over the bandwidths h.
@@ -45,9 +49,6 @@ def mmd(
             for every pair of samples. Numbers to be compared need one and the same.
         kernel: another kernel in place of the Gaussian: `linear`, `Polynomial(3)` or any `(x, y) -> [n, m]`.
         unbiased: whether to leave out the pairs of a point with itself.
-
-    Returns:
-        A scalar.
 
     Raises:
         ValueError: if the event shapes differ, a sample is empty or (unless traced) not finite, an unbiased estimate
@@ -80,16 +81,16 @@ def _gaussian(bandwidths: Array, x: Array, y: Array) -> Array:
     return jnp.stack([jnp.exp(distance2 / (-2 * h**2)) for h in bandwidths]).mean(axis=0)
 
 
-def squared_distance(x: Array, y: Array) -> Array:
-    """|x_i - y_j|^2 from the differences: [n, d], [m, d] -> [n, m].
+def squared_distance(x: Points0, y: Points1) -> Pairs:
+    """|x_i - y_j|^2 from the differences.
 
     XLA fuses it into one loop. The expansion into products would be nowhere near it where points nearly coincide.
     """
     return jnp.square(x[:, None] - y[None]).sum(axis=-1)
 
 
-def linear(x: Array, y: Array) -> Array:
-    """The kernel `x . y`, whose MMD is the distance between the means: [n, d], [m, d] -> [n, m]."""
+def linear(x: Points0, y: Points1) -> Pairs:
+    """The kernel `x . y`, whose MMD is the distance between the means."""
     return x @ y.T
 
 
@@ -116,12 +117,12 @@ class PolynomialKernel:
             raise ValueError(f"degree must be an integer of at least 1, got {self.degree}.")
         check_number("offset", self.offset, "[0, inf)")
 
-    def __call__(self, x: Array, y: Array) -> Array:
-        """[n, d], [m, d] -> [n, m]."""
+    def __call__(self, x: Points0, y: Points1) -> Pairs:
+        """For every pair."""
         return (x @ y.T / x.shape[1] + self.offset) ** self.degree
 
 
-def median_distance(x: ArrayTree, y: ArrayTree) -> Array:
+def median_distance(x: ArrayTree, y: ArrayTree) -> Scalar:
     """The median distance between two different points of both samples together: the usual bandwidth.
 
     Of samples with more than 512 points, every k-th point counts, so that at most 512 of each do.
@@ -131,7 +132,7 @@ def median_distance(x: ArrayTree, y: ArrayTree) -> Array:
         y: [m, ...].
 
     Returns:
-        A scalar; 0 if most points are the same.
+        0 if most points are the same.
     """
     thinned = [sample[:: -(-len(sample) // _FOR_MEDIAN)] for sample in device_samples(x, y)]
     return _median_distance(jnp.concatenate(thinned))
@@ -144,7 +145,7 @@ def _median_distance(pooled: Array) -> Array:
     return jnp.sqrt(jnp.median(distance2[jnp.triu_indices(len(pooled), 1)]))
 
 
-def discrepancy(kernel: Kernel, x: ArrayTree, y: ArrayTree, *, unbiased: bool = True) -> Array:
+def discrepancy(kernel: Kernel, x: ArrayTree, y: ArrayTree, *, unbiased: bool = True) -> Scalar:
     """`E k(x, x') + E k(y, y') - 2 E k(x, y)`, the statistic behind `mmd` and `energy_distance`.
 
     Args:
@@ -152,9 +153,6 @@ def discrepancy(kernel: Kernel, x: ArrayTree, y: ArrayTree, *, unbiased: bool = 
         x: [n, ...].
         y: [m, ...].
         unbiased: whether to leave out the pairs of a point with itself.
-
-    Returns:
-        A scalar.
 
     Raises:
         ValueError: as `mmd`.

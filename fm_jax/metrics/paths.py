@@ -14,18 +14,18 @@ from fm_jax.samplers.grids import check_forward, time_grid
 from fm_jax.samplers.runge_kutta import evaluate
 from fm_jax.samplers.sample import DEFAULT_STEPS
 from fm_jax.shapes import time_dtype
-from fm_jax.types import Array, ArrayTree, Sampler, VelocityFn
+from fm_jax.types import Array, ArrayTree, PerExample, Sampler, Scalar, State, Time, VelocityFn
 
 _MIDPOINT = RungeKutta("midpoint")
 
 
 def path_energy(
     v: VelocityFn,
-    x0: Array,
+    x0: State,
     *,
     sampler: Sampler = _MIDPOINT,
     times: int | ArrayTree | None = None,
-) -> Array:
+) -> Scalar:
     """The kinetic energy that a flow spends on its way: `E integral |v(t, x_t)|^2 dt`.
 
     Over [0, 1] it is at least W_2^2 between the source and where the flow arrives, with equality for optimal transport
@@ -36,12 +36,12 @@ def path_energy(
 
     Args:
         v: velocity function; called with a scalar t.
-        x0: drawn from the source, [batch, ...].
+        x0: drawn from the source.
         sampler: any that draws no noise; the integral is of its order.
         times: as in `sample`, increasing.
 
     Returns:
-        A scalar: summed over the dimensions of x, averaged over the batch.
+        Summed over the dimensions of x, averaged over the batch.
 
     Raises:
         ValueError: for bad times, a bad sampler or state, or if `v` returns another shape than that of `x0`.
@@ -58,7 +58,7 @@ def path_energy(
     return energy.mean()
 
 
-def normalised_path_energy(v: VelocityFn, x0: Array, wasserstein2: ArrayTree, **options) -> Array:
+def normalised_path_energy(v: VelocityFn, x0: State, wasserstein2: ArrayTree, **options) -> Scalar:
     """By how much the energy of a flow differs from that of optimal transport: `|PE - W_2^2| / W_2^2`.
 
     0 for a flow that transports the source to the data optimally. A flow that falls short of the data can have less
@@ -66,13 +66,10 @@ def normalised_path_energy(v: VelocityFn, x0: Array, wasserstein2: ArrayTree, **
 
     Args:
         v: velocity function.
-        x0: drawn from the source, [batch, ...].
+        x0: drawn from the source.
         wasserstein2: W_2 (not its square) between source and data: `wasserstein` of two large samples, or a closed
             form. Its error goes into the result; see `normalised_path_energy_floor`.
         **options: as in `path_energy`.
-
-    Returns:
-        A scalar.
 
     Raises:
         ValueError: as `path_energy`; if `wasserstein2` (unless traced) is not positive.
@@ -93,12 +90,12 @@ def normalised_path_energy(v: VelocityFn, x0: Array, wasserstein2: ArrayTree, **
 
 def straightness(
     v: VelocityFn,
-    x0: Array,
+    x0: State,
     *,
     sampler: Sampler = _MIDPOINT,
     times: int | ArrayTree | None = None,
     relative: bool = False,
-) -> Array:
+) -> Scalar:
     """How far a flow is from straight lines at constant speed: `S = E integral |x1 - x0 - v(t, x_t)|^2 dt`.
 
     0 if and only if the velocity is constant along every trajectory, and then one Euler step is exact. On [0, 1] it is
@@ -110,14 +107,14 @@ def straightness(
 
     Args:
         v: velocity function; called with a scalar t.
-        x0: drawn from the source, [batch, ...].
+        x0: drawn from the source.
         sampler: any that draws no noise; the integral is of its order.
         times: as in `sample`, increasing.
         relative: whether to divide by the energy of the straight lines, `E|x1 - x0|^2` on [0, 1]: a number without
             unit, to compare data sets and resolutions by.
 
     Returns:
-        A scalar: summed over the dimensions of x, averaged over the batch.
+        Summed over the dimensions of x, averaged over the batch.
 
     Raises:
         ValueError: as `path_energy`.
@@ -141,7 +138,7 @@ def straightness(
     return excess.mean() / (_squares(x1 - x0) / duration).mean()
 
 
-def _start(x0: Array, sampler: Sampler, times: int | ArrayTree | None) -> tuple[Array, ArrayTree]:
+def _start(x0: State, sampler: Sampler, times: int | ArrayTree | None) -> tuple[State, ArrayTree]:
     """The state in at least float32, in which sums over dimensions and steps are taken, and the times."""
     x0 = jnp.asarray(x0)
     check_state(x0)
@@ -153,13 +150,13 @@ def _start(x0: Array, sampler: Sampler, times: int | ArrayTree | None) -> tuple[
     return x0, grid
 
 
-def _transport(v: VelocityFn, x0: Array, sampler: Sampler, grid: ArrayTree, origin: Array) -> tuple[Array, Array]:
-    """Where the flow takes `x0`, and the integral of |v(t, x_t) - origin|^2 on the way, [batch]."""
+def _transport(v: VelocityFn, x0: State, sampler: Sampler, grid: ArrayTree, origin: State) -> tuple[State, PerExample]:
+    """Where the flow takes `x0`, and the integral of |v(t, x_t) - origin|^2 on the way."""
 
-    def state(z: Array) -> Array:
+    def state(z: State) -> Array:
         return z[:, :-1].reshape(x0.shape)
 
-    def augmented(t: Array, z: Array) -> Array:
+    def augmented(t: Time, z: State) -> State:
         velocity = evaluate(v, t, state(z)).astype(z.dtype)
         return jnp.concatenate([velocity.reshape(len(z), -1), _squares(velocity - origin)[:, None]], axis=1)
 
@@ -168,6 +165,6 @@ def _transport(v: VelocityFn, x0: Array, sampler: Sampler, grid: ArrayTree, orig
     return state(z), z[:, -1]
 
 
-def _squares(x: Array) -> Array:
-    """|x|^2 of each example: [batch, ...] -> [batch]."""
+def _squares(x: State) -> PerExample:
+    """|x|^2 of each example."""
     return (x**2).reshape(len(x), -1).sum(axis=1)

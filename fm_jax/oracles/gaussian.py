@@ -6,15 +6,18 @@ methods apart: independent, optimal or entropic.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Real
 
 from fm_jax.checks import check_number
 from fm_jax.schedules import Linear, coefficients
-from fm_jax.types import Array, ArrayTree, Key, Schedule, VelocityFn
+from fm_jax.types import AnyArray, Array, ArrayTree, Key, Points, Scalar, Schedule, State, Time, VelocityFn
+
+Moments: TypeAlias = tuple[Real[AnyArray, " d"], Real[AnyArray, "d d"]]
 
 
 class GaussianPair(NamedTuple):
@@ -39,7 +42,7 @@ class GaussianBridge(NamedTuple):
 
     pair: GaussianPair
     interpolant: Schedule
-    variance: Callable[[Array], Array]
+    variance: Callable[[Scalar], Scalar]
 
 
 class BridgePrediction(NamedTuple):
@@ -152,15 +155,15 @@ def entropic_plan(pair: GaussianPair, sigma: float) -> GaussianPair:
     return _with_regularisation(pair, sigma)
 
 
-def sample_pair(pair: GaussianPair, key: Key, num: int) -> tuple[Array, Array]:
-    """Draws coupled (x0, x1), each [num, d]."""
+def sample_pair(pair: GaussianPair, key: Key, num: int) -> tuple[Real[AnyArray, "num d"], Real[AnyArray, "num d"]]:
+    """Draws coupled (x0, x1)."""
     noise = jax.random.normal(key, (num, len(pair.factor)), dtype=pair.factor.dtype)
     shift0, shift1 = jnp.split(noise @ pair.factor, 2, axis=1)
     return pair.mean0[None] + shift0, pair.mean1[None] + shift1
 
 
-def bures_distance(pair: GaussianPair) -> Array:
-    """The 2-Wasserstein distance W2 of the two ends, of Bures and Wasserstein; a scalar.
+def bures_distance(pair: GaussianPair) -> Scalar:
+    """The 2-Wasserstein distance W2 of the two ends, of Bures and Wasserstein.
 
     `W2^2 = |m0 - m1|^2 + tr(C0 + C1 - 2 (C0^1/2 C1 C0^1/2)^1/2)`, in the units of x.
 
@@ -185,8 +188,8 @@ def _monge_matrix(pair: GaussianPair) -> tuple[Array, Array]:
     return jnp.asarray(eigenvalues, dtype=float), jnp.asarray(eigenvectors, dtype=float)
 
 
-def monge_map(pair: GaussianPair, x0: Array) -> Array:
-    """The optimal transport map of x0 [batch, d], `m1 + T (x0 - m0)`, `T = C0^-1/2 (C0^1/2 C1 C0^1/2)^1/2 C0^-1/2`.
+def monge_map(pair: GaussianPair, x0: Points) -> Points:
+    """The optimal transport map of x0, `m1 + T (x0 - m0)`, `T = C0^-1/2 (C0^1/2 C1 C0^1/2)^1/2 C0^-1/2`.
 
     Notebooks: (8.5).
     """
@@ -194,8 +197,8 @@ def monge_map(pair: GaussianPair, x0: Array) -> Array:
     return pair.mean1[None] + (x0 - pair.mean0[None]) @ (eigenvectors * eigenvalues[None]) @ eigenvectors.T
 
 
-def displacement_moments(pair: GaussianPair, t: Array) -> tuple[Array, Array]:
-    """Mean [d] and covariance [d, d] of McCann's displacement interpolation at a scalar t.
+def displacement_moments(pair: GaussianPair, t: Scalar | float) -> Moments:
+    """Mean and covariance of McCann's displacement interpolation at one time.
 
     `(1 - t) m0 + t m1` and `A C0 A` with `A = (1 - t) I + t T`: a geodesic of the 2-Wasserstein distance.
     """
@@ -210,7 +213,7 @@ def displacement_velocity(pair: GaussianPair) -> VelocityFn:
     `v(t, x) = m1 - m0 + (T - I) A^-1 (x - m_t)` with `A = (1 - t) I + t T` (Benamou & Brenier 2000).
 
     Returns:
-        `v(t, x)`: t a scalar or [batch], x [batch, d].
+        `v(t, x)`, x [batch, d].
     """
     eigenvalues, eigenvectors = _monge_matrix(pair)
 
@@ -222,7 +225,7 @@ def displacement_velocity(pair: GaussianPair) -> VelocityFn:
     return lambda t, x: _over_batch(single, t, x)
 
 
-def _over_batch(f: Callable[[Array, Array], ArrayTree], t: Array, x: Array) -> ArrayTree:
+def _over_batch(f: Callable[[Array, Array], ArrayTree], t: Time, x: State) -> ArrayTree:
     """`f` of each example; what depends on a scalar t alone is computed once."""
     return jax.vmap(f, in_axes=(0 if jnp.ndim(t) else None, 0))(jnp.asarray(t, dtype=x.dtype), x)
 
@@ -238,17 +241,18 @@ def schroedinger_bridge(pair: GaussianPair, sigma: float) -> GaussianBridge:
     return GaussianBridge(entropic_plan(pair, sigma), Linear(), lambda t: sigma**2 * t * (1 - t))
 
 
-def bridge_moments(bridge: GaussianBridge, t: Array) -> tuple[Array, Array]:
-    """Mean [d] and covariance [d, d] of x_t at a scalar t.
+def bridge_moments(bridge: GaussianBridge, t: Scalar | float) -> Moments:
+    """Mean and covariance of x_t at one time.
 
     `alpha m1 + sigma m0` and `alpha^2 C1 + sigma^2 C0 + alpha sigma (K + K') + gamma^2 I` with K the cross-covariance.
     """
+    t = jnp.asarray(t)
     pair, alpha, sigma = bridge.pair, bridge.interpolant.alpha(t), bridge.interpolant.sigma(t)
     mixed = alpha * sigma * (pair.cross + pair.cross.T) + bridge.variance(t) * jnp.eye(len(pair.mean0))
     return alpha * pair.mean1 + sigma * pair.mean0, alpha**2 * pair.cov1 + sigma**2 * pair.cov0 + mixed
 
 
-def bridge_prediction(bridge: GaussianBridge, t: Array, x: Array) -> BridgePrediction:
+def bridge_prediction(bridge: GaussianBridge, t: Time, x: Points) -> BridgePrediction:
     """What perfect networks say at (t, x): the conditional means given x_t = x.
 
     `E[y | x] = E[y] + Cov(y, x_t) S^-1 (x - m)`, m and S from `bridge_moments`, for `y = alpha' x1 + sigma' x0` and
@@ -256,11 +260,11 @@ def bridge_prediction(bridge: GaussianBridge, t: Array, x: Array) -> BridgePredi
 
     Args:
         bridge: the process.
-        t: scalar or [batch].
-        x: [batch, d].
+        t: times.
+        x: points.
 
     Returns:
-        `BridgePrediction`, each [batch, d].
+        `BridgePrediction`.
     """
     pair = bridge.pair
 
@@ -285,10 +289,10 @@ def bridge_drift(bridge: GaussianBridge, diffusion: float, direction: int = 1) -
         direction: 1 for the SDE forward in time, -1 for the one that runs backward.
 
     Returns:
-        `drift(t, x)`, as a dx/dt in either direction: t a scalar or [batch], x [batch, d].
+        `drift(t, x)`, as a dx/dt in either direction.
     """
 
-    def drift(t: Array, x: Array) -> Array:
+    def drift(t: Time, x: Points) -> Points:
         value = bridge_prediction(bridge, t, x)
         return value.velocity + direction * diffusion**2 / 2 * value.score
 

@@ -11,10 +11,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Real
 
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import batch_time
-from fm_jax.types import Array, ArrayTree, Key, Prediction, Schedule, VelocityFn
+from fm_jax.types import (
+    AnyArray,
+    Array,
+    ArrayTree,
+    Key,
+    PerExample,
+    Points,
+    Prediction,
+    Scalar,
+    Schedule,
+    State,
+    Time,
+    VelocityFn,
+)
 
 
 class GaussianMixture(NamedTuple):
@@ -76,8 +90,8 @@ def gaussian_mixture(means: ArrayTree, scales: ArrayTree, weights: ArrayTree | N
     return GaussianMixture(*(jnp.asarray(a, dtype=float) for a in arrays))
 
 
-def sample(mixture: GaussianMixture, key: Key, num: int) -> Array:
-    """Draws data x1: [num, d]."""
+def sample(mixture: GaussianMixture, key: Key, num: int) -> Real[AnyArray, "num d"]:
+    """Draws data x1."""
     key_component, key_noise = jax.random.split(key)
     k = jax.random.categorical(key_component, jnp.log(mixture.weights), shape=(num,))
     noise = jax.random.normal(key_noise, (num, mixture.dim), dtype=mixture.means.dtype)
@@ -95,11 +109,11 @@ def _log_joint(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array)
     return jnp.log(mixture.weights) + log_density, rotated, variances
 
 
-def _over_batch(f: Callable[[Array, Array], ArrayTree], t: Array, x: Array) -> ArrayTree:
+def _over_batch(f: Callable[[Array, Array], ArrayTree], t: Time, x: State) -> ArrayTree:
     return jax.vmap(f)(batch_time(t, x), x)
 
 
-def log_prob(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array) -> Array:
+def log_prob(mixture: GaussianMixture, schedule: Schedule, t: Time, x: Points) -> PerExample:
     """The log-density of the marginal, log p_t(x), in nats.
 
     Notebooks: (3.1).
@@ -107,26 +121,23 @@ def log_prob(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array) -
     Args:
         mixture: the data distribution (its own density is that at alpha = 1, sigma = 0).
         schedule: of the path.
-        t: scalar or [batch].
-        x: [batch, d].
-
-    Returns:
-        [batch].
+        t: times.
+        x: points.
     """
     return _over_batch(lambda t, x: jax.nn.logsumexp(_log_joint(mixture, schedule, t, x)[0]), t, x)
 
 
-def cdf(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array) -> Array:
+def cdf(mixture: GaussianMixture, schedule: Schedule, t: Time, x: Points) -> PerExample:
     """The distribution function of the marginal in one dimension, P(x_t <= x), for tests of Kolmogorov and Smirnov.
 
     Args:
         mixture: the data distribution, on the line.
         schedule: of the path.
-        t: scalar or [batch].
-        x: [batch, 1].
+        t: times.
+        x: points, of d = 1.
 
     Returns:
-        [batch], between 0 and 1.
+        Between 0 and 1.
 
     Raises:
         ValueError: if the mixture has more than one dimension.
@@ -142,7 +153,7 @@ def cdf(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array) -> Arr
     return _over_batch(single, t, x)
 
 
-def prediction(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array) -> Prediction:
+def prediction(mixture: GaussianMixture, schedule: Schedule, t: Time, x: Points) -> Prediction:
     """What perfect networks of all four kinds say at (t, x): the conditional means, finite also at t = 0 and t = 1.
 
     With posterior weights r_k(x): E[x1 | x] = sum_k r_k (m_k + alpha C_k S_k^-1 (x - alpha m_k)),
@@ -153,11 +164,11 @@ def prediction(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array)
     Args:
         mixture: the data distribution.
         schedule: of the path.
-        t: scalar or [batch].
-        x: [batch, d].
+        t: times.
+        x: points.
 
     Returns:
-        `Prediction`, each [batch, d].
+        `Prediction`.
     """
 
     def single(t: Array, x: Array) -> Prediction:
@@ -182,7 +193,7 @@ def velocity(mixture: GaussianMixture, schedule: Schedule) -> VelocityFn:
     return lambda t, x: prediction(mixture, schedule, t, x).velocity
 
 
-def flow_map(mixture: GaussianMixture, schedule: Schedule, t0: float, t1: float, x: Array) -> Array:
+def flow_map(mixture: GaussianMixture, schedule: Schedule, t0: Scalar | float, t1: Scalar | float, x: Points) -> Points:
     """The exact solution at `t1` of dx/dt = v(t, x) from x at `t0`, for a single Gaussian.
 
     x(t1) = alpha_1 m + S_1^(1/2) S_0^(-1/2) (x - alpha_0 m), since S_0 and S_1 share their eigenvectors.
@@ -194,10 +205,7 @@ def flow_map(mixture: GaussianMixture, schedule: Schedule, t0: float, t1: float,
         schedule: of the path.
         t0: where x is.
         t1: where to go, before or after.
-        x: [batch, d].
-
-    Returns:
-        [batch, d].
+        x: points.
 
     Raises:
         ValueError: if the mixture has more than one component (its flow map has no closed form).
@@ -206,7 +214,7 @@ def flow_map(mixture: GaussianMixture, schedule: Schedule, t0: float, t1: float,
         raise ValueError(f"flow_map needs a single Gaussian, got {mixture.means.shape[0]} components.")
     mean, eigenvalues, eigenvectors = mixture.means, mixture.eigenvalues[0], mixture.eigenvectors[0]
 
-    def location_and_scale(time: float) -> tuple[Array, Array]:
+    def location_and_scale(time: Scalar | float) -> tuple[Array, Array]:
         t = jnp.asarray(time, dtype=x.dtype)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         return alpha * mean, jnp.sqrt(alpha**2 * eigenvalues + sigma**2)

@@ -9,7 +9,7 @@ from fm_jax.checks import check_member, check_same_shape
 from fm_jax.schedules import Linear, coefficients, vanishes
 from fm_jax.shapes import expand_time
 from fm_jax.sources import Normal
-from fm_jax.types import KINDS, Array, Key, PathSample, Schedule, Source
+from fm_jax.types import KINDS, Array, Key, PathSample, Schedule, Source, State, Time
 
 
 @dataclass(frozen=True)
@@ -43,14 +43,14 @@ class AffinePath:
     def kinds(self) -> tuple[str, ...]:
         return KINDS if self.source == Normal() else KINDS[:3]
 
-    def sample(self, key: Key | None, t: Array, x0: Array, x1: Array) -> PathSample:
+    def sample(self, key: Key | None, t: Time, x0: State, x1: State) -> PathSample:
         """The point at `t` between `x0` and `x1`, and its velocity.
 
         Args:
             key: not used, an affine path is a function of its ends; there so that every path has one signature.
-            t: [batch] or a scalar.
-            x0: source [batch, ...].
-            x1: data [batch, ...].
+            t: times.
+            x0: source.
+            x1: data.
 
         Raises:
             ValueError: if the shapes of `x0` and `x1` differ, or `t` is neither a scalar nor [batch].
@@ -58,10 +58,10 @@ class AffinePath:
         del key
         check_same_shape(x0=x0, x1=x1)
         alpha, sigma, d_alpha, d_sigma = coefficients(self.schedule, expand_time(t, x1))
-        return PathSample(t, alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0, x0, x1)
+        return PathSample(jnp.asarray(t), alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0, x0, x1)
 
     def targets(self, sample: PathSample) -> dict[str, Array]:
-        """What a network of each kind should say at a point of the path, each [batch, ...].
+        """What a network of each kind should say at a point of the path, all in the shape of `x1`.
 
         velocity `u_t`; data `x1`; noise `x0`; score `grad log p(x_t | x1) = -x0 / sigma`, which holds for a standard
         normal source (Vincent 2011; Song et al. 2021, arXiv:2011.13456, eq. 7) and is infinite where sigma = 0.

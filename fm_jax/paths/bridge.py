@@ -12,9 +12,9 @@ from fm_jax.checks import check_member, check_number, check_same_shape
 from fm_jax.schedules import Linear, coefficients, vanishes
 from fm_jax.shapes import expand_time
 from fm_jax.sources import Normal
-from fm_jax.types import Array, Key, PathSample, Schedule, Source
+from fm_jax.types import Array, Elementwise, Key, PathSample, Schedule, Source, State, Time
 
-Gamma: TypeAlias = Callable[[Array], Array]
+Gamma: TypeAlias = Callable[[Elementwise], Elementwise]
 """`gamma(t)`, elementwise: the amplitude of the latent noise. An attribute `domain` says where gamma' is finite, if not
 on all of [0, 1]."""
 
@@ -37,7 +37,7 @@ class BrownianNoise:
     def domain(self) -> tuple[float, float]:
         return self.margin, 1 - self.margin
 
-    def __call__(self, t: Array) -> Array:
+    def __call__(self, t: Elementwise) -> Elementwise:
         return self.sigma * jnp.sqrt(t * (1 - t))
 
 
@@ -53,7 +53,7 @@ class ConstantNoise:
     def __post_init__(self) -> None:
         check_number("sigma", self.sigma, "(0, inf)")
 
-    def __call__(self, t: Array) -> Array:
+    def __call__(self, t: Elementwise) -> Elementwise:
         return jnp.full_like(t, self.sigma)
 
 
@@ -66,7 +66,7 @@ class QuadraticNoise:
     def __post_init__(self) -> None:
         check_number("a", self.a, "(0, inf)")
 
-    def __call__(self, t: Array) -> Array:
+    def __call__(self, t: Elementwise) -> Elementwise:
         return self.a * t * (1 - t)
 
 
@@ -79,7 +79,7 @@ class SineNoise:
     def __post_init__(self) -> None:
         check_number("a", self.a, "(0, inf)")
 
-    def __call__(self, t: Array) -> Array:
+    def __call__(self, t: Elementwise) -> Elementwise:
         # With the nearer end: sin(pi) rounds to a number that is not 0.
         return self.a * jnp.sin(math.pi * jnp.minimum(t, 1 - t)) ** 2
 
@@ -136,17 +136,17 @@ class StochasticInterpolant:
         low, high = getattr(self.gamma, "domain", (0.0, 1.0))
         return max(low, self.interpolant.domain[0]), min(high, self.interpolant.domain[1])
 
-    def sample(self, key: Key | None, t: Array, x0: Array, x1: Array) -> PathSample:
+    def sample(self, key: Key | None, t: Time, x0: State, x1: State) -> PathSample:
         """The path at `t` with a fresh z.
 
         Args:
             key: typed key of z.
-            t: [batch] or a scalar.
-            x0: source [batch, ...].
-            x1: data [batch, ...].
+            t: times.
+            x0: source.
+            x1: data.
 
         Returns:
-            `PathSample` with `z` [batch, ...].
+            `PathSample` with `z`.
 
         Raises:
             ValueError: if `key` is `None`, the shapes of `x0` and `x1` differ, or `t` is neither a scalar nor [batch].
@@ -155,17 +155,17 @@ class StochasticInterpolant:
             raise ValueError("a stochastic interpolant draws its noise: key must be a typed key, got None.")
         return self.at(t, x0, x1, jax.random.normal(key, x1.shape, jnp.result_type(x0, x1)))
 
-    def at(self, t: Array, x0: Array, x1: Array, z: Array) -> PathSample:
-        """The path at `t` for a given z [batch, ...]; otherwise as `sample`."""
+    def at(self, t: Time, x0: State, x1: State, z: State) -> PathSample:
+        """The path at `t` for a given z; otherwise as `sample`."""
         check_same_shape(x0=x0, x1=x1, z=z)
         t_x = expand_time(t, x1)
         alpha, sigma, d_alpha, d_sigma = coefficients(self.interpolant, t_x)
         gamma, d_gamma = value_and_slope(self.gamma, t_x)
         x_t = alpha * x1 + sigma * x0 + gamma * z
-        return PathSample(t, x_t, d_alpha * x1 + d_sigma * x0 + d_gamma * z, x0, x1, z)
+        return PathSample(jnp.asarray(t), x_t, d_alpha * x1 + d_sigma * x0 + d_gamma * z, x0, x1, z)
 
     def targets(self, sample: PathSample) -> dict[str, Array]:
-        """What a network of each kind should say at a point of the path, each [batch, ...]."""
+        """What a network of each kind should say at a point of the path."""
         if sample.z is None:
             raise ValueError("the sample must have a latent z, as this path's own samples do, got None.")
         t_x = expand_time(sample.t, sample.x1)
@@ -204,7 +204,7 @@ def BrownianBridge(sigma: float, margin: float = 1e-3) -> StochasticInterpolant:
     return StochasticInterpolant(Linear(), BrownianNoise(sigma, margin))
 
 
-def value_and_slope(gamma: Gamma, t: Array) -> tuple[Array, Array]:
-    """The noise amplitude and its time derivative, both in the shape of `t`."""
+def value_and_slope(gamma: Gamma, t: Elementwise) -> tuple[Elementwise, Elementwise]:
+    """The noise amplitude and its time derivative."""
     t = jnp.asarray(t, dtype=jnp.result_type(t, float))
     return jax.jvp(lambda t: jnp.broadcast_to(gamma(t), t.shape), (t,), (jnp.ones_like(t),))

@@ -7,10 +7,11 @@ from typing import ClassVar, Literal, TypeAlias, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Real
 
 from fm_jax.checks import check_member, check_number
 from fm_jax.shapes import batch_time
-from fm_jax.types import Array, Key, PathSample
+from fm_jax.types import AnyArray, Array, Key, PathSample, Scalar, Time
 
 SplineKind: TypeAlias = Literal["natural", "linear"]
 
@@ -58,7 +59,7 @@ class SplinePath:
         check_member("kind", self.kind, get_args(SplineKind))
         check_number("sigma", self.sigma, "[0, inf)")
 
-    def weights(self, t: Array) -> Array:
+    def weights(self, t: Scalar) -> Real[AnyArray, " knots"]:
         """The weights w_k(t) of the snapshots.
 
         On the interval i, of length h, with `b = (t - t_i) / h` and `a = 1 - b`,
@@ -68,10 +69,7 @@ class SplinePath:
         where the second derivatives x'' at the knots are a fixed linear map of the x_k, 0 if the spline is linear.
 
         Args:
-            t: scalar.
-
-        Returns:
-            [K].
+            t: one time.
         """
         times = jnp.asarray(self.times, dtype=t.dtype)
         second = jnp.asarray(second_derivatives(self.times, self.kind), dtype=t.dtype)
@@ -83,13 +81,13 @@ class SplinePath:
         curved = (a**3 - a) * second[i] + (b**3 - b) * second[i + 1]
         return a * unit[i] + b * unit[i + 1] + h**2 / 6 * curved
 
-    def sample(self, key: Key | None, t: Array, x: Array) -> PathSample:
+    def sample(self, key: Key | None, t: Time, x: Real[AnyArray, "batch knots *event"]) -> PathSample:
         """The point at `t` of the curve through the snapshots, and its velocity.
 
         Args:
             key: typed key of z; may be `None` if `sigma` is 0.
-            t: [batch] or a scalar.
-            x: trajectories [batch, K, ...], one snapshot for each knot.
+            t: times.
+            x: trajectories, one snapshot for each knot.
 
         Returns:
             `PathSample`: its `x0` and `x1` are the first and the last snapshot.
@@ -104,14 +102,14 @@ class SplinePath:
         # "highest": by default accelerators multiply matrices with fewer digits, and x_t would miss its knots.
         x_t, u_t = (jnp.einsum("bk,bk...->b...", w, x, precision="highest") for w in (weights, slopes))
         if not self.sigma:
-            return PathSample(t, x_t, u_t, x[:, 0], x[:, -1])
+            return PathSample(jnp.asarray(t), x_t, u_t, x[:, 0], x[:, -1])
         if key is None:
             raise ValueError("a path with noise, sigma > 0, needs a key, got None.")
         z = jax.random.normal(key, x_t.shape, x_t.dtype)
-        return PathSample(t, x_t + self.sigma * z, u_t, x[:, 0], x[:, -1], z)
+        return PathSample(jnp.asarray(t), x_t + self.sigma * z, u_t, x[:, 0], x[:, -1], z)
 
     def targets(self, sample: PathSample) -> dict[str, Array]:
-        """The velocity, [batch, ...]."""
+        """The velocity."""
         return {"velocity": sample.u_t}
 
     def target_domain(self, kind: str) -> tuple[float, float]:
@@ -120,8 +118,8 @@ class SplinePath:
         return self.domain
 
 
-def second_derivatives(times: tuple[float, ...], kind: SplineKind = "natural") -> np.ndarray:
-    """The matrix [K, K] that takes values at the knots to the second derivatives there of the spline through them.
+def second_derivatives(times: tuple[float, ...], kind: SplineKind = "natural") -> Float[np.ndarray, "knots knots"]:
+    """The matrix that takes values at the knots to the second derivatives there of the spline through them.
 
     The natural spline's are 0 at both ends, and in between, with `h_k = t_{k+1} - t_k`,
 

@@ -10,7 +10,7 @@ from fm_jax.nfe import spent
 from fm_jax.samplers.loop import run_steps
 from fm_jax.samplers.runge_kutta import TABLEAUX, evaluate, ode_step
 from fm_jax.shapes import time_dtype
-from fm_jax.types import Array, ArrayTree, Solution, VelocityFn
+from fm_jax.types import Array, ArrayTree, Solution, State, VelocityFn
 
 # The first order - 1 steps have nothing to remember. A method of one order less is enough for these few.
 START = {2: "euler", 3: "heun", 4: "heun3"}
@@ -62,7 +62,7 @@ class AdamsBashforth:
         if self.order not in START:
             raise ValueError(f"order must be one of {', '.join(map(str, START))}, got {self.order!r}.")
 
-    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         times, order = jnp.asarray(times), self.order
         weights, steps = _weights(times, order), jnp.diff(times)

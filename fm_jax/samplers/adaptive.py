@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_member, check_shape, check_tolerances, imported
 from fm_jax.nfe import spent
-from fm_jax.types import Array, ArrayTree, Solution, VelocityFn
+from fm_jax.types import Array, ArrayTree, Solution, State, Time, VelocityFn
 
 if TYPE_CHECKING:
     import diffrax
@@ -67,11 +67,11 @@ def _counting_controller() -> type:
     return CountingController
 
 
-def _rms(x: Array) -> Array:
+def _rms(x: State) -> Array:
     return jnp.sqrt(jnp.mean(x**2))
 
 
-def _first_step(v: VelocityFn, t0: Array, t1: Array, x0: Array, rtol: float, atol: float, order: int) -> Array:
+def _first_step(v: VelocityFn, t0: Array, t1: Array, x0: State, rtol: float, atol: float, order: int) -> Array:
     """A guess of the first step size (Hairer, Norsett & Wanner 1993, Solving Ordinary Differential Equations I, II.4).
 
     Done here since Diffrax 0.7.2, asked for it, takes 0.01 whatever the equation.
@@ -161,7 +161,7 @@ class Adaptive:
         """The same with both tolerances larger by a factor."""
         return dataclasses.replace(self, rtol=factor * self.rtol, atol=factor * self.atol)
 
-    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         diffrax = imported("diffrax", "Adaptive")
         if x0.dtype not in (jnp.float32, jnp.float64):
@@ -176,7 +176,7 @@ class Adaptive:
         # Recursive checkpointing is a custom_vjp, whose backward pass does not know the axis gathered over below.
         default_adjoint = diffrax.DirectAdjoint() if self.per_sample else diffrax.RecursiveCheckpointAdjoint()
 
-        def velocity(t: Array, x: Array) -> Array:
+        def velocity(t: Time, x: State) -> Array:
             value = v(t, x)
             check_shape("v(t, x)", value, x)
             return value.astype(x.dtype)

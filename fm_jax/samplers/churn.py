@@ -13,29 +13,32 @@ from fm_jax.samplers.loop import run_steps, step_noise
 from fm_jax.samplers.runge_kutta import Tableau, ode_step, tableau
 from fm_jax.schedules import log_snr
 from fm_jax.shapes import time_dtype
-from fm_jax.types import Array, ArrayTree, Key, Schedule, Solution, VelocityFn
+from fm_jax.types import Array, ArrayTree, Key, Scalar, Schedule, Solution, State, VelocityFn
 
 MOST_CHURN_A_STEP = math.sqrt(2) - 1
 """At the most the variance of the noise, in proportion to the signal, doubles."""
 CHURN_RANGE = (0.05, 50.0)
 
 
-def renoise(t: Array, t_next: Array, x: Array, noise: Array, *, schedule: Schedule, noise_scale: float = 1.0) -> Array:
+def renoise(
+    t: Scalar | float, t_next: Scalar | float, x: State, noise: State, *, schedule: Schedule, noise_scale: float = 1.0
+) -> State:
     """Goes back along the path by adding noise: if x has the law p_t, the result has the law p_(t_next).
 
     `a x + sqrt(sigma_n^2 - a^2 sigma^2) noise` with `a = alpha_n / alpha`, the transition of the diffusion.
 
     Args:
-        t: scalar, where `x` is.
-        t_next: scalar, not after `t`.
-        x: [batch, ...].
-        noise: standard normal [batch, ...].
+        t: time of `x`.
+        t_next: not after `t`.
+        x: the state.
+        noise: standard normal.
         schedule: of the path.
         noise_scale: factor of the noise; any other than 1 leaves the path.
 
     Returns:
-        [batch, ...] at `t_next`; `x` itself where `t_next = t`.
+        The state at `t_next`; `x` itself where `t_next = t`.
     """
+    t, t_next = jnp.asarray(t), jnp.asarray(t_next)
     alpha, alpha_next = schedule.alpha(t), schedule.alpha(t_next)
     # Where alpha = 0 there is no signal to scale.
     a = jnp.where(alpha > 0, alpha_next / jnp.where(alpha > 0, alpha, 1), 1)
@@ -47,26 +50,26 @@ def renoise(t: Array, t_next: Array, x: Array, noise: Array, *, schedule: Schedu
 
 def churn_step(
     v: VelocityFn,
-    t: Array,
-    t_next: Array,
-    x: Array,
-    noise: Array,
+    t: Scalar | float,
+    t_next: Scalar | float,
+    x: State,
+    noise: State,
     *,
     schedule: Schedule,
-    gamma: float | Array,
-    t_first: float | Array = 0.0,
+    gamma: Scalar | float,
+    t_first: Scalar | float = 0.0,
     churn_range: tuple[float, float] = CHURN_RANGE,
     noise_scale: float = 1.0,
     method: str | Tableau = "heun",
-) -> Array:
+) -> State:
     """One step of `Churn`: from `t` back to t_hat by `renoise`, and from there to `t_next` by `ode_step`.
 
     Args:
         v: velocity function.
-        t: scalar.
-        t_next: scalar, after `t`.
-        x: [batch, ...] at `t`.
-        noise: standard normal [batch, ...].
+        t: time of `x`.
+        t_next: after `t`.
+        x: the state.
+        noise: standard normal.
         schedule: of the path.
         gamma: t_hat has 1 + gamma times the noise-to-signal ratio of `t`.
         t_first: the earliest t_hat.
@@ -75,9 +78,9 @@ def churn_step(
         method: of the ODE step.
 
     Returns:
-        [batch, ...] at `t_next`, in the dtype of `x`.
+        The state at `t_next`, in the dtype of `x`.
     """
-    t = jnp.asarray(t, dtype=time_dtype(x))
+    t, t_next = jnp.asarray(t, dtype=time_dtype(x)), jnp.asarray(t_next, dtype=time_dtype(x))
     low, high = churn_range
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     inside = (alpha > 0) & (sigma > 0) & (low * alpha <= sigma) & (sigma <= high * alpha)
@@ -153,7 +156,7 @@ class Churn:
     def domain(self) -> tuple[float, float]:
         return self.schedule.domain
 
-    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         check_forward(times, self)
         times = jnp.asarray(times)

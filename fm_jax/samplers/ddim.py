@@ -12,7 +12,7 @@ from fm_jax.samplers.levels import check_start, data_and_noise, range_of
 from fm_jax.samplers.loop import run_steps, step_noise
 from fm_jax.samplers.runge_kutta import evaluate
 from fm_jax.shapes import time_dtype
-from fm_jax.types import Array, ArrayTree, Key, Schedule, Solution, VelocityFn
+from fm_jax.types import Array, ArrayTree, Key, Scalar, Schedule, Solution, State, VelocityFn
 
 
 def noise_shares(alpha: Array, sigma: Array, alpha_next: Array, sigma_next: Array, eta: float) -> tuple[Array, Array]:
@@ -33,29 +33,29 @@ def noise_shares(alpha: Array, sigma: Array, alpha_next: Array, sigma_next: Arra
 
 def ddim_step(
     v: VelocityFn,
-    t: Array,
-    t_next: Array,
-    x: Array,
+    t: Scalar | float,
+    t_next: Scalar | float,
+    x: State,
     *,
     schedule: Schedule,
     eta: float = 0.0,
-    noise: Array | None = None,
-    first: Array | None = None,
-) -> Array:
+    noise: State | None = None,
+    first: State | None = None,
+) -> State:
     """One step of DDIM from `t` to `t_next`: `alpha_n d + sigma_n n` with the predictions d and n of data and noise.
 
     Args:
         v: velocity function of an affine path with a standard normal source.
-        t: scalar.
-        t_next: scalar; after `t` if `eta > 0`.
-        x: [batch, ...] at `t`.
+        t: time of `x`.
+        t_next: after `t` if `eta > 0`.
+        x: the state.
         schedule: of the path.
         eta: share of the posterior's noise, a number in [0, 1].
-        noise: standard normal [batch, ...], where `eta > 0`.
+        noise: standard normal, where `eta > 0`.
         first: `v(t, x)`, where it is already known.
 
     Returns:
-        [batch, ...] at `t_next`, in the dtype of `x`.
+        The state at `t_next`, in the dtype of `x`.
 
     Raises:
         ValueError: if `v` returns another shape than that of `x`.
@@ -129,7 +129,7 @@ class DDIM:
     def domain(self) -> tuple[float, float]:
         return range_of(self.schedule)
 
-    def solve(self, v: VelocityFn, key: Key | None, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+    def solve(self, v: VelocityFn, key: Key | None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         check_start(self.schedule, times)
         if key is not None:

@@ -18,7 +18,7 @@ from fm_jax.samplers.sde import (
     functions,
     noise_of,
 )
-from fm_jax.types import Array, ArrayTree, Diffusion, Key, Schedule, Solution, VelocityFn
+from fm_jax.types import Array, ArrayTree, Diffusion, Key, Schedule, Solution, State, VelocityFn
 
 
 class Solver(NamedTuple):
@@ -126,7 +126,7 @@ class DiffraxSDE:
     def domain(self) -> tuple[float, float]:
         return (0.0, 1.0) if self.schedule is None else range_of(self.schedule)
 
-    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         if x0.dtype not in (jnp.float32, jnp.float64):
             raise ValueError(f"x0 must be float32 or float64, as Diffrax's Brownian path, got {x0.dtype}.")

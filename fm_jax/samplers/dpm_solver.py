@@ -13,7 +13,7 @@ from fm_jax.samplers.levels import Levels, check_start, data_and_noise, levels, 
 from fm_jax.samplers.loop import Step, run_steps, step_noise
 from fm_jax.samplers.runge_kutta import evaluate
 from fm_jax.shapes import time_dtype
-from fm_jax.types import Array, ArrayTree, Key, Schedule, Solution, VelocityFn
+from fm_jax.types import Array, ArrayTree, Key, Schedule, Solution, State, Time, VelocityFn
 
 
 def _single_step(v: VelocityFn, schedule: Schedule, times: Array, at: Levels, order: int) -> Step:
@@ -29,7 +29,7 @@ def _single_step(v: VelocityFn, schedule: Schedule, times: Array, at: Levels, or
         data, noise = data_and_noise(evaluate(v, t, x), schedule, t, x)
         h = at.h[i]
 
-        def change_of_noise(t: Array, less: Array | float) -> Array:
+        def change_of_noise(t: Time, less: Array | float) -> Array:
             """From the start to `t`, where the state is that of DDIM, and there with noise `less` this."""
             x_stage = (schedule.alpha(t) * data + schedule.sigma(t) * (noise - less)).astype(x.dtype)
             return data_and_noise(evaluate(v, t, x_stage), schedule, t, x_stage)[1] - noise
@@ -66,7 +66,7 @@ def _multistep(v: VelocityFn, schedule: Schedule, at: Levels, order: int, key: K
     bend = jnp.where(reached == 3, slope * r0 + 2 * alpha * h * phi(3, -h), 0)
 
     def step(
-        x: Array, memory: tuple[Array, Array], i: Array, t: Array, t_next: Array
+        x: State, memory: tuple[Array, Array], i: Array, t: Time, t_next: Time
     ) -> tuple[Array, tuple[Array, Array]]:
         data1, data2 = memory
         data, noise = data_and_noise(evaluate(v, t, x), schedule, t, x)
@@ -123,7 +123,7 @@ class DPMSolver:
     def domain(self) -> tuple[float, float]:
         return range_of(self.schedule)
 
-    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         check_start(self.schedule, times)
         times = jnp.asarray(times)
@@ -174,7 +174,7 @@ class DPMSolverPlusPlus:
     def domain(self) -> tuple[float, float]:
         return range_of(self.schedule)
 
-    def solve(self, v: VelocityFn, key: Key | None, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+    def solve(self, v: VelocityFn, key: Key | None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         check_start(self.schedule, times)
         if key is not None:

@@ -4,11 +4,12 @@
 """
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from fm_jax.checks import check_ends, check_integer, is_traced
 from fm_jax.schedules import log_snr
@@ -16,9 +17,10 @@ from fm_jax.shapes import time_dtype
 from fm_jax.types import Array, ArrayTree, Schedule, TimeSampler
 
 _DRAWS = 2**17
+Grid: TypeAlias = Float[Array, " num_steps+1"]
 
 
-def uniform(num_steps: int, t0: float = 0.0, t1: float = 1.0) -> Array:
+def uniform(num_steps: int, t0: float = 0.0, t1: float = 1.0) -> Grid:
     """Equally spaced times, `t0 + (t1 - t0) i / num_steps`.
 
     Computed on the host in double precision, so that both ends are exact and no error adds up.
@@ -27,9 +29,6 @@ def uniform(num_steps: int, t0: float = 0.0, t1: float = 1.0) -> Array:
         num_steps: number of steps.
         t0: first time.
         t1: last time; `t1 < t0` runs backward.
-
-    Returns:
-        [num_steps + 1].
 
     Raises:
         ValueError: if `num_steps` is less than 1, or the ends are equal or not finite.
@@ -41,16 +40,13 @@ def uniform(num_steps: int, t0: float = 0.0, t1: float = 1.0) -> Array:
     return jnp.asarray(_uniform(num_steps, t0, t1))
 
 
-def cosine(num_steps: int, t0: float = 0.0, t1: float = 1.0) -> Array:
+def cosine(num_steps: int, t0: float = 0.0, t1: float = 1.0) -> Grid:
     """Times `t0 + (t1 - t0) sin^2(pi i / (2 num_steps))`, dense at both ends.
 
     Args:
         num_steps: number of steps.
         t0: first time.
         t1: last time; `t1 < t0` runs backward.
-
-    Returns:
-        [num_steps + 1].
 
     Raises:
         ValueError: as `uniform`.
@@ -73,7 +69,7 @@ def edm(
     rho: float = 7.0,
     sigma_min: float = 0.002,
     sigma_max: float = 80.0,
-) -> Array:
+) -> Grid:
     """The noise levels of EDM on any schedule: equal steps in `(sigma / alpha)^(1 / rho)` (arXiv:2206.00364, eq. 5).
 
     The grid starts at `t0` and ends at `t1` exactly, so that what starts as pure noise is pure noise. Where these lie
@@ -88,9 +84,6 @@ def edm(
         rho: 1 spaces the levels equally, `math.inf` their logarithms, which is the grid uniform in log-SNR.
         sigma_min: smallest noise-to-signal ratio before 0.
         sigma_max: largest noise-to-signal ratio.
-
-    Returns:
-        [num_steps + 1].
 
     Raises:
         ValueError: as `uniform`; unless 0 < sigma_min < sigma_max and rho > 0; if the levels do not lie between the
@@ -124,7 +117,7 @@ def edm(
     return _with_ends(times[1:num_steps], t0, t1)
 
 
-def quantiles(num_steps: int, time_sampler: TimeSampler, t0: float = 0.0, t1: float = 1.0) -> Array:
+def quantiles(num_steps: int, time_sampler: TimeSampler, t0: float = 0.0, t1: float = 1.0) -> Grid:
     """The quantiles i / num_steps of a distribution of training times: steps are short where training looked most.
 
     They are taken from 131,072 draws with a fixed key, so that any time sampler will do; an error of about 0.003
@@ -137,7 +130,7 @@ def quantiles(num_steps: int, time_sampler: TimeSampler, t0: float = 0.0, t1: fl
         t1: last time; `t1 < t0` gives the reversed grid.
 
     Returns:
-        [num_steps + 1], from `t0` to `t1`.
+        From `t0` to `t1`.
 
     Raises:
         ValueError: as `uniform`; if hardly any draw lies between `t0` and `t1`.

@@ -14,10 +14,10 @@ from fm_jax.samplers.loop import run_steps, step_noise
 from fm_jax.samplers.runge_kutta import evaluate, ode_step
 from fm_jax.samplers.sde import ScoreFn, check_score_at_start, score_missing, sde_step
 from fm_jax.shapes import expand_time, time_dtype
-from fm_jax.types import Array, ArrayTree, Diffusion, Key, Schedule, Solution, VelocityFn
+from fm_jax.types import Array, ArrayTree, Diffusion, Key, Schedule, Solution, State, Time, VelocityFn
 
 
-def langevin_step(score: ScoreFn, t: Array, x: Array, noise: Array, step_size: Array) -> Array:
+def langevin_step(score: ScoreFn, t: Time, x: State, noise: State, step_size: Time) -> State:
     """One step of Langevin dynamics at a fixed time, `x + eps score(t, x) + sqrt(2 eps) noise`.
 
     It leaves p_t as it is, up to an error of order 1 in eps: on a Gaussian of variance S the variance it settles at is
@@ -25,13 +25,13 @@ def langevin_step(score: ScoreFn, t: Array, x: Array, noise: Array, step_size: A
 
     Args:
         score: `score(t, x)`.
-        t: scalar or [batch].
-        x: [batch, ...].
-        noise: standard normal [batch, ...].
+        t: times.
+        x: the state.
+        noise: standard normal.
         step_size: eps, a scalar or [batch].
 
     Returns:
-        [batch, ...], in the dtype of `x`.
+        The state, in the dtype of `x`.
 
     Example:
         >>> langevin_step(lambda t, x: -x, 0.5, jnp.ones((1, 2)), jnp.zeros((1, 2)), 0.25)
@@ -104,7 +104,7 @@ class PredictorCorrector:
     def domain(self) -> tuple[float, float]:
         return range_of(self.schedule)
 
-    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         schedule, diffusion, corrector_steps = self.schedule, self.diffusion, self.corrector_steps
         random = callable(diffusion) or diffusion > 0
@@ -112,7 +112,7 @@ class PredictorCorrector:
             check_score_at_start(schedule, times)
         times = jnp.asarray(times)
 
-        def score(t: Array, x: Array) -> Array:
+        def score(t: Time, x: State) -> State:
             return convert("velocity", evaluate(v, t, x), t, x, schedule).score
 
         def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:

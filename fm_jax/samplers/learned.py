@@ -21,7 +21,7 @@ from fm_jax.samplers.grids import uniform
 from fm_jax.samplers.runge_kutta import Tableau, evaluate, tableau
 from fm_jax.samplers.sample import sample
 from fm_jax.shapes import mean_over_event
-from fm_jax.types import Array, Solution, VelocityFn
+from fm_jax.types import Array, ArrayTree, Elementwise, Scalar, Solution, State, VelocityFn
 
 
 @jax.tree_util.register_dataclass
@@ -64,7 +64,7 @@ class LearnedSolver:
         t0, t1 = self.ends
         return t0, t1
 
-    def solve(self, v: VelocityFn, key: None, times: Array, x0: Array, trajectory: bool) -> Solution:
+    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         x, states, velocities = x0, [x0], list[Array]()
         for i, t in enumerate(times[:-1]):
@@ -118,23 +118,23 @@ def start_for(num_evaluations: int, t0: float = 0.0, t1: float = 1.0) -> Learned
     return from_method("euler", num_evaluations, t0, t1)
 
 
-def log_error(x: Array, x1: Array) -> Array:
-    """The mean over examples of the logarithm of the mean squared difference of two [batch, ...]; a scalar."""
+def log_error(x: State, x1: State) -> Scalar:
+    """The mean over examples of the logarithm of the mean squared difference of two batches."""
     error = mean_over_event((x - x1) ** 2)
     return jnp.log(jnp.maximum(error, jnp.finfo(error.dtype).tiny)).mean()
 
 
-def loss(v: VelocityFn, solver: LearnedSolver, x0: Array, x1: Array) -> Array:
+def loss(v: VelocityFn, solver: LearnedSolver, x0: State, x1: State) -> Scalar:
     """The mean over examples of the logarithm of the mean squared error, which is minus the PSNR up to a constant.
 
     Args:
         v: velocity function.
         solver: to be trained.
-        x0: [batch, ...] at the first time.
-        x1: [batch, ...], where a fine solution starting from `x0` ends.
+        x0: states at the first time.
+        x1: where a fine solution starting from `x0` ends.
 
     Returns:
-        A scalar; times 10 / ln 10 it is in decibels.
+        Times 10 / ln 10 it is in decibels.
 
     References:
         Shaul et al. 2024 (arXiv:2403.01329).
@@ -142,6 +142,6 @@ def loss(v: VelocityFn, solver: LearnedSolver, x0: Array, x1: Array) -> Array:
     return log_error(sample(v, x0, solver).x, x1)
 
 
-def decibels(log_error: Array, peak: float = 2.0) -> Array:
+def decibels(log_error: Elementwise, peak: float = 2.0) -> Elementwise:
     """The peak signal-to-noise ratio in dB that a `log_error` stands for, for data with values `peak` apart."""
     return 10 / math.log(10) * (2 * math.log(peak) - log_error)

@@ -26,7 +26,7 @@ from fm_jax.parameterization import conversion_domain, convert
 from fm_jax.samplers.grids import first_time
 from fm_jax.schedules import stands_still
 from fm_jax.shapes import time_dtype
-from fm_jax.types import Array, ArrayTree, Schedule
+from fm_jax.types import AnyArray, Array, ArrayTree, Elementwise, Schedule, State, Time
 
 
 class Levels(NamedTuple):
@@ -75,7 +75,7 @@ def check_start(schedule: Schedule, times: ArrayTree) -> None:
             )
 
 
-def levels(schedule: Schedule, times: Array) -> Levels:
+def levels(schedule: Schedule, times: AnyArray) -> Levels:
     """`Levels` of a schedule on the times [num_steps + 1]."""
     alpha, sigma = schedule.alpha(times), schedule.sigma(times)
     finite = (alpha > 0) & (sigma > 0)
@@ -86,14 +86,14 @@ def levels(schedule: Schedule, times: Array) -> Levels:
     return Levels(alpha, sigma, half_log_snr, jnp.where(regular, h, jnp.sign(times[-1] - times[0])), regular)
 
 
-def data_and_noise(velocity: Array, schedule: Schedule, t: Array, x: Array) -> tuple[Array, Array]:
-    """The predictions of data and noise, both [batch, ...], from the velocity at a scalar `t`."""
+def data_and_noise(velocity: State, schedule: Schedule, t: Time, x: State) -> tuple[State, State]:
+    """The predictions of data and noise from the velocity."""
     prediction = convert("velocity", velocity, t, x, schedule)
     return prediction.data.astype(time_dtype(x)), prediction.noise.astype(time_dtype(x))
 
 
-def phi(k: int, z: Array) -> Array:
-    """`phi_k(z) = int_0^1 e^((1 - s) z) s^(k - 1) / (k - 1)! ds`, elementwise; `phi_1(z) = (e^z - 1) / z`.
+def phi(k: int, z: Elementwise) -> Elementwise:
+    """`phi_k(z) = int_0^1 e^((1 - s) z) s^(k - 1) / (k - 1)! ds`; `phi_1(z) = (e^z - 1) / z`.
 
     The functions of exponential integrators (Hochbruck & Ostermann 2010, Acta Numerica 19). The recursion
     `phi_k+1 = (phi_k - 1 / k!) / z` loses all digits near 0, where the power series serves.

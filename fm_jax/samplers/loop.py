@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from fm_jax.types import Array, ArrayTree, Key, Solution
+from fm_jax.types import Array, ArrayTree, Key, Like, Scalar, Solution, State
 
 Step: TypeAlias = Callable[[Array, Any, Array, Array, Array], tuple[Array, Any]]
 """`step(x, memory, i, t, t_next) -> (x, memory)`: step number i from `t` to `t_next`, all three scalars."""
@@ -14,7 +14,7 @@ Step: TypeAlias = Callable[[Array, Any, Array, Array, Array], tuple[Array, Any]]
 
 def run_steps(
     step: Step,
-    x0: Array,
+    x0: State,
     times: ArrayTree,
     spent: tuple[Array | None, Array | None],
     *,
@@ -25,7 +25,7 @@ def run_steps(
 
     Args:
         step: `step(x, memory, i, t, t_next) -> (x, memory)`.
-        x0: [batch, ...] at the first time.
+        x0: the state at the first time.
         times: [num_steps + 1].
         spent: calls of the velocity and network evaluations on each example, as from `nfe.spent`.
         memory: pytree that a step leaves for the next, such as earlier velocities.
@@ -44,6 +44,6 @@ def run_steps(
     return Solution(x, *spent, None if states is None else jnp.concatenate([x0[None], states]))
 
 
-def step_noise(key: Key, i: Array, x: Array) -> Array:
+def step_noise(key: Key, i: Scalar, x: Like) -> State:
     """Standard normal noise in the shape and dtype of `x`, for step number i of a sampler."""
     return jax.random.normal(jax.random.fold_in(key, i), x.shape, x.dtype)

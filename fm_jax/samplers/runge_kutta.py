@@ -9,7 +9,7 @@ from fm_jax.checks import check_member, check_shape
 from fm_jax.nfe import spent
 from fm_jax.samplers.loop import run_steps
 from fm_jax.shapes import expand_time, time_dtype
-from fm_jax.types import Array, ArrayTree, Solution, VelocityFn
+from fm_jax.types import Array, ArrayTree, Solution, State, Time, VelocityFn
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _weighted(weights: tuple[float, ...], values: list[Array]) -> Array:
     return sum(rest, first)
 
 
-def evaluate(v: VelocityFn, t: Array, x: Array) -> Array:
+def evaluate(v: VelocityFn, t: Time, x: State) -> State:
     """`v(t, x)`; raises `ValueError` if it has another shape than `x`."""
     velocity = v(t, x)
     check_shape("v(t, x)", velocity, x)
@@ -77,8 +77,8 @@ def evaluate(v: VelocityFn, t: Array, x: Array) -> Array:
 
 
 def ode_step(
-    v: VelocityFn, t: Array, t_next: Array, x: Array, method: str | Tableau = "midpoint", *, first: Array | None = None
-) -> Array:
+    v: VelocityFn, t: Time, t_next: Time, x: State, method: str | Tableau = "midpoint", *, first: State | None = None
+) -> State:
     """One step of dx/dt = v(t, x) from `t` to `t_next`.
 
     For callers that dispatch steps one by one: on CPU, XLA runs convolutions 1.5 times slower inside a loop.
@@ -87,14 +87,14 @@ def ode_step(
 
     Args:
         v: velocity function.
-        t: scalar or [batch].
+        t: time of `x`.
         t_next: in the shape of `t`, after or before it.
-        x: [batch, ...] at `t`.
+        x: the state.
         method: "euler", "midpoint", "heun", "ralston", "heun3", "rk4" or a tableau.
         first: `v(t, x)`, the first stage of every method, where it is already known.
 
     Returns:
-        [batch, ...] at `t_next`, in the dtype of `x`.
+        The state at `t_next`, in the dtype of `x`.
 
     Raises:
         ValueError: if the method is unknown, or `v` returns another shape than that of `x`.
@@ -148,7 +148,7 @@ class RungeKutta:
     def nfe_per_step(self) -> int:
         return tableau(self.method).stages
 
-    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
 
         def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:

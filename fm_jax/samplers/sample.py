@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from fm_jax.checks import check_has, check_key, check_state
 from fm_jax.samplers.grids import time_grid
 from fm_jax.samplers.runge_kutta import RungeKutta
-from fm_jax.types import Array, ArrayTree, Key, Sampler, Solution, VelocityFn
+from fm_jax.types import ArrayTree, Key, Sampler, Solution, State, VelocityFn
 
 DEFAULT_STEPS = 20
 _MIDPOINT = RungeKutta("midpoint")
@@ -13,7 +13,7 @@ _MIDPOINT = RungeKutta("midpoint")
 
 def sample(
     v: VelocityFn,
-    x0: Array,
+    x0: State,
     sampler: Sampler = _MIDPOINT,
     *,
     times: int | ArrayTree | None = None,
@@ -30,7 +30,7 @@ def sample(
 
     Args:
         v: velocity function; called with a scalar t in float32 or better.
-        x0: [batch, ...] at the first time, floating point.
+        x0: the state at the first time, floating point.
         sampler: how to follow it: `RungeKutta("heun")`, `Adaptive()`, `DDIM(schedule)`, `EulerMaruyama(schedule)`, ...
         times: how many even steps to take over the sampler's range, from source to data, 20 by default; or the times
             themselves, [num + 1] and strictly monotone, as from `samplers.grids`. Decreasing ones run backward, from

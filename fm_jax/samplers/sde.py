@@ -6,6 +6,7 @@ from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Bool
 
 from fm_jax.checks import check_diffusion, check_member, check_shape
 from fm_jax.nfe import spent
@@ -16,10 +17,23 @@ from fm_jax.samplers.loop import run_steps, step_noise
 from fm_jax.samplers.runge_kutta import evaluate
 from fm_jax.schedules import coefficients, stands_still, vanishes
 from fm_jax.shapes import time_dtype
-from fm_jax.types import Array, ArrayTree, Diffusion, Key, Schedule, Solution, VelocityFn
+from fm_jax.types import (
+    AnyArray,
+    Array,
+    ArrayTree,
+    Diffusion,
+    Elementwise,
+    Key,
+    Scalar,
+    Schedule,
+    Solution,
+    State,
+    Time,
+    VelocityFn,
+)
 
-ScoreFn: TypeAlias = Callable[[Array, Array], Array]
-"""`score(t, x) -> grad log p_t(x)`: `t` a scalar or [batch], `x` [batch, ...]."""
+ScoreFn: TypeAlias = Callable[[Time, State], State]
+"""`score(t, x) -> grad log p_t(x)`."""
 _METHODS = ("euler_maruyama", "heun")
 
 
@@ -40,13 +54,13 @@ def check_sde(schedule: Schedule | None, diffusion: Diffusion | None, score: Sco
         raise ValueError("diffusion must be given with a score: its default is made of a schedule.")
 
 
-def falling_noise(schedule: Schedule) -> Callable[[Array], Array]:
+def falling_noise(schedule: Schedule) -> Callable[[Elementwise], Elementwise]:
     """The diffusion coefficient g with `g(t)^2 = -d sigma^2 / dt`: noise is added as fast as the path sheds it.
 
     On `VE` and `EDM` it is that of the reverse diffusion; it vanishes with sigma, so that the score term stays finite.
     """
 
-    def g(t: Array) -> Array:
+    def g(t: Elementwise) -> Elementwise:
         c = coefficients(schedule, t)
         return jnp.sqrt(jnp.maximum(-2 * c.sigma * c.d_sigma, 0))
 
@@ -63,7 +77,7 @@ def functions(v: VelocityFn, score: ScoreFn | None) -> tuple[Callable, ...]:
     return (v,) if score is None else (v, score)
 
 
-def score_missing(schedule: Schedule, t: Array) -> Array:
+def score_missing(schedule: Schedule, t: Elementwise) -> Bool[AnyArray, " *shape"]:
     """Whether the velocity gives no finite score at `t`: where sigma = 0, or where alpha and its slope are both 0."""
     return (schedule.sigma(t) == 0) | stands_still(schedule, t)
 
@@ -78,10 +92,10 @@ def check_score_at_start(schedule: Schedule, times: ArrayTree) -> None:
         )
 
 
-def diffusion_fn(diffusion: Diffusion) -> Callable[[Array], Array]:
+def diffusion_fn(diffusion: Diffusion) -> Callable[[Scalar], Scalar]:
     """g(t) as a function of a scalar time; refuses, when called, a g that is not a scalar."""
 
-    def g(t: Array) -> Array:
+    def g(t: Scalar) -> Scalar:
         value = jnp.asarray(diffusion(t) if callable(diffusion) else diffusion, dtype=t.dtype)
         if value.ndim != 0:
             raise ValueError(f"diffusion(t) must be a scalar, got shape {value.shape}.")
@@ -92,11 +106,11 @@ def diffusion_fn(diffusion: Diffusion) -> Callable[[Array], Array]:
 
 def drift_fn(
     v: VelocityFn, score: ScoreFn | None, diffusion: Diffusion, *, schedule: Schedule | None = None
-) -> Callable[[Array, Array, Array], Array]:
+) -> Callable[[Scalar, State, Scalar], State]:
     """The drift of the SDE extension, `drift(t, x, direction) = v + direction g^2 / 2 score`; -1 is backward."""
     g = diffusion_fn(diffusion)
 
-    def drift(t: Array, x: Array, direction: Array) -> Array:
+    def drift(t: Scalar, x: State, direction: Scalar) -> State:
         velocity = evaluate(v, t, x)
         if schedule is not None:
             value = convert("velocity", velocity, t, x, schedule).score
@@ -112,14 +126,14 @@ def sde_step(
     v: VelocityFn,
     score: ScoreFn | None,
     diffusion: Diffusion,
-    t: Array,
-    t_next: Array,
-    x: Array,
-    noise: Array,
+    t: Scalar | float,
+    t_next: Scalar | float,
+    x: State,
+    noise: State,
     *,
     schedule: Schedule | None = None,
     method: str = "euler_maruyama",
-) -> Array:
+) -> State:
     """One step of the SDE, by Euler-Maruyama `x + h (v + s g^2 / 2 score) + g sqrt|h| noise` with s the sign of h.
 
     "heun" is the trapezoidal rule in the drift, with the Euler-Maruyama step as its predictor, and in g^2; predictor
@@ -134,15 +148,15 @@ def sde_step(
         v: velocity function.
         score: `score(t, x)`, or `None` to take it from `v` by `schedule`.
         diffusion: g, a number or a function of a scalar time.
-        t: scalar.
-        t_next: scalar, after or before `t`.
-        x: [batch, ...] at `t`.
-        noise: standard normal [batch, ...].
+        t: time of `x`.
+        t_next: after or before `t`.
+        x: the state.
+        noise: standard normal.
         schedule: of the path that `v` belongs to, where `score` is `None`.
         method: "euler_maruyama" or "heun".
 
     Returns:
-        [batch, ...] at `t_next`, in the dtype of `x`.
+        The state at `t_next`, in the dtype of `x`.
     """
     check_member("method", method, _METHODS)
     check_one_score(score, schedule)
@@ -220,7 +234,7 @@ class EulerMaruyama:
     def domain(self) -> tuple[float, float]:
         return (0.0, 1.0) if self.schedule is None else range_of(self.schedule)
 
-    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         return _solve(self, v, key, times, x0, trajectory, method="euler_maruyama")
 
@@ -250,7 +264,7 @@ class StochasticHeun:
     def domain(self) -> tuple[float, float]:
         return (0.0, 1.0) if self.schedule is None else range_of(self.schedule)
 
-    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+    def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         return _solve(self, v, key, times, x0, trajectory, method="heun")
 
@@ -260,7 +274,7 @@ def _solve(
     v: VelocityFn,
     key: Key,
     times: ArrayTree,
-    x0: Array,
+    x0: State,
     trajectory: bool,
     *,
     method: str,

@@ -12,7 +12,7 @@ from fm_jax.samplers.levels import Levels, check_start, data_and_noise, levels, 
 from fm_jax.samplers.loop import run_steps
 from fm_jax.samplers.runge_kutta import evaluate
 from fm_jax.shapes import time_dtype
-from fm_jax.types import Array, ArrayTree, Schedule, Solution, VelocityFn
+from fm_jax.types import Array, ArrayTree, Schedule, Solution, State, VelocityFn
 
 VARIANTS = ("bh1", "bh2")
 
@@ -115,7 +115,7 @@ class UniPC:
     def domain(self) -> tuple[float, float]:
         return range_of(self.schedule)
 
-    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: Array, trajectory: bool) -> Solution:
+    def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         check_start(self.schedule, times)
         times, schedule = jnp.asarray(times), self.schedule
