@@ -15,13 +15,13 @@ import numpy as np
 
 from fm_jax.checks import check_number, is_traced
 from fm_jax.shapes import expand_time
-from fm_jax.types import Array, Cond, Key
+from fm_jax.types import Array, Cond, Key, Scalar
 
 Drop: TypeAlias = Callable[[Key, Cond], Cond]
 """`drop(key, cond) -> cond`: takes conditions away from some examples, as `DropCondition` does."""
 
 
-def drop_condition(key: Key, cond: Cond, null_cond: Cond, rate: float) -> Cond:
+def drop_condition(key: Key, cond: Cond, null_cond: Cond, rate: Scalar | float) -> Cond:
     """Takes the condition from some examples, chosen independently of each other: what classifier-free guidance needs.
 
     An example loses its whole condition, all leaves at once, or nothing. So a network learns both v(t, x | cond) and,
@@ -95,7 +95,7 @@ class DropCondition:
         return hash(self._values())
 
 
-def _check_rate(rate: float) -> None:
+def _check_rate(rate: Any) -> None:
     if not is_traced(rate):
         check_number("rate", rate, "[0, 1]")
 

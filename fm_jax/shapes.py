@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 from jaxtyping import Bool, Shaped
 
-from fm_jax.types import AnyArray, Array, ArrayTree, PerExample, State, Time
+from fm_jax.types import AnyArray, ArrayTree, PerExample, State, Time
 
 
-def expand_time(t: Time | Bool[AnyArray, " batch"], x: Shaped[AnyArray, " batch *event"]) -> Array:
+def expand_time(t: Time | Bool[AnyArray, " batch"], x: Shaped[AnyArray, " batch *event"]) -> AnyArray:
     """Appends axes to `t` so that it multiplies `x`.
 
     Args:

@@ -16,7 +16,7 @@ from jaxtyping import Int, Real
 from fm_jax.checks import check_integer, check_number
 from fm_jax.couplings.costs import Cost, check_finite, squared_euclidean
 from fm_jax.sources import Normal
-from fm_jax.types import AnyArray, Array, Key, Source, State
+from fm_jax.types import AnyArray, Array, ArrayTree, Key, Source, State
 
 _NORMAL = Normal()
 
@@ -166,7 +166,7 @@ def _like(x1: Array, num: int) -> jax.ShapeDtypeStruct:
 
 @partial(jax.jit, static_argnames=("source", "cost", "num_iterations", "batch_size"))
 def _fit(
-    key: Key, x1: Array, learning_rate: float, source: Source, cost: Cost, *, num_iterations: int, batch_size: int
+    key: Key, x1: Array, learning_rate: ArrayTree, source: Source, cost: Cost, *, num_iterations: int, batch_size: int
 ) -> Array:
     import optax
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Real
 
 from fm_jax.checks import check_member, check_number
 from fm_jax.shapes import batch_time
-from fm_jax.types import AnyArray, Array, Key, PathSample, Scalar, Time
+from fm_jax.types import AnyArray, Array, ArrayTree, Key, PathSample, Scalar, Time
 
 SplineKind: TypeAlias = Literal["natural", "linear"]
 
@@ -24,7 +24,7 @@ class SplinePath:
     joins them by straight lines, with a jump of u_t at the knots (there, u_t is that of the line to the right).
 
     Attributes:
-        times: the knots, 0 = t_0 < ... < t_{K-1} = 1.
+        times: the knots, kept as a tuple: 0 = t_0 < ... < t_{K-1} = 1.
         kind: "natural" or "linear".
         sigma: amplitude of the latent noise z, constant in time; 0 for none.
 
@@ -42,7 +42,7 @@ class SplinePath:
         Tong et al. 2020 (arXiv:2002.04461) for the problem; Tong et al. 2023 (arXiv:2302.00482) for flow matching.
     """
 
-    times: tuple[float, ...]
+    times: ArrayTree
     kind: SplineKind = "natural"
     sigma: float = 0.0
     source: ClassVar[None] = None
@@ -118,7 +118,7 @@ class SplinePath:
         return self.domain
 
 
-def second_derivatives(times: tuple[float, ...], kind: SplineKind = "natural") -> Float[np.ndarray, "knots knots"]:
+def second_derivatives(times: ArrayTree, kind: SplineKind = "natural") -> Float[np.ndarray, "knots knots"]:
     """The matrix that takes values at the knots to the second derivatives there of the spline through them.
 
     The natural spline's are 0 at both ends, and in between, with `h_k = t_{k+1} - t_k`,

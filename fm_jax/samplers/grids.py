@@ -17,7 +17,7 @@ from fm_jax.shapes import time_dtype
 from fm_jax.types import Array, ArrayTree, Schedule, TimeSampler
 
 _DRAWS = 2**17
-Grid: TypeAlias = Float[Array, " num_steps+1"]
+Grid: TypeAlias = Float[Array, " {num_steps}+1"]
 
 
 def uniform(num_steps: int, t0: float = 0.0, t1: float = 1.0) -> Grid:
