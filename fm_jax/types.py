@@ -42,7 +42,7 @@ Cond: TypeAlias = PyTree
 Batch: TypeAlias = Mapping[str, PyTree]
 """`x1` [batch, ...] is required; `x0` [batch, ...], `cond`, `t` [batch] and `weight` [batch] are optional.
 `losses.trajectory_matching` takes `x` [batch, times, ...] in place of `x0` and `x1`."""
-Metrics: TypeAlias = Mapping[str, Array]
+Metrics: TypeAlias = Mapping[str, Scalar]
 ArrayTree: TypeAlias = Any
 """Anything that `jnp.asarray` or `jax.tree` takes."""
 

@@ -21,12 +21,26 @@ from fm_jax.samplers import RungeKutta, sample
 from fm_jax.shapes import mean_over_event
 from fm_jax.sources import Normal
 from fm_jax.times import Uniform
-from fm_jax.types import ApplyFn, Array, ArrayTree, Batch, Key, LossFn, Metrics, Params, Sampler, Source, VelocityFn
+from fm_jax.types import (
+    ApplyFn,
+    ArrayTree,
+    Batch,
+    Key,
+    LossFn,
+    Metrics,
+    Params,
+    PerExample,
+    Sampler,
+    Scalar,
+    Source,
+    State,
+    VelocityFn,
+)
 
 PairBatch: TypeAlias = dict[str, np.ndarray]
 """`x0` and `x1`, both [num, ...]: a batch for losses with `coupling=paired`."""
-Distance: TypeAlias = Callable[[Array, Array], Array]
-"""`distance(x, y) -> [batch]`, for x and y [batch, ...]."""
+Distance: TypeAlias = Callable[[State, State], PerExample]
+"""`distance(x, y)`, for each example."""
 _NORMAL, _MIDPOINT = Normal(), RungeKutta("midpoint")
 
 
@@ -158,7 +172,7 @@ def distillation(apply_fn: ApplyFn, *, distance: Distance | None = None) -> Loss
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
-    ) -> tuple[Array, Metrics]:
+    ) -> tuple[Scalar, Metrics]:
         del target_params
         if "t" in batch:
             raise ValueError("distillation is for t = 0: take 't' out of the batch.")
