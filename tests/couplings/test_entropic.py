@@ -198,7 +198,7 @@ def test_one_trace_and_no_gradient(batch):
 
 def test_schrodinger_bridge():
     assert schrodinger_bridge_ot(0.5, threshold=1e-4) == EntropicOT(0.5, threshold=1e-4)
-    with pytest.raises(ValueError, match="sigma must be positive, got 0"):
+    with pytest.raises(ValueError, match="sigma must be positive and finite, got 0"):
         schrodinger_bridge_ot(0.0)
     with pytest.raises(ValueError, match="sigma determines relative"):
         schrodinger_bridge_ot(1.0, relative=True)

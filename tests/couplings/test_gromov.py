@@ -134,9 +134,9 @@ def test_failure_is_loud():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=r"epsilon must be positive, got 0.0"):
+    with pytest.raises(ValueError, match=r"epsilon must be positive and finite, got 0.0"):
         GromovWassersteinOT(0.0)
-    with pytest.raises(ValueError, match="fused must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="fused must be finite and not negative, got -1"):
         GromovWassersteinOT(fused=-1.0)
     with pytest.raises(ValueError, match="max_iterations must be at least 1, got 0"):
         GromovWassersteinOT(max_iterations=0)

@@ -9,12 +9,12 @@ from scipy.stats import chi2
 from fm_jax.couplings import permutations
 from fm_jax.couplings.permutations import sample_permutation
 
-DRAWS = 20_000
+DRAWS = 8_000
 
 
 @pytest.fixture(scope="module")
 def draw():
-    """20,000 permutations of a plan."""
+    """8,000 permutations of a plan."""
     keys = jax.random.split(jax.random.key(1), DRAWS)
     compiled = jax.jit(lambda plan: jax.vmap(lambda key: sample_permutation(key, plan))(keys))
     return lambda plan: np.asarray(compiled(jnp.asarray(plan, jnp.float32)))

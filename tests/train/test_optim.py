@@ -73,13 +73,13 @@ def test_clipping_scales_by_the_global_norm():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"learning_rate": 0.0}, "learning_rate must be positive, got 0.0"),
+        ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
         ({"decay": "step"}, "decay must be one of 'constant', 'cosine', 'linear', got 'step'"),
         ({"warmup_steps": 10}, "warmup_steps must be at least 0 and less than total_steps=10, got 10"),
         ({"warmup_steps": -1}, "warmup_steps must be at least 0 .* got -1"),
         ({"total_steps": 0}, "less than total_steps=0"),
         ({"clip_norm": 0.0}, "clip_norm must be positive or None, got 0.0"),
-        ({"weight_decay": -1.0}, "weight_decay must be at least 0, got -1.0"),
+        ({"weight_decay": -1.0}, "weight_decay must be finite and not negative, got -1.0"),
         ({"b2": 1.0}, "b2 must be at least 0 and less than 1, got 1.0"),
     ],
 )
