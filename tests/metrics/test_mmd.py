@@ -103,7 +103,7 @@ def test_kernels_are_values():
     assert hash(PolynomialKernel(3)) == hash(PolynomialKernel())
     with pytest.raises(ValueError, match="degree must be an integer of at least 1, got 0"):
         PolynomialKernel(0)
-    with pytest.raises(ValueError, match=r"offset must not be negative, got -1.0"):
+    with pytest.raises(ValueError, match=r"offset must be finite and not negative, got -1.0"):
         PolynomialKernel(2, -1.0)
 
 
