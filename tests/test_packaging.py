@@ -20,7 +20,7 @@ TEXTS = [
     for folder in ("fm_jax", "experiments", "benchmarks", "notebooks", "tests", ".ci", ".")
     for path in sorted((ROOT / folder).glob("*" if folder == "." else "**/*"))
     if path.is_file()
-    and "__pycache__" not in path.parts
+    and not {"__pycache__", ".git"} & {*path.parts}
     and path.suffix in ("", ".cff", ".ipynb", ".json", ".md", ".py", ".toml", ".txt", ".yaml", ".yml")
 ]
 
