@@ -24,13 +24,13 @@ import numpy as np
 
 from experiments.lab.command_line import parse
 from experiments.lab.figures import save_density
-from experiments.lab.sampling import bind
 from experiments.lab.smoke import smoke
 from experiments.lab.toys import Batches, Toy
 from experiments.lab.training import Training, sampling_params, train
 from fm_jax.data.toy import make_toy
 from fm_jax.likelihood import log_prob
 from fm_jax.models import MLP, init_params, linen_apply
+from fm_jax.parameterization import bind
 from fm_jax.samplers import RungeKutta, sample
 from fm_jax.sources import Normal
 from fm_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, Params

@@ -20,7 +20,6 @@ import numpy as np
 
 from experiments.lab.command_line import parse
 from experiments.lab.figures import save_trajectory_table
-from experiments.lab.sampling import bind
 from experiments.lab.smoke import smoke
 from experiments.torchcfm_table.methods import (
     APPLY,
@@ -36,6 +35,7 @@ from experiments.torchcfm_table.problems import PROBLEMS, draw, draws, draws_of_
 from fm_jax.fewstep import distillation, make_pairs, reflow
 from fm_jax.metrics import floor, straightness, wasserstein
 from fm_jax.models import init_params
+from fm_jax.parameterization import bind
 from fm_jax.samplers import RungeKutta, sample
 from fm_jax.types import Array, Batch, LossFn, Params, VelocityFn
 

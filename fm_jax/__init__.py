@@ -7,6 +7,7 @@ Time runs from 0 (source, noise) to 1 (data). The core, imported here, needs jax
 * `parameterization`: velocity, data, noise and score, and the way between them;
 * `conditions`: what the network is told beside time and state, and how to drop it;
 * `guidance`, `samplers`, `likelihood`: velocity in; velocity, samples or log-density out;
+* `nfe`: what a call of a function costs in network evaluations;
 * `fewstep`: straight flows and flows of one step: reflow, distillation, Optimal Flow Matching;
 * `oracles`: the closed forms that all of it is checked against.
 
@@ -19,6 +20,7 @@ from fm_jax import (
     guidance,
     likelihood,
     losses,
+    nfe,
     oracles,
     parameterization,
     paths,
@@ -36,6 +38,7 @@ __all__ = [
     "guidance",
     "likelihood",
     "losses",
+    "nfe",
     "oracles",
     "parameterization",
     "paths",

@@ -4,6 +4,7 @@ They run when things are built or traced, never in a compiled step; a value that
 """
 
 import importlib
+import inspect
 import math
 from typing import Any
 
@@ -11,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.types import AnyArray, ArrayTree, Diffusion, Key
+from fm_jax.types import AnyArray, ArrayTree, Cond, Diffusion, Key
+
+_ABSENT = object()
 
 
 def is_traced(value: Any) -> bool:
@@ -46,13 +49,24 @@ def check_number(name: str, value: float, within: str) -> None:
         Traceback (most recent call last):
         ValueError: sigma must be positive and finite, got 0.0.
     """
-    low, high = (float(end) for end in within[1:-1].split(","))
-    above = value > low if within[0] == "(" else value >= low
-    below = value < high if within[-1] == ")" else value <= high
-    if above and below:
+    if is_traced(value):
         return
-    words = {"(0, inf)": "positive and finite", "[0, inf)": "finite and not negative", "(-inf, inf)": "finite"}
-    raise ValueError(f"{name} must be {words.get(within, f'in {within}')}, got {value}.")
+    low, high = (float(end) for end in within[1:-1].split(","))
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    above = number > low if within[0] == "(" else number >= low
+    below = number < high if within[-1] == ")" else number <= high
+    if not (above and below):
+        words = {"(0, inf)": "positive and finite", "[0, inf)": "finite and not negative", "(-inf, inf)": "finite"}
+        raise ValueError(f"{name} must be {words.get(within, f'in {within}')}, got {value!r}.")
+
+
+def check_bool(name: str, value: Any) -> None:
+    """Refuses what is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}.")
 
 
 def check_range(t_min: float, t_max: float) -> None:
@@ -103,6 +117,14 @@ def check_per_example(x: AnyArray, **values: AnyArray | None) -> None:
             raise ValueError(f"{name} must be [batch] = {x.shape[:1]}, got shape {value.shape}.")
 
 
+def check_condition(x: ArrayTree, cond: Cond) -> None:
+    """Refuses a condition of another batch than that of `x`."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(cond):
+        if np.shape(leaf)[:1] != x.shape[:1]:
+            name = "cond" + jax.tree_util.keystr(path)
+            raise ValueError(f"{name} must be [batch, ...] with batch = {x.shape[0]}, got shape {np.shape(leaf)}.")
+
+
 def check_finite(name: str, value: ArrayTree) -> None:
     """Refuses an array that is not finite everywhere, unless it is traced."""
     if not is_traced(value) and not np.isfinite(value).all():
@@ -127,8 +149,22 @@ def check_tolerances(rtol: float | None, atol: float | None, max_steps: int) -> 
 
 def check_has(name: str, value: Any, attributes: tuple[str, ...], wanted: str) -> None:
     """Refuses an object without the attributes of its noun, and a class in place of an object; `wanted` says which."""
-    if isinstance(value, type) or not all(hasattr(value, each) for each in attributes):
-        raise ValueError(f"{name} must be {wanted}, got {value!r}.")
+    if isinstance(value, type):
+        raise ValueError(f"{name} must be {wanted}, got the class {value.__name__}.")
+    for attribute in attributes:
+        # Not hasattr alone, which would take the error of a property for its absence.
+        if inspect.getattr_static(value, attribute, _ABSENT) is _ABSENT and not hasattr(value, attribute):
+            raise ValueError(f"{name} must be {wanted}, got {value!r}, which has no {attribute!r}.")
+
+
+def check_schedule(schedule: Any) -> None:
+    """Refuses what is not a schedule."""
+    check_has("schedule", schedule, ("alpha", "sigma", "t_from_log_snr", "domain"), "a schedule, such as Linear()")
+
+
+def check_source(source: Any) -> None:
+    """Refuses what is not a source."""
+    check_has("source", source, ("draw", "log_prob"), "a source, such as Normal()")
 
 
 def imported(package: str, caller: str, install: str | None = None) -> Any:

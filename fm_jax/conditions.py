@@ -51,7 +51,7 @@ def drop_condition(key: Key, cond: Cond, null_cond: Cond, rate: Scalar | float) 
     _check_rate(rate)
     nulls = null_like(cond, null_cond)
     batch_size = jax.tree.leaves(nulls)[0].shape[0]
-    dropped = jax.random.bernoulli(key, rate, (batch_size,))
+    dropped = jax.random.bernoulli(key, jnp.asarray(rate, float), (batch_size,))
     return jax.tree.map(lambda null, leaf: jnp.where(expand_time(dropped, null), null, leaf), nulls, cond)
 
 
@@ -146,7 +146,7 @@ def _broadcast(name: str, leaf: Array, null: Any) -> Array:
             f"null_{name} must broadcast to {name}, [batch, ...] = {leaf.shape}, got shape {np.shape(null)}."
         )
     if not _holds(leaf.dtype, null):
-        shown = f"dtype {null.dtype.name}" if isinstance(null, jax.core.Tracer) else null
+        shown = f"dtype {null.dtype.name}" if is_traced(null) else null
         raise ValueError(f"null_{name} must be a value of the dtype of {name}, {leaf.dtype.name}, got {shown}.")
     return jnp.broadcast_to(jnp.asarray(null, dtype=leaf.dtype), leaf.shape)
 
@@ -160,7 +160,7 @@ def _kind(dtype: Any) -> int:
 
 def _holds(dtype: Any, null: Any) -> bool:
     """Whether `dtype` has the value `null`, but for rounding of real numbers; of a traced one, whether its kind."""
-    if isinstance(null, jax.core.Tracer):
+    if is_traced(null):
         return _kind(null.dtype) <= _kind(dtype)
     value, real = np.asarray(null), _kind(np.float32)
     if _kind(value.dtype) > max(_kind(dtype), real):  # no number, or a complex one for a real one

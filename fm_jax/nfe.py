@@ -1,8 +1,8 @@
 """Network function evaluations (NFE): what one call of a function costs, known from a value that carries it.
 
 A function of yours may hide any number of evaluations, so its cost is unknown, never guessed: also that of a `lambda`
-or `functools.partial` around a guided velocity. `velocity_fn` and everything of `fm_jax` that is made of what it
-returns know theirs; `Counted(function, 1)` says so of any other.
+or `functools.partial` around a guided velocity. A network bound to its parameters by `parameterization.bind` costs 1;
+what functions of `fm_jax` make of those that carry a cost carries one too; `Counted(function, 1)` says it of any other.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from fm_jax.checks import check_integer
 from fm_jax.types import Array
 
 
@@ -28,6 +29,8 @@ class Counted:
     nfe: int | None
 
     def __post_init__(self) -> None:
+        if self.nfe is not None:
+            check_integer("nfe", self.nfe, least=0)
         object.__setattr__(self, "__wrapped__", self.function)  # so that it has the signature of the function
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

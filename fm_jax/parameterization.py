@@ -8,17 +8,14 @@ With `x_t = alpha x1 + sigma x0` and a standard normal x0, d = E[x1 | x_t] and n
 the others, except where the division below is by zero; there the result is not finite, and `velocity_domain` says so.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_member, check_same_shape
+from fm_jax.checks import check_condition, check_member, check_same_shape, check_schedule
 from fm_jax.nfe import Counted, cost
 from fm_jax.schedules import coefficients, stands_still, vanishes
 from fm_jax.shapes import batch_time, expand_time, time_dtype
-from fm_jax.types import KINDS, Cond, Kind, ModelFn, Prediction, Schedule, State, Time, VelocityFn
+from fm_jax.types import KINDS, ApplyFn, Cond, Kind, ModelFn, Params, Prediction, Schedule, State, Time, VelocityFn
 
 
 def convert(kind: Kind, value: State, t: Time, x_t: State, schedule: Schedule) -> Prediction:
@@ -64,14 +61,37 @@ def convert(kind: Kind, value: State, t: Time, x_t: State, schedule: Schedule) -
     return Prediction(d_alpha * data + d_sigma * noise, data, noise, score)
 
 
+def bind(apply_fn: ApplyFn, params: Params) -> ModelFn:
+    """A network with its parameters bound, out of training: `model_fn(t, x, cond)`, of which a call is one evaluation.
+
+    Args:
+        apply_fn: the network, as the losses see it.
+        params: its parameters.
+
+    Returns:
+        `model_fn(t, x, cond=None)`, `nfe.Counted` as 1.
+
+    Example:
+        >>> from fm_jax.schedules import Linear
+        >>> network = bind(lambda params, t, x, cond, *, train, rngs: params * x, 2.0)
+        >>> network(0.5, jnp.ones((1, 2))), velocity_fn(network, "velocity", Linear()).nfe
+        (Array([[2., 2.]], dtype=float32), 1)
+    """
+
+    def model_fn(t: Time, x: State, cond: Cond = None) -> State:
+        return apply_fn(params, t, x, cond, train=False, rngs=None)
+
+    return Counted(model_fn, 1)
+
+
 def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = None) -> VelocityFn:
     """The velocity function of a network: what every sampler takes.
 
     Notebooks: (5.6).
 
     Args:
-        model_fn: `model_fn(t, x, cond)`, with its parameters bound. A call of it is one network evaluation, unless it
-            is `nfe.Counted` otherwise.
+        model_fn: `model_fn(t, x, cond)`, a network with its parameters bound, as by `bind`. A call of the result costs
+            what a call of it does: 1 from `bind`, unknown for any other function that is not `nfe.Counted`.
         kind: what it predicts.
         schedule: of the path it was trained on.
         cond: conditioning [batch, ...] or `None`.
@@ -80,19 +100,16 @@ def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = 
         `v(t, x)`.
     """
     check_member("kind", kind, KINDS)
+    check_schedule(schedule)
 
     def velocity(t: Time, x: State) -> State:
+        check_condition(x, cond)
         prediction = model_fn(batch_time(t, x), x, cond)
         if kind == "velocity":
             return prediction
         return convert(kind, prediction, t, x, schedule).velocity
 
-    return Counted(velocity, network_cost(model_fn))
-
-
-def network_cost(model_fn: Callable[..., Any]) -> int | None:
-    """The network evaluations of a call of a network: 1, or what it says itself where it is `nfe.Counted`."""
-    return cost(model_fn) if isinstance(model_fn, Counted) else 1
+    return Counted(velocity, cost(model_fn))
 
 
 def score_fn(v: VelocityFn, schedule: Schedule) -> VelocityFn:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_number
+from fm_jax.checks import check_number, check_state
 from fm_jax.types import Array, Key, Like, PerExample, State
 
 
@@ -34,12 +34,13 @@ class Normal:
 
     def draw(self, key: Key, like: Like) -> State:
         """Independent normal numbers in the shape and dtype of `like`."""
-        return self.scale * jax.random.normal(key, like.shape, like.dtype)
+        return jnp.asarray(self.scale, like.dtype) * jax.random.normal(key, like.shape, like.dtype)
 
     def log_prob(self, x: State) -> PerExample:
         """The log-density in nats."""
+        x = _precise(x)
         squares = (x / self.scale) ** 2 + math.log(2 * math.pi * self.scale**2)
-        return -0.5 * squares.reshape(x.shape[0], -1).sum(axis=1)
+        return -0.5 * squares.sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class Uniform:
 
     def log_prob(self, x: State) -> PerExample:
         """The log-density in nats; -inf outside of the box."""
-        inside = ((x >= self.low) & (x <= self.high)).reshape(x.shape[0], -1)
-        volume = inside.shape[1] * math.log(self.high - self.low)
-        return jnp.where(inside.all(axis=1), jnp.asarray(-volume, x.dtype), -jnp.inf)
+        x = _precise(x)
+        inside = ((x >= self.low) & (x <= self.high)).all(axis=1)
+        return jnp.where(inside, jnp.asarray(-x.shape[1] * math.log(self.high - self.low), x.dtype), -jnp.inf)
 
 
 @dataclass(frozen=True)
@@ -100,3 +101,11 @@ class Sampled:
     def log_prob(self, x: State) -> PerExample:
         """Raises `ValueError`: the density is not known."""
         raise ValueError(f"{self} has no density: a likelihood needs a source such as Normal().")
+
+
+def _precise(x: State) -> Array:
+    """X [batch, ...] as [batch, d] in float32 or better: sums over many dimensions need it."""
+    x = jnp.asarray(x)
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    check_state(x, "x")
+    return x.reshape(x.shape[0], math.prod(x.shape[1:]))

@@ -251,8 +251,10 @@ class Sampler(Protocol):
     """How a velocity function is followed; see `fm_jax.samplers`, and `fm_jax.samplers.sample`, which runs it.
 
     `order` is that of convergence in the step size, the weak order where it is random; `None` where there is none.
-    `nfe_per_step` is the calls of the velocity in a step, `None` where steps are adaptive. `stochastic` says whether it
-    draws noise, and so needs a key. `domain` is the range of times over which a number of even steps goes.
+    Where a method begins with steps of lower order, it is the order from a start with short steps. `nfe_per_step` is
+    the calls of the velocity, and of a score beside it, in a step, `None` where steps are adaptive. `stochastic` says
+    whether it draws noise, and so needs a key. `domain` is the range of times over which a number of even steps goes. A
+    sampler that goes through times of its own, and no others, has them as `own_times`.
 
     `solve(v, key, times, x0, trajectory)` does the work, on arguments that have been checked: `times` [num + 1] is
     monotone, a NumPy array unless it is traced; `key` is there exactly where the sampler is random.

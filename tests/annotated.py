@@ -156,18 +156,18 @@ def contract():
                 x,
                 hows=HOST,
             )
-    for name, make in {**contracts.SAMPLERS, **contracts.LEARNED_SAMPLERS}.items():
+    for name, make in {**contracts.FIXED_STEPS, **contracts.LEARNED}.items():
         sampler = make(linear)
         options = {"key": key if sampler.stochastic else None, "times": None if name == "learned" else 2}
         sample = lambda x, s=sampler, o=options: samplers.sample(lambda t, x: -x, x, s, **o)  # noqa: E731
         attempt(f"{name}", sample, x, hows=HOST)
 
     def apply_fn(params, t, x, cond, *, train, rngs):
-        return params["w"] * x if "w" in params else params["noise"]["w"] * x
+        return params["w"] * x if "w" in params else params["latent"]["w"] * x
 
     w = {"w": jnp.ones(())}
     for name, make in contracts.LOSSES.items():
-        params = {"drift": w, "noise": w} if name == "bridge_matching" else w
+        params = {"drift": w, "latent": w} if name == "bridge_matching" else w
         batch = {"x": jnp.ones((BATCH, 3, 2))} if name == "trajectory_matching" else {"x0": x, "x1": x + 1}
         batch = {**batch, "weight": each} | ({} if name == "distillation" else {"t": each})
         loss_fn = make(apply_fn)

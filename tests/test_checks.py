@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from fm_jax import checks
+from fm_jax.schedules import Linear
+from fm_jax.sources import Normal
 
 NAN, INF = float("nan"), float("inf")
 X = jnp.ones((2, 3))
@@ -31,6 +33,12 @@ def test_numbers(within, good, bad, words):
             checks.check_number("sigma", value, within)
 
 
+@pytest.mark.parametrize("value", ["0.5", b"1", None, np.ones(2), [1.0], {}])
+def test_what_is_no_number(value):
+    with pytest.raises(ValueError, match=r"^sigma must be positive and finite, got "):
+        checks.check_number("sigma", value, "(0, inf)")
+
+
 def test_integers():
     for value in (1, 5, np.int32(3), np.uint8(1)):
         checks.check_integer("num", value)
@@ -42,6 +50,16 @@ def test_integers():
         checks.check_integer("num", 0)
     with pytest.raises(ValueError, match=r"^num must be at least 3, got 2.$"):
         checks.check_integer("num", 2, least=3)
+
+
+class Wrapped:
+    """Has its attributes from another object, which no look at its class finds."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __getattr__(self, name):
+        return getattr(self.value, name)
 
 
 def key_table():
@@ -63,6 +81,12 @@ GOOD = [
     (checks.check_tolerances, (0.0, 1e-3, 1)),
     (checks.check_tolerances, (1e-3, 0.0, 1)),
     (checks.check_has, ("it", X, ("shape", "dtype"), "an array")),
+    (checks.check_has, ("it", Wrapped(X), ("shape", "dtype"), "an array")),
+    (checks.check_bool, ("sde", False)),
+    (checks.check_schedule, (Linear(),)),
+    (checks.check_source, (Normal(),)),
+    (checks.check_condition, (X, None)),
+    (checks.check_condition, (X, {"label": np.zeros(2), "text": np.zeros((2, 7))})),
 ]
 BAD = [
     (checks.check_member, ("kind", "c", ("a", "b")), "kind must be one of 'a', 'b', got 'c'."),
@@ -89,8 +113,15 @@ BAD = [
     (checks.check_tolerances, (1e-3, INF, 1), "atol must be finite and not negative, got inf."),
     (checks.check_tolerances, (0.0, 0.0, 1), "rtol and atol must not both be 0."),
     (checks.check_tolerances, (1e-3, 1e-3, 0), "max_steps must be at least 1, got 0."),
-    (checks.check_has, ("it", 3, ("shape",), "an array"), "it must be an array, got 3."),
-    (checks.check_has, ("it", jax.Array, ("shape",), "an array"), "it must be an array, got <class"),
+    (checks.check_has, ("it", 3, ("shape",), "an array"), "it must be an array, got 3, which has no 'shape'."),
+    (checks.check_has, ("it", jax.Array, ("shape",), "an array"), "it must be an array, got the class "),
+    (checks.check_bool, ("sde", 1), "sde must be True or False, got 1."),
+    (checks.check_bool, ("sde", np.True_), "sde must be True or False, got "),
+    (checks.check_schedule, (Linear,), r"schedule must be a schedule, such as Linear\(\), got the class Linear."),
+    (checks.check_schedule, ("linear",), "got 'linear', which has no 'alpha'."),
+    (checks.check_source, (jax.random.normal,), r"source must be a source, such as Normal\(\), got .*no 'draw'."),
+    (checks.check_condition, (X, np.zeros(3)), r"cond must be \[batch, ...\] with batch = 2, got shape \(3,\)."),
+    (checks.check_condition, (X, {"text": np.zeros(())}), r"cond\['text'\] must be \[batch, ...\] with batch = 2"),
 ]
 
 
@@ -119,6 +150,7 @@ def test_a_traced_value_passes():
     def traced(value):
         assert checks.is_traced(value)
         checks.check_finite("scale", value)
+        checks.check_number("scale", value, "(0, 1)")
         return value
 
     assert np.isnan(traced(NAN))

@@ -152,6 +152,11 @@ def test_guidance_has_the_same_rule(cond, null_cond, message):
         classifier_free_batched(lambda t, x, cond: x, "velocity", Linear(), cond, null_cond, 2.0)
 
 
+def test_whole_numbers_are_rates():
+    for rate, expected in ((0, LABELS), (1, np.zeros_like(LABELS))):
+        np.testing.assert_array_equal(DropCondition(rate, 0)(jax.random.key(0), LABELS), expected)
+
+
 @pytest.mark.parametrize("rate", [-0.1, 1.5, float("nan")])
 def test_refuses_rates(rate):
     for build in (lambda: DropCondition(rate, 0), lambda: drop_condition(jax.random.key(0), LABELS, 0, rate)):

@@ -329,12 +329,12 @@ PARAMS = {"w": jnp.asarray(0.7)}
 
 
 def apply_fn(params, t, x, cond, *, train, rngs):
-    return params.get("drift", params.get("noise", params))["w"] * x if "w" not in params else params["w"] * x
+    return params.get("drift", params.get("latent", params))["w"] * x if "w" not in params else params["w"] * x
 
 
 @pytest.mark.parametrize("name", contracts.LOSSES)
 def test_losses_are_pure_differentiable_and_weigh_examples(name):
-    params = {"drift": PARAMS, "noise": PARAMS} if name == "bridge_matching" else PARAMS
+    params = {"drift": PARAMS, "latent": PARAMS} if name == "bridge_matching" else PARAMS
     loss_fn, key = contracts.LOSSES[name](apply_fn), jax.random.key(0)
     x = jax.random.normal(jax.random.key(1), (6, 3, 2))
     batch = {"x": x} if name == "trajectory_matching" else {"x0": x[:, 0], "x1": x[:, 1]}

@@ -10,7 +10,7 @@ import pytest
 from fm_jax import nfe
 from fm_jax.guidance import classifier_free, classifier_free_batched
 from fm_jax.nfe import Counted, cost, total
-from fm_jax.parameterization import reschedule, score_fn, velocity_fn
+from fm_jax.parameterization import bind, reschedule, score_fn, velocity_fn
 from fm_jax.samplers import Adaptive, DPMSolver, EulerMaruyama, RungeKutta, sample
 from fm_jax.schedules import Cosine, Linear
 
@@ -25,6 +25,10 @@ def network(t, x, cond=None):
     return -x
 
 
+def apply_fn(params, t, x, cond, *, train, rngs):
+    return -x
+
+
 ONE = Counted(plain, 1)
 GUIDED = classifier_free(ONE, ONE, 2.0)
 
@@ -36,7 +40,9 @@ GUIDED = classifier_free(ONE, ONE, 2.0)
         (ONE, 1),
         (Counted(plain, 7), 7),
         (Counted(plain, None), None),
-        (velocity_fn(network, "velocity", LINEAR), 1),
+        (velocity_fn(network, "velocity", LINEAR), None),
+        (velocity_fn(bind(apply_fn, None), "velocity", LINEAR), 1),
+        (velocity_fn(lambda t, x, cond: GUIDED(t, x), "velocity", LINEAR), None),
         (velocity_fn(Counted(network, 3), "data", LINEAR), 3),
         (score_fn(ONE, LINEAR), 1),
         (score_fn(plain, LINEAR), None),
@@ -45,7 +51,8 @@ GUIDED = classifier_free(ONE, ONE, 2.0)
         (classifier_free(GUIDED, ONE, 2.0), 3),
         (classifier_free(ONE, plain, 2.0), None),
         (classifier_free(plain, ONE, 2.0), None),
-        (classifier_free_batched(network, "velocity", LINEAR, jnp.zeros(3), 1, 2.0), 2),
+        (classifier_free_batched(network, "velocity", LINEAR, jnp.zeros(3), 1, 2.0), None),
+        (classifier_free_batched(bind(apply_fn, None), "velocity", LINEAR, jnp.zeros(3), 1, 2.0), 2),
         (lambda t, x: GUIDED(t, x), None),
         (functools.partial(GUIDED), None),
         (jax.jit(lambda t, x: GUIDED(t, x)), None),

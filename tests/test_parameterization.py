@@ -106,5 +106,9 @@ def test_bad_input():
         velocity_domain("x1", schedules.Linear())
     with pytest.raises(ValueError, match="value and x_t must have the same shape"):
         convert("data", X[:2], T, X, schedules.Linear())
+    with pytest.raises(ValueError, match=r"cond must be \[batch, ...\] with batch = 4, got shape \(3,\)"):
+        velocity_fn(lambda t, x, c: x, "velocity", schedules.Linear(), cond=jnp.arange(3))(0.5, X)
+    with pytest.raises(ValueError, match=r"schedule must be a schedule, .* got the class Linear"):
+        velocity_fn(lambda t, x, c: x, "velocity", schedules.Linear)
     with pytest.raises(ValueError, match=r"t must be a scalar or \[batch\]"):
         convert("data", X, T[:3], X, schedules.Linear())

@@ -60,6 +60,17 @@ def test_the_standard_normal_is_that_of_jax_to_the_last_bit(key):
     np.testing.assert_array_equal(Normal().draw(key, jnp.zeros((4, 3))), jax.random.normal(key, (4, 3)))
 
 
+def test_log_probs_are_summed_precisely_and_of_any_numbers():
+    """Bfloat16 has 8 bits: a sum of 10,000 terms in it would be off by tens of nats."""
+    x = jnp.full((2, 10_000), 0.5, jnp.bfloat16)
+    for source in (Normal(), Uniform(-1.0, 2.0)):
+        log_p = source.log_prob(x)
+        assert log_p.dtype == jnp.float32
+        np.testing.assert_allclose(log_p, source.log_prob(x.astype(jnp.float32)))
+    np.testing.assert_allclose(Uniform(0.0, 3.0).log_prob(np.array([[1.0, 2.0]])), -2 * np.log(3), rtol=1e-6)
+    assert Normal().log_prob(jnp.zeros((0, 3))).shape == (0,)
+
+
 def test_sources_are_values():
     assert Normal() == Normal(1.0) != Normal(2.0)
     assert len({Normal(), Normal(1.0), Uniform(), Uniform(0.0, 1.0), Sampled(ramp), Sampled(ramp)}) == 3

@@ -23,11 +23,10 @@ from fm_jax.guidance import (
     classifier_free_batched,
     compose,
 )
-from fm_jax.nfe import Counted
-from fm_jax.parameterization import conversion_domain, velocity_domain, velocity_fn
+from fm_jax.parameterization import bind, conversion_domain, velocity_domain, velocity_fn
 from fm_jax.paths import start
 from fm_jax.samplers import LearnedSolver, grids, sample
-from fm_jax.types import ApplyFn, Array, ArrayTree, Cond, Key, ModelFn, Params, Sampler, Solution, VelocityFn
+from fm_jax.types import ApplyFn, Array, ArrayTree, Cond, Key, Params, Sampler, Solution, VelocityFn
 
 Generate = Callable[[Params, Key, Array, Cond], Solution]
 SOLVER_HELP = tyro.conf.arg(metavar="NAME", help="Sampler, one of\n\n" + table())
@@ -71,11 +70,6 @@ class Weak(NamedTuple):
 
     apply_fn: ApplyFn
     params: Params
-
-
-def bind(apply_fn: ApplyFn, params: Params) -> ModelFn:
-    """The network with its parameters bound, out of training: `f(t, x, cond)`, of which a call is one evaluation."""
-    return Counted(lambda t, x, cond=None: apply_fn(params, t, x, cond, train=False, rngs=None), 1)
 
 
 def sampled_times(method: Method) -> tuple[float, float]:

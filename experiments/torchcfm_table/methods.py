@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab.sampling import bind
 from experiments.torchcfm_table.problems import Splits, draws, draws_of_pairs, source_of
 from fm_jax.couplings import ExactOT, paired, schrodinger_bridge_ot
 from fm_jax.data.coupled import CoupledBatches
@@ -26,6 +25,7 @@ from fm_jax.losses import bridge_score, flow_matching
 from fm_jax.metrics import path_energy
 from fm_jax.models import ICNN, PlainMLP, init_params, linen_apply, linen_potential
 from fm_jax.nfe import Counted
+from fm_jax.parameterization import bind
 from fm_jax.paths import AffinePath, BrownianBridge, ConstantNoise, StochasticInterpolant
 from fm_jax.samplers import Adaptive, EulerMaruyama, RungeKutta, grids, sample
 from fm_jax.schedules import Cosine, Linear

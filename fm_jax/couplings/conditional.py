@@ -85,7 +85,7 @@ class ConditionalOT:
         """
         del key
         x0, x1 = check_same_space(x0, x1)
-        check_conditions(cond, len(x1))
+        check_real_conditions(cond, len(x1))
         costs = cost_matrix(self.cost, x0, x1)
         conditions, condition_cost = cond, None if cond is None else self.condition_cost
         if condition_cost is not None:
@@ -104,7 +104,7 @@ class ConditionalOT:
         return Pairing(x0[index0], x1, cond, index0)
 
 
-def check_conditions(cond: Cond, batch: int) -> None:
+def check_real_conditions(cond: Cond, batch: int) -> None:
     """Raises `ValueError` unless every leaf of `cond` holds numbers [batch, ...]."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(cond)[0]:
         dtype = getattr(leaf, "dtype", type(leaf))

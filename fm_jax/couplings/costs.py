@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Real
 
+from fm_jax.checks import is_traced
 from fm_jax.types import AnyArray, ArrayTree
 
 Costs: TypeAlias = Real[AnyArray, "n m"]
@@ -59,7 +59,7 @@ def cost_matrix(cost: Cost, x0: Real[AnyArray, " n ..."], x1: Real[AnyArray, " m
     matrix = cost(x0, x1)
     if matrix.shape != (len(x0), len(x1)):
         raise ValueError(f"cost(x0, x1) must be [n, m] = {(len(x0), len(x1))}, got shape {matrix.shape}.")
-    if isinstance(matrix, jax.core.Tracer):
+    if is_traced(matrix):
         return matrix
     check_finite(matrix)
     return np.asarray(matrix) if on_host(x0, x1) else matrix

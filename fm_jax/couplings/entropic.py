@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Real
 
-from fm_jax.checks import check_integer, check_number
+from fm_jax.checks import check_integer, check_number, is_traced
 from fm_jax.couplings.costs import Cost, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import as_labels
 from fm_jax.couplings.pairing import check_same_space
@@ -175,7 +175,7 @@ def balanced(options: Any, problem: Problem) -> tuple[Array, Array]:
 
 def check_converged(options: Any, log_plan: Array, converged: Array) -> tuple[Array, Array]:
     """Raises `ValueError` if Sinkhorn has not converged, unless that is traced; returns the last two arguments."""
-    if not isinstance(converged, jax.core.Tracer) and not converged:
+    if not is_traced(converged) and not converged:
         raise ValueError(
             f"Sinkhorn did not converge in {options.max_iterations} iterations: raise max_iterations in {options}."
         )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import is_traced
 from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.pairing import check_same_space
 from fm_jax.types import ArrayTree, Cond, Key, Pairing, State
@@ -98,7 +99,7 @@ def call_host(function: Callable[..., Any], result: ArrayTree, *args: ArrayTree)
         What `function` returns, as NumPy arrays if the first argument is one, or else as JAX arrays.
     """
     leaves, tree = jax.tree.flatten(args)
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if not any(is_traced(leaf) for leaf in leaves):
         found = function(*jax.tree.map(np.asarray, args))
         return found if isinstance(args[0], np.ndarray) else jax.tree.map(jnp.asarray, found)
     leaves = [jax.lax.stop_gradient(jnp.asarray(leaf)) for leaf in leaves]

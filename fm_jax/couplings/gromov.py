@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_integer, check_number
+from fm_jax.checks import check_integer, check_number, is_traced
 from fm_jax.couplings.costs import Cost, cost_matrix, on_host, squared_euclidean
 from fm_jax.couplings.exact import as_labels, assign_within, call_host
 from fm_jax.couplings.pairing import check_batch
@@ -88,7 +88,7 @@ class GromovWassersteinOT:
         within0, within1 = cost_matrix(self.cost0, x0, x0), cost_matrix(self.cost1, x1, x1)
         cross = None if self.cross_cost is None else cost_matrix(self.cross_cost, x0, x1)
         plan, converged = _solve(self.epsilon, self.max_iterations, self.fused, within0, within1, cross, labels)
-        if not isinstance(converged, jax.core.Tracer) and not converged:
+        if not is_traced(converged) and not converged:
             raise ValueError(
                 f"Gromov-Wasserstein transport did not converge with epsilon={self.epsilon} and "
                 f"max_iterations={self.max_iterations}: raise either of them."

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Real
 
+from fm_jax.checks import is_traced
 from fm_jax.types import AnyArray, Array, Key
 
 _STRIDE = 3
@@ -65,7 +66,7 @@ def check_plan(plan: Array) -> None:
     """Raises `ValueError` unless the plan is square and, as far as it is known, doubly stochastic."""
     if plan.ndim != 2 or plan.shape[0] != plan.shape[1] or not plan.size:
         raise ValueError(f"plan must be [n, n], got shape {plan.shape}.")
-    if isinstance(plan, jax.core.Tracer):
+    if is_traced(plan):
         return
     values = np.asarray(plan)
     if not (values >= 0).all() or not np.isfinite(values).all():

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Int, Real
 
-from fm_jax.checks import check_integer, check_number
+from fm_jax.checks import check_integer, check_number, is_traced
 from fm_jax.couplings.costs import Cost, check_finite, squared_euclidean
 from fm_jax.sources import Normal
 from fm_jax.types import AnyArray, Array, ArrayTree, Key, Source, State
@@ -155,7 +155,7 @@ def fit_semidiscrete(
     if not x1.ndim or not len(x1):
         raise ValueError(f"x1 must be [m, ...] with at least one example, got shape {x1.shape}.")
     potential = _fit(key, x1, learning_rate, source, cost, num_iterations=num_iterations, batch_size=batch_size)
-    if not isinstance(potential, jax.core.Tracer):
+    if not is_traced(potential):
         check_finite(potential)
     return SemidiscreteOT(x1, potential, cost, source)
 

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_shape
 from fm_jax.conditions import null_like
 from fm_jax.guidance.rules import Extrapolate, Rule
 from fm_jax.guidance.scale import ALWAYS, check_interval, check_scale, is_number, scale_at
 from fm_jax.nfe import Counted, cost, total
-from fm_jax.parameterization import network_cost, velocity_fn
+from fm_jax.parameterization import velocity_fn
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, ArrayTree, Cond, Kind, ModelFn, Schedule, State, Time, VelocityFn
 
@@ -58,7 +59,10 @@ def classifier_free(
 
     def guided(t: Time, x: State) -> State:
         scale_t = scale_at(scale, t, x, interval=interval, outside=1)
-        return rule(t, x, v_cond(t, x), v_uncond(t, x), scale_t)
+        conditional, unconditional = v_cond(t, x), v_uncond(t, x)
+        check_shape("v_cond(t, x)", conditional, x)
+        check_shape("v_uncond(t, x)", unconditional, x)
+        return rule(t, x, conditional, unconditional, scale_t)
 
     return Counted(guided, total(cost(v_cond), cost(v_uncond)))
 
@@ -152,7 +156,7 @@ def compose(
 
     Example:
         >>> from fm_jax.schedules import Linear
-        >>> model_fn = lambda t, x, cond: x * cond[:, None]
+        >>> model_fn = Counted(lambda t, x, cond: x * cond[:, None], 1)
         >>> conds = [jnp.array([1, 2]), jnp.array([3, 3])]
         >>> v = compose(model_fn, "velocity", Linear(), conds, 0, [2.0, -1.0])
         >>> v(0.5, jnp.ones((2, 1))), v.nfe
@@ -194,4 +198,4 @@ def _one_batch(
         repeated_t = t if jnp.ndim(t) == 0 else jnp.concatenate([t] * num)
         return jnp.split(v(repeated_t, jnp.concatenate([x] * num)), num)
 
-    return Counted(branches, total(*[network_cost(model_fn)] * num))
+    return Counted(branches, total(*[cost(model_fn)] * num))

@@ -10,7 +10,7 @@ import numpy as np
 from fm_jax.checks import check_has, check_integer, check_key, check_number
 from fm_jax.likelihood.divergence import Divergence
 from fm_jax.likelihood.log_prob import ADAPTIVE, DEFAULT_STEPS, EXACT, NORMAL, log_prob
-from fm_jax.samplers.grids import time_grid
+from fm_jax.samplers.sample import times_of
 from fm_jax.types import Array, ArrayTree, Key, PerExample, Sampler, Source, VelocityFn
 
 
@@ -96,7 +96,7 @@ def bits_per_dim(
     if num_draws > 1 and divergence.stochastic:
         raise ValueError(f"num_draws = {num_draws} needs an exact divergence, got {divergence}: else it is no bound.")
     check_number("tolerance", tolerance, "(0, inf)")
-    steps = time_grid(DEFAULT_STEPS if times is None else times, sampler.domain, np.zeros((), float))
+    steps = times_of(sampler, times, np.zeros((), float), DEFAULT_STEPS)
     grid = tuple(np.asarray(steps).tolist())
     solves = _coarser(sampler, grid), (sampler, grid)
     coarse, fine = _bits(v, key, images, levels, num_draws, divergence, source, solves)

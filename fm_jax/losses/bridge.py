@@ -6,12 +6,11 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_has
+from fm_jax.checks import check_has, is_traced
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
 from fm_jax.losses.matching import draw_pairs, times_within
-from fm_jax.nfe import Counted
-from fm_jax.parameterization import network_cost
+from fm_jax.nfe import Counted, cost
 from fm_jax.paths.bridge import StochasticInterpolant, value_and_slope
 from fm_jax.shapes import batch_time, expand_time, mean_over_event
 from fm_jax.types import (
@@ -32,12 +31,12 @@ from fm_jax.types import (
 )
 
 PairModelFn: TypeAlias = Callable[[PerExample, State, Cond], tuple[State, State]]
-"""`f(t, x, cond) -> (drift, noise)`: a network of two outputs whose parameters are bound."""
+"""`f(t, x, cond) -> (drift, latent)`: a network of two outputs whose parameters are bound."""
 
 
 @runtime_checkable
 class PairApplyFn(Protocol):
-    """A network as `ApplyFn`, of two outputs `(drift, noise)`."""
+    """A network as `ApplyFn`, of two outputs `(drift, latent)`."""
 
     def __call__(
         self, params: Params, t: PerExample, x: State, cond: Cond, /, *, train: bool, rngs: Any
@@ -55,9 +54,9 @@ def bridge_matching(
     """The loss of drift and denoiser of a stochastic interpolant, from which velocity and score follow.
 
     `E |f_1(t, x_t) - (alpha' x1 + sigma' x0)|^2 + |f_2(t, x_t) - z|^2`, each averaged over the dimensions of x. The
-    minimiser is `drift = E[alpha' x1 + sigma' x0 | x_t]` and `noise = E[z | x_t]`, and
+    minimiser is `drift = E[alpha' x1 + sigma' x0 | x_t]` and `latent = E[z | x_t]`, and
 
-        velocity = drift + gamma' noise,    score = -noise / gamma
+        velocity = drift + gamma' latent,    score = -latent / gamma
 
     by `bridge_velocity` and `bridge_score`. Unlike those two, both targets stay finite where gamma is 0 or has an
     infinite slope. With `BrownianBridge` and an entropic coupling this is simulation-free score and flow matching,
@@ -67,7 +66,7 @@ def bridge_matching(
     Notebooks: (8.8).
 
     Args:
-        apply_fn: the network, `apply_fn(params, t, x, cond, train=, rngs=) -> (drift, noise)`; made of one network by
+        apply_fn: the network, `apply_fn(params, t, x, cond, train=, rngs=) -> (drift, latent)`; made of one network by
             `split_channels`, of two by `two_heads`.
         path: with latent noise.
         coupling: pairs x0 with x1 within the batch; its weights of pairs, if it has any, multiply the loss.
@@ -76,7 +75,7 @@ def bridge_matching(
 
     Returns:
         `loss_fn(params, key, batch) -> (loss, metrics)`, as from `flow_matching`, with the same batch. The key is
-        required: it draws z. Metrics are `loss`, and `mse_drift` and `mse_noise`, both unweighted.
+        required: it draws z. Metrics are `loss`, and `mse_drift` and `mse_latent`, both unweighted.
 
     Raises:
         ValueError: if `path` is not a stochastic interpolant or `time_sampler` leaves its range; when the loss is
@@ -97,17 +96,17 @@ def bridge_matching(
         targets = path.targets(sample)
         prediction = apply_fn(params, pairs.t, sample.x_t, pairs.cond, train=True, rngs=pairs.rngs)
         check_pair(prediction, sample.x_t)
-        mse_drift, mse_noise = (
+        mse_drift, mse_latent = (
             mean_over_event((value.astype(wanted.dtype) - wanted) ** 2)
             for value, wanted in zip(prediction, (targets["drift"], targets["latent"]), strict=True)
         )
-        weighted = mse_drift + mse_noise
+        weighted = mse_drift + mse_latent
         if pairs.weight is not None:
             weighted = pairs.weight * weighted
         return weighted.mean(), {
             "loss": weighted.mean(),
             "mse_drift": mse_drift.mean(),
-            "mse_noise": mse_noise.mean(),
+            "mse_latent": mse_latent.mean(),
         }
 
     return loss_fn
@@ -122,44 +121,44 @@ def check_pair(prediction: Any, x: State) -> None:
     """Raises `ValueError` unless `prediction` is two arrays of the shape of `x`."""
     shapes = [each.shape for each in prediction] if isinstance(prediction, tuple | list) else prediction.shape
     if shapes != [x.shape, x.shape]:
-        raise ValueError(f"the network must return (drift, noise), both of the shape of x, {x.shape}, got {shapes}.")
+        raise ValueError(f"the network must return (drift, latent), both of the shape of x, {x.shape}, got {shapes}.")
 
 
 def split_channels(apply_fn: ApplyFn) -> PairApplyFn:
-    """One network with twice the channels of x, as `(drift, noise)`: the halves of its last axis."""
+    """One network with twice the channels of x, as `(drift, latent)`: the halves of its last axis."""
 
     def split(params: Params, t: PerExample, x: State, cond: Cond, *, train: bool, rngs: Any) -> tuple[State, State]:
         output = apply_fn(params, t, x, cond, train=train, rngs=rngs)
         if output.shape != (*x.shape[:-1], 2 * x.shape[-1]):
             raise ValueError(f"the network must return twice the channels of x, {x.shape}, got {output.shape}.")
-        drift, noise = jnp.split(output, 2, axis=-1)
-        return drift, noise
+        drift, latent = jnp.split(output, 2, axis=-1)
+        return drift, latent
 
     return split
 
 
-def two_heads(apply_drift: ApplyFn, apply_noise: ApplyFn) -> PairApplyFn:
-    """Two networks as one with two outputs; its parameters are a dict of theirs, `{"drift": ..., "noise": ...}`."""
+def two_heads(apply_drift: ApplyFn, apply_latent: ApplyFn) -> PairApplyFn:
+    """Two networks as one with two outputs; its parameters are a dict of theirs, `{"drift": ..., "latent": ...}`."""
 
     def both(params: Params, t: PerExample, x: State, cond: Cond, *, train: bool, rngs: Any) -> tuple[State, State]:
-        rngs_drift, rngs_noise = rngs, rngs
+        rngs_drift, rngs_latent = rngs, rngs
         if rngs is not None:
             keys = {name: jax.random.split(key) for name, key in rngs.items()}
-            rngs_drift, rngs_noise = ({name: key[i] for name, key in keys.items()} for i in range(2))
+            rngs_drift, rngs_latent = ({name: key[i] for name, key in keys.items()} for i in range(2))
         drift = apply_drift(params["drift"], t, x, cond, train=train, rngs=rngs_drift)
-        return drift, apply_noise(params["noise"], t, x, cond, train=train, rngs=rngs_noise)
+        return drift, apply_latent(params["latent"], t, x, cond, train=train, rngs=rngs_latent)
 
     return both
 
 
 def bridge_velocity(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond = None) -> VelocityFn:
-    """The velocity `drift + gamma' noise` of a network trained by `bridge_matching`.
+    """The velocity `drift + gamma' latent` of a network trained by `bridge_matching`.
 
     Sample within `path.domain`. A Brownian bridge's begins at t_0 > 0, where the path is no longer at x0 but near
     `x0 + gamma(t_0) z`: start from there.
 
     Args:
-        model_fn: `model_fn(t, x, cond) -> (drift, noise)`, with its parameters bound.
+        model_fn: `model_fn(t, x, cond) -> (drift, latent)`, with its parameters bound.
         path: that it was trained on.
         cond: conditioning [batch, ...] or `None`.
 
@@ -170,21 +169,21 @@ def bridge_velocity(model_fn: PairModelFn, path: StochasticInterpolant, cond: Co
 
     def velocity(t: Time, x: State) -> State:
         t = batch_time(t, x)
-        drift, noise = model_fn(t, x, cond)
-        return drift + value_and_slope(path.gamma, expand_time(t, x))[1] * noise
+        drift, latent = model_fn(t, x, cond)
+        return drift + value_and_slope(path.gamma, expand_time(t, x))[1] * latent
 
-    return Counted(velocity, network_cost(model_fn))
+    return Counted(velocity, cost(model_fn))
 
 
 def bridge_score(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond = None) -> VelocityFn:
-    """The score `-noise / gamma` of a network trained by `bridge_matching`, for `EulerMaruyama(score=...)`.
+    """The score `-latent / gamma` of a network trained by `bridge_matching`, for `EulerMaruyama(score=...)`.
 
     Infinite where gamma = 0, at both ends of most paths: an SDE starts and ends short of them, as at `path.domain` of a
     Brownian bridge. Its steps there have to be short, unless its g vanishes like sqrt(gamma) or faster, as
     `diffusion=path.gamma` does.
 
     Args:
-        model_fn: `model_fn(t, x, cond) -> (drift, noise)`, with its parameters bound.
+        model_fn: `model_fn(t, x, cond) -> (drift, latent)`, with its parameters bound.
         path: that it was trained on.
         cond: conditioning [batch, ...] or `None`.
 
@@ -200,9 +199,9 @@ def bridge_score(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond 
     def score(t: Time, x: State) -> State:
         t = batch_time(t, x)
         gamma, _ = value_and_slope(path.gamma, t)
-        if not isinstance(gamma, jax.core.Tracer) and bool((gamma == 0).any()):
+        if not is_traced(gamma) and bool((gamma == 0).any()):
             raise ValueError(f"the score is infinite where gamma = 0, at t = {t[gamma == 0].tolist()}.")
-        _, noise = model_fn(t, x, cond)
-        return -noise / expand_time(gamma, x)
+        _, latent = model_fn(t, x, cond)
+        return -latent / expand_time(gamma, x)
 
-    return Counted(score, network_cost(model_fn))
+    return Counted(score, cost(model_fn))

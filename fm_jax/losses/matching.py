@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fm_jax.checks import check_member, check_per_example
+from fm_jax.checks import check_condition, check_has, check_member, check_per_example
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent, paired
 from fm_jax.shapes import mean_over_event
@@ -82,6 +82,7 @@ def flow_matching(
         >>> float(loss)
         0.125
     """
+    check_has("path", path, ("kinds", "targets", "target_domain", "sample"), "a path, such as AffinePath()")
     check_member("kind", kind, path.kinds)
     schedule = path.schedule
     if schedule is None and weight is not None:
@@ -108,6 +109,7 @@ def times_within(time_sampler: TimeSampler | None, domain: tuple[float, float], 
     low, high = domain
     if time_sampler is None:
         return Uniform(low, high)
+    check_has("time_sampler", time_sampler, ("domain", "__call__"), "a time sampler, such as LogitNormal()")
     if not (low <= time_sampler.domain[0] and time_sampler.domain[1] <= high):
         raise ValueError(
             f"time_sampler draws from {list(time_sampler.domain)}, but {what} is finite only on {[low, high]}; bring "
@@ -139,8 +141,10 @@ def draw_pairs(
     """Source, times, pairing and conditions of a batch, as `flow_matching` says; raises `ValueError` where it does."""
     if "x1" not in batch:
         raise ValueError(f"the batch must hold 'x1', got {sorted(batch)}.")
-    if "x0" not in batch and (coupling is paired or source is None):
+    if "x0" not in batch and coupling is paired:
         raise ValueError("coupling=paired keeps the pairs of the data: the batch must hold 'x0'.")
+    if "x0" not in batch and source is None:
+        raise ValueError("the path has no source to draw x0 from: the batch must hold 'x0'.")
     if key is None and not ("x0" in batch and "t" in batch):
         raise ValueError("without a key the batch must hold 'x0' and 't'.")
     x1 = batch["x1"]
@@ -150,6 +154,7 @@ def draw_pairs(
     x0 = batch["x0"] if source is None or "x0" in batch else source.draw(key_x0, x1)
     t = batch["t"] if "t" in batch else time_sampler(key_t, x1.shape[0])
     check_per_example(x1, t=t, weight=batch.get("weight"))
+    check_condition(x1, batch.get("cond"))
     pairing = coupling(key_coupling, x0, x1, batch.get("cond"))
     weight = product(batch.get("weight"), pairing.weight)
     rngs = None if key is None else {"dropout": key_dropout}

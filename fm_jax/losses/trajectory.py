@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Real
 
-from fm_jax.checks import check_has, check_per_example
+from fm_jax.checks import check_condition, check_has, check_per_example
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
 from fm_jax.losses.matching import Pairs, dropped, product, squared_error, times_within
@@ -140,6 +140,7 @@ def _draw(
     key_t, key_coupling, key_path, key_dropout, key_drop = keys
     t = batch["t"] if "t" in batch else time_sampler(key_t, x.shape[0])
     check_per_example(x, t=t, weight=batch.get("weight"))
+    check_condition(x, batch.get("cond"))
     chain = couple_snapshots(coupling, key_coupling, x, batch.get("cond"))
     weight = product(batch.get("weight"), chain.weight)
     rngs = None if key is None else {"dropout": key_dropout}

@@ -11,7 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Real
 
-from fm_jax.checks import check_number
+from fm_jax.checks import check_number, is_traced
 from fm_jax.metrics.samples import device_samples
 from fm_jax.types import AnyArray, Array, ArrayTree, Scalar
 
@@ -71,7 +71,7 @@ def mmd(
     h = jnp.atleast_1d(median_distance(x, y) if bandwidths is None else jnp.asarray(bandwidths, dtype=x.dtype))
     if h.ndim != 1 or not h.size:
         raise ValueError(f"bandwidths must be a number or a sequence of numbers, got shape {h.shape}.")
-    if not isinstance(h, jax.core.Tracer) and not (np.isfinite(h).all() and (np.asarray(h) > 0).all()):
+    if not is_traced(h) and not (np.isfinite(h).all() and (np.asarray(h) > 0).all()):
         raise ValueError(f"bandwidths must be positive and finite, got {np.asarray(h).tolist()}.")
     return discrepancy(Partial(_gaussian, h), x, y, unbiased=unbiased)
 

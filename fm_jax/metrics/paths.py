@@ -4,15 +4,14 @@ The integrals over time are one more component of the ODE, so that the sampler t
 (midpoint rule for midpoint, trapezoid for Heun, ...): of its order, and for no evaluation more.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_state
+from fm_jax.checks import check_state, is_traced
 from fm_jax.samplers import RungeKutta, sample
-from fm_jax.samplers.grids import check_forward, time_grid
+from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.runge_kutta import evaluate
-from fm_jax.samplers.sample import DEFAULT_STEPS
+from fm_jax.samplers.sample import times_of
 from fm_jax.shapes import time_dtype
 from fm_jax.types import Array, ArrayTree, PerExample, Sampler, Scalar, State, Time, VelocityFn
 
@@ -82,7 +81,7 @@ def normalised_path_energy(v: VelocityFn, x0: State, wasserstein2: ArrayTree, **
     References:
         Tong et al. 2023 (arXiv:2302.00482).
     """
-    known = not isinstance(wasserstein2, jax.core.Tracer)
+    known = not is_traced(wasserstein2)
     if np.shape(wasserstein2) != () or (known and not 0 < float(wasserstein2) < np.inf):
         raise ValueError(f"wasserstein2 must be a positive number, got {wasserstein2}.")
     return jnp.abs(path_energy(v, x0, **options) / wasserstein2**2 - 1)
@@ -145,7 +144,7 @@ def _start(x0: State, sampler: Sampler, times: int | ArrayTree | None) -> tuple[
     if not x0.size:
         raise ValueError(f"x0 must not be empty, got shape {x0.shape}.")
     x0 = x0.astype(time_dtype(x0))
-    grid = time_grid(DEFAULT_STEPS if times is None else times, sampler.domain, x0)
+    grid = times_of(sampler, times, x0)
     check_forward(grid, "a measure of a flow")
     return x0, grid
 

@@ -1,9 +1,9 @@
 """The two samples that a distance compares, checked and flattened."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import is_traced
 from fm_jax.types import Array, ArrayTree
 
 
@@ -40,7 +40,7 @@ def check_samples(x: ArrayTree, y: ArrayTree) -> None:
             raise ValueError(f"{name} must not be empty, got shape {np.shape(sample)}.")
         if jnp.iscomplexobj(sample):
             raise ValueError(f"{name} must be real, got complex numbers.")
-        if isinstance(sample, jax.core.Tracer):
+        if is_traced(sample):
             continue
         bad = int((~np.isfinite(np.asarray(sample, dtype=np.float64))).sum())
         if bad:

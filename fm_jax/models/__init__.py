@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import is_traced
 from fm_jax.models.adapters import from_equinox, from_nnx, linen_apply
 from fm_jax.models.compute import Compute
 from fm_jax.models.dit import DiT, make_dit
@@ -62,7 +63,7 @@ def init_params(module: nn.Module, key: Key, event_shape: tuple[int, ...]) -> Pa
         return module.init(key, jnp.zeros(1), jnp.zeros((1, *event_shape)))["params"]
 
     # Random initialisers are slow to compile, and run once: 11 s become 3 s for a small U-Net on a CPU.
-    on_cpu = jax.default_backend() == "cpu" and not isinstance(key, jax.core.Tracer)
+    on_cpu = jax.default_backend() == "cpu" and not is_traced(key)
     return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None)(key)
 
 

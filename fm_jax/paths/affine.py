@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_member, check_same_shape
+from fm_jax.checks import check_member, check_same_shape, check_schedule, check_source
 from fm_jax.schedules import Linear, coefficients, vanishes
 from fm_jax.shapes import expand_time
 from fm_jax.sources import Normal
@@ -23,7 +23,8 @@ class AffinePath:
 
     Attributes:
         schedule: alpha and sigma.
-        source: of x0, where a batch brings none. Score is a kind, and conversions hold, for the standard normal.
+        source: of x0, where a batch brings none; `None` if each has to. Score is a kind, and conversions hold, for the
+            standard normal.
 
     Example:
         >>> x0, x1 = jnp.zeros((4, 2)), jnp.ones((4, 2))
@@ -33,7 +34,12 @@ class AffinePath:
     """
 
     schedule: Schedule = field(default_factory=Linear)
-    source: Source = field(default_factory=Normal)
+    source: Source | None = field(default_factory=Normal)
+
+    def __post_init__(self) -> None:
+        check_schedule(self.schedule)
+        if self.source is not None:
+            check_source(self.source)
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -100,5 +106,6 @@ def start(schedule: Schedule, t0: float = 0.0) -> Normal:
         >>> start(EDM(80.0))
         Normal(scale=80.0)
     """
+    check_schedule(schedule)
     with jax.ensure_compile_time_eval():
         return Normal(float(schedule.sigma(jnp.asarray(t0, dtype=float))))

@@ -59,7 +59,7 @@ class AdamsBashforth:
     domain: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if self.order not in START:
+        if not isinstance(self.order, int) or self.order not in START:
             raise ValueError(f"order must be one of {', '.join(map(str, START))}, got {self.order!r}.")
 
     def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_number
+from fm_jax.checks import check_number, check_schedule
 from fm_jax.nfe import spent
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.loop import run_steps, step_noise
@@ -137,6 +137,7 @@ class Churn:
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_schedule(self.schedule)
         tableau(self.method)
         check_number("churn", self.churn, "[0, inf)")
         check_number("noise_scale", self.noise_scale, "[0, inf)")

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_number
+from fm_jax.checks import check_number, check_schedule
 from fm_jax.nfe import spent
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.levels import check_start, data_and_noise, range_of
@@ -119,6 +119,7 @@ class DDIM:
     nfe_per_step: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        check_schedule(self.schedule)
         check_number("eta", self.eta, "[0, 1]")
 
     @property

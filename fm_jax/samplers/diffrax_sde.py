@@ -120,7 +120,7 @@ class DiffraxSDE:
 
     @property
     def nfe_per_step(self) -> int | None:
-        return None if self.adaptive else SOLVERS[self.solver].stages
+        return None if self.adaptive else SOLVERS[self.solver].stages * (1 if self.score is None else 2)
 
     @property
     def domain(self) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_bool, check_schedule
 from fm_jax.nfe import spent
 from fm_jax.samplers.ddim import noise_shares
 from fm_jax.samplers.grids import check_forward
@@ -113,6 +114,7 @@ class DPMSolver:
     stochastic: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_schedule(self.schedule)
         _check_order(self.order)
 
     @property
@@ -162,7 +164,9 @@ class DPMSolverPlusPlus:
     nfe_per_step: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
+        check_schedule(self.schedule)
         _check_order(self.order)
+        check_bool("sde", self.sde)
         if self.sde and self.order != 2:
             raise ValueError(f"order must be 2 with sde=True, got {self.order}.")
 
@@ -186,5 +190,5 @@ class DPMSolverPlusPlus:
 
 
 def _check_order(order: int) -> None:
-    if order not in (2, 3):
+    if not isinstance(order, int) or order not in (2, 3):
         raise ValueError(f"order must be 2 or 3, got {order!r}.")

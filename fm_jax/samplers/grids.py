@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from fm_jax.checks import check_ends, check_integer, is_traced
+from fm_jax.checks import check_ends, check_integer, check_schedule, is_traced
 from fm_jax.schedules import log_snr
 from fm_jax.shapes import time_dtype
 from fm_jax.types import Array, ArrayTree, Schedule, TimeSampler
@@ -97,6 +97,7 @@ def edm(
     References:
         Karras et al. 2022 (arXiv:2206.00364).
     """
+    check_schedule(schedule)
     _uniform(num_steps, t0, t1)
     if not (0 < sigma_min < sigma_max < math.inf):
         raise ValueError(f"0 < sigma_min < sigma_max must hold, got {sigma_min} and {sigma_max}.")
@@ -190,9 +191,11 @@ def time_grid(times: int | ArrayTree, domain: tuple[float, float], x: ArrayTree)
         ValueError: for anything other than a number of at least 1 or one strictly monotone array.
     """
     if isinstance(times, int | float | np.number):
+        check_integer("times", times)
         times = _uniform(times, *domain)
     if np.ndim(times) != 1 or np.shape(times)[0] < 2:
-        raise ValueError(f"times must be a number of steps or [num + 1], at least two, got shape {np.shape(times)}.")
+        got = f"shape {np.shape(times)}" if np.ndim(times) else repr(times)
+        raise ValueError(f"times must be a number of steps or [num + 1], at least two, got {got}.")
     if is_traced(times):
         return times.astype(time_dtype(x))
     # Checked after rounding, which is where times too close together become equal.

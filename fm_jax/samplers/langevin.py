@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_diffusion, check_integer, check_number
+from fm_jax.checks import check_diffusion, check_integer, check_number, check_schedule
 from fm_jax.nfe import spent
 from fm_jax.parameterization import convert
 from fm_jax.samplers.levels import range_of
@@ -92,6 +92,7 @@ class PredictorCorrector:
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_schedule(self.schedule)
         check_integer("corrector_steps", self.corrector_steps, least=0)
         check_number("snr", self.snr, "(0, 1)")
         check_diffusion(self.diffusion)

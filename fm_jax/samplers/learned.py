@@ -52,8 +52,11 @@ class LearnedSolver:
     nfe_per_step: ClassVar[int] = 1
     stochastic: ClassVar[bool] = False
 
+    def __repr__(self) -> str:
+        return f"LearnedSolver({len(self.a)} evaluations)"
+
     @property
-    def times(self) -> Array:
+    def own_times(self) -> Array:
         """The times [n + 1]: one for each evaluation, then the end."""
         t0, t1 = jax.lax.stop_gradient(self.ends)
         elapsed = jnp.cumsum(jax.nn.softmax(self.log_steps))
@@ -91,7 +94,7 @@ def from_method(method: str | Tableau, num_steps: int, t0: float = 0.0, t1: floa
         ValueError: if the method is unknown or evaluates twice at one time, as "heun" does.
 
     Example:
-        >>> from_method("midpoint", 2).times
+        >>> from_method("midpoint", 2).own_times
         Array([0.  , 0.25, 0.5 , 0.75, 1.  ], dtype=float32)
     """
     method = tableau(method)

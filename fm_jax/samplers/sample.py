@@ -1,5 +1,7 @@
 """The one entry to sampling."""
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from fm_jax.checks import check_has, check_key, check_state
@@ -23,13 +25,14 @@ def sample(
     """Samples: the flow dx/dt = v(t, x), or the SDE with its marginals (its SDE extension), from `x0` on.
 
     Any sampler of `fm_jax.samplers` is run by this function, and any dataclass of your own that keeps to
-    `fm_jax.types.Sampler`. With fixed steps it is one `lax.scan`, differentiable in forward and reverse mode, also with
-    respect to traced `times`. Wrap it in `jax.jit`.
+    `fm_jax.types.Sampler`. With fixed steps it is one `lax.scan`, differentiable in forward and reverse mode; samplers
+    of the flow also with respect to traced `times`. Wrap it in `jax.jit`.
 
     Notebooks: (1.1).
 
     Args:
-        v: velocity function; called with a scalar t in float32 or better.
+        v: velocity function; called with a scalar t in float32 or better, or with t [batch] where each example has its
+            own steps (`Adaptive(per_sample=True)`).
         x0: the state at the first time, floating point.
         sampler: how to follow it: `RungeKutta("heun")`, `Adaptive()`, `DDIM(schedule)`, `EulerMaruyama(schedule)`, ...
         times: how many even steps to take over the sampler's range, from source to data, 20 by default; or the times
@@ -52,8 +55,7 @@ def sample(
         >>> float(abs(solution.x[0, 0] - jnp.e)) < 1e-5, int(solution.calls)
         (True, 40)
     """
-    wanted = "a sampler, such as RungeKutta('heun') or DDIM(schedule)"
-    check_has("sampler", sampler, ("order", "nfe_per_step", "stochastic", "domain", "solve"), wanted)
+    check_sampler(sampler)
     x0 = jnp.asarray(x0)
     check_state(x0)
     if sampler.stochastic:
@@ -62,10 +64,33 @@ def sample(
         check_key(key)
     elif key is not None:
         raise ValueError(f"key must be None for {sampler}, which draws no noise, got {key!r}.")
-    own_times = getattr(sampler, "times", None)  # of a learned solver
-    if own_times is not None:
+    own = own_times_of(sampler)
+    if own is not None:
         if times is not None:
-            raise ValueError(f"times must be None: the sampler has its own, got {times!r}.")
-        return sampler.solve(v, key, own_times, x0, trajectory)
+            raise ValueError(f"times must be None: {sampler} has its own, got {times!r}.")
+        return sampler.solve(v, key, own, x0, trajectory)
     times = time_grid(DEFAULT_STEPS if times is None else times, sampler.domain, x0)
     return sampler.solve(v, key, times, x0, trajectory)
+
+
+def times_of(sampler: Sampler, times: int | ArrayTree | None, x: ArrayTree, default: int = DEFAULT_STEPS) -> ArrayTree:
+    """The times of whoever puts more to the state than `sample` does, and so must know them before.
+
+    Raises:
+        ValueError: as `sample`, and for a sampler that goes through times of its own.
+    """
+    check_sampler(sampler)
+    if own_times_of(sampler) is not None:
+        raise ValueError(f"sampler must go through any times, in either direction, got {sampler}, which has its own.")
+    return time_grid(default if times is None else times, sampler.domain, x)
+
+
+def own_times_of(sampler: Sampler) -> Any:
+    """The times that a sampler has itself, as a learned one does; `None` if it goes through any."""
+    return getattr(sampler, "own_times", None)
+
+
+def check_sampler(sampler: Any) -> None:
+    """Raises `ValueError` for what is not a sampler."""
+    wanted = "a sampler, such as RungeKutta('heun') or DDIM(schedule)"
+    check_has("sampler", sampler, ("order", "nfe_per_step", "stochastic", "domain", "solve"), wanted)

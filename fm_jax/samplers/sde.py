@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool
 
-from fm_jax.checks import check_diffusion, check_member, check_shape
+from fm_jax.checks import check_diffusion, check_member, check_schedule, check_shape
 from fm_jax.nfe import spent
 from fm_jax.parameterization import convert
 from fm_jax.samplers.grids import first_time
@@ -48,6 +48,8 @@ def check_one_score(score: ScoreFn | None, schedule: Schedule | None) -> None:
 def check_sde(schedule: Schedule | None, diffusion: Diffusion | None, score: ScoreFn | None) -> None:
     """Raises `ValueError` unless these say what the SDE is."""
     check_one_score(score, schedule)
+    if schedule is not None:
+        check_schedule(schedule)
     if diffusion is not None:
         check_diffusion(diffusion)
     elif schedule is None:
@@ -224,11 +226,14 @@ class EulerMaruyama:
     diffusion: Diffusion | None = None
     score: ScoreFn | None = None
     order: ClassVar[int] = 1
-    nfe_per_step: ClassVar[int] = 1
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_sde(self.schedule, self.diffusion, self.score)
+
+    @property
+    def nfe_per_step(self) -> int:
+        return 1 if self.score is None else 2
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -254,11 +259,14 @@ class StochasticHeun:
     diffusion: Diffusion | None = None
     score: ScoreFn | None = None
     order: ClassVar[int] = 2
-    nfe_per_step: ClassVar[int] = 2
     stochastic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_sde(self.schedule, self.diffusion, self.score)
+
+    @property
+    def nfe_per_step(self) -> int:
+        return 2 if self.score is None else 4
 
     @property
     def domain(self) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_member
+from fm_jax.checks import check_member, check_schedule
 from fm_jax.nfe import spent
 from fm_jax.samplers.levels import Levels, check_start, data_and_noise, levels, phi, range_of
 from fm_jax.samplers.loop import run_steps
@@ -103,7 +103,8 @@ class UniPC:
     stochastic: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.p not in (1, 2, 3):
+        check_schedule(self.schedule)
+        if not isinstance(self.p, int) or self.p not in (1, 2, 3):
             raise ValueError(f"p must be 1, 2 or 3, got {self.p!r}.")
         check_member("variant", self.variant, VARIANTS)
 

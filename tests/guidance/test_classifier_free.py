@@ -40,6 +40,8 @@ def test_scale_one_is_off_and_free():
     off = classifier_free_batched(model_fn, "velocity", LINEAR, CLASSES, 2, 1, rule=ZeroStar())
     np.testing.assert_array_equal(off(T, X), model_fn(T, X, CLASSES))
     assert model_fn.batches == [3, 3]
+    assert cost(off) is None
+    off = classifier_free_batched(Counted(model_fn, 1), "velocity", LINEAR, CLASSES, 2, 1)
     assert cost(off) == 1
 
 
@@ -71,9 +73,10 @@ def test_costs_add_up_through_nesting():
     assert inner.nfe == 2
     assert classifier_free(inner, once, 2.0).nfe == 3
     assert classifier_free(inner, v_uncond, 2.0).nfe is None
-    for model, each in ((model_fn, 1), (Counted(model_fn, 2), 2)):
-        assert classifier_free_batched(model, "velocity", LINEAR, CLASSES, 0, 2.0).nfe == 2 * each
-        assert compose(model, "velocity", LINEAR, [CLASSES] * 3, 0, [1.0, 2.0, 3.0]).nfe == 4 * each
+    for model, each in ((model_fn, None), (Counted(model_fn, 1), 1), (Counted(model_fn, 2), 2)):
+        batched = classifier_free_batched(model, "velocity", LINEAR, CLASSES, 0, 2.0)
+        composed = compose(model, "velocity", LINEAR, [CLASSES] * 3, 0, [1.0, 2.0, 3.0])
+        assert (batched.nfe, composed.nfe) == ((None, None) if each is None else (2 * each, 4 * each))
 
 
 CLASSES = np.array([0, 1, 1])
@@ -309,6 +312,14 @@ def test_bad_input_is_refused(options, message):
         classifier_free_batched(v_cond, "velocity", LINEAR, CLASSES, 0, scale, **options)
     with pytest.raises(ValueError, match=message):
         compose(v_cond, "velocity", LINEAR, [CLASSES] * 2, 0, [1.0, scale], **options)
+
+
+def test_branches_of_another_shape_are_refused():
+    """[batch, 1] would be broadcast."""
+    thin = lambda t, x: x[:, :1]  # noqa: E731
+    for branches, name in (((thin, v_uncond), "v_cond"), ((v_cond, thin), "v_uncond")):
+        with pytest.raises(ValueError, match=rf"{name}\(t, x\) must have the shape of x, \(3, 2\), got \(3, 1\)"):
+            classifier_free(*branches, 2.0)(T, X)
 
 
 def test_a_scale_of_another_batch_is_refused():

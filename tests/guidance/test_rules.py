@@ -173,6 +173,7 @@ def guided_fields():
         sign = 1.0 - cond[:, None]  # classes 0 and 2, and 1 for none
         return jnp.cos(3 * t)[:, None] * sign - x + jnp.sin(x[:, ::-1])
 
+    model_fn = Counted(model_fn, 1)
     v_cond, v_uncond = (velocity_fn(model_fn, "velocity", Linear(), jnp.full(4, c)) for c in (0, 1))
     cond = jnp.zeros(4, dtype=int)
     return {

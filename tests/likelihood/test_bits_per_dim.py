@@ -130,7 +130,7 @@ BAD = [
     ({"tolerance": 0.0}, "tolerance must be positive and finite, got 0.0."),
     ({"num_draws": 2, "divergence": Hutchinson()}, "num_draws = 2 needs an exact divergence"),
     (euler(1), "times must be an even number of steps, to compare with half of them, got 1."),
-    (euler(0), "num_steps must be at least 1, got 0."),
+    (euler(0), "times must be at least 1, got 0."),
     ({"sampler": DiffraxSDE(Linear(), rtol=1e-2, atol=1e-2)}, r"sampler must be one with fixed steps, or Adaptive\(\)"),
     ({"sampler": DiffraxSDE(Linear())}, "sampler must not draw noise"),
 ]

@@ -16,8 +16,9 @@ from fm_jax.nfe import Counted
 from fm_jax.paths import start
 from fm_jax.samplers import Adaptive, EulerMaruyama, RungeKutta
 from fm_jax.samplers.grids import uniform
+from fm_jax.samplers.learned import from_method
 from fm_jax.schedules import VE, Linear
-from fm_jax.sources import Sampled, Uniform
+from fm_jax.sources import Normal, Sampled, Uniform
 
 KEY = jax.random.key(0)
 SCHEDULES = [schedules.Linear(), schedules.Cosine(), schedules.Polynomial(2.0), schedules.VP(), schedules.VE()]
@@ -53,7 +54,7 @@ def closed_forms():
         x1, mixture, results = data(), contracts.mixture(), {}
         for schedule in SCHEDULES:
             t0, t1 = schedule.domain
-            source = SimpleNamespace(log_prob=functools.partial(oracles.log_prob, mixture, schedule, t0))
+            source = SimpleNamespace(draw=None, log_prob=functools.partial(oracles.log_prob, mixture, schedule, t0))
             v, times = oracles.velocity(mixture, schedule), uniform(200, t0, t1)
             computed = log_prob(v, x1, source=source, sampler=RK4, times=times)
             results[str(schedule)] = computed, oracles.log_prob(mixture, schedule, t1, x1)
@@ -237,6 +238,12 @@ BAD = [
         "has no density: a likelihood needs a source",
     ),
     (lambda: sample_and_log_prob(shrink, X, divergence=Hutchinson()), "needs a key"),
+    (
+        lambda: log_prob(shrink, X, sampler=from_method("euler", 2)),
+        "must go through any times, .* which has its own",
+    ),
+    (lambda: log_prob(shrink, X, sampler="rk4"), "sampler must be a sampler, .* got 'rk4', which has no 'order'"),
+    (lambda: log_prob(shrink, X, source=Normal), "source must be a source, .* got the class Normal"),
 ]
 
 

@@ -66,10 +66,10 @@ def test_value_by_hand(interpolant, key, x64):
     x_t = np.asarray(seen["x_t"])
     z = (x_t - alpha * x1 - sigma * x0) / (2 * s * (1 - s))
     of_drift = np.square(0.7 * x_t - d_alpha * x1 - d_sigma * x0).mean(axis=(1, 2, 3))
-    of_noise = np.square(1.4 * x_t - z).mean(axis=(1, 2, 3))
+    of_latent = np.square(1.4 * x_t - z).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(metrics["mse_drift"], of_drift.mean(), rtol=1e-10)
-    np.testing.assert_allclose(metrics["mse_noise"], of_noise.mean(), rtol=1e-10)
-    np.testing.assert_allclose(loss, ((of_drift + of_noise) * [0.5, 1, 2]).mean(), rtol=1e-10)
+    np.testing.assert_allclose(metrics["mse_latent"], of_latent.mean(), rtol=1e-10)
+    np.testing.assert_allclose(loss, ((of_drift + of_latent) * [0.5, 1, 2]).mean(), rtol=1e-10)
     assert metrics["loss"] == loss
 
 
@@ -84,7 +84,7 @@ def test_minimiser_is_the_oracle(name, key):
     x0, x1 = oracles.sample_pair(pair, key_pair, num)
     slopes, metrics = slopes_of_loss(pair, key_loss, {"x0": x0, "x1": x1})
     size = jnp.mean(jnp.concatenate([x0, x1]) ** 2)
-    for slope, mse in zip(slopes, (metrics["mse_drift"], metrics["mse_noise"]), strict=True):
+    for slope, mse in zip(slopes, (metrics["mse_drift"], metrics["mse_latent"]), strict=True):
         assert jnp.abs(slope).max() / jnp.sqrt(mse * size / num) < 4.5
 
 
@@ -153,8 +153,13 @@ def test_conditions_are_dropped_and_nothing_else_changes(key):
 
 def test_evaluations_are_counted():
     path = BrownianBridge(1.0)
-    for model_fn, cost in ((lambda t, x, cond: (x, x), 1), (Counted(lambda t, x, cond: (x, x), 2), 2)):
-        v, score = bridge_velocity(model_fn, path), bridge_score(model_fn, path)
+
+    def model_fn(t, x, cond):
+        return x, x
+
+    assert bridge_velocity(model_fn, path).nfe is bridge_score(model_fn, path).nfe is None
+    for cost in (1, 2):
+        v, score = (make(Counted(model_fn, cost), path) for make in (bridge_velocity, bridge_score))
         assert v.nfe == score.nfe == cost
         sampler = StochasticHeun(diffusion=1.0, score=score)
         solution = sample(v, jnp.ones((2, 1)), sampler, times=uniform(5, *path.domain), key=jax.random.key(0))
@@ -210,7 +215,7 @@ def test_one_network_of_twice_the_channels(key):
 
     expected = bridge_matching(heads, path)(0.7, key, batch)[0]
     np.testing.assert_array_equal(bridge_matching(split_channels(wide), path)(0.7, key, batch)[0], expected)
-    params = {"drift": 0.7, "noise": 1.4}
+    params = {"drift": 0.7, "latent": 1.4}
     np.testing.assert_allclose(bridge_matching(two_heads(single, single), path)(params, key, batch)[0], expected)
 
 
@@ -219,10 +224,12 @@ def test_two_heads_draw_different_dropout(key):
         return jax.random.normal(rngs["dropout"], x.shape)
 
     both = two_heads(noisy, noisy)
-    drift, noise = both({"drift": 0, "noise": 0}, None, jnp.ones((4, 2)), None, train=True, rngs={"dropout": key})
-    assert (drift != noise).all()
+    drift, latent = both({"drift": 0, "latent": 0}, None, jnp.ones((4, 2)), None, train=True, rngs={"dropout": key})
+    assert (drift != latent).all()
     plain = two_heads(*[lambda params, t, x, cond, *, train, rngs: x] * 2)
-    np.testing.assert_array_equal(plain({"drift": 0, "noise": 0}, None, jnp.ones(2), None, train=False, rngs=None), 1.0)
+    np.testing.assert_array_equal(
+        plain({"drift": 0, "latent": 0}, None, jnp.ones(2), None, train=False, rngs=None), 1.0
+    )
 
 
 def test_couplings_and_their_weights(key):
@@ -241,7 +248,7 @@ def test_couplings_and_their_weights(key):
     weighted = bridge_matching(heads, path, coupling=weighing)(0.3, key, batch)
     as_batch = bridge_matching(heads, path)(0.3, key, {**batch, "weight": jnp.linspace(0, 2, 16)})
     np.testing.assert_allclose(weighted[0], as_batch[0], rtol=1e-6)
-    np.testing.assert_allclose(weighted[1]["mse_noise"], as_batch[1]["mse_noise"], rtol=1e-6)
+    np.testing.assert_allclose(weighted[1]["mse_latent"], as_batch[1]["mse_latent"], rtol=1e-6)
 
 
 def test_targets_and_gradients_are_finite_up_to_the_ends(key):
@@ -272,7 +279,7 @@ def test_targets_and_gradients_are_finite_up_to_the_ends(key):
             lambda: bridge_matching(lambda p, t, x, c, **_: x, BrownianBridge(1.0))(
                 1.0, jax.random.key(0), {"x1": jnp.ones((2, 2))}
             ),
-            r"the network must return \(drift, noise\), both of the shape of x, \(2, 2\), got \(2, 2\)",
+            r"the network must return \(drift, latent\), both of the shape of x, \(2, 2\), got \(2, 2\)",
         ),
         (
             lambda: bridge_matching(lambda p, t, x, c, **_: (x, x[:, :1]), BrownianBridge(1.0))(
@@ -329,4 +336,4 @@ def test_one_kind_at_a_time_is_both_together(key):
     metrics = bridge_matching(heads, path)(0.7, key, batch)[1]
     for kind, params in (("drift", 0.7), ("latent", 1.4)):
         loss, _ = flow_matching(lambda params, t, x, c, **_: params * x, path, kind=kind)(params, key, batch)
-        np.testing.assert_allclose(loss, metrics["mse_drift" if kind == "drift" else "mse_noise"], rtol=1e-5)
+        np.testing.assert_allclose(loss, metrics["mse_drift" if kind == "drift" else "mse_latent"], rtol=1e-5)

@@ -186,6 +186,11 @@ def test_refused_when_built(build, message):
         ({"x1": jnp.ones((2, 2))}, None, "without a key the batch must hold 'x0' and 't'"),
         ({"x1": jnp.ones((2, 2)), "x0": jnp.ones((3, 2))}, jax.random.key(0), "must have the same batch"),
         ({"x1": jnp.ones((2, 2)), "t": jnp.ones((2, 1))}, jax.random.key(0), r"t must be \[batch\] = \(2,\)"),
+        (
+            {"x1": jnp.ones((2, 2)), "cond": jnp.ones(3)},
+            jax.random.key(0),
+            r"cond must be .* with batch = 2",
+        ),
     ],
 )
 def test_refused_when_traced(batch, key, message):
@@ -243,7 +248,7 @@ def test_what_is_not_there_cannot_be_dropped(key):
 
 
 def test_a_path_without_a_source_needs_x0(key):
-    with pytest.raises(ValueError, match="keeps the pairs of the data: the batch must hold 'x0'"):
+    with pytest.raises(ValueError, match="the path has no source to draw x0 from: the batch must hold 'x0'"):
         flow_matching(scaled_identity, SplinePath((0.0, 1.0)))(0.5, key, {"x1": jnp.ones((2, 2))})
 
 

@@ -68,12 +68,12 @@ def test_traced_times_pass_unchecked():
 @pytest.mark.parametrize(
     ("times", "message"),
     [
-        (0, "num_steps must be at least 1, got 0."),
-        (-3, "num_steps must be at least 1, got -3."),
-        (2.0, "num_steps must be an integer, got 2.0."),
-        (np.float32(2.0), "num_steps must be an integer, got "),
-        (True, "num_steps must be an integer, got True."),
-        ("2", r"times must be a number of steps or \[num \+ 1\], at least two, got shape \(\)."),
+        (0, "times must be at least 1, got 0."),
+        (-3, "times must be at least 1, got -3."),
+        (2.0, "times must be an integer, got 2.0."),
+        (np.float32(2.0), "times must be an integer, got "),
+        (True, "times must be an integer, got True."),
+        ("2", r"times must be a number of steps or \[num \+ 1\], at least two, got '2'."),
         ([0.0], r"times must be a number of steps or \[num \+ 1\], at least two, got shape \(1,\)."),
         ([[0.0, 1.0]], r"got shape \(1, 2\)."),
         ([1.0, 1.0 + 1e-9], "times must be finite and strictly monotone in float32"),

@@ -263,6 +263,7 @@ def test_a_score_of_its_own_is_called_and_paid_for_too(make, times):
         return int(solution.calls), None if solution.nfe is None else int(solution.nfe)
 
     v, score = Counted(lambda t, x: x, 2), Counted(lambda t, x: -x, 1)
+    assert make(diffusion=1.0, score=score).nfe_per_step == 2 * make(Linear()).nfe_per_step
     assert counts(v, score) == (2 * times, 3 * times)
     assert counts(v, score.function) == counts(v.function, score) == (2 * times, None)
 
