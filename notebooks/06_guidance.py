@@ -183,7 +183,7 @@ def one_network(t, x, cond):
     return jnp.where(cond[:, None] == 1, v_c(t, x), v_u(t, x))
 
 
-batched = classifier_free_batched(one_network, "velocity", schedule, np.ones(len(x), int), 0, w)
+batched = classifier_free_batched(Counted(one_network, 1), "velocity", schedule, np.ones(len(x), int), 0, w)
 assert np.abs(jax.jit(batched)(t, x) - cfg(t, x)).max() < 1e-12
 for name, v in {"conditional": v_c, "classifier-free": cfg, "classifier-free, batched": batched}.items():
     print(f"{name}: NFE {v.nfe} for each call")

@@ -152,8 +152,7 @@ assert abs(lost - 0.1) < 5 * 0.3 / n**0.5
 # $1\times 1$ convolution where the number of channels changes).
 
 # %%
-keys = jax.random.split(jax.random.key(2), 4)
-c = unet.channels
+c, keys = unet.channels, jax.random.split(jax.random.key(2), 4)
 block = ResBlock(c, film=True, dropout=0.0, num_groups=unet.num_groups)
 x, e = jax.random.normal(keys[0], (4, 8, 8, c)), jax.random.normal(keys[1], (4, 4 * c))
 run = jax.jit(lambda params: block.apply({"params": params}, x, e, False, capture_intermediates=True))
