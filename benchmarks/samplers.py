@@ -34,10 +34,9 @@ from experiments.lab.command_line import parse
 from experiments.lab.experiment import restore_run
 from experiments.lab.figures import save_error_curves
 from experiments.lab.samplers import SAMPLERS, make_sampler
-from experiments.lab.sampling import bind
 from fm_jax import oracles
 from fm_jax.models import forward_flops, init_params, linen_apply, make_dit
-from fm_jax.parameterization import velocity_fn
+from fm_jax.parameterization import bind, velocity_fn
 from fm_jax.paths import start
 from fm_jax.samplers import RungeKutta, grids, learned, sample
 from fm_jax.schedules import VP, Linear

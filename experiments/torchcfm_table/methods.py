@@ -207,7 +207,7 @@ def by_bridge(sigma: float) -> Callable[[Params, Key, Array], Generated]:
         def pair(t: Array, x: Array, cond: Cond = None) -> tuple[Array, Array]:
             return x, denoiser(t, x)  # the score needs the second alone
 
-        score = bridge_score(pair, path)
+        score = bridge_score(Counted(pair, 1), path)
         # The velocity is infinite at t = 0: the bridge is entered a moment later, where it has spread a little.
         start = x0 + path.gamma(jnp.asarray(t0)) * jax.random.normal(key_start, x0.shape)
         return _by_sde(v, score, sigma, key_sde, start, t0, t1)
