@@ -104,7 +104,7 @@ class Adaptive:
 
     Attributes:
         solver: explicit, "tsit5", "dopri5", "dopri8", "bosh3" or "heun"; implicit, for stiff fields in few dimensions,
-            "kvaerno3" or "kvaerno5", which need `per_sample`; or such a solver of Diffrax.
+            "kvaerno3" or "kvaerno5", which need `per_sample` and do not run under `pmap`; or such a solver of Diffrax.
         rtol: relative tolerance.
         atol: absolute tolerance.
         per_sample: one step size an example instead of one for the batch.

@@ -144,7 +144,9 @@ class DiffraxSDE:
         elapsed = jnp.abs(times - times[0])
         diffusion = noise_of(self.schedule, self.diffusion)
         drift, g = drift_fn(v, self.score, diffusion, schedule=self.schedule), diffusion_fn(diffusion)
-        identity = lineax.IdentityLinearOperator(jax.ShapeDtypeStruct(x0.shape, x0.dtype))
+        # Of the increments of the path: under pmap their structure says so, and lineax compares all of it.
+        increment = jax.eval_shape(lambda: jax.random.normal(key, x0.shape, x0.dtype))
+        identity = lineax.IdentityLinearOperator(increment)
 
         def time(since: Array) -> Array:
             # Rounding must not go past the end: g may not exist there.
