@@ -190,7 +190,9 @@ def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule) ->
     Args:
         v: velocity function on `old_schedule`.
         old_schedule: the schedule it was trained on.
-        new_schedule: the schedule to sample on. Where its SNR is outside the old one's range, t leaves [0, 1].
+        new_schedule: the schedule to sample on. Where its SNR is outside the old one's range, t leaves [0, 1], and
+            where it is 0 or infinite the result is not finite: sample between the times that have the SNR of the old
+            ends.
 
     Returns:
         `v_new(r, x)`, called as `v` is.
