@@ -36,12 +36,12 @@ def check_integer(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
 
 
-def check_number(name: str, value: float, within: str) -> None:
+def check_number(name: str, value: Any, within: str) -> None:
     """Refuses a number outside of an interval.
 
     Args:
         name: of the argument.
-        value: a number.
+        value: a number; a traced one passes.
         within: the interval as it is written, such as "(0, 1]" or "[0, inf)".
 
     Example:

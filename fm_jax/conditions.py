@@ -48,7 +48,7 @@ def drop_condition(key: Key, cond: Cond, null_cond: Cond, rate: Scalar | float) 
     References:
         Ho & Salimans 2022 (arXiv:2207.12598), algorithm 1.
     """
-    _check_rate(rate)
+    check_number("rate", rate, "[0, 1]")
     nulls = null_like(cond, null_cond)
     batch_size = jax.tree.leaves(nulls)[0].shape[0]
     dropped = jax.random.bernoulli(key, jnp.asarray(rate, float), (batch_size,))
@@ -77,7 +77,7 @@ class DropCondition:
     null_cond: Cond
 
     def __post_init__(self) -> None:
-        _check_rate(self.rate)
+        check_number("rate", self.rate, "[0, 1]")
 
     def __call__(self, key: Key, cond: Cond) -> Cond:
         """Takes the condition, a pytree of [batch, ...], from a share `rate` of the examples."""
@@ -93,11 +93,6 @@ class DropCondition:
 
     def __hash__(self) -> int:
         return hash(self._values())
-
-
-def _check_rate(rate: Any) -> None:
-    if not is_traced(rate):
-        check_number("rate", rate, "[0, 1]")
 
 
 def null_like(cond: Cond, null_cond: Cond) -> Cond:

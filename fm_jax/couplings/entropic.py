@@ -139,8 +139,7 @@ class Problem(NamedTuple):
 
 def check_options(options: Any) -> None:
     """Raises `ValueError` unless epsilon, threshold and max_iterations of a coupling make sense."""
-    if not 0 < options.epsilon < float("inf"):
-        raise ValueError(f"epsilon must be positive and finite, got {options.epsilon}.")
+    check_number("epsilon", options.epsilon, "(0, inf)")
     if not 0 < options.threshold <= 0.01:
         raise ValueError(f"threshold must be positive and at most 0.01, got {options.threshold}.")
     check_integer("max_iterations", options.max_iterations)

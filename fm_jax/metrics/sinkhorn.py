@@ -1,12 +1,12 @@
 """The Sinkhorn divergence: an entropic transport cost without the bias of its entropy."""
 
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import check_number
 from fm_jax.metrics.samples import host_samples
 from fm_jax.types import Array, ArrayTree
 
@@ -47,8 +47,7 @@ def sinkhorn_divergence(
         Genevay et al. 2017 (arXiv:1706.00292); Feydy et al. 2018 (arXiv:1810.08278).
     """
     for name, value in (("epsilon", epsilon), ("threshold", threshold), ("max_iterations", max_iterations)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}.")
+        check_number(name, value, "(0, inf)")
     x, y = host_samples(x, y)
     # In float32 the marginals stop short of the threshold where epsilon is small. OTT relies on rank promotion.
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):

@@ -5,7 +5,7 @@ from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_member
+from fm_jax.checks import check_bool, check_member
 
 Dtype = Any
 Attention = Literal["xla", "cudnn"]
@@ -44,8 +44,7 @@ class Compute:
         except TypeError:
             dtype = None
         check_member("dtype", str(self.dtype) if dtype is None else dtype.name, ("float32", "bfloat16"))
-        if not isinstance(self.remat, bool):
-            raise ValueError(f"remat must be True or False, got {self.remat!r}.")
+        check_bool("remat", self.remat)
         if self.attention is not None:
             check_member("attention", self.attention, get_args(Attention))
         # One dtype has many spellings; as np.dtype, equal values are equal and hash alike.

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_member
+from fm_jax.checks import check_integer, check_member
 from fm_jax.models.compute import Compute, Dtype
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import SelfAttention, TimeEmbedding, check_image, check_options, zeros
@@ -139,8 +139,7 @@ class DiT(nn.Module):
     def __post_init__(self) -> None:
         check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
         for name in ("patch_size", "hidden", "num_layers", "num_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            check_integer(name, getattr(self, name))
         if self.hidden % 4:
             raise ValueError(f"hidden must be divisible by 4 (sines and cosines of two axes), got {self.hidden}.")
         if self.hidden % self.num_heads:

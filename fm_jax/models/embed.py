@@ -18,6 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from fm_jax.checks import check_integer
 from fm_jax.models.layers import zeros
 from fm_jax.types import Array, Cond
 
@@ -49,8 +50,7 @@ class LabelEmbedding(nn.Module):
     stddev: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, got {self.num_classes}.")
+        check_integer("num_classes", self.num_classes)
         super().__post_init__()
 
     @nn.compact
@@ -101,8 +101,7 @@ class VectorEmbedding(nn.Module):
     dim: int
 
     def __post_init__(self) -> None:
-        if self.dim < 1:
-            raise ValueError(f"dim must be at least 1, got {self.dim}.")
+        check_integer("dim", self.dim)
         super().__post_init__()
 
     @nn.compact
@@ -161,8 +160,7 @@ class TokenEmbedding(nn.Module):
     stddev: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.num_tokens < 1:
-            raise ValueError(f"num_tokens must be at least 1, got {self.num_tokens}.")
+        check_integer("num_tokens", self.num_tokens)
         super().__post_init__()
 
     @nn.compact

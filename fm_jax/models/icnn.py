@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_number
 from fm_jax.types import Array, Key, Params
 
 Potential: TypeAlias = Callable[[Params, Array], Array]
@@ -55,10 +56,8 @@ class ICNN(nn.Module):
             raise ValueError(f"features must hold at least one positive width, got {self.features}.")
         if self.rank < 0:
             raise ValueError(f"rank must not be negative, got {self.rank}.")
-        if not 0 <= self.strong_convexity < 1:
-            raise ValueError(f"strong_convexity must be in [0, 1), got {self.strong_convexity}.")
-        if not 0 < self.sharpness < math.inf:
-            raise ValueError(f"sharpness must be positive and finite, got {self.sharpness}.")
+        check_number("strong_convexity", self.strong_convexity, "[0, 1)")
+        check_number("sharpness", self.sharpness, "(0, inf)")
         super().__post_init__()
 
     @nn.compact

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fm_jax.checks import check_member
+from fm_jax.checks import check_integer, check_member
 from fm_jax.models.compute import Compute
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import (
@@ -140,8 +140,7 @@ class UNet(nn.Module):
         if not self.channel_mults or min(self.channel_mults) < 1:
             raise ValueError(f"channel_mults must hold at least one positive factor, got {self.channel_mults}.")
         for name in ("channels", "num_blocks", "num_heads", "num_groups", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+            check_integer(name, getattr(self, name))
         num_levels = len(self.channel_mults)
         for level in self.attention_levels:
             if not 0 <= level < num_levels:
