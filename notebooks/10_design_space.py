@@ -266,10 +266,11 @@ plt.show()
 # ## Where training spends its time
 #
 # Of the distributions in `fm_jax.times` two are closer than they look. On `Linear`, EDM's normal in
-# $\log(\sigma / \alpha) = -\operatorname{logit}(t)$ with mean $-1.2$ and deviation $1.2$ is the logit-normal of Stable
-# Diffusion 3 with mean $+1.2$ and deviation $1.2$. Each histogram below is of 100,000 draws beside the derivative of
-# the closed-form distribution function. The largest distance between the two distribution functions (Kolmogorov and
-# Smirnov) exceeds $1.95 / \sqrt{100000} = 0.0062$ for one key in a thousand.
+# $\log(\sigma / \alpha) = -\operatorname{logit}(t)$ with mean $-1.2$ and deviation $1.2$ is `LogitNormal(1.2, 1.2)`. In
+# Stable Diffusion 3 it is rf/lognorm(-1.2, 1.2): there time runs from data to noise, and the mean has the other sign.
+# Each histogram below is of 100,000 draws beside the derivative of the closed-form distribution function. The largest
+# distance between the two distribution functions (Kolmogorov and Smirnov) exceeds $1.95 / \sqrt{100000} = 0.0062$ for
+# one key in a thousand.
 
 # %%
 mode_u, t = np.linspace(0, 1, 2001), np.linspace(0, 1, 2001)[1:-1]

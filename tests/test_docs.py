@@ -11,6 +11,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
+THEORY = """
+1.3 1.5 1.6 2.1 2.4 2.5 2.6 2.7 2.8 2.10 2.11 4.1 4.2 4.3 4.5 4.6 4.9 5.1 5.4 6.1 6.5 6.6 6.7 6.8 7.2 7.3 8.3 8.4 9.8
+9.9 10.5 10.6 11.2
+"""
+"""Definitions, steps of proofs, bounds and examples: equations that no function computes."""
+
 sys.path.insert(0, str(DOCS))  # which is no package
 build, equations, pages, public, reference = map(
     importlib.import_module, ("build", "equations", "pages", "public", "reference")
@@ -43,6 +49,11 @@ def test_docstrings_name_equations_that_exist(monkeypatch):
     monkeypatch.setattr(equations, "read", lambda: known)
     (problem,) = equations.problems()
     assert problem.endswith(": there is no equation (5.3)")
+
+
+def test_an_equation_is_implemented_or_theory():
+    """A new one is named by the docstring of what implements it, or listed here."""
+    assert [number for number in equations.read() if number not in equations.implementers()] == THEORY.split()
 
 
 def test_a_line_that_the_reference_does_not_show_is_found(monkeypatch):
