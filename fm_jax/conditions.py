@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_number, is_traced
+from fm_jax.checks import check_key, check_number, is_traced, shown
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, Cond, Key, Scalar
 
@@ -48,6 +48,7 @@ def drop_condition(key: Key, cond: Cond, null_cond: Cond, rate: Scalar | float) 
     References:
         Ho & Salimans 2022 (arXiv:2207.12598), algorithm 1.
     """
+    check_key(key)
     check_number("rate", rate, "[0, 1]")
     nulls = null_like(cond, null_cond)
     batch_size = jax.tree.leaves(nulls)[0].shape[0]
@@ -123,6 +124,9 @@ def null_like(cond: Cond, null_cond: Cond) -> Cond:
             f"null_cond must have the structure of cond, {structure}, got {jax.tree.structure(null_cond)}."
         )
     names = ["cond" + jax.tree_util.keystr(path) for path, _ in given]
+    for name, (_, leaf) in zip(names, given, strict=True):
+        if _kind(np.asarray(leaf).dtype if not is_traced(leaf) else leaf.dtype) == len(_KINDS):
+            raise ValueError(f"{name} must be numbers [batch, ...], got {shown(leaf)}.")
     leaves = [jnp.asarray(leaf) for _, leaf in given]
     shapes = {name: leaf.shape for name, leaf in zip(names, leaves, strict=True)}
     if len({shape[:1] for shape in shapes.values()} | {()}) != 2:

@@ -11,13 +11,18 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_integer
+from fm_jax.checks import check_function, check_integer
 from fm_jax.types import Array
 
 
 @dataclass(frozen=True)
 class Counted:
     """A function with the network evaluations that one call of it costs, `None` where that is unknown.
+
+    Attributes:
+        function: any function.
+        nfe: what a call of it costs.
+        domain: the range of times that it may be called at, where that is narrower than what a sampler would take.
 
     Example:
         >>> v = Counted(lambda t, x: -x, 1)
@@ -27,8 +32,10 @@ class Counted:
 
     function: Callable[..., Any]
     nfe: int | None
+    domain: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
+        check_function("function", self.function, "a function")
         if self.nfe is not None:
             check_integer("nfe", self.nfe, least=0)
         object.__setattr__(self, "__wrapped__", self.function)  # so that it has the signature of the function
@@ -40,6 +47,12 @@ class Counted:
 def cost(function: Callable[..., Any]) -> int | None:
     """The network evaluations of one call of `function`; `None` unless it is `Counted`."""
     return function.nfe if isinstance(function, Counted) else None
+
+
+def domain_of(*functions: Callable[..., Any]) -> tuple[float, float] | None:
+    """The times at which all of the functions may be called; `None` where none of them says."""
+    domains = [each.domain for each in functions if isinstance(each, Counted) and each.domain is not None]
+    return (max(low for low, _ in domains), min(high for _, high in domains)) if domains else None
 
 
 def total(*costs: int | None) -> int | None:

@@ -4,17 +4,29 @@ With `x_t = alpha x1 + sigma x0` and a standard normal x0, d = E[x1 | x_t] and n
 
     alpha d + sigma n = x_t,    v = alpha' d + sigma' n,    score = grad log p_t(x_t) = -n / sigma
 
-(Albergo et al. 2023, arXiv:2303.08797, sec. 4; Ma et al. 2024, arXiv:2401.08740, sec. 2.3). Any one of the four gives
-the others, except where the division below is by zero; there the result is not finite, and `velocity_domain` says so.
+(Albergo et al. 2023, arXiv:2303.08797, sec. 4; Ma et al. 2024, arXiv:2401.08740, sec. 2.2, eq. 8 and 9). Any one of the
+four gives the others, except where the division below is by zero; there the result is not finite, and `velocity_domain`
+says so.
 """
 
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_condition, check_member, check_same_shape, check_schedule
-from fm_jax.nfe import Counted, cost
-from fm_jax.schedules import coefficients, stands_still, vanishes
-from fm_jax.shapes import batch_time, expand_time, time_dtype
+from fm_jax.checks import (
+    check_bool,
+    check_condition,
+    check_member,
+    check_network,
+    check_number,
+    check_same_shape,
+    check_schedule,
+    check_shape,
+    check_times,
+    check_velocity,
+)
+from fm_jax.nfe import Counted, cost, domain_of
+from fm_jax.schedules import coefficients, log_snr, stands_still, vanishes
+from fm_jax.shapes import batch_time, time_of
 from fm_jax.types import KINDS, ApplyFn, Cond, Kind, ModelFn, Params, Prediction, Schedule, State, Time, VelocityFn
 
 
@@ -35,7 +47,7 @@ def convert(kind: Kind, value: State, t: Time, x_t: State, schedule: Schedule) -
         and "score" at alpha = 0; the score is infinite at sigma = 0 whatever it comes from.
 
     Raises:
-        ValueError: if `kind` is unknown or the shapes of `value` and `x_t` differ.
+        ValueError: if `kind` is unknown, the shapes of `value` and `x_t` differ, or they are no real numbers.
 
     Example:
         >>> x = jnp.ones((1, 2))
@@ -45,7 +57,9 @@ def convert(kind: Kind, value: State, t: Time, x_t: State, schedule: Schedule) -
     """
     check_member("kind", kind, KINDS)
     check_same_shape(value=value, x_t=x_t)
-    alpha, sigma, d_alpha, d_sigma = coefficients(schedule, expand_time(t, x_t))
+    check_shape("value", value, x_t, "x_t")
+    check_shape("x_t", x_t, x_t)
+    alpha, sigma, d_alpha, d_sigma = coefficients(schedule, time_of(t, x_t))
     if kind == "velocity":
         velocity = value
         determinant = alpha * d_sigma - sigma * d_alpha
@@ -77,6 +91,7 @@ def bind(apply_fn: ApplyFn, params: Params) -> ModelFn:
         >>> network(0.5, jnp.ones((1, 2))), velocity_fn(network, "velocity", Linear()).nfe
         (Array([[2., 2.]], dtype=float32), 1)
     """
+    check_network("apply_fn", apply_fn)
 
     def model_fn(t: Time, x: State, cond: Cond = None) -> State:
         return apply_fn(params, t, x, cond, train=False, rngs=None)
@@ -98,13 +113,20 @@ def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = 
 
     Returns:
         `v(t, x)`.
+
+    Raises:
+        ValueError: if `model_fn` is no function, `kind` is unknown or `schedule` is none; when called, if the network
+            does not return real numbers in the shape of x, or `cond` has another batch.
     """
+    check_network("model_fn", model_fn, "a function model_fn(t, x, cond), as by bind(apply_fn, params)")
     check_member("kind", kind, KINDS)
     check_schedule(schedule)
 
     def velocity(t: Time, x: State) -> State:
+        check_shape("x", x, x)
         check_condition(x, cond)
         prediction = model_fn(batch_time(t, x), x, cond)
+        check_shape("what the network returns", prediction, x)
         if kind == "velocity":
             return prediction
         return convert(kind, prediction, t, x, schedule).velocity
@@ -124,11 +146,16 @@ def score_fn(v: VelocityFn, schedule: Schedule) -> VelocityFn:
     Returns:
         `score(t, x)`, called as `v` is.
     """
+    check_velocity(v)
+    check_schedule(schedule)
 
     def score(t: Time, x: State) -> State:
-        return convert("velocity", v(t, x), t, x, schedule).score
+        check_shape("x", x, x)
+        velocity = v(t, x)
+        check_shape("v(t, x)", velocity, x)
+        return convert("velocity", velocity, t, x, schedule).score
 
-    return Counted(score, cost(v))
+    return Counted(score, cost(v), domain_of(v))
 
 
 def velocity_domain(kind: Kind, schedule: Schedule, margin: float = 1e-3) -> tuple[float, float]:
@@ -146,6 +173,8 @@ def velocity_domain(kind: Kind, schedule: Schedule, margin: float = 1e-3) -> tup
         (t_min, t_max).
     """
     check_member("kind", kind, KINDS)
+    check_schedule(schedule)
+    check_number("margin", margin, "(0, 0.5)")
     t_min, t_max = schedule.domain
     if kind == "data" and vanishes(schedule.sigma, t_max):
         t_max -= margin
@@ -168,6 +197,8 @@ def conversion_domain(schedule: Schedule, margin: float = 1e-3) -> tuple[float, 
     Returns:
         (t_min, t_max).
     """
+    check_schedule(schedule)
+    check_number("margin", margin, "(0, 0.5)")
 
     def kept_from(t: float) -> float:
         with jax.ensure_compile_time_eval():
@@ -177,39 +208,102 @@ def conversion_domain(schedule: Schedule, margin: float = 1e-3) -> tuple[float, 
     return t_min + kept_from(t_min), t_max - kept_from(t_max)
 
 
-def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule) -> VelocityFn:
+def reschedule_domain(old_schedule: Schedule, new_schedule: Schedule) -> tuple[float, float]:
+    """The range of times on the new schedule at which its signal-to-noise ratio is one of the old schedule's.
+
+    That is where `reschedule` is exact. From `Linear` to `Cosine` it is all of [0, 1]; from `VP`, whose source still
+    carries some signal, `Linear` begins at 0.0065.
+
+    Args:
+        old_schedule: the schedule that a model was trained on; its times are those of `conversion_domain`.
+        new_schedule: the schedule to sample on.
+
+    Returns:
+        (r_min, r_max), inside `new_schedule.domain`.
+
+    Raises:
+        ValueError: if the two have no signal-to-noise ratio in common.
+
+    Example:
+        >>> from fm_jax.schedules import VP, Linear
+        >>> [round(r, 4) for r in reschedule_domain(VP(), Linear())]
+        [0.0065, 0.999]
+    """
+    check_schedule(old_schedule, "old_schedule")
+    check_schedule(new_schedule, "new_schedule")
+    reached, own = (
+        _log_snrs(old_schedule, conversion_domain(old_schedule)),
+        _log_snrs(new_schedule, new_schedule.domain),
+    )
+    with jax.ensure_compile_time_eval():
+        low, high = (float(new_schedule.t_from_log_snr(jnp.asarray(each))) for each in reached)
+    r_min = new_schedule.domain[0] if own[0] >= reached[0] else low
+    r_max = new_schedule.domain[1] if own[1] <= reached[1] else high
+    if not r_min < r_max:
+        raise ValueError(f"{new_schedule} and {old_schedule} have no signal-to-noise ratio in common.")
+    return r_min, r_max
+
+
+def _log_snrs(schedule: Schedule, times: tuple[float, float]) -> tuple[float, float]:
+    """At both ends of a range of times."""
+    with jax.ensure_compile_time_eval():
+        first, last = (float(log_snr(schedule, jnp.asarray(t, dtype=float))) for t in times)
+    return first, last
+
+
+def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule, *, clip: bool = False) -> VelocityFn:
     """The velocity of another schedule from a model trained on the old one, exactly and without training.
 
     At new time r the old time t(r) has the same signal-to-noise ratio, and x scales by s(r), the ratio of the norms
-    of (alpha, sigma). Then `v_new(r, x) = s' x / s + s t' v(t, x / s)` (Pokle et al. 2023, arXiv:2310.04432, prop. 1;
-    Shaul et al. 2023, arXiv:2310.19075). t' and s' come from the angle atan2(alpha, sigma), which is smooth where the
-    SNR is 0 or infinite.
+    of (alpha, sigma). Then `v_new(r, x) = s' x / s + s t' v(t, x / s)` (Pokle et al. 2023, arXiv:2310.04432; Shaul et
+    al. 2023, arXiv:2310.19075). t' and s' come from the angle atan2(alpha, sigma), which is smooth where the SNR is 0
+    or infinite.
 
     Notebooks: (10.1), (10.2).
 
     Args:
         v: velocity function on `old_schedule`.
         old_schedule: the schedule it was trained on.
-        new_schedule: the schedule to sample on. Where its SNR is outside the old one's range, t leaves [0, 1], and
-            where it is 0 or infinite the result is not finite: sample between the times that have the SNR of the old
-            ends.
+        new_schedule: the schedule to sample on.
+        clip: what to do where the SNR is none of the old schedule's, outside of `reschedule_domain`. By default such
+            times are refused. With `clip` t stays at the nearest end of the old schedule, and x only scales: sampling
+            starts, or ends, with the law that the old model has there, noise and data in the proportion of its end.
 
     Returns:
-        `v_new(r, x)`, called as `v` is.
+        `v_new(r, x)`, called as `v` is. Without `clip` it carries its domain, over which `sample` takes its steps and
+        outside of which it refuses times.
+
+    Raises:
+        ValueError: for what is no velocity or no schedule; when called, for an r outside of the domain that is known,
+            as it is in `sample`. One that is traced gives NaN there.
     """
+    check_velocity(v)
+    check_bool("clip", clip)
+    domain = reschedule_domain(old_schedule, new_schedule)
+    known = new_schedule.domain if clip else domain
+    old_domain = conversion_domain(old_schedule)
+    reached = _log_snrs(old_schedule, old_domain)
 
     def new_velocity(r: Time, x: State) -> State:
+        check_times("r", r, known, f"the domain of {new_schedule}" if clip else "where the old schedule has its SNR")
+        r = time_of(r, x)
         new = coefficients(new_schedule, r)
-        t = old_schedule.t_from_log_snr(2 * (jnp.log(new.alpha) - jnp.log(new.sigma))).astype(time_dtype(x))
+        inside = (r >= domain[0]) & (r <= domain[1])
+        new_log_snr = 2 * (jnp.log(new.alpha) - jnp.log(new.sigma))
+        t = old_schedule.t_from_log_snr(jnp.clip(new_log_snr, *reached))  # beyond, it may have no inverse
+        t = jnp.clip(t, *old_domain).astype(r.dtype)  # the inverse may leave the domain by a rounding error
         old = coefficients(old_schedule, t)
         new_norm2, old_norm2 = new.alpha**2 + new.sigma**2, old.alpha**2 + old.sigma**2
         d_angle_new = (new.d_alpha * new.sigma - new.alpha * new.d_sigma) / new_norm2
         d_angle_old = (old.d_alpha * old.sigma - old.alpha * old.d_sigma) / old_norm2
-        d_t = d_angle_new / d_angle_old
+        d_t = jnp.where(inside, d_angle_new / d_angle_old, 0)
         s = jnp.sqrt(new_norm2 / old_norm2)
         d_log_s = (new.alpha * new.d_alpha + new.sigma * new.d_sigma) / new_norm2 - d_t * (
             old.alpha * old.d_alpha + old.sigma * old.d_sigma
         ) / old_norm2
-        return expand_time(d_log_s, x) * x + expand_time(s * d_t, x) * v(t, x / expand_time(s, x))
+        velocity = v(t.reshape(t.shape[:1]), x / s)
+        check_shape("v(t, x)", velocity, x)
+        found = d_log_s * x + s * d_t * velocity
+        return found if clip else jnp.where(inside, found, jnp.nan)
 
-    return Counted(new_velocity, cost(v))
+    return Counted(new_velocity, cost(v), None if clip else domain)

@@ -13,13 +13,32 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool
 
-from fm_jax.checks import check_integer, check_number
+from fm_jax.checks import (
+    as_number,
+    check_increasing,
+    check_integer,
+    check_number,
+    check_schedule,
+    is_real,
+    is_traced,
+    shown,
+)
 from fm_jax.types import AnyArray, Array, Coefficients, Elementwise, Schedule
 
 _EDGE = 1e-5
 """How far a domain stays from a time at which a derivative is infinite."""
+
+
+def _as_times(t: Elementwise) -> Array:
+    """Floating-point times; raises `ValueError` for what is no number."""
+    if not (is_traced(t) or hasattr(t, "dtype")):
+        check_number("t", t, "(-inf, inf)")
+    if not is_real(jnp.result_type(t)):
+        raise ValueError(f"t must be real numbers, got {shown(t)}.")
+    return jnp.asarray(t, dtype=jnp.result_type(t, float))
 
 
 def _with_derivative(f: Callable[[Array], Array], t: Array) -> tuple[Array, Array]:
@@ -42,7 +61,8 @@ def coefficients(schedule: Schedule, t: Elementwise) -> Coefficients:
         >>> [float(c) for c in coefficients(Linear(), 0.25)]
         [0.25, 0.75, 1.0, -1.0]
     """
-    t = jnp.asarray(t, dtype=jnp.result_type(t, float))
+    check_schedule(schedule)
+    t = _as_times(t)
     alpha, d_alpha = _with_derivative(schedule.alpha, t)
     sigma, d_sigma = _with_derivative(schedule.sigma, t)
     return Coefficients(alpha, sigma, d_alpha, d_sigma)
@@ -53,7 +73,8 @@ def log_snr(schedule: Schedule, t: Elementwise) -> Elementwise:
 
     Notebooks: (3.6).
     """
-    t = jnp.asarray(t, dtype=jnp.result_type(t, float))
+    check_schedule(schedule)
+    t = _as_times(t)
     return 2 * (jnp.log(schedule.alpha(t)) - jnp.log(schedule.sigma(t)))
 
 
@@ -95,11 +116,12 @@ class Linear:
         return t
 
     def sigma(self, t: Elementwise) -> Elementwise:
-        return 1 - (1 - self.sigma_min) * t
+        # Not 1 - (1 - sigma_min) t, in which float32 has no small sigma_min.
+        return 1 - t + self.sigma_min * t
 
     def t_from_log_snr(self, log_snr: Elementwise) -> Elementwise:
         # alpha / sigma = r gives t = r / (1 + (1 - sigma_min) r); dividing by r keeps r = inf exact.
-        return 1 / (jnp.exp(-log_snr / 2) + (1 - self.sigma_min))
+        return 1 / (1 + (jnp.exp(-log_snr / 2) - self.sigma_min))
 
 
 @dataclass(frozen=True)
@@ -173,8 +195,8 @@ class VP:
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta_min <= self.beta_max < math.inf:
-            raise ValueError(f"0 < beta_min <= beta_max must hold, got {self.beta_min} and {self.beta_max}.")
+        check_number("beta_min", self.beta_min, "(0, inf)")
+        check_number("beta_max", self.beta_max, f"[{self.beta_min}, inf)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -235,8 +257,7 @@ class VE:
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max < math.inf:
-            raise ValueError(f"0 < sigma_min < sigma_max must hold, got {self.sigma_min} and {self.sigma_max}.")
+        check_increasing("(0, inf)", sigma_min=self.sigma_min, sigma_max=self.sigma_max)
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -285,11 +306,10 @@ class EDM:
 
 
 def linear_betas(num_steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> tuple[float, ...]:
-    """The beta table of Ho et al. 2020 (arXiv:2006.11239, sec. 4), equally spaced from `beta_start` to `beta_end`.
-
-    Notebooks: (5.8).
-    """
+    """The beta table of Ho et al. 2020 (arXiv:2006.11239, sec. 4), equally spaced from `beta_start` to `beta_end`."""
     check_integer("num_steps", num_steps, least=2)
+    check_number("beta_start", beta_start, "(0, 1)")
+    check_number("beta_end", beta_end, "(0, 1)")
     return tuple(beta_start + (beta_end - beta_start) * i / (num_steps - 1) for i in range(num_steps))
 
 
@@ -310,8 +330,11 @@ class DDPM:
     betas: tuple[float, ...] = field(default_factory=linear_betas)
 
     def __post_init__(self) -> None:
-        if len(self.betas) < 2 or not all(0 < beta < 1 for beta in self.betas):
-            raise ValueError("betas must be at least two numbers in (0, 1).")
+        given = self.betas
+        betas = tuple(map(as_number, given)) if np.ndim(given) == 1 and not isinstance(given, str) else ()
+        if len(betas) < 2 or not all(0 < beta < 1 for beta in betas):
+            raise ValueError(f"betas must be at least two numbers in (0, 1), got {shown(given)}.")
+        object.__setattr__(self, "betas", betas)  # a list or an array would not be hashable
 
     def __repr__(self) -> str:
         return f"DDPM({len(self.betas)} betas, {self.betas[0]:g} to {self.betas[-1]:g})"

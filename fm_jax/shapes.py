@@ -1,33 +1,44 @@
 """The one place where time [batch] meets data [batch, ...]."""
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Shaped
 
+from fm_jax.checks import check_array, check_number, is_real, is_traced, shown
 from fm_jax.types import AnyArray, ArrayTree, PerExample, State, Time
 
 
-def expand_time(t: Time | Bool[AnyArray, " batch"], x: Shaped[AnyArray, " batch *event"]) -> AnyArray:
+def expand_time(t: Time | Bool[AnyArray, " batch"], x: Shaped[AnyArray, " batch *event"], name: str = "t") -> AnyArray:
     """Appends axes to `t` so that it multiplies `x`.
 
     Args:
         t: times, or whatever else is one number for all examples or one for each.
         x: [batch, ...].
+        name: of `t`, for the error.
 
     Returns:
         `t` as a scalar, or as [batch, 1, ..., 1] with the rank of `x`.
 
     Raises:
-        ValueError: if `t` is neither a scalar nor [batch].
+        ValueError: if `t` is neither a finite number nor [batch].
 
     Example:
         >>> expand_time(jnp.zeros(4), jnp.zeros((4, 8, 8, 3))).shape
         (4, 1, 1, 1)
     """
-    if jnp.ndim(t) == 0:
-        return jnp.asarray(t)
-    if t.shape != x.shape[:1]:
-        raise ValueError(f"t must be a scalar or [batch] = {x.shape[:1]}, got shape {t.shape}.")
-    return t.reshape(t.shape + (1,) * (x.ndim - 1))
+    checked = _scalar_or_batch(t, x, name)
+    return checked if checked.ndim == 0 else checked.reshape(checked.shape + (1,) * (len(x.shape) - 1))
+
+
+def time_of(t: Time, x: State) -> AnyArray:
+    """Times in `time_dtype(x)`, a scalar or [batch, 1, ..., 1], so that no other precision comes into what `x` is in.
+
+    Example:
+        >>> time_of(0.5, jnp.zeros((3, 2), jnp.bfloat16)).dtype
+        dtype('float32')
+    """
+    _check_real(t)
+    return expand_time(t, x).astype(time_dtype(x))
 
 
 def batch_time(t: Time, x: State) -> PerExample:
@@ -37,7 +48,23 @@ def batch_time(t: Time, x: State) -> PerExample:
         >>> batch_time(0.5, jnp.zeros((3, 2)))
         Array([0.5, 0.5, 0.5], dtype=float32)
     """
-    return jnp.broadcast_to(jnp.asarray(t, dtype=time_dtype(x)), x.shape[:1])
+    _check_real(t)
+    return jnp.broadcast_to(_scalar_or_batch(t, x, "t").astype(time_dtype(x)), x.shape[:1])
+
+
+def _check_real(t: Time) -> None:
+    if hasattr(t, "dtype") and not is_real(t.dtype):
+        raise ValueError(f"t must be real numbers, got {t.dtype}.")
+
+
+def _scalar_or_batch(t: Time | Bool[AnyArray, " batch"], x: Shaped[AnyArray, " batch *event"], name: str) -> AnyArray:
+    check_array("x", x)
+    if not is_traced(t) and np.shape(t) == ():
+        check_number(name, t, "(-inf, inf)")
+        return jnp.asarray(t)
+    if isinstance(t, list | tuple) or t.shape not in ((), x.shape[:1]):
+        raise ValueError(f"{name} must be a scalar or [batch] = {x.shape[:1]}, got {shown(t)}.")
+    return jnp.asarray(t)
 
 
 def time_dtype(x: ArrayTree) -> jnp.dtype:

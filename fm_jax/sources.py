@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_number, check_state
+from fm_jax.checks import (
+    check_array,
+    check_function,
+    check_increasing,
+    check_key,
+    check_number,
+    check_shape,
+    check_state,
+)
 from fm_jax.types import Array, Key, Like, PerExample, State
 
 
@@ -34,6 +42,7 @@ class Normal:
 
     def draw(self, key: Key, like: Like) -> State:
         """Independent normal numbers in the shape and dtype of `like`."""
+        _check_draw(key, like)
         return jnp.asarray(self.scale, like.dtype) * jax.random.normal(key, like.shape, like.dtype)
 
     def log_prob(self, x: State) -> PerExample:
@@ -59,11 +68,11 @@ class Uniform:
     high: float = 1.0
 
     def __post_init__(self) -> None:
-        if not -math.inf < self.low < self.high < math.inf:
-            raise ValueError(f"low < high must hold, both finite, got {self.low} and {self.high}.")
+        check_increasing("(-inf, inf)", low=self.low, high=self.high)
 
     def draw(self, key: Key, like: Like) -> State:
         """Independent uniform numbers in the shape and dtype of `like`."""
+        _check_draw(key, like)
         return jax.random.uniform(key, like.shape, like.dtype, self.low, self.high)
 
     def log_prob(self, x: State) -> PerExample:
@@ -88,23 +97,32 @@ class Sampled:
 
     function: Callable[[Key, int], Array]
 
+    def __post_init__(self) -> None:
+        check_function("function", self.function, "a function (key, num) -> [num, ...]")
+
     def __repr__(self) -> str:
         return f"Sampled({getattr(self.function, '__name__', self.function)})"
 
     def draw(self, key: Key, like: Like) -> State:
         """Draws in the dtype of `like`; raises `ValueError` if they have not its shape [batch, ...]."""
-        x = jnp.asarray(self.function(key, like.shape[0]))
-        if x.shape != tuple(like.shape):
-            raise ValueError(f"{self} must draw the shape {tuple(like.shape)}, got {x.shape}.")
-        return x.astype(like.dtype)
+        _check_draw(key, like)
+        x = self.function(key, like.shape[0])
+        check_shape(f"what {self} draws", x, like, "like")
+        return jnp.asarray(x).astype(like.dtype)
 
     def log_prob(self, x: State) -> PerExample:
         """Raises `ValueError`: the density is not known."""
         raise ValueError(f"{self} has no density: a likelihood needs a source such as Normal().")
 
 
+def _check_draw(key: Key, like: Like) -> None:
+    check_key(key)
+    check_state(like, "like")
+
+
 def _precise(x: State) -> Array:
     """X [batch, ...] as [batch, d] in float32 or better: sums over many dimensions need it."""
+    check_array("x", x)
     x = jnp.asarray(x)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     check_state(x, "x")

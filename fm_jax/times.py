@@ -10,9 +10,14 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_number, check_range
+from fm_jax.checks import check_has, check_integer, check_key, check_number, check_range, check_schedule
 from fm_jax.schedules import Linear, log_snr
 from fm_jax.types import Key, PerExample, Schedule, TimeSampler
+
+
+def _check_draw(key: Key, batch_size: int) -> None:
+    check_key(key)
+    check_integer("batch_size", batch_size, least=0)
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Uniform:
         return self.t_min, self.t_max
 
     def __call__(self, key: Key, batch_size: int) -> PerExample:
+        _check_draw(key, batch_size)
         return jax.random.uniform(key, (batch_size,), minval=self.t_min, maxval=self.t_max)
 
 
@@ -51,13 +57,17 @@ class Stratified:
         return self.t_min, self.t_max
 
     def __call__(self, key: Key, batch_size: int) -> PerExample:
+        _check_draw(key, batch_size)
         u = (jnp.arange(batch_size) + jax.random.uniform(key, (batch_size,))) / batch_size
         return self.t_min + (self.t_max - self.t_min) * u
 
 
 @dataclass(frozen=True)
 class LogitNormal:
-    """logit(t) ~ N(mean, std^2): most draws in the middle (Esser et al. 2024, arXiv:2403.03206, eq. 19)."""
+    """logit(t) ~ N(mean, std^2): most draws in the middle (Esser et al. 2024, arXiv:2403.03206, eq. 19).
+
+    Here t = 1 is data, in the paper it is noise: `LogitNormal(m, s)` is its rf/lognorm(-m, s).
+    """
 
     mean: float = 0.0
     std: float = 1.0
@@ -71,6 +81,7 @@ class LogitNormal:
         return 0.0, 1.0
 
     def __call__(self, key: Key, batch_size: int) -> PerExample:
+        _check_draw(key, batch_size)
         return jax.nn.sigmoid(self.mean + self.std * jax.random.normal(key, (batch_size,)))
 
 
@@ -88,14 +99,14 @@ class Mode:
     scale: float = 1.29
 
     def __post_init__(self) -> None:
-        if not -1 <= self.scale <= 2 / (math.pi - 2):
-            raise ValueError(f"scale must be in [-1, 2 / (pi - 2) = 1.752], got {self.scale}.")
+        check_number("scale", self.scale, f"[-1, {2 / (math.pi - 2)}]")
 
     @property
     def domain(self) -> tuple[float, float]:
         return 0.0, 1.0
 
     def __call__(self, key: Key, batch_size: int) -> PerExample:
+        _check_draw(key, batch_size)
         u = jax.random.uniform(key, (batch_size,))
         return u + self.scale * (jnp.cos(math.pi / 2 * u) ** 2 - 1 + u)
 
@@ -116,6 +127,7 @@ class Beta:
         return 0.0, 1.0
 
     def __call__(self, key: Key, batch_size: int) -> PerExample:
+        _check_draw(key, batch_size)
         return jax.random.beta(key, self.a, self.b, (batch_size,))
 
 
@@ -137,12 +149,14 @@ class EDMLogNormal:
     def __post_init__(self) -> None:
         check_number("mean", self.mean, "(-inf, inf)")
         check_number("std", self.std, "(0, inf)")
+        check_schedule(self.schedule)
 
     @property
     def domain(self) -> tuple[float, float]:
         return self.schedule.domain
 
     def __call__(self, key: Key, batch_size: int) -> PerExample:
+        _check_draw(key, batch_size)
         t_min, t_max = self.domain
         highest, lowest = (-log_snr(self.schedule, jnp.asarray(t)) / 2 for t in (t_min, t_max))
         z = jax.random.truncated_normal(
@@ -162,6 +176,7 @@ class Rescale:
 
     def __post_init__(self) -> None:
         check_range(self.t_min, self.t_max)
+        check_has("sampler", self.sampler, ("domain", "__call__"), "a time sampler, such as LogitNormal()")
         if self.sampler.domain != (0.0, 1.0):
             raise ValueError(f"sampler must draw from [0, 1], got {list(self.sampler.domain)}.")
 

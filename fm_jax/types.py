@@ -160,10 +160,7 @@ class ApplyFn(Protocol):
 
 @runtime_checkable
 class LossFn(Protocol):
-    """What `jax.value_and_grad(loss_fn, has_aux=True)` sees: a scalar and a dict of scalars.
-
-    Notebooks: (11.1).
-    """
+    """What `jax.value_and_grad(loss_fn, has_aux=True)` sees: a scalar and a dict of scalars."""
 
     def __call__(
         self, params: Params, key: Key, batch: Batch, /, *, target_params: Params | None = None
@@ -207,7 +204,8 @@ class Path(Protocol):
     `source` is p_0, or `None` where x0 can only come with the data. `schedule` is the one by which velocity, data,
     noise and score convert into each other, or `None` where they do not. `domain` is the closed range of `t` on which
     the velocity is finite. `kinds` are the names of what a network can regress, `targets` their values [batch, ...] at
-    a point of the path, and `target_domain` is where the target of a kind is finite.
+    a point of the path, and `target_domain` is where the target of a kind is finite; on a path with a schedule it also
+    takes a `weight`, and is where both are.
     """
 
     @property

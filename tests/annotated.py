@@ -181,7 +181,7 @@ def contract():
 
 
 def wrong_calls():
-    from fm_jax import guidance, likelihood, parameterization, paths, schedules, shapes
+    from fm_jax import guidance, likelihood, losses, parameterization, paths, schedules, shapes
     from fm_jax.types import Elementwise, PerExample, State
 
     @jaxtyping.jaxtyped(typechecker=check)
@@ -199,9 +199,7 @@ def wrong_calls():
     refuse("x without a batch", shapes.mean_over_event, jnp.ones(()))
     refuse("complex x", likelihood.log_prob, lambda t, x: x, x + 1j)
     refuse("an example for a time", guidance.Extrapolate(), x, x, x, x, 2.0)
-    refuse(
-        "a network with another shape", parameterization.velocity_fn(lambda t, x, c: x[:, :1], "velocity", linear), T, x
-    )
+    refuse("a state for the times of a weight", losses.SNRWeight(), x, "data", linear)
     refuse("a class for a schedule", parameterization.convert, "data", x, T, x, 0.5)
     refuse("a sum over the wrong axis", sums, x)
     refuse("another shape than that of t", first, jnp.ones(BATCH))

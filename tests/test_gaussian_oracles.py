@@ -261,7 +261,7 @@ def moment_scores(x, mean, cov):
     [
         (([[0.0]], [[1.0]], [0.0], [[1.0]]), r"mean0 must be finite and of shape \(1,\), got \[\[0.0\]\]"),
         (([0.0], [1.0], [0.0], [[1.0]]), r"cov0 must be finite and of shape \(1, 1\), got \[1.0\]"),
-        (([0.0], [[1.0]], [np.nan], [[1.0]]), r"mean1 must be finite and of shape \(1,\), got \[nan\]"),
+        (([0.0], [[1.0]], [np.nan], [[1.0]]), r"mean1 must be real and finite numbers, got \[nan\]"),
         (([0.0], [[1.0]], [0.0], [[0.0]]), r"cov1 must be symmetric and positive definite, got \[\[0.0\]\]"),
         ((np.zeros(2), [[1.0, 0.5], [0.0, 1.0]], np.zeros(2), np.eye(2)), "cov0 must be symmetric"),
     ],
@@ -272,7 +272,7 @@ def test_bad_pairs(arguments, message):
 
 
 def test_bad_couplings():
-    with pytest.raises(ValueError, match=r"no joint law of these covariances has the cross-covariance \[\[1.5\]\]"):
+    with pytest.raises(ValueError, match=r"cross must be that of a joint law of cov0 and cov1, got \[\[1.5\]\]"):
         oracles.gaussian_pair([0.0], [[1.0]], [0.0], [[1.0]], cross=[[1.5]])
     for sigma in (0.0, -1.0, np.inf):
         with pytest.raises(ValueError, match="sigma must be positive and finite"):

@@ -62,6 +62,17 @@ def test_ends_are_exact_in_float32(schedule):
     np.testing.assert_allclose(ends, [0, 1], atol=1e-7)
 
 
+@pytest.mark.parametrize("sigma_min", [1e-2, 1e-5, 1e-8])
+def test_linear_has_its_smallest_noise_in_float32(sigma_min):
+    """Also one that float32 cannot add to 1."""
+    schedule, t = schedules.Linear(sigma_min=sigma_min), jnp.array([0.0, 0.25, 1.0])
+    np.testing.assert_allclose(schedule.sigma(t), [1, 0.75 + 0.25 * sigma_min, sigma_min], rtol=1e-6)
+    np.testing.assert_allclose(float(schedule.sigma(1.0)), sigma_min, rtol=1e-6)
+    np.testing.assert_allclose(coefficients(schedule, t).d_sigma, sigma_min - 1, rtol=1e-6)
+    np.testing.assert_allclose(log_snr(schedule, t)[2], -2 * np.log(sigma_min), rtol=1e-6)
+    np.testing.assert_allclose(schedule.t_from_log_snr(log_snr(schedule, t)), t, rtol=1e-6)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_plain_numbers_are_times(schedule):
     t = sum(schedule.domain) / 2
@@ -104,10 +115,15 @@ def test_ddpm_table(x64):
         (lambda: schedules.Linear(sigma_min=1.0), r"sigma_min must be in \[0, 1\), got 1.0"),
         (lambda: schedules.Linear(sigma_min=-0.1), r"sigma_min must be in \[0, 1\)"),
         (lambda: schedules.Polynomial(0.0), "n must be positive and finite, got 0.0"),
-        (lambda: schedules.VP(beta_min=0.0), "0 < beta_min <= beta_max must hold, got 0.0 and 20.0"),
-        (lambda: schedules.VE(sigma_min=2.0, sigma_max=1.0), "0 < sigma_min < sigma_max must hold"),
-        (lambda: schedules.DDPM((0.1,)), "at least two numbers"),
-        (lambda: schedules.DDPM((0.1, 1.0)), r"in \(0, 1\)"),
+        (lambda: schedules.VP(beta_min=0.0), "beta_min must be positive and finite, got 0.0"),
+        (lambda: schedules.VP(beta_min=2.0, beta_max=1.0), r"beta_max must be in \[2.0, inf\), got 1.0"),
+        (
+            lambda: schedules.VE(sigma_min=2.0, sigma_max=1.0),
+            "0 < sigma_min < sigma_max < inf must hold, got sigma_min=2.0 and sigma_max=1.0.",
+        ),
+        (lambda: schedules.DDPM((0.1,)), r"betas must be at least two numbers in \(0, 1\), got \(0.1,\)"),
+        (lambda: schedules.DDPM((0.1, 1.0)), r"betas must be at least two numbers in \(0, 1\), got \(0.1, 1.0\)"),
+        (lambda: schedules.DDPM(0.1), r"betas must be at least two numbers in \(0, 1\), got 0.1"),
         (lambda: schedules.linear_betas(1), "num_steps must be at least 2, got 1"),
     ],
 )

@@ -81,16 +81,16 @@ def test_sources_are_values():
     [
         (lambda: Normal(0.0), "scale must be positive and finite, got 0.0."),
         (lambda: Normal(float("nan")), "scale must be positive and finite, got nan."),
-        (lambda: Uniform(1.0, 1.0), "low < high must hold, both finite, got 1.0 and 1.0."),
-        (lambda: Uniform(0.0, float("inf")), "low < high must hold, both finite, got 0.0 and inf."),
-        (lambda: Uniform(float("nan"), 1.0), "low < high must hold"),
+        (lambda: Uniform(1.0, 1.0), "-inf < low < high < inf must hold, got low=1.0 and high=1.0."),
+        (lambda: Uniform(0.0, float("inf")), "-inf < low < high < inf must hold, got low=0.0 and high=inf."),
+        (lambda: Uniform(float("nan"), 1.0), "-inf < low < high < inf must hold, got low=nan and high=1.0."),
         (
             lambda: Sampled(ramp).log_prob(jnp.zeros((2, 2))),
             "has no density: a likelihood needs a source such as Normal",
         ),
         (
             lambda: Sampled(ramp).draw(jax.random.key(0), jnp.zeros((4, 3))),
-            r"must draw the shape \(4, 3\), got \(4, 2\).",
+            r"what Sampled\(ramp\) draws must have the shape of like, \(4, 3\), got \(4, 2\).",
         ),
     ],
 )

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_number
-from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, squared_euclidean
+from fm_jax.checks import check_array, check_function, check_number
+from fm_jax.couplings.costs import COST, Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import assign_within, call_host
 from fm_jax.couplings.pairing import check_same_space
 from fm_jax.types import Array, ArrayTree, Cond, Key, Pairing, State
@@ -62,9 +62,12 @@ class ConditionalOT:
     condition_cost: ConditionCost | None = None
 
     def __post_init__(self) -> None:
-        if self.weight is not None and not self.weight >= 0:
-            raise ValueError(f"weight must be at least 0, or None to find it by ratio, got {self.weight}.")
+        if self.weight is not None:  # None finds it by ratio
+            check_number("weight", self.weight, "[0, inf]")
         check_number("ratio", self.ratio, "(0, 1]")
+        check_function("cost", self.cost, COST)
+        if self.condition_cost is not None:
+            check_function("condition_cost", self.condition_cost, "a function condition_cost(cond, cond) -> [n, n]")
 
     def __call__(self, key: Key | None, x0: State, x1: State, cond: Cond = None) -> Pairing:
         """Pairs a batch.
@@ -90,6 +93,7 @@ class ConditionalOT:
         conditions, condition_cost = cond, None if cond is None else self.condition_cost
         if condition_cost is not None:
             conditions = condition_cost(cond, cond)
+            check_array("condition_cost(cond, cond)", conditions)
             if conditions.shape != costs.shape:
                 raise ValueError(f"condition_cost must return {costs.shape}, got shape {conditions.shape}.")
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Real
 
-from fm_jax.checks import check_integer, check_number, is_traced
-from fm_jax.couplings.costs import Cost, cost_matrix, squared_euclidean
+from fm_jax.checks import check_bool, check_function, check_integer, check_key, check_number, is_traced
+from fm_jax.couplings.costs import COST, Cost, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import as_labels
 from fm_jax.couplings.pairing import check_same_space
 from fm_jax.couplings.permutations import sample_permutation
@@ -140,21 +140,24 @@ class Problem(NamedTuple):
 def check_options(options: Any) -> None:
     """Raises `ValueError` unless epsilon, threshold and max_iterations of a coupling make sense."""
     check_number("epsilon", options.epsilon, "(0, inf)")
-    if not 0 < options.threshold <= 0.01:
-        raise ValueError(f"threshold must be positive and at most 0.01, got {options.threshold}.")
+    check_function("cost", options.cost, COST)
+    check_bool("relative", options.relative)
+    check_number("threshold", options.threshold, "(0, 0.01]")
     check_integer("max_iterations", options.max_iterations)
+    check_bool("ignore_cond", options.ignore_cond)
 
 
 def require_key(options: Any, key: Key | None) -> Key:
     """The key; raises `ValueError` if there is none."""
     if key is None:
         raise ValueError(f"{type(options).__name__} draws pairs at random and needs a key, got None.")
+    check_key(key)
     return key
 
 
 def prepare(options: Any, x0: State, x1: State, cond: Cond) -> Problem:
     """Checks a batch and finds its costs, as `EntropicOT` and `UnbalancedOT` want them; raises what they raise."""
-    x0, x1 = check_same_space(jnp.asarray(x0), jnp.asarray(x1))
+    x0, x1 = map(jnp.asarray, check_same_space(x0, x1))
     costs = cost_matrix(options.cost, jax.lax.stop_gradient(x0), jax.lax.stop_gradient(x1))
     costs = jnp.asarray(costs, jnp.promote_types(costs.dtype, jnp.float32))
     if cond is None or options.ignore_cond:

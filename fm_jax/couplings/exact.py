@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import is_traced
-from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, squared_euclidean
+from fm_jax.checks import check_array, check_bool, check_function, is_traced
+from fm_jax.couplings.costs import COST, Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.pairing import check_same_space
 from fm_jax.types import ArrayTree, Cond, Key, Pairing, State
 
@@ -49,6 +49,11 @@ class ExactOT:
     cost: Cost = squared_euclidean
     maximize: bool = False
     ignore_cond: bool = False
+
+    def __post_init__(self) -> None:
+        check_function("cost", self.cost, COST)
+        check_bool("maximize", self.maximize)
+        check_bool("ignore_cond", self.ignore_cond)
 
     def __call__(self, key: Key | None, x0: State, x1: State, cond: Cond = None) -> Pairing:
         """Pairs a batch.
@@ -125,6 +130,7 @@ def as_labels(cond: Cond, batch: int) -> ArrayTree:
     """Labels [batch], all alike if `cond` is `None`; raises `ValueError` unless they are integers of that length."""
     if cond is None:
         return np.zeros(batch, dtype=np.int32)
+    check_array("cond", cond)
     labels = cond if isinstance(cond, np.ndarray) else jnp.asarray(cond)
     if labels.shape != (batch,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(
@@ -184,9 +190,9 @@ def assign(costs: np.ndarray, potentials: np.ndarray | None = None) -> np.ndarra
 def row_potentials(costs: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """The rows' dual potentials u [n] of an optimal assignment.
 
-    With the columns' v, u_i + v_j <= c_ij everywhere and equality on the assignment. v_j is the length of a shortest
-    path in the graph of the assignment, by Bellman and Ford's iteration (Peyré & Cuturi 2019, arXiv:1803.00567,
-    sec. 3.3).
+    With the columns' v, u_i + v_j <= c_ij everywhere and equality on the assignment: complementary slackness (Peyré &
+    Cuturi 2019, arXiv:1803.00567, sec. 3.3). v_j is the length of a shortest path in the graph of the assignment, found
+    by Bellman and Ford's iteration.
 
     Args:
         costs: [n, n].

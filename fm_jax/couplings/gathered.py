@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from fm_jax.checks import check_coupling, check_key, shown
 from fm_jax.couplings.pairing import check_batch
 from fm_jax.types import Array, Cond, Coupling, Examples, Key, Pairing
 
@@ -35,6 +36,11 @@ class Gathered:
     coupling: Coupling
     axis_name: str = "data"
 
+    def __post_init__(self) -> None:
+        check_coupling(self.coupling)
+        if not isinstance(self.axis_name, str):
+            raise ValueError(f"axis_name must be a string, got {shown(self.axis_name)}.")
+
     def __call__(self, key: Key | None, x0: Examples, x1: Examples, cond: Cond = None) -> Pairing:
         """Pairs a device's batch with the source of all.
 
@@ -62,6 +68,7 @@ class Gathered:
         all0, all1, all_cond = gather((x0, x1, cond))
         first_key = None
         if key is not None:
+            check_key(key)
             data = lax.all_gather(jax.random.key_data(key), self.axis_name)[0]
             first_key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
         # To shard_map's types a value varies over devices or does not, and two branches must agree in that.

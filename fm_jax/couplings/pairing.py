@@ -3,15 +3,13 @@
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_same_shape
+from fm_jax.checks import check_condition, check_same_shape
 from fm_jax.couplings.costs import as_arrays, on_host
 from fm_jax.types import AnyArray, ArrayTree, Cond, Examples, Key, Pairing
 
 
 def independent(key: Key | None, x0: Examples, x1: Examples, cond: Cond = None) -> Pairing:
     """The product coupling: pairs as they come, of a source and data drawn independently.
-
-    Notebooks: (8.1).
 
     Args:
         key: not used; there so that every coupling has one signature.
@@ -23,10 +21,11 @@ def independent(key: Key | None, x0: Examples, x1: Examples, cond: Cond = None) 
         `Pairing` with everything in place.
 
     Raises:
-        ValueError: if `x0` and `x1` differ in length.
+        ValueError: if `x0`, `x1` and `cond` differ in length.
     """
     del key
     x0, x1 = check_batch(x0, x1)
+    check_condition(x1, cond)
     return Pairing(x0, x1, cond, (np if on_host(x0, x1) else jnp).arange(x1.shape[0]))
 
 
@@ -48,6 +47,5 @@ def check_batch(x0: ArrayTree, x1: ArrayTree) -> tuple[AnyArray, AnyArray]:
 
 def check_same_space(x0: ArrayTree, x1: ArrayTree) -> tuple[AnyArray, AnyArray]:
     """Both as arrays; raises `ValueError` unless they have one shape."""
-    x0, x1 = as_arrays(x0, x1)
     check_same_shape(x0=x0, x1=x1)
     return check_batch(x0, x1)

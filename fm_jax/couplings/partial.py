@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_number
-from fm_jax.couplings.costs import Cost, check_finite, cost_matrix, squared_euclidean
+from fm_jax.checks import check_bool, check_function, check_number
+from fm_jax.couplings.costs import COST, Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import _COLD, as_labels, assign, call_host, extend_potentials, row_potentials
 from fm_jax.couplings.pairing import check_same_space
 from fm_jax.types import Cond, Key, Pairing, State
@@ -45,6 +45,8 @@ class PartialOT:
 
     def __post_init__(self) -> None:
         check_number("mass", self.mass, "(0, 1]")
+        check_function("cost", self.cost, COST)
+        check_bool("ignore_cond", self.ignore_cond)
 
     def __call__(self, key: Key | None, x0: State, x1: State, cond: Cond = None) -> Pairing:
         """Pairs a batch.

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Real
 
-from fm_jax.checks import is_traced
+from fm_jax.checks import check_integer, check_key, check_state, is_traced
 from fm_jax.types import AnyArray, Array, Key
 
 _STRIDE = 3
@@ -55,9 +55,10 @@ def sample_permutation(key: Key, plan: Real[AnyArray, "n n"], *, bits: int = 20)
         Gabow 1976, "Using Euler partitions to edge color bipartite multigraphs"; Gandhi, Khuller, Parthasarathy &
         Srinivasan 2006, "Dependent rounding and its applications to approximation algorithms".
     """
-    if not 1 <= bits <= 24:
-        raise ValueError(f"bits must be between 1 and 24, got {bits}.")
-    plan = jnp.asarray(plan)
+    check_key(key)
+    check_integer("bits", bits, most=24)
+    check_state(plan, "plan")
+    plan = jnp.asarray(plan, jnp.promote_types(plan.dtype, jnp.float32))
     check_plan(plan)
     return _sample(key, plan, bits)
 

@@ -13,8 +13,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Int, Real
 
-from fm_jax.checks import check_integer, check_number, is_traced
-from fm_jax.couplings.costs import Cost, check_finite, squared_euclidean
+from fm_jax.checks import (
+    check_data,
+    check_function,
+    check_has,
+    check_integer,
+    check_key,
+    check_number,
+    check_source,
+    is_traced,
+)
+from fm_jax.couplings.costs import COST, Cost, check_finite, precise, squared_euclidean
 from fm_jax.sources import Normal
 from fm_jax.types import AnyArray, Array, ArrayTree, Key, Source, State
 
@@ -49,12 +58,14 @@ class SemidiscreteOT:
         Raises:
             ValueError: if `x0` and the data differ in event shape.
         """
+        check_data("x0", x0)
         if x0.shape[1:] != self.x1.shape[1:]:
             raise ValueError(f"x0 must be [batch, ...] with events {self.x1.shape[1:]}, got shape {x0.shape}.")
-        return (self.cost(x0, self.x1) - self.potential[None, :]).argmin(axis=1).astype(jnp.int32)
+        return (self.cost(*precise(x0, self.x1)) - self.potential[None, :]).argmin(axis=1).astype(jnp.int32)
 
     def draw(self, key: Key, batch_size: int) -> State:
         """Points of the source."""
+        check_integer("batch_size", batch_size)
         return self.source.draw(key, _like(self.x1, batch_size))
 
     def batch(self, key: Key, batch_size: int) -> dict[str, Array]:
@@ -93,6 +104,10 @@ def cell_masses(transport: SemidiscreteOT, key: Key, *, num_batches: int = 100, 
     Returns:
         `CellMasses`.
     """
+    check_has("transport", transport, ("draw", "pair", "potential"), "a SemidiscreteOT, as from fit_semidiscrete")
+    check_key(key)
+    check_integer("num_batches", num_batches)
+    check_integer("batch_size", batch_size)
     m = len(transport.potential)
 
     def count(counts: Array, key: Key) -> tuple[Array, None]:
@@ -151,9 +166,11 @@ def fit_semidiscrete(
     check_integer("num_iterations", num_iterations)
     check_integer("batch_size", batch_size)
     check_number("learning_rate", learning_rate, "(0, inf)")
+    check_key(key)
+    check_source(source)
+    check_function("cost", cost, COST)
+    check_data("x1", x1)
     x1 = jnp.asarray(x1)
-    if not x1.ndim or not len(x1):
-        raise ValueError(f"x1 must be [m, ...] with at least one example, got shape {x1.shape}.")
     potential = _fit(key, x1, learning_rate, source, cost, num_iterations=num_iterations, batch_size=batch_size)
     if not is_traced(potential):
         check_finite(potential)
@@ -173,13 +190,13 @@ def _fit(
     like = _like(x1, batch_size)
     m, half = len(x1), num_iterations // 2
     key_scale, key_steps = jax.random.split(key)
-    scale = cost(source.draw(key_scale, like), x1).std()
+    scale = cost(*precise(source.draw(key_scale, like), x1)).std()
     optimizer = optax.adam(lambda i: learning_rate * scale / jnp.sqrt(1 + 100 * i / num_iterations))
 
     def step(state, i_key):
         i, key = i_key
         potential, average, opt_state = state
-        nearest = (cost(source.draw(key, like), x1) - potential[None, :]).argmin(axis=1)
+        nearest = (cost(*precise(source.draw(key, like), x1)) - potential[None, :]).argmin(axis=1)
         excess = jnp.zeros_like(potential).at[nearest].add(1 / batch_size) - 1 / m  # minus the gradient
         updates, opt_state = optimizer.update(excess, opt_state)
         potential = potential + updates

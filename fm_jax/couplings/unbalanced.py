@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Real
 
+from fm_jax.checks import as_number, shown
 from fm_jax.couplings.costs import Cost, squared_euclidean
 from fm_jax.couplings.entropic import (
     Problem,
@@ -67,8 +68,8 @@ class UnbalancedOT:
     def __post_init__(self):
         check_options(self)
         both = self.taus
-        if not (all(0 < tau <= 1 for tau in both) and min(both) < 1):
-            raise ValueError(f"tau must be between 0 and 1, and 1 for one marginal at most, got {self.tau}.")
+        if len(both) != 2 or not (all(0 < as_number(tau) <= 1 for tau in both) and min(both) < 1):
+            raise ValueError(f"tau must be between 0 and 1, and 1 for one marginal at most, got {shown(self.tau)}.")
 
     @property
     def taus(self) -> tuple[float, float]:

@@ -1,6 +1,5 @@
 """Batches that are paired ahead of time: a coupling's host work runs in a thread while the device trains."""
 
-import itertools
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -8,7 +7,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from fm_jax.checks import check_integer
+from fm_jax.checks import (
+    check_condition,
+    check_coupling,
+    check_data,
+    check_has,
+    check_holds,
+    check_integer,
+    check_key,
+    check_per_example,
+    check_source,
+)
+from fm_jax.losses.matching import check_pairing
 from fm_jax.types import Batch, Coupling, Key, Source
 
 
@@ -24,8 +34,9 @@ class CoupledBatches:
     Train on them with `coupling=paired`: the pairs are final. Weights of pairs travel as `weight`.
 
     Args:
-        data: iterator over dicts with `x1` [batch, ...], optionally `x0` and `cond`, as NumPy arrays for speed; with
-            `get_state` and `set_state`, if these are to be used here.
+        data: iterator over dicts with `x1` [batch, ...], optionally `x0`, `cond` and `weight`, as NumPy arrays for
+            speed; with `get_state` and `set_state`, as a `fm_jax.train.loop.DataIterator`, if these are to be used
+            here. Where they end, so do these batches, the last blocks smaller.
         coupling: any coupling; `ExactOT` runs in NumPy alone and leaves the interpreter free while it solves.
         key: typed key of x0, the coupling and the order of reused pairs.
         source: of x0, in the shape of `x1`; by default the standard normal, drawn by NumPy. Not asked where the data
@@ -36,7 +47,8 @@ class CoupledBatches:
         ahead: blocks prepared in advance.
 
     Raises:
-        ValueError: if `group`, `reuse` or `ahead` is less than 1. What goes wrong in the thread is raised by `next`.
+        ValueError: if `group`, `reuse` or `ahead` is less than 1, or for what is no iterator, coupling, key or source.
+            What goes wrong in the thread, as with batches that lack `x1`, is raised by `next`.
 
     Example:
         >>> from fm_jax.couplings import minibatch_ot
@@ -61,6 +73,11 @@ class CoupledBatches:
     ):
         for name, value in (("group", group), ("reuse", reuse), ("ahead", ahead)):
             check_integer(name, value)
+        check_has("data", data, ("__next__",), "an iterator of batches, such as iter(...)")
+        check_coupling(coupling)
+        check_key(key)
+        if source is not None:
+            check_source(source)
         self._data, self._coupling, self._key, self._source = data, coupling, key, source
         self._group, self._reuse, self._num_ahead = group, reuse, ahead
         self._seed = [int(word) for word in np.asarray(jax.random.key_data(key)).ravel()]
@@ -86,6 +103,7 @@ class CoupledBatches:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position that `get_state` gave."""
+        check_has("data", self._data, ("get_state", "set_state"), "an iterator whose position can be set")
         for future in self._ahead:
             future.cancel()
         self._thread.submit(lambda: None).result()  # the block in the making reads the data until then
@@ -108,7 +126,7 @@ class CoupledBatches:
             state["data"] = self._data.get_state()
         rng = np.random.default_rng([*self._seed, number])
         key = jax.random.fold_in(self._key, number)
-        parts = [next(self._data), *itertools.islice(self._data, self._group * self._reuse - 1)]
+        parts = self._parts()
         groups = [parts[i : i + self._group] for i in range(0, len(parts), self._group)]
         pairs = _joined([self._couple(_joined(g), jax.random.fold_in(key, i), rng) for i, g in enumerate(groups)])
         ends = np.cumsum([len(part["x1"]) for part in parts])
@@ -118,19 +136,40 @@ class CoupledBatches:
             batches += [_rows(shuffled, slice(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
         return state | {"size": len(batches)}, batches
 
+    def _parts(self) -> list[Batch]:
+        """The batches of a block, fewer where the data end; raises `StopIteration` where they have ended."""
+        parts: list[Batch] = []
+        for _ in range(self._group * self._reuse):
+            try:
+                batch = next(self._data)
+            except StopIteration:
+                if not parts:
+                    raise
+                break
+            check_holds(batch, "x1")
+            check_data("x1", batch["x1"])
+            if batch.get("x0") is not None:
+                check_data("x0", batch["x0"])
+            check_condition(batch["x1"], batch.get("cond"))
+            check_per_example(batch["x1"], weight=batch.get("weight"))
+            parts.append(batch)
+        return parts
+
     def _couple(self, batch: Batch, key: Key, rng: np.random.Generator) -> Batch:
         key_x0, key_coupling = jax.random.split(key)
         x1 = batch["x1"]
-        if "x0" in batch:
+        if batch.get("x0") is not None:
             x0 = batch["x0"]
         elif self._source is None:
             x0 = rng.standard_normal(x1.shape, dtype=np.float32)
         else:
             x0 = np.asarray(self._source.draw(key_x0, x1))
         pairing = self._coupling(key_coupling, x0, x1, batch.get("cond"))
+        check_pairing(pairing, x1)
         batch = {**batch, "x0": np.asarray(pairing.x0)}
         if pairing.weight is not None:
-            batch["weight"] = np.asarray(pairing.weight) * batch.get("weight", 1)
+            own = batch.get("weight")
+            batch["weight"] = np.asarray(pairing.weight) * (1 if own is None else own)
         return batch
 
 

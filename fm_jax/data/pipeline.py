@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from fm_jax.checks import check_integer
+from fm_jax.checks import check_array, check_bool, check_has, check_integer, check_seed
 from fm_jax.data.images import ImageDataset, to_float
 
 if TYPE_CHECKING:
@@ -59,6 +59,8 @@ def batches(
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
     _check_dataset(dataset)
+    check_bool("flip", flip)
+    check_bool("dequantize", dequantize)
     _check_sizes(len(dataset.images), batch_size, seed, process_index, process_count)
     try:
         import grain
@@ -128,7 +130,11 @@ def _to_levels(dataset: ImageDataset) -> np.ndarray:
 
 
 def _check_dataset(dataset: ImageDataset) -> None:
+    check_has("dataset", dataset, ("images", "labels", "levels"), "an ImageDataset")
     images, labels = dataset.images, dataset.labels
+    check_array("images", images)
+    check_array("labels", labels)
+    check_integer("levels", dataset.levels, least=2)
     if images.ndim != 4:
         raise ValueError(f"images must be [n, h, w, c], got shape {images.shape}.")
     if images.dtype not in (np.uint8, np.float32):
@@ -142,13 +148,12 @@ def _check_dataset(dataset: ImageDataset) -> None:
 
 
 def _check_sizes(num_examples: int, batch_size: int, seed: int, process_index: int, process_count: int) -> None:
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index must be from 0 to {process_count - 1}, got {process_index}.")
+    check_integer("process_count", process_count)
+    check_integer("process_index", process_index, least=0, most=process_count - 1)
     check_integer("batch_size", batch_size)
+    check_seed("seed", seed)
     if batch_size * process_count > num_examples:
         raise ValueError(
             f"batch_size must be at most {num_examples // process_count}, the {num_examples} examples over "
             f"{process_count} process(es), got {batch_size}."
         )
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be from 0 to 2**32 - 1, got {seed}.")

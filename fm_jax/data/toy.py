@@ -15,8 +15,8 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_member
-from fm_jax.types import Array, Key
+from fm_jax.checks import check_integer, check_key, check_member, check_number
+from fm_jax.types import Array, ArrayTree, Key
 
 ToySampler: TypeAlias = Callable[[Key, int], Array]
 """`(key, num) -> [num, 2]`, float32."""
@@ -44,6 +44,7 @@ def eight_gaussians(key: Key, num: int, *, radius: float = 5.0, std: float = 1.0
         >>> eight_gaussians(jax.random.key(0), 5).shape
         (5, 2)
     """
+    _check(key, num, radius=radius, std=std)
     key_mode, key_noise = jax.random.split(key)
     angle = jax.random.randint(key_mode, (num,), 0, 8).astype(jnp.float32) * (jnp.pi / 4)
     return radius * _on_circle(angle) + std * _normal(key_noise, num)
@@ -64,6 +65,7 @@ def moons(key: Key, num: int, *, noise: float = 0.05) -> Array:
     Returns:
         [num, 2].
     """
+    _check(key, num, noise=noise)
     key_angle, key_moon, key_noise = jax.random.split(key, 3)
     outer = _on_circle(_uniform(key_angle, num, 0.0, jnp.pi))
     inner = jnp.stack([1.0 - outer[:, 0], 0.5 - outer[:, 1]], axis=-1)
@@ -85,6 +87,7 @@ def checkerboard(key: Key, num: int, *, scale: float = 2.0) -> Array:
     Returns:
         [num, 2].
     """
+    _check(key, num, scale=scale)
     key_x, key_y, key_row = jax.random.split(key, 3)
     x = _uniform(key_x, num, -2.0, 2.0)
     row = 2.0 * jax.random.randint(key_row, (num,), -1, 1).astype(jnp.float32)
@@ -107,6 +110,7 @@ def s_curve(key: Key, num: int, *, noise: float = 0.05, scale: float = 1.5) -> A
     Returns:
         [num, 2].
     """
+    _check(key, num, noise=noise, scale=scale)
     key_angle, key_noise = jax.random.split(key)
     angle = _uniform(key_angle, num, -1.5 * jnp.pi, 1.5 * jnp.pi)
     point = jnp.stack([jnp.sin(angle), jnp.sign(angle) * (jnp.cos(angle) - 1.0)], axis=-1)
@@ -129,6 +133,7 @@ def circles(key: Key, num: int, *, noise: float = 0.05, factor: float = 0.5, sca
     Returns:
         [num, 2].
     """
+    _check(key, num, noise=noise, factor=factor, scale=scale)
     key_angle, key_circle, key_noise = jax.random.split(key, 3)
     point = _on_circle(_uniform(key_angle, num, 0.0, 2.0 * jnp.pi))
     radius = jnp.where(jax.random.bernoulli(key_circle, shape=(num, 1)), 1.0, factor)
@@ -167,6 +172,8 @@ def pinwheel(
         Johnson et al., "Composing graphical models with neural networks for structured representations and fast
         inference", 2016, section 2.
     """
+    _check(key, num, radial_std=radial_std, tangential_std=tangential_std, rate=rate, scale=scale)
+    check_integer("num_classes", num_classes)
     key_arm, key_noise = jax.random.split(key)
     noise = _normal(key_noise, num)
     radial, tangential = 1.0 + radial_std * noise[:, 0], tangential_std * noise[:, 1]
@@ -205,6 +212,14 @@ def make_toy(name: str) -> ToySampler:
     """
     check_member("name", name, tuple(TOYS))
     return TOYS[name]
+
+
+def _check(key: Key, num: int, **options: ArrayTree) -> None:
+    """Raises `ValueError` unless there is a key, a number of points, and finite options."""
+    check_key(key)
+    check_integer("num", num, least=0)
+    for name, value in options.items():
+        check_number(name, value, "[0, inf)" if "std" in name or name == "noise" else "(-inf, inf)")
 
 
 def _on_circle(angle: Array) -> Array:

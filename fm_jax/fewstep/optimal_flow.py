@@ -15,12 +15,19 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_integer, check_number
+from fm_jax.checks import (
+    check_array,
+    check_coupling,
+    check_function,
+    check_integer,
+    check_number,
+    check_state,
+    check_times,
+)
 from fm_jax.couplings import independent
-from fm_jax.losses.matching import draw_pairs
+from fm_jax.losses.matching import draw_pairs, times_within
 from fm_jax.paths.affine import AffinePath
 from fm_jax.shapes import batch_time, expand_time, mean_over_event
-from fm_jax.times import Uniform
 from fm_jax.types import (
     Array,
     Batch,
@@ -39,6 +46,7 @@ from fm_jax.types import (
 Potential: TypeAlias = Callable[[Params, Array], Array]
 """`potential_fn(params, x [batch, ...]) -> [batch]`, convex in x."""
 
+POTENTIAL = "a potential (params, x) -> [batch], such as linen_potential(ICNN())"
 _DENSE = 64
 """Up to this dimension a Newton step of the inverse forms its matrix; above, and always in the gradient, conjugate
 gradients on Hessian-vector products."""
@@ -96,9 +104,11 @@ def optimal_flow_matching(
     References:
         Kornilov et al. 2024 (arXiv:2403.13117, sec. 3).
     """
+    check_function("potential_fn", potential_fn, POTENTIAL)
+    check_coupling(coupling)
     _check_options(tolerance, max_iterations)
-    time_sampler = Uniform() if time_sampler is None else time_sampler
     path = AffinePath()
+    time_sampler = times_within(time_sampler, path.domain, "the line")
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
@@ -107,6 +117,7 @@ def optimal_flow_matching(
         pairs = draw_pairs(key, batch, path.source, coupling, time_sampler)
         if pairs.cond is not None:
             raise ValueError("the potential sees no condition: take 'cond' out of the batch.")
+        check_times("t", pairs.t, path.domain, "from source to data")
         sample = path.sample(None, pairs.t, pairs.x0, pairs.x1)
         z0, residual = invert(
             potential_fn, params, pairs.t, sample.x_t, tolerance=tolerance, max_iterations=max_iterations
@@ -134,9 +145,12 @@ def transport(potential_fn: Potential, params: Params, x0: State) -> State:
         >>> transport(lambda params, x: (x**2).sum(axis=1) + x[:, 0], None, jnp.ones((1, 2)))
         Array([[3., 2.]], dtype=float32)
     """
+    check_function("potential_fn", potential_fn, POTENTIAL)
+    check_state(x0)
 
     def total(x: Array) -> Array:
         potential = potential_fn(params, x)
+        check_array("the potential", potential)
         if potential.shape != x.shape[:1]:
             raise ValueError(f"the potential must be [batch] = {x.shape[:1]}, got shape {potential.shape}.")
         return potential.sum()
@@ -174,7 +188,10 @@ def invert(
         ValueError: if `tolerance` or `max_iterations` is not positive, or the potential is not [batch].
         ImportError: if Optimistix, which comes with Diffrax, is missing.
     """
+    check_function("potential_fn", potential_fn, POTENTIAL)
     _check_options(tolerance, max_iterations)
+    check_state(x_t, "x_t")
+    check_times("t", t, (0.0, 1.0), "from source to data")
     linear_solve, root_find = _solvers(math.prod(x_t.shape[1:]), x_t.dtype, tolerance, max_iterations)
 
     def invert_one(t: Array, x: Array) -> tuple[Array, Array]:
@@ -191,6 +208,7 @@ def inverse_transport(
     potential_fn: Potential, params: Params, x1: State, *, tolerance: float = 1e-4, max_iterations: int = 100
 ) -> Inverse:
     """The inverse of the transport map, from data back to the source: `invert` at t = 1."""
+    check_state(x1, "x1")
     return invert(potential_fn, params, jnp.ones(()), x1, tolerance=tolerance, max_iterations=max_iterations)
 
 
@@ -211,6 +229,7 @@ def straight_velocity(
     Returns:
         `v(t, x)`; NaN for an example whose inverse was not found.
     """
+    check_function("potential_fn", potential_fn, POTENTIAL)
     _check_options(tolerance, max_iterations)
 
     def velocity(t: Time, x: State) -> State:

@@ -14,10 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_integer
+from fm_jax.checks import (
+    check_data,
+    check_function,
+    check_holds,
+    check_integer,
+    check_key,
+    check_network,
+    check_per_example,
+    check_shape,
+    check_source,
+    check_velocity,
+    shown,
+)
 from fm_jax.couplings import paired
 from fm_jax.losses.matching import draw_pairs
 from fm_jax.samplers import RungeKutta, sample
+from fm_jax.samplers.sample import check_sampler
 from fm_jax.shapes import mean_over_event
 from fm_jax.sources import Normal
 from fm_jax.times import Uniform
@@ -81,10 +94,16 @@ def make_pairs(
     References:
         Liu et al. 2022 (arXiv:2209.03003, algorithm 1).
     """
+    check_velocity(v)
+    check_key(key)
+    check_source(source)
+    check_sampler(sampler)
     if not isinstance(shape, tuple) or not shape:
-        raise ValueError(f"shape must be (number of pairs, *event), got {shape!r}.")
+        raise ValueError(f"shape must be (number of pairs, *event), got {shown(shape)}.")
     num, *event = shape
-    check_integer("the number of pairs", num)
+    check_integer("shape[0], the number of pairs,", num)
+    for i, size in enumerate(event, start=1):
+        check_integer(f"shape[{i}]", size)
     check_integer("batch_size", batch_size)
     if sampler.stochastic:
         raise ValueError(f"sampler must not be random, for x1 to be a function of x0, got {sampler}.")
@@ -134,6 +153,9 @@ def reflow(
     References:
         Liu et al. 2022 (arXiv:2209.03003, algorithm 1).
     """
+    check_function("fit", fit, "a function fit(round, pairs) -> v")
+    check_velocity(v)
+    check_key(key)
     check_integer("rounds", rounds)
     flows = [v]
     for k in range(rounds):
@@ -169,24 +191,27 @@ def distillation(apply_fn: ApplyFn, *, distance: Distance | None = None) -> Loss
     References:
         Liu et al. 2022 (arXiv:2209.03003).
     """
+    check_network("apply_fn", apply_fn)
+    if distance is not None:
+        check_function("distance", distance, "a function distance(x, y) -> [batch]")
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Scalar, Metrics]:
         del target_params
+        check_holds(batch, "x1")
         if "t" in batch:
             raise ValueError("distillation is for t = 0: take 't' out of the batch.")
-        start = {"t": jnp.zeros(batch["x1"].shape[:1], batch["x1"].dtype)} if "x1" in batch else {}
-        pairs = draw_pairs(key, {**batch, **start}, None, paired, Uniform())
+        check_data("x1", batch["x1"])
+        t = jnp.zeros(batch["x1"].shape[:1])
+        pairs = draw_pairs(key, {**batch, "t": t}, None, paired, Uniform())
         train = pairs.rngs is not None
         v = apply_fn(params, pairs.t, pairs.x0, pairs.cond, train=train, rngs=pairs.rngs)
-        for name, value in (("x0", pairs.x0), ("the network's output", v)):
-            if value.shape != pairs.x1.shape:
-                raise ValueError(f"{name} must have the shape of x1, {pairs.x1.shape}, got {value.shape}.")
+        check_shape("x0", pairs.x0, pairs.x1, "x1")
+        check_shape("what the network returns", v, pairs.x1, "x1")
         end = pairs.x0 + v.astype(pairs.x0.dtype)
         error = mean_over_event((end - pairs.x1) ** 2) if distance is None else distance(end, pairs.x1)
-        if error.shape != pairs.t.shape:
-            raise ValueError(f"distance must return [batch] = {pairs.t.shape}, got shape {error.shape}.")
+        check_per_example(pairs.x1, **{"distance(x, y)": error})
         loss = (error if pairs.weight is None else pairs.weight * error).mean()
         return loss, {"loss": loss, "distance": error.mean()}
 

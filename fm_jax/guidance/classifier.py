@@ -5,11 +5,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_function, check_per_example, check_schedule, check_shape, check_velocity
 from fm_jax.guidance.scale import check_interval, check_scale, is_number, scale_at
-from fm_jax.nfe import Counted, cost
+from fm_jax.nfe import Counted, cost, domain_of
 from fm_jax.parameterization import velocity_domain
 from fm_jax.schedules import coefficients, vanishes
-from fm_jax.shapes import batch_time, expand_time
+from fm_jax.shapes import batch_time, expand_time, time_dtype
 from fm_jax.types import Array, ArrayTree, PerExample, Schedule, State, Time, VelocityFn
 
 
@@ -59,9 +60,13 @@ def classifier(
     References:
         Dhariwal & Nichol 2021 (arXiv:2105.05233, sec. 4).
     """
+    check_velocity(v)
+    check_function("log_prob_fn", log_prob_fn, "a function log_prob_fn(t, x) -> [batch]")
     check_scale(scale)
-    start, end = velocity_domain("score", schedule) if interval is None else interval
-    check_interval((start, end))
+    check_schedule(schedule)
+    interval = velocity_domain("score", schedule) if interval is None else interval
+    check_interval(interval)
+    start, end = interval
     domain = schedule.domain
     if start < domain[0] or end > domain[1]:
         raise ValueError(f"interval must be inside the domain of the schedule, {domain}, got {(start, end)}.")
@@ -75,16 +80,17 @@ def classifier(
 
     def guided(t: Time, x: State) -> State:
         # Outside the interval 0 multiplies what the nearest time inside gives, and not what may be infinite.
-        inside_t = jnp.clip(t, start, end)
+        inside_t = jnp.clip(jnp.asarray(t, dtype=time_dtype(x)), start, end)
 
         def total_log_prob(x: Array) -> Array:
             log_prob = log_prob_fn(batch_time(inside_t, x), x)
-            if log_prob.shape != x.shape[:1]:
-                raise ValueError(f"log_prob_fn must return [batch] = {x.shape[:1]}, got shape {log_prob.shape}.")
+            check_per_example(x, **{"log_prob_fn(t, x)": log_prob})
             return log_prob.sum()
 
         alpha, sigma, d_alpha, d_sigma = coefficients(schedule, inside_t)
         weight = scale_at(scale, t, x, interval=(start, end), outside=0) * sigma * (sigma * d_alpha / alpha - d_sigma)
-        return v(t, x) + expand_time(weight, x) * jax.grad(total_log_prob)(x)
+        velocity = v(t, x)
+        check_shape("v(t, x)", velocity, x)
+        return velocity + expand_time(weight, x) * jax.grad(total_log_prob)(x)
 
-    return Counted(guided, cost(v))
+    return Counted(guided, cost(v), domain_of(v))

@@ -4,17 +4,19 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fm_jax.checks import check_shape
+from fm_jax.checks import check_condition, check_function, check_shape, check_velocity, shown
 from fm_jax.conditions import null_like
 from fm_jax.guidance.rules import Extrapolate, Rule
 from fm_jax.guidance.scale import ALWAYS, check_interval, check_scale, is_number, scale_at
-from fm_jax.nfe import Counted, cost, total
+from fm_jax.nfe import Counted, cost, domain_of, total
 from fm_jax.parameterization import velocity_fn
-from fm_jax.shapes import expand_time
+from fm_jax.shapes import expand_time, time_dtype
 from fm_jax.types import Array, ArrayTree, Cond, Kind, ModelFn, Schedule, State, Time, VelocityFn
 
 _EXTRAPOLATE = Extrapolate()
+RULE = "a rule of guidance, such as Extrapolate()"
 
 
 def classifier_free(
@@ -52,8 +54,11 @@ def classifier_free(
         >>> v(0.5, jnp.ones((1, 2)))
         Array([[3., 3.]], dtype=float32)
     """
+    check_velocity(v_cond, "v_cond")
+    check_velocity(v_uncond, "v_uncond")
     check_scale(scale)
     check_interval(interval)
+    check_function("rule", rule, RULE)
     if is_number(scale, 1):
         return v_cond
 
@@ -62,9 +67,11 @@ def classifier_free(
         conditional, unconditional = v_cond(t, x), v_uncond(t, x)
         check_shape("v_cond(t, x)", conditional, x)
         check_shape("v_uncond(t, x)", unconditional, x)
-        return rule(t, x, conditional, unconditional, scale_t)
+        velocity = rule(t, x, conditional, unconditional, scale_t)
+        check_shape("what the rule returns", velocity, x)
+        return velocity
 
-    return Counted(guided, total(cost(v_cond), cost(v_uncond)))
+    return Counted(guided, total(cost(v_cond), cost(v_uncond)), domain_of(v_cond, v_uncond))
 
 
 def classifier_free_batched(
@@ -111,6 +118,7 @@ def classifier_free_batched(
     """
     check_scale(scale)
     check_interval(interval)
+    check_function("rule", rule, RULE)
     branches = _one_batch(model_fn, kind, schedule, [cond], null_cond)
     if is_number(scale, 1):
         return velocity_fn(model_fn, kind, schedule, cond)
@@ -118,7 +126,9 @@ def classifier_free_batched(
     def guided(t: Time, x: State) -> State:
         scale_t = scale_at(scale, t, x, interval=interval, outside=1)
         conditional, unconditional = branches(t, x)
-        return rule(t, x, conditional, unconditional, scale_t)
+        velocity = rule(t, x, conditional, unconditional, scale_t)
+        check_shape("what the rule returns", velocity, x)
+        return velocity
 
     return Counted(guided, cost(branches))
 
@@ -163,6 +173,9 @@ def compose(
         (Array([[-1.],
                [ 1.]], dtype=float32), 3)
     """
+    for name, each in (("conds", conds), ("scales", scales)):
+        if not isinstance(each, list | tuple):
+            raise ValueError(f"{name} must be a list, with one for each condition, got {shown(each)}.")
     if len(conds) != len(scales) or len(conds) == 0:
         raise ValueError(
             f"conds and scales must be of one length, at least 1, got {len(conds)} conditions and {len(scales)} scales."
@@ -176,7 +189,7 @@ def compose(
         *conditional, unconditional = branches(t, x)
         total = unconditional
         for scale, each in zip(scales, conditional, strict=True):
-            clipped = jnp.clip(jnp.asarray(scale, dtype=x.dtype), -1, 1)
+            clipped = jnp.clip(jnp.asarray(scale, dtype=time_dtype(x)), -1, 1)
             scale_t = scale_at(scale, t, x, interval=interval, outside=clipped)
             total = total + expand_time(scale_t, x) * (each - unconditional)
         return total
@@ -190,11 +203,16 @@ def _one_batch(
     """`branches(t, x)`: the velocities under each of `conds` and, last, `null_cond`, by one call of the network."""
     if any(cond is None for cond in conds):
         raise ValueError("cond must be given: classifier-free guidance needs a condition to guide towards.")
+    nulls = null_like(conds[0], null_cond)
+    for i, cond in enumerate(conds):
+        if jax.tree.map(np.shape, cond) != jax.tree.map(np.shape, conds[0]):
+            raise ValueError(f"conds must be of one structure and shape, got another in conds[{i}] than in conds[0].")
     num = len(conds) + 1
-    stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conds, null_like(conds[0], null_cond))
+    stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conds, nulls)
     v = velocity_fn(model_fn, kind, schedule, stacked)
 
     def branches(t: Time, x: State) -> list[State]:
+        check_condition(x, conds[0])
         repeated_t = t if jnp.ndim(t) == 0 else jnp.concatenate([t] * num)
         return jnp.split(v(repeated_t, jnp.concatenate([x] * num)), num)
 

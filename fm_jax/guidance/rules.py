@@ -12,9 +12,9 @@ from typing import TypeAlias
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_number
+from fm_jax.checks import check_number, check_schedule, check_shape
 from fm_jax.schedules import coefficients
-from fm_jax.shapes import expand_time
+from fm_jax.shapes import expand_time, time_of
 from fm_jax.types import AnyArray, Schedule, State, Time
 
 Rule: TypeAlias = Callable[[Time, State, State, State, Time], State]
@@ -64,6 +64,8 @@ class Extrapolate:
     """
 
     def __call__(self, t: Time, x: State, conditional: State, unconditional: State, scale: Time) -> State:
+        check_shape("conditional", conditional, x)
+        check_shape("unconditional", unconditional, x)
         # v_c + (s - 1)(v_c - v_u) is v_u + s (v_c - v_u), and at s = 1 exactly v_c.
         return conditional + expand_time(scale - 1, conditional) * (conditional - unconditional)
 
@@ -116,6 +118,7 @@ class ZeroStar:
         check_number("zero_until", self.zero_until, "[0, 1)")
 
     def __call__(self, t: Time, x: State, conditional: State, unconditional: State, scale: Time) -> State:
+        check_shape("unconditional", unconditional, x)
         guided = Extrapolate()(t, x, conditional, _project(conditional, unconditional), scale)
         still = (expand_time(t, x) < self.zero_until) & (expand_time(scale, x) != 1)
         return jnp.where(still, 0, guided)
@@ -145,12 +148,14 @@ class Projected:
     norm: float = math.inf
 
     def __post_init__(self) -> None:
+        check_schedule(self.schedule)
         check_number("parallel", self.parallel, "(-inf, inf)")
-        if not self.norm > 0:
-            raise ValueError(f"norm must be positive, got {self.norm}.")
+        check_number("norm", self.norm, "(0, inf]")
 
     def __call__(self, t: Time, x: State, conditional: State, unconditional: State, scale: Time) -> State:
-        alpha, sigma, d_alpha, d_sigma = coefficients(self.schedule, expand_time(t, x))
+        alpha, sigma, d_alpha, d_sigma = coefficients(self.schedule, time_of(t, x))
+        check_shape("conditional", conditional, x)
+        check_shape("unconditional", unconditional, x)
         difference = conditional - unconditional
         if self.norm < math.inf:
             # min(1, norm / |D_c - D_u|), multiplied out so that nothing is divided by det or sigma.

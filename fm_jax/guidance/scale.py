@@ -4,12 +4,11 @@ Guidance in an interval is due to Kynkaanniemi et al. 2024 (arXiv:2404.07724). T
 interval: put them on the time grid.
 """
 
-import math
-
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_finite
+from fm_jax.checks import check_finite, check_pair, shown
+from fm_jax.shapes import time_dtype
 from fm_jax.types import ArrayTree, PerExample, Scalar, State, Time
 
 ALWAYS = (0.0, 1.0)
@@ -17,16 +16,14 @@ ALWAYS = (0.0, 1.0)
 
 def check_scale(scale: ArrayTree) -> None:
     """Raises `ValueError` unless `scale` is a number or [batch], and finite where its values are known."""
-    if np.ndim(scale) > 1:
-        raise ValueError(f"scale must be a number or [batch], got shape {np.shape(scale)}.")
+    if isinstance(scale, list | tuple) or np.ndim(scale) > 1:
+        raise ValueError(f"scale must be a number or [batch], got {shown(scale)}.")
     check_finite("scale", scale)
 
 
 def check_interval(interval: tuple[float, float]) -> None:
     """Raises `ValueError` unless `interval` is (start, end) with 0 <= start < end <= 1."""
-    start, end = interval
-    if not (math.isfinite(start) and math.isfinite(end) and 0 <= start < end <= 1):
-        raise ValueError(f"interval must be (start, end) with 0 <= start < end <= 1, got {interval}.")
+    check_pair("interval", interval, "[0, 1]")
 
 
 def is_number(scale: ArrayTree, value: float) -> bool:
@@ -47,12 +44,12 @@ def scale_at(
         outside: what holds at other times, in the shape of `scale` or a number.
 
     Returns:
-        A scalar or [batch], in the dtype of `x`.
+        A scalar or [batch], in the dtype of times beside `x`.
 
     Raises:
         ValueError: if `scale` is of another batch than `x`.
     """
-    scale = jnp.asarray(scale, dtype=x.dtype)
+    scale = jnp.asarray(scale, dtype=time_dtype(x))
     if scale.ndim and scale.shape != x.shape[:1]:
         raise ValueError(f"scale must be a number or [batch] = {x.shape[:1]}, got shape {scale.shape}.")
     if interval == ALWAYS:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_has, check_integer, check_key, check_number
+from fm_jax.checks import check_array, check_has, check_integer, check_key, check_number, check_source, is_traced
 from fm_jax.likelihood.divergence import Divergence
 from fm_jax.likelihood.log_prob import ADAPTIVE, DEFAULT_STEPS, EXACT, NORMAL, log_prob
 from fm_jax.samplers.sample import times_of
@@ -31,7 +31,12 @@ def dequantize(key: Key, images: ArrayTree, levels: int = 256) -> Array:
 
     Returns:
         In [-1, 1], in the shape of `images`.
+
+    Raises:
+        ValueError: if `images` are no integers or, unless they are traced, leave 0 .. levels - 1.
     """
+    check_key(key)
+    check_pixels(images, levels)
     images = jnp.asarray(images)
     dtype = jnp.result_type(float)
     return 2 * (images.astype(dtype) + jax.random.uniform(key, images.shape, dtype)) / levels - 1
@@ -89,14 +94,18 @@ def bits_per_dim(
         Theis et al. 2015 (arXiv:1511.01844, sec. 3.1) for dequantisation; Burda et al. 2015 (arXiv:1509.00519, eq. 8)
         for several draws.
     """
+    check_pixels(images, levels)
     images = np.asarray(images)
-    _check_images(images, levels)
+    if images.ndim < 2 or not images.size:
+        raise ValueError(f"images must be [batch, ...] with at least one example, got shape {images.shape}.")
     check_key(key)
     check_integer("num_draws", num_draws)
+    check_has("divergence", divergence, ("draw", "stochastic"), "a divergence, such as Exact()")
+    check_source(source)
     if num_draws > 1 and divergence.stochastic:
         raise ValueError(f"num_draws = {num_draws} needs an exact divergence, got {divergence}: else it is no bound.")
     check_number("tolerance", tolerance, "(0, inf)")
-    steps = times_of(sampler, times, np.zeros((), float), DEFAULT_STEPS)
+    steps = times_of(v, sampler, times, np.zeros((), float), DEFAULT_STEPS)
     grid = tuple(np.asarray(steps).tolist())
     solves = _coarser(sampler, grid), (sampler, grid)
     coarse, fine = _bits(v, key, images, levels, num_draws, divergence, source, solves)
@@ -153,9 +162,14 @@ def _coarser(sampler: Sampler, times: tuple[float, ...]) -> tuple[Sampler, tuple
     return sampler, times[::2]
 
 
-def _check_images(images: np.ndarray, levels: int) -> None:
+def check_pixels(images: ArrayTree, levels: int) -> None:
+    """Raises `ValueError` unless `images` are integers from 0 to `levels - 1`; of traced ones, unless integers."""
     check_integer("levels", levels, least=2)
-    if images.ndim < 2 or not np.issubdtype(images.dtype, np.integer):
-        raise ValueError(f"images must be integers [batch, ...], got {images.dtype} of shape {images.shape}.")
-    if images.size and not (images.min() >= 0 and images.max() < levels):
-        raise ValueError(f"images must be in 0 .. {levels - 1}, got {images.min()} .. {images.max()}.")
+    check_array("images", images)
+    if not jnp.issubdtype(images.dtype, jnp.integer):
+        raise ValueError(f"images must be integers in 0 .. {levels - 1}, got {images.dtype}.")
+    if is_traced(images) or not np.size(images):
+        return
+    least, most = int(np.min(images)), int(np.max(images))
+    if least < 0 or most >= levels:
+        raise ValueError(f"images must be in 0 .. {levels - 1}, got {least} .. {most}.")

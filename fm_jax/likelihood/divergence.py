@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Real
 
-from fm_jax.checks import check_integer, check_key, check_member, check_shape
+from fm_jax.checks import check_integer, check_key, check_member, check_shape, check_state, check_velocity
+from fm_jax.shapes import time_of
 from fm_jax.types import AnyArray, Array, Key, Like, PerExample, State, Time, VelocityFn
 
 Distribution = Literal["rademacher", "gaussian"]
@@ -115,13 +116,14 @@ class Hutchinson:
 
     def draw(self, key: Key | None, x: Like) -> Probes:
         """The probes, all at once."""
+        check_state(x, "x")
         draw = jax.random.rademacher if self.distribution == "rademacher" else jax.random.normal
         return draw(_checked_key(self, key), (self.num_probes, *x.shape), x.dtype)
 
     def __call__(self, v: VelocityFn, probes: Probes, t: Time, x: State) -> tuple[State, PerExample]:
         """`v(t, x)` and an estimate of its divergence."""
         velocity, product = _linearize(v, t, x)
-        estimates = jax.vmap(lambda e: (e * product(e)).reshape(x.shape[0], -1).sum(axis=1))(probes)
+        estimates = jax.vmap(lambda e: (e * product(e)).reshape(x.shape[0], math.prod(x.shape[1:])).sum(axis=1))(probes)
         return velocity, estimates.mean(axis=0)
 
 
@@ -146,7 +148,8 @@ class HutchPlusPlus:
     num_probes: int = 6
 
     def __post_init__(self) -> None:
-        if self.num_probes < 3 or self.num_probes % 3:
+        check_integer("num_probes", self.num_probes, least=3)
+        if self.num_probes % 3:
             raise ValueError(f"num_probes must be a positive multiple of 3, got {self.num_probes}.")
 
     @property
@@ -158,6 +161,7 @@ class HutchPlusPlus:
 
         In few dimensions, Rademacher vectors are too often equal up to sign, which would waste one of the sketch.
         """
+        check_state(x, "x")
         key_sketch, key_rest = jax.random.split(_checked_key(self, key))
         shape = (self.num_probes // 3, *x.shape)
         return jax.random.normal(key_sketch, shape, x.dtype), jax.random.rademacher(key_rest, shape, x.dtype)
@@ -168,7 +172,7 @@ class HutchPlusPlus:
         velocity, product = _linearize(v, t, x)
 
         def columns(vectors: Array) -> Array:
-            return jnp.moveaxis(vectors.reshape(len(vectors), len(x), -1), 0, 2)
+            return jnp.moveaxis(vectors.reshape(len(vectors), len(x), math.prod(x.shape[1:])), 0, 2)
 
         def products(matrix: Array) -> Array:
             """J times each column of [batch, d, n]."""
@@ -186,8 +190,16 @@ class HutchPlusPlus:
 
 def _linearize(v: VelocityFn, t: Time, x: State) -> tuple[State, Callable[[State], State]]:
     """`v(t, x)`, and the product of its Jacobian in x with a vector, from one evaluation."""
-    velocity, product = jax.linearize(lambda x: v(t, x), x)
-    check_shape("v(t, x)", velocity, x)
+    check_velocity(v)
+    check_state(x, "x")
+    time_of(t, x)  # refuses what is no time
+
+    def velocity_fn(x: State) -> State:
+        velocity = v(t, x)
+        check_shape("v(t, x)", velocity, x)
+        return velocity
+
+    velocity, product = jax.linearize(velocity_fn, x)
     return velocity, product
 
 

@@ -5,14 +5,24 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fm_jax.checks import check_has, is_traced
+from fm_jax.checks import (
+    check_coupling,
+    check_function,
+    check_has,
+    check_network,
+    check_shape,
+    check_times,
+    is_traced,
+    shown,
+)
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
-from fm_jax.losses.matching import draw_pairs, times_within
+from fm_jax.losses.matching import check_drop, draw_pairs, times_within
 from fm_jax.nfe import Counted, cost
 from fm_jax.paths.bridge import StochasticInterpolant, value_and_slope
-from fm_jax.shapes import batch_time, expand_time, mean_over_event
+from fm_jax.shapes import batch_time, expand_time, mean_over_event, time_of
 from fm_jax.types import (
     ApplyFn,
     Batch,
@@ -84,18 +94,23 @@ def bridge_matching(
     References:
         Tong et al. 2023 (arXiv:2307.03672); Albergo, Boffi & Vanden-Eijnden 2023 (arXiv:2303.08797, sec. 2).
     """
+    check_network("apply_fn", apply_fn)
     check_latent(path)
-    time_sampler = times_within(time_sampler, path.target_domain("drift"), f"the drift target of {path}")
+    check_coupling(coupling)
+    check_drop(drop)
+    domain, what = path.target_domain("drift"), f"the drift target of {path}"
+    time_sampler = times_within(time_sampler, domain, what)
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Scalar, Metrics]:
         del target_params
         pairs = draw_pairs(key, batch, path.source, coupling, time_sampler, drop)
+        check_times("t", pairs.t, domain, f"where {what} is finite")
         sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
         targets = path.targets(sample)
         prediction = apply_fn(params, pairs.t, sample.x_t, pairs.cond, train=True, rngs=pairs.rngs)
-        check_pair(prediction, sample.x_t)
+        check_two_outputs(prediction, sample.x_t)
         mse_drift, mse_latent = (
             mean_over_event((value.astype(wanted.dtype) - wanted) ** 2)
             for value, wanted in zip(prediction, (targets["drift"], targets["latent"]), strict=True)
@@ -117,20 +132,27 @@ def check_latent(path: Any) -> None:
     check_has("the path", path, ("interpolant", "gamma"), "a StochasticInterpolant, as from BrownianBridge")
 
 
-def check_pair(prediction: Any, x: State) -> None:
+def check_two_outputs(prediction: Any, x: State) -> None:
     """Raises `ValueError` unless `prediction` is two arrays of the shape of `x`."""
-    shapes = [each.shape for each in prediction] if isinstance(prediction, tuple | list) else prediction.shape
-    if shapes != [x.shape, x.shape]:
-        raise ValueError(f"the network must return (drift, latent), both of the shape of x, {x.shape}, got {shapes}.")
+    if not isinstance(prediction, tuple | list) or len(prediction) != 2:
+        got = (
+            f"a {type(prediction).__name__} of {len(prediction)}"
+            if isinstance(prediction, tuple | list)
+            else shown(prediction)
+        )
+        raise ValueError(f"the network must return (drift, latent), both of the shape of x, {x.shape}, got {got}.")
+    for name, value in zip(("drift", "latent"), prediction, strict=True):
+        check_shape(f"the {name} that the network returns", value, x)
 
 
 def split_channels(apply_fn: ApplyFn) -> PairApplyFn:
     """One network with twice the channels of x, as `(drift, latent)`: the halves of its last axis."""
+    check_network("apply_fn", apply_fn)
 
     def split(params: Params, t: PerExample, x: State, cond: Cond, *, train: bool, rngs: Any) -> tuple[State, State]:
         output = apply_fn(params, t, x, cond, train=train, rngs=rngs)
-        if output.shape != (*x.shape[:-1], 2 * x.shape[-1]):
-            raise ValueError(f"the network must return twice the channels of x, {x.shape}, got {output.shape}.")
+        if np.shape(output) != (*x.shape[:-1], 2 * x.shape[-1]):
+            raise ValueError(f"the network must return twice the channels of x, {x.shape}, got {shown(output)}.")
         drift, latent = jnp.split(output, 2, axis=-1)
         return drift, latent
 
@@ -139,6 +161,8 @@ def split_channels(apply_fn: ApplyFn) -> PairApplyFn:
 
 def two_heads(apply_drift: ApplyFn, apply_latent: ApplyFn) -> PairApplyFn:
     """Two networks as one with two outputs; its parameters are a dict of theirs, `{"drift": ..., "latent": ...}`."""
+    check_network("apply_drift", apply_drift)
+    check_network("apply_latent", apply_latent)
 
     def both(params: Params, t: PerExample, x: State, cond: Cond, *, train: bool, rngs: Any) -> tuple[State, State]:
         rngs_drift, rngs_latent = rngs, rngs
@@ -165,12 +189,16 @@ def bridge_velocity(model_fn: PairModelFn, path: StochasticInterpolant, cond: Co
     Returns:
         `v(t, x)`; infinite or NaN outside `path.domain`, where gamma' is.
     """
+    check_function(
+        "model_fn", model_fn, "a function model_fn(t, x, cond) -> (drift, latent), as by bind(apply_fn, params)"
+    )
     check_latent(path)
 
     def velocity(t: Time, x: State) -> State:
-        t = batch_time(t, x)
-        drift, latent = model_fn(t, x, cond)
-        return drift + value_and_slope(path.gamma, expand_time(t, x))[1] * latent
+        prediction = model_fn(batch_time(t, x), x, cond)
+        check_two_outputs(prediction, x)
+        drift, latent = prediction
+        return drift + value_and_slope(path.gamma, time_of(t, x))[1] * latent
 
     return Counted(velocity, cost(model_fn))
 
@@ -194,6 +222,9 @@ def bridge_score(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond 
     Raises:
         ValueError: when called with a t known to have gamma = 0.
     """
+    check_function(
+        "model_fn", model_fn, "a function model_fn(t, x, cond) -> (drift, latent), as by bind(apply_fn, params)"
+    )
     check_latent(path)
 
     def score(t: Time, x: State) -> State:
@@ -201,7 +232,9 @@ def bridge_score(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond 
         gamma, _ = value_and_slope(path.gamma, t)
         if not is_traced(gamma) and bool((gamma == 0).any()):
             raise ValueError(f"the score is infinite where gamma = 0, at t = {t[gamma == 0].tolist()}.")
-        _, latent = model_fn(t, x, cond)
+        prediction = model_fn(t, x, cond)
+        check_two_outputs(prediction, x)
+        _, latent = prediction
         return -latent / expand_time(gamma, x)
 
     return Counted(score, cost(model_fn))

@@ -5,10 +5,25 @@ from typing import Any, NamedTuple
 
 import jax
 
-from fm_jax.checks import check_condition, check_has, check_member, check_per_example
+from fm_jax.checks import (
+    check_condition,
+    check_coupling,
+    check_data,
+    check_function,
+    check_has,
+    check_holds,
+    check_key,
+    check_member,
+    check_network,
+    check_numbers_of,
+    check_per_example,
+    check_same_shape,
+    check_shape,
+    check_times,
+)
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent, paired
-from fm_jax.shapes import mean_over_event
+from fm_jax.shapes import mean_over_event, time_dtype
 from fm_jax.times import Uniform
 from fm_jax.types import (
     ApplyFn,
@@ -48,15 +63,15 @@ def flow_matching(
     conditional score (denoising score matching, Vincent 2011). By the marginalisation trick its minimiser is the
     marginal quantity, `E[target | x_t]`.
 
-    Notebooks: (5.2), (5.3), (10.4).
+    Notebooks: (5.2), (5.3), (8.1), (9.1), (10.4), (11.1).
 
     Args:
         apply_fn: the network, `apply_fn(params, t, x, cond, train=, rngs=)`.
         path: conditional path, e.g. `AffinePath(Linear())` or `BrownianBridge(1.0)`.
         coupling: pairs x0 with x1 within the batch; its weights of pairs, if it has any, multiply the loss.
-        time_sampler: training times; `None` is uniform on the range where the target is finite.
+        time_sampler: training times; `None` is uniform on the range where the target and the weight are finite.
         kind: what the network predicts, one of `path.kinds`.
-        weight: `weight(t, kind, schedule)` on a path with a schedule; `None` is 1.
+        weight: `weight(t, kind, schedule) -> [batch]` on a path with a schedule; `None` is 1.
         drop: takes conditions away from some examples, as `DropCondition(0.1, null_cond)`, or any `drop(key, cond)`; so
             the network, of any library, learns what classifier-free guidance needs. The coupling still sees them.
 
@@ -68,10 +83,11 @@ def flow_matching(
         dropped, and the network runs with `train=False`.
 
     Raises:
-        ValueError: if the path has no such kind, `time_sampler` leaves the range where the target is finite, or
-            `weight` needs a schedule and the path has none; when the loss is traced, if the batch has no `x1`, its
-            shapes do not fit, there is no `x0` where pairs of data are to be kept (`paired`) or the path has no source,
-            or a condition is to be dropped that is not there or that `null_cond` does not fit.
+        ValueError: if the path has no such kind, `time_sampler` leaves the range where target and weight are finite, or
+            `weight` needs a schedule and the path has none; when the loss is traced, if the batch has no `x1`, is not
+            floating point or its shapes do not fit, there is no `x0` where pairs of data are to be kept (`paired`) or
+            the path has no source, a condition is to be dropped that is not there or that `null_cond` does not fit, or
+            the network returns anything but real numbers in the shape of x; if its `t` are known to leave the range.
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,21 +100,32 @@ def flow_matching(
     """
     check_has("path", path, ("kinds", "targets", "target_domain", "sample"), "a path, such as AffinePath()")
     check_member("kind", kind, path.kinds)
+    check_network("apply_fn", apply_fn)
+    check_coupling(coupling)
+    check_drop(drop)
     schedule = path.schedule
-    if schedule is None and weight is not None:
-        raise ValueError(f"weight needs a path with a schedule, by which kinds convert; {path} has none.")
-    time_sampler = times_within(time_sampler, path.target_domain(kind), f"the {kind} target of {path}")
+    domain, what = path.target_domain(kind), f"the {kind} target of {path}"
+    if weight is not None:
+        check_function("weight", weight, "a function weight(t, kind, schedule), such as SNRWeight()")
+        if schedule is None:
+            raise ValueError(f"weight needs a path with a schedule, by which kinds convert; {path} has none.")
+        domain = path.target_domain(kind, weight=weight)  # type: ignore[call-arg]  # a path with a schedule has it
+        what = f"{what}, weighted by {weight},"
+    time_sampler = times_within(time_sampler, domain, what)
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Scalar, Metrics]:
         del target_params  # for losses with a second network; a regression on the path has none
         pairs = draw_pairs(key, batch, path.source, coupling, time_sampler, drop)
+        check_times("t", pairs.t, domain, f"where {what} is finite")
         sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
         mse = squared_error(apply_fn, params, sample, pairs, path.targets(sample)[kind])
         weighted = mse if pairs.weight is None else pairs.weight * mse
         if weight is not None and schedule is not None:
-            weighted = weight(pairs.t, kind, schedule) * weighted
+            factor = weight(pairs.t, kind, schedule)
+            check_numbers_of("weight(t, kind, schedule)", factor, mse)
+            weighted = factor * weighted
         return weighted.mean(), {"loss": weighted.mean(), "mse": mse.mean()}
 
     return loss_fn
@@ -139,27 +166,48 @@ def draw_pairs(
     drop: Drop | None = None,
 ) -> Pairs:
     """Source, times, pairing and conditions of a batch, as `flow_matching` says; raises `ValueError` where it does."""
-    if "x1" not in batch:
-        raise ValueError(f"the batch must hold 'x1', got {sorted(batch)}.")
-    if "x0" not in batch and coupling is paired:
+    check_holds(batch, "x1")
+    if key is not None:
+        check_key(key)
+    x1, t = batch["x1"], batch.get("t")
+    x0: Any = batch.get("x0")
+    if x0 is None and coupling is paired:
         raise ValueError("coupling=paired keeps the pairs of the data: the batch must hold 'x0'.")
-    if "x0" not in batch and source is None:
+    if x0 is None and source is None:
         raise ValueError("the path has no source to draw x0 from: the batch must hold 'x0'.")
-    if key is None and not ("x0" in batch and "t" in batch):
+    if key is None and (x0 is None or t is None):
         raise ValueError("without a key the batch must hold 'x0' and 't'.")
-    x1 = batch["x1"]
+    check_data("x1", x1)
     # The last: a split into more keys begins with the same ones, so that runs without `drop` are what they were.
     keys: Any = [None] * 6 if key is None else jax.random.split(key, 6)
     key_x0, key_t, key_coupling, key_path, key_dropout, key_drop = keys
-    x0 = batch["x0"] if source is None or "x0" in batch else source.draw(key_x0, x1)
-    t = batch["t"] if "t" in batch else time_sampler(key_t, x1.shape[0])
+    if x0 is None and source is not None:
+        x0 = source.draw(key_x0, x1)
+    check_data("x0", x0)
+    t = time_sampler(key_t, x1.shape[0]) if t is None else t
     check_per_example(x1, t=t, weight=batch.get("weight"))
+    t = t.astype(time_dtype(x1))  # in double precision it would bring the rest there
     check_condition(x1, batch.get("cond"))
     pairing = coupling(key_coupling, x0, x1, batch.get("cond"))
+    check_pairing(pairing, x1)
     weight = product(batch.get("weight"), pairing.weight)
     rngs = None if key is None else {"dropout": key_dropout}
     cond = dropped(drop, key_drop, pairing.cond)
     return Pairs(pairing.x0, pairing.x1, cond, weight, t, key_path, rngs)
+
+
+def check_drop(drop: Drop | None) -> None:
+    """Raises `ValueError` unless `drop` takes conditions away, or nothing is to do so."""
+    if drop is not None:
+        check_function("drop", drop, "a function drop(key, cond), such as DropCondition(0.1, null_cond)")
+
+
+def check_pairing(pairing: Any, x1: State) -> None:
+    """Raises `ValueError` unless a coupling has returned a `Pairing` of as many examples as it was given."""
+    check_has("what the coupling returns", pairing, ("x0", "x1", "cond", "weight"), "a Pairing")
+    check_same_shape(x1=x1, **{"x1 of the pairing": pairing.x1})
+    check_per_example(x1, **{"weight of the pairing": pairing.weight})
+    check_condition(x1, pairing.cond)
 
 
 def dropped(drop: Drop | None, key: Key | None, cond: Cond) -> Cond:
@@ -176,8 +224,7 @@ def squared_error(apply_fn: ApplyFn, params: Params, sample: PathSample, pairs: 
     """The network's squared error against a target, averaged over the event."""
     train = pairs.rngs is not None
     prediction = apply_fn(params, sample.t, sample.x_t, pairs.cond, train=train, rngs=pairs.rngs)
-    if prediction.shape != target.shape:
-        raise ValueError(f"the network must return the shape of x, {target.shape}, got {prediction.shape}.")
+    check_shape("what the network returns", prediction, target)
     return mean_over_event((prediction.astype(target.dtype) - target) ** 2)
 
 

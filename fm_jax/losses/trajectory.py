@@ -6,11 +6,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Real
 
-from fm_jax.checks import check_condition, check_has, check_per_example
+from fm_jax.checks import (
+    check_condition,
+    check_coupling,
+    check_data,
+    check_has,
+    check_holds,
+    check_key,
+    check_network,
+    check_per_example,
+    check_times,
+)
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
-from fm_jax.losses.matching import Pairs, dropped, product, squared_error, times_within
+from fm_jax.losses.matching import Pairs, check_drop, check_pairing, dropped, product, squared_error, times_within
 from fm_jax.paths.spline import SplinePath
+from fm_jax.shapes import time_dtype
 from fm_jax.types import (
     AnyArray,
     ApplyFn,
@@ -65,6 +76,11 @@ def couple_snapshots(coupling: Coupling, key: Key | None, x: Snapshots, cond: Co
         Array([[0. , 1. , 0.2],
                [4. , 5. , 6. ]], dtype=float32)
     """
+    check_coupling(coupling)
+    if key is not None:
+        check_key(key)
+    check_data("x", x)
+    check_condition(x, cond)
     if x.ndim < 2 or x.shape[1] < 2:
         raise ValueError(f"x must be [batch, K, ...] with K >= 2 snapshots, got shape {x.shape}.")
     links = x.shape[1] - 1
@@ -72,6 +88,7 @@ def couple_snapshots(coupling: Coupling, key: Key | None, x: Snapshots, cond: Co
     coupled, indices, weight = [x[:, -1]], [jnp.arange(len(x))], None
     for k in reversed(range(links)):
         pairing = coupling(keys[k], x[:, k], coupled[0], cond)
+        check_pairing(pairing, coupled[0])
         coupled.insert(0, pairing.x0)
         indices.insert(0, pairing.index0)
         weight = product(weight, pairing.weight)
@@ -111,14 +128,19 @@ def trajectory_matching(
     References:
         Tong et al. 2020 (arXiv:2002.04461) for the problem; Tong et al. 2023 (arXiv:2302.00482).
     """
+    check_network("apply_fn", apply_fn)
     check_has("the path", path, ("times", "weights"), "a SplinePath")
-    time_sampler = times_within(time_sampler, path.target_domain("velocity"), f"the velocity of {path}")
+    check_coupling(coupling)
+    check_drop(drop)
+    domain, what = path.target_domain("velocity"), f"the velocity of {path}"
+    time_sampler = times_within(time_sampler, domain, what)
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Scalar, Metrics]:
         del target_params
         pairs, x = _draw(key, batch, coupling, time_sampler, drop)
+        check_times("t", pairs.t, domain, f"where {what} is finite")
         sample = path.sample(pairs.key_path, pairs.t, x)
         mse = squared_error(apply_fn, params, sample, pairs, path.targets(sample)["velocity"])
         loss = (mse if pairs.weight is None else pairs.weight * mse).mean()
@@ -131,15 +153,18 @@ def _draw(
     key: Key | None, batch: Batch, coupling: Coupling, time_sampler: TimeSampler, drop: Drop | None
 ) -> tuple[Pairs, Array]:
     """What else than the path is random, and the coupled snapshots [batch, K, ...]."""
-    if "x" not in batch:
-        raise ValueError(f"the batch must hold 'x' [batch, K, ...], got {sorted(batch)}.")
-    x = batch["x"]
-    if key is None and "t" not in batch:
+    check_holds(batch, "x")
+    x, t = batch["x"], batch.get("t")
+    check_data("x", x)
+    if key is not None:
+        check_key(key)
+    if key is None and t is None:
         raise ValueError("without a key the batch must hold 't'.")
     keys: Any = [None] * 5 if key is None else jax.random.split(key, 5)
     key_t, key_coupling, key_path, key_dropout, key_drop = keys
-    t = batch["t"] if "t" in batch else time_sampler(key_t, x.shape[0])
+    t = time_sampler(key_t, x.shape[0]) if t is None else t
     check_per_example(x, t=t, weight=batch.get("weight"))
+    t = t.astype(time_dtype(x))  # in double precision it would bring the rest there
     check_condition(x, batch.get("cond"))
     chain = couple_snapshots(coupling, key_coupling, x, batch.get("cond"))
     weight = product(batch.get("weight"), chain.weight)

@@ -60,10 +60,16 @@ class SNRWeight:
 
     Salimans & Ho 2022 (arXiv:2202.00512, sec. 4); `power = 1` with `kind="noise"` is Ho et al. 2020, eq. 14.
 
-    Notebooks: (5.7), (10.4).
+    Notebooks: (10.4).
+
+    Raises:
+        ValueError: if `power` is not finite.
     """
 
     power: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("power", self.power, "(-inf, inf)")
 
     def __call__(self, t: PerExample, kind: Kind, schedule: Schedule) -> PerExample:
         snr, one = _weights(kind, t, schedule)

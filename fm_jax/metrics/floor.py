@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Real
 
-from fm_jax.checks import check_integer, check_key
+from fm_jax.checks import check_array, check_data, check_function, check_integer, check_key
 from fm_jax.metrics.wasserstein import wasserstein
 from fm_jax.types import AnyArray, ArrayTree, Key
 
@@ -68,7 +68,7 @@ def floor(metric: Distance, draw: Draw, key: Key, num: int, *, repeats: int = 20
         >>> print(floor(wasserstein, eight_gaussians, jax.random.key(0), 50, repeats=5))
         1.678 +- 0.218, n = 50
     """
-    _check(key, num, repeats)
+    _check(key, num, repeats, metric=metric, draw=draw)
 
     def value(key: Key) -> float:
         sample = _drawn(draw, key, 2 * num)
@@ -93,8 +93,9 @@ def measure(metric: Distance, draw: Draw, key: Key, x: Real[AnyArray, "num ..."]
     Raises:
         ValueError: as `floor`.
     """
+    check_data("x", x)
     num = len(x)
-    _check(key, num, repeats)
+    _check(key, num, repeats, metric=metric, draw=draw)
     key_y, key_floor = jax.random.split(key)
     value = float(metric(x, _drawn(draw, key_y, num)))
     return Measured(value, floor(metric, draw, key_floor, num, repeats=repeats))
@@ -120,7 +121,7 @@ def normalised_path_energy_floor(draw_x0: Draw, draw_x1: Draw, key: Key, num: in
     Raises:
         ValueError: as `floor`.
     """
-    _check(key, num, repeats)
+    _check(key, num, repeats, draw_x0=draw_x0, draw_x1=draw_x1)
 
     def value(key: Key) -> float:
         key_x0, key_x1 = jax.random.split(key)
@@ -130,7 +131,9 @@ def normalised_path_energy_floor(draw_x0: Draw, draw_x1: Draw, key: Key, num: in
     return _summary([value(each) for each in jax.random.split(key, repeats)], num)
 
 
-def _check(key: Key, num: int, repeats: int) -> None:
+def _check(key: Key, num: int, repeats: int, **functions: Callable) -> None:
+    for name, function in functions.items():
+        check_function(name, function, "a function (x, y) -> number" if name == "metric" else "a function (key, num)")
     check_key(key)
     check_integer("num", num)
     check_integer("repeats", repeats, least=2)
@@ -138,6 +141,7 @@ def _check(key: Key, num: int, repeats: int) -> None:
 
 def _drawn(draw: Draw, key: Key, num: int) -> AnyArray:
     sample = draw(key, num)
+    check_array("draw(key, num)", sample)
     if len(sample) != num:
         raise ValueError(f"draw(key, num) must return [num, ...] with num = {num}, got shape {sample.shape}.")
     return sample

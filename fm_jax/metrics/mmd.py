@@ -11,7 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Real
 
-from fm_jax.checks import check_number, is_traced
+from fm_jax.checks import check_array, check_bool, check_finite, check_function, check_integer, check_number, is_traced
 from fm_jax.metrics.samples import device_samples
 from fm_jax.types import AnyArray, Array, ArrayTree, Scalar
 
@@ -68,6 +68,8 @@ def mmd(
         if bandwidths is not None:
             raise ValueError("bandwidths are those of the Gaussian kernel: give them or a kernel, not both.")
         return discrepancy(kernel, x, y, unbiased=unbiased)
+    if bandwidths is not None and not is_traced(bandwidths):
+        check_finite("bandwidths", bandwidths)
     h = jnp.atleast_1d(median_distance(x, y) if bandwidths is None else jnp.asarray(bandwidths, dtype=x.dtype))
     if h.ndim != 1 or not h.size:
         raise ValueError(f"bandwidths must be a number or a sequence of numbers, got shape {h.shape}.")
@@ -113,8 +115,7 @@ class PolynomialKernel:
     offset: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.degree < 1 or int(self.degree) != self.degree:
-            raise ValueError(f"degree must be an integer of at least 1, got {self.degree}.")
+        check_integer("degree", self.degree)
         check_number("offset", self.offset, "[0, inf)")
 
     def __call__(self, x: Points0, y: Points1) -> Pairs:
@@ -157,6 +158,8 @@ def discrepancy(kernel: Kernel, x: ArrayTree, y: ArrayTree, *, unbiased: bool = 
     Raises:
         ValueError: as `mmd`.
     """
+    check_function("kernel", kernel, "a kernel (x, y) -> [n, m], such as linear")
+    check_bool("unbiased", unbiased)
     x, y = device_samples(x, y)
     if unbiased and min(len(x), len(y)) < 2:
         raise ValueError(f"An unbiased estimate needs at least 2 points in x and y, got {len(x)} and {len(y)}.")
@@ -180,6 +183,7 @@ def _mean(kernel: Kernel, x: Array, y: Array, *, distinct: bool = False) -> Arra
     def mean_of_row(row: tuple[Array, Array]) -> Array:
         i, point = row
         values = kernel(point[None], y)
+        check_array("kernel(x, y)", values)
         if values.shape != (1, len(y)):
             raise ValueError(f"kernel(x, y) must be [n, m] = {(1, len(y))}, got shape {values.shape}.")
         return jnp.sum(jnp.where(jnp.arange(len(y)) == i, 0.0, values[0]) if distinct else values) / others

@@ -7,11 +7,11 @@ The integrals over time are one more component of the ODE, so that the sampler t
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_state, is_traced
+from fm_jax.checks import check_bool, check_number
 from fm_jax.samplers import RungeKutta, sample
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.runge_kutta import evaluate
-from fm_jax.samplers.sample import times_of
+from fm_jax.samplers.sample import as_state, times_of
 from fm_jax.shapes import time_dtype
 from fm_jax.types import Array, ArrayTree, PerExample, Sampler, Scalar, State, Time, VelocityFn
 
@@ -52,7 +52,7 @@ def path_energy(
     References:
         Tong et al. 2023 (arXiv:2302.00482).
     """
-    x0, grid = _start(x0, sampler, times)
+    x0, grid = _start(v, x0, sampler, times)
     _, energy = _transport(v, x0, sampler, grid, origin=jnp.zeros_like(x0))
     return energy.mean()
 
@@ -81,9 +81,9 @@ def normalised_path_energy(v: VelocityFn, x0: State, wasserstein2: ArrayTree, **
     References:
         Tong et al. 2023 (arXiv:2302.00482).
     """
-    known = not is_traced(wasserstein2)
-    if np.shape(wasserstein2) != () or (known and not 0 < float(wasserstein2) < np.inf):
-        raise ValueError(f"wasserstein2 must be a positive number, got {wasserstein2}.")
+    if np.shape(wasserstein2) != ():
+        raise ValueError(f"wasserstein2 must be a number, got shape {np.shape(wasserstein2)}.")
+    check_number("wasserstein2", wasserstein2, "(0, inf)")
     return jnp.abs(path_energy(v, x0, **options) / wasserstein2**2 - 1)
 
 
@@ -125,7 +125,8 @@ def straightness(
     References:
         Liu et al. 2022 (arXiv:2209.03003, sec. 2).
     """
-    x0, grid = _start(x0, sampler, times)
+    x0, grid = _start(v, x0, sampler, times)
+    check_bool("relative", relative)
     # About the mean velocity of the first step, as a variance about a provisional mean: as PE - E|x1 - x0|^2, it would
     # be nothing but rounding where the flow is nearly straight.
     first = (sample(v, x0, sampler, times=grid[:2]).x - x0) / (grid[1] - grid[0])
@@ -137,14 +138,13 @@ def straightness(
     return excess.mean() / (_squares(x1 - x0) / duration).mean()
 
 
-def _start(x0: State, sampler: Sampler, times: int | ArrayTree | None) -> tuple[State, ArrayTree]:
+def _start(v: VelocityFn, x0: State, sampler: Sampler, times: int | ArrayTree | None) -> tuple[State, ArrayTree]:
     """The state in at least float32, in which sums over dimensions and steps are taken, and the times."""
-    x0 = jnp.asarray(x0)
-    check_state(x0)
+    x0 = as_state("x0", x0)
     if not x0.size:
         raise ValueError(f"x0 must not be empty, got shape {x0.shape}.")
     x0 = x0.astype(time_dtype(x0))
-    grid = times_of(sampler, times, x0)
+    grid = times_of(v, sampler, times, x0)
     check_forward(grid, "a measure of a flow")
     return x0, grid
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import is_traced
+from fm_jax.checks import is_real, is_traced, shown
 from fm_jax.types import Array, ArrayTree
 
 
@@ -32,16 +32,25 @@ def check_samples(x: ArrayTree, y: ArrayTree) -> None:
     Raises:
         ValueError: if one is empty or complex, they differ in event shape, or one is not finite (unless it is traced).
     """
+    for name, sample in (("x", x), ("y", y)):
+        _check_numbers(name, sample)
     shape_x, shape_y = np.shape(x), np.shape(y)
     if not shape_x or not shape_y or shape_x[1:] != shape_y[1:]:
         raise ValueError(f"x [n, ...] and y [m, ...] must have the same event shape, got {shape_x} and {shape_y}.")
     for name, sample in (("x", x), ("y", y)):
         if not np.size(sample):
             raise ValueError(f"{name} must not be empty, got shape {np.shape(sample)}.")
-        if jnp.iscomplexobj(sample):
-            raise ValueError(f"{name} must be real, got complex numbers.")
         if is_traced(sample):
             continue
         bad = int((~np.isfinite(np.asarray(sample, dtype=np.float64))).sum())
         if bad:
             raise ValueError(f"{name} must be finite, got {bad} of {np.size(sample)} entries that are not.")
+
+
+def _check_numbers(name: str, sample: ArrayTree) -> None:
+    try:
+        dtype = sample.dtype if is_traced(sample) else np.asarray(sample).dtype
+    except ValueError:  # a ragged list
+        dtype = np.dtype(object)
+    if not is_real(dtype):
+        raise ValueError(f"{name} must be an array [n, ...] of real numbers, got {shown(sample)}.")

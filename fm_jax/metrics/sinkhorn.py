@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_number
+from fm_jax.checks import check_integer, check_number
 from fm_jax.metrics.samples import host_samples
 from fm_jax.types import Array, ArrayTree
 
@@ -46,8 +46,9 @@ def sinkhorn_divergence(
     References:
         Genevay et al. 2017 (arXiv:1706.00292); Feydy et al. 2018 (arXiv:1810.08278).
     """
-    for name, value in (("epsilon", epsilon), ("threshold", threshold), ("max_iterations", max_iterations)):
-        check_number(name, value, "(0, inf)")
+    check_number("epsilon", epsilon, "(0, inf)")
+    check_number("threshold", threshold, "(0, inf)")
+    check_integer("max_iterations", max_iterations)
     x, y = host_samples(x, y)
     # In float32 the marginals stop short of the threshold where epsilon is small. OTT relies on rank promotion.
     with jax.enable_x64(True), jax.numpy_rank_promotion("allow"):

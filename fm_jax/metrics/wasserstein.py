@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from fm_jax.checks import check_number
 from fm_jax.couplings.costs import squared_euclidean
 from fm_jax.couplings.exact import assign
 from fm_jax.metrics.samples import host_samples
@@ -21,8 +22,8 @@ def wasserstein(x: ArrayTree, y: ArrayTree, *, p: float = 2.0) -> float:
     size a transport problem. On the host, in float64. Memory n m, time about cubic: a second for two samples of
     2,000 points.
 
-    As an estimate of the distance between distributions it is biased upwards, in d > 2 dimensions by about n^(-1/d):
-    give its `floor` with it.
+    As an estimate of the distance between distributions it is biased upwards, where p < d / 2 by up to about n^(-1/d)
+    (Fournier & Guillin 2015, arXiv:1312.2128, thm. 1): give its `floor` with it.
 
     Args:
         x: [n, ...].
@@ -45,8 +46,7 @@ def wasserstein(x: ArrayTree, y: ArrayTree, *, p: float = 2.0) -> float:
     References:
         Peyré & Cuturi 2019 (arXiv:1803.00567, sec. 2.4; sec. 2.6 for one axis).
     """
-    if not 1 <= p < math.inf:
-        raise ValueError(f"p must be at least 1 and finite, got {p}.")
+    check_number("p", p, "[1, inf)")
     x, y = host_samples(x, y)
     n, m, common = len(x), len(y), math.lcm(len(x), len(y))
     if x.shape[1] == 1:

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import is_traced
-from fm_jax.models.adapters import from_equinox, from_nnx, linen_apply
+from fm_jax.checks import check_integer, check_key, is_traced, shown
+from fm_jax.models.adapters import check_kind, from_equinox, from_nnx, linen_apply
 from fm_jax.models.compute import Compute
 from fm_jax.models.dit import DiT, make_dit
 from fm_jax.models.embed import LabelEmbedding, TokenEmbedding, VectorEmbedding
@@ -58,6 +58,9 @@ def init_params(module: nn.Module, key: Key, event_shape: tuple[int, ...]) -> Pa
         >>> params["embed"]["table"].shape
         (11, 128)
     """
+    check_kind("module", module, nn.Module, "flax.linen.Module")
+    check_key(key)
+    _check_event_shape(event_shape)
 
     def init(key: Key) -> Params:
         return module.init(key, jnp.zeros(1), jnp.zeros((1, *event_shape)))["params"]
@@ -86,6 +89,15 @@ def forward_flops(module: nn.Module, event_shape: tuple[int, ...]) -> float:
         module: called as `module(t, x)`.
         event_shape: shape of one example, without the batch.
     """
+    check_kind("module", module, nn.Module, "flax.linen.Module")
+    _check_event_shape(event_shape)
     t, x = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, *event_shape), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), t, x)
     return jax.jit(module.apply).lower(variables, t, x).cost_analysis()["flops"]
+
+
+def _check_event_shape(event_shape: tuple[int, ...]) -> None:
+    if not isinstance(event_shape, tuple | list):
+        raise ValueError(f"event_shape must be a tuple, such as (28, 28, 1), got {shown(event_shape)}.")
+    for i, size in enumerate(event_shape):
+        check_integer(f"event_shape[{i}]", size)

@@ -33,7 +33,7 @@ def linen_apply(module: nn.Module) -> ApplyFn:
         >>> linen_apply(model)(params, jnp.zeros(3), jnp.ones((3, 2)), None, train=False, rngs=None).shape
         (3, 2)
     """
-    _check_kind("module", module, nn.Module, "flax.linen.Module")
+    check_kind("module", module, nn.Module, "flax.linen.Module")
 
     def apply_fn(params: Params, t: Array, x: Array, cond: Cond, /, *, train: bool, rngs: Rngs) -> Array:
         out = module.apply({"params": params}, t, x, cond, train=train, rngs=None if rngs is None else dict(rngs))
@@ -81,7 +81,7 @@ def from_nnx(model: Any) -> tuple[Params, ApplyFn]:
     except ImportError as error:
         raise ImportError("from_nnx needs Flax with NNX: pip install -U flax.") from error
 
-    _check_kind("model", model, nnx.Module, "nnx.Module")
+    check_kind("model", model, nnx.Module, "nnx.Module")
     _check_call(model, "a batch")
     # Unflattened anew, as nnx.split hands out the module's own variables, which change when the module does.
     graph, *states = nnx.split(model, nnx.Param, ...)
@@ -146,7 +146,7 @@ def from_equinox(model: Any) -> tuple[Params, ApplyFn]:
     except ImportError as error:
         raise ImportError("from_equinox needs Equinox: pip install equinox.") from error
 
-    _check_kind("model", model, eqx.Module, "equinox.Module")
+    check_kind("model", model, eqx.Module, "equinox.Module")
     takes_key = _check_call(model, "one example")
     is_index = lambda node: isinstance(node, eqx.nn.StateIndex)  # noqa: E731
     if any(map(is_index, jax.tree.leaves(model, is_leaf=is_index))):
@@ -166,7 +166,8 @@ def from_equinox(model: Any) -> tuple[Params, ApplyFn]:
     return params, apply_fn
 
 
-def _check_kind(name: str, module: Any, kind: type, title: str) -> None:
+def check_kind(name: str, module: Any, kind: type, title: str) -> None:
+    """Raises `ValueError` unless `module` is an instance of a class of modules."""
     if not isinstance(module, kind):
         of_class, cls = inspect.isclass(module), module if inspect.isclass(module) else type(module)
         got = f"{'the class' if of_class else 'a'} {cls.__module__}.{cls.__qualname__}"

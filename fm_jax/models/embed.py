@@ -18,7 +18,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fm_jax.checks import check_integer
+from fm_jax.checks import check_array, check_integer, check_number
 from fm_jax.models.layers import zeros
 from fm_jax.types import Array, Cond
 
@@ -51,6 +51,7 @@ class LabelEmbedding(nn.Module):
 
     def __post_init__(self) -> None:
         check_integer("num_classes", self.num_classes)
+        check_number("stddev", self.stddev, "[0, inf)")
         super().__post_init__()
 
     @nn.compact
@@ -161,6 +162,7 @@ class TokenEmbedding(nn.Module):
 
     def __post_init__(self) -> None:
         check_integer("num_tokens", self.num_tokens)
+        check_number("stddev", self.stddev, "[0, inf)")
         super().__post_init__()
 
     @nn.compact
@@ -217,6 +219,8 @@ def rows(table: Array, indices: Array) -> Array:
 def add_condition(emb: Array, embed: nn.Module | None, cond: Cond) -> Array:
     """The time embedding plus what `embed` says of the condition: all that a network's blocks get to know.
 
+    Notebooks: (9.3).
+
     Args:
         emb: time embedding, float32 [batch, features].
         embed: module as those of this file; `None` where the network is unconditional.
@@ -234,6 +238,7 @@ def add_condition(emb: Array, embed: nn.Module | None, cond: Cond) -> Array:
         return emb
     batch_size, features = emb.shape
     vector: Any = embed(cond, features, batch_size)
+    check_array("what embed returns", vector)
     if vector.shape != emb.shape:
         raise ValueError(f"embed must return [batch, features] = {emb.shape}, got shape {vector.shape}.")
     return emb + vector.astype(jnp.float32)

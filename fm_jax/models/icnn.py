@@ -8,7 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_number
+from fm_jax.checks import check_integer, check_number, check_state
+from fm_jax.models.adapters import check_kind
+from fm_jax.models.layers import check_widths
 from fm_jax.types import Array, Key, Params
 
 Potential: TypeAlias = Callable[[Params, Array], Array]
@@ -42,8 +44,8 @@ class ICNN(nn.Module):
         (3,)
 
     References:
-        Amos et al. 2017 (arXiv:1609.07152, eq. 2); Korotin et al. 2019 (arXiv:1909.13082, appendix B.1), whose weights
-        are clamped after each step where these are reparameterised.
+        Amos et al. 2017 (arXiv:1609.07152, eq. 2); Korotin et al. 2019 (arXiv:1909.13082), whose weights are clamped
+        after each step where these are reparameterised.
     """
 
     features: tuple[int, ...] = (64, 64)
@@ -52,10 +54,8 @@ class ICNN(nn.Module):
     sharpness: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.features or min(self.features) < 1:
-            raise ValueError(f"features must hold at least one positive width, got {self.features}.")
-        if self.rank < 0:
-            raise ValueError(f"rank must not be negative, got {self.rank}.")
+        check_widths("features", self.features)
+        check_integer("rank", self.rank, least=0)
         check_number("strong_convexity", self.strong_convexity, "[0, 1)")
         check_number("sharpness", self.sharpness, "(0, inf)")
         super().__post_init__()
@@ -70,6 +70,7 @@ class ICNN(nn.Module):
         Returns:
             [batch], in the dtype of `x`, at least float32.
         """
+        check_state(x, "x")
         x = x.reshape(x.shape[0], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
         dim = x.shape[1]
         h = self._bend(ConvexQuadratic(self.features[0], self.rank, name="input_0")(x))
@@ -130,4 +131,5 @@ def linen_potential(module: nn.Module) -> Potential:
     Returns:
         `potential_fn(params, x [batch, ...]) -> [batch]`.
     """
+    check_kind("module", module, nn.Module, "flax.linen.Module")
     return lambda params, x: cast(Array, module.apply({"params": params}, x))

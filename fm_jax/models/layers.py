@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_integer, check_number, check_state, shown
 from fm_jax.models.compute import Compute, Dtype
 from fm_jax.types import Array
 
@@ -19,19 +20,27 @@ zeros = nn.initializers.zeros_init()
 def check_options(*, embed: Any, dropout: float, compute: Any) -> None:
     """Raises `ValueError` for options that no network of this package accepts."""
     if embed is not None and not isinstance(embed, nn.Module):
-        raise ValueError(f"embed must be None or a Linen module such as LabelEmbedding(10), got {embed!r}.")
-    if not 0.0 <= dropout <= 1.0:
-        raise ValueError(f"dropout must be between 0 and 1, got {dropout}.")
+        raise ValueError(f"embed must be None or a Linen module such as LabelEmbedding(10), got {shown(embed)}.")
+    check_number("dropout", dropout, "[0, 1]")
     if not isinstance(compute, Compute):
-        raise ValueError(f"compute must be a Compute, such as Compute('bfloat16'), got {compute!r}.")
+        raise ValueError(f"compute must be a Compute, such as Compute('bfloat16'), got {shown(compute)}.")
 
 
 def check_image(x: Array, divisor: int) -> None:
     """Raises `ValueError` unless `x` is [batch, height, width, channels] with sides divisible by `divisor`."""
+    check_state(x, "x")
     if x.ndim != 4:
         raise ValueError(f"x must be [batch, height, width, channels], got shape {x.shape}.")
     if x.shape[1] % divisor or x.shape[2] % divisor:
         raise ValueError(f"height and width must be divisible by {divisor}, got {x.shape[1]}x{x.shape[2]}.")
+
+
+def check_widths(name: str, widths: Any) -> None:
+    """Raises `ValueError` for what is not a tuple of at least one positive integer."""
+    if not isinstance(widths, tuple | list) or not widths:
+        raise ValueError(f"{name} must be a tuple of at least one positive integer, got {shown(widths)}.")
+    for i, width in enumerate(widths):
+        check_integer(f"{name}[{i}]", width)
 
 
 def sinusoidal_features(t: Array, dim: int, *, scale: float = 1000.0, max_period: float = 10_000.0) -> Array:
@@ -61,6 +70,9 @@ def sinusoidal_features(t: Array, dim: int, *, scale: float = 1000.0, max_period
         Vaswani et al. 2017, "Attention Is All You Need", section 3.5; Ho et al. 2020, "Denoising Diffusion
         Probabilistic Models", appendix B.
     """
+    check_integer("dim", dim, least=2)
+    check_number("scale", scale, "(0, inf)")
+    check_number("max_period", max_period, "(0, inf)")
     if dim % 2:
         raise ValueError(f"The number of time features must be even, got {dim}.")
     frequencies = scale * max_period ** (-jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))

@@ -6,9 +6,10 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
+from fm_jax.checks import check_function, check_integer, check_number, check_state
 from fm_jax.models.compute import Compute
 from fm_jax.models.embed import add_condition
-from fm_jax.models.layers import TimeEmbedding, check_options, zeros
+from fm_jax.models.layers import TimeEmbedding, check_options, check_widths, zeros
 from fm_jax.shapes import batch_time
 from fm_jax.types import Array, Cond
 
@@ -44,8 +45,9 @@ class MLP(nn.Module):
 
     def __post_init__(self) -> None:
         check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
-        if not self.features or min(self.features) < 1:
-            raise ValueError(f"features must hold at least one positive width, got {self.features}.")
+        check_widths("features", self.features)
+        check_integer("time_features", self.time_features)
+        check_number("time_scale", self.time_scale, "(0, inf)")
         super().__post_init__()
 
     @nn.compact
@@ -64,6 +66,7 @@ class MLP(nn.Module):
         Raises:
             ValueError: if `cond` does not fit the model.
         """
+        check_state(x, "x")
         x = x.astype(jnp.float32)
         time = TimeEmbedding(self.time_features, self.time_features, self.time_scale, name="time")
         emb = add_condition(time(batch_time(t, x)), self.embed, cond)
@@ -95,6 +98,11 @@ class PlainMLP(nn.Module):
     features: tuple[int, ...] = (64, 64, 64)
     activation: Callable[[Array], Array] = nn.selu
 
+    def __post_init__(self) -> None:
+        check_widths("features", self.features)
+        check_function("activation", self.activation, "a function of an array")
+        super().__post_init__()
+
     @nn.compact
     def __call__(self, t: Array, x: Array, cond: None = None, *, train: bool = False) -> Array:
         """Evaluates the field.
@@ -111,6 +119,7 @@ class PlainMLP(nn.Module):
         Raises:
             ValueError: if there is a `cond`.
         """
+        check_state(x, "x")
         if cond is not None:
             raise ValueError("PlainMLP takes no cond; MLP(embed=...) does.")
         flat = x.reshape(x.shape[0], -1)

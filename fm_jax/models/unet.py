@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fm_jax.checks import check_integer, check_member
+from fm_jax.checks import check_bool, check_integer, check_member, shown
 from fm_jax.models.compute import Compute
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import (
@@ -14,6 +14,7 @@ from fm_jax.models.layers import (
     TimeEmbedding,
     check_image,
     check_options,
+    check_widths,
     conv3x3,
     depth_to_space,
     double,
@@ -137,13 +138,19 @@ class UNet(nn.Module):
     def __post_init__(self) -> None:
         check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
         check_member("resample", self.resample, get_args(Resample))
-        if not self.channel_mults or min(self.channel_mults) < 1:
-            raise ValueError(f"channel_mults must hold at least one positive factor, got {self.channel_mults}.")
+        check_widths("channel_mults", self.channel_mults)
+        check_bool("film", self.film)
         for name in ("channels", "num_blocks", "num_heads", "num_groups", "patch_size"):
             check_integer(name, getattr(self, name))
+        for name in ("head_channels", "out_channels"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name))
         num_levels = len(self.channel_mults)
-        for level in self.attention_levels:
-            if not 0 <= level < num_levels:
+        if not isinstance(self.attention_levels, tuple | list):
+            raise ValueError(f"attention_levels must be a tuple of levels, got {shown(self.attention_levels)}.")
+        for i, level in enumerate(self.attention_levels):
+            check_integer(f"attention_levels[{i}]", level, least=0)
+            if level >= num_levels:
                 raise ValueError(f"attention_levels must lie in 0, ..., {num_levels - 1}, got {self.attention_levels}.")
         for level in {*self.attention_levels, num_levels - 1}:
             width = self.channels * self.channel_mults[level]

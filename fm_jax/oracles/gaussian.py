@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Real
 
-from fm_jax.checks import check_number
+from fm_jax.checks import check_finite, check_has, check_integer, check_key, check_number, check_state, is_traced, shown
 from fm_jax.schedules import Linear, coefficients
+from fm_jax.shapes import time_of
 from fm_jax.types import AnyArray, Array, ArrayTree, Key, Points, Scalar, Schedule, State, Time, VelocityFn
 
 Moments: TypeAlias = tuple[Real[AnyArray, " d"], Real[AnyArray, "d d"]]
@@ -80,9 +81,10 @@ def gaussian_pair(
         >>> gaussian_pair([0.0], [[1.0]], [2.0], [[4.0]], cross=[[1.5]]).cross
         Array([[1.5]], dtype=float32)
     """
-    mean0, cov0, mean1, cov1 = (np.asarray(each, dtype=float) for each in (mean0, cov0, mean1, cov1))
+    given = {"mean0": mean0, "cov0": cov0, "mean1": mean1, "cov1": cov1}
+    mean0, cov0, mean1, cov1 = (as_numbers(name, each) for name, each in given.items())
     d = mean0.size
-    cross = np.zeros((d, d)) if cross is None else np.asarray(cross, dtype=float)
+    cross = np.zeros((d, d)) if cross is None else as_numbers("cross", cross)
     for name, array, shape in (
         ("mean0", mean0, (d,)),
         ("mean1", mean1, (d,)),
@@ -98,10 +100,19 @@ def gaussian_pair(
     joint = np.block([[cov0, cross], [cross.T, cov1]])
     eigenvalues = np.linalg.eigvalsh(joint)
     if eigenvalues[0] < -1e-6 * eigenvalues[-1]:
-        raise ValueError(f"no joint law of these covariances has the cross-covariance {cross.tolist()}.")
+        raise ValueError(f"cross must be that of a joint law of cov0 and cov1, got {cross.tolist()}.")
     arrays = mean0, mean1, cov0, cov1, cross, _sqrtm(joint)
     with jax.ensure_compile_time_eval():  # so that a pair may be made, and made into another, while tracing
         return GaussianPair(*(jnp.asarray(array, dtype=float) for array in arrays))
+
+
+def as_numbers(name: str, value: ArrayTree) -> np.ndarray:
+    """An array or nested lists as NumPy's array of floats; raises `ValueError` unless they are real and finite."""
+    try:
+        check_finite(name, value)
+        return np.asarray(value, dtype=float)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be real and finite numbers, got {shown(value)}.") from None
 
 
 def _sqrtm(matrix: np.ndarray) -> np.ndarray:
@@ -118,6 +129,20 @@ def _with_regularisation(pair: GaussianPair, sigma: float) -> GaussianPair:
     return gaussian_pair(mean0, cov0, mean1, cov1, cross=cross)
 
 
+def check_pair_of_gaussians(pair: GaussianPair) -> None:
+    """Raises `ValueError` for what is no `GaussianPair`."""
+    check_has(
+        "pair", pair, ("mean0", "mean1", "cov0", "cov1", "cross", "factor"), "a GaussianPair, as from gaussian_pair"
+    )
+
+
+def check_points(name: str, x: Points, dim: int) -> None:
+    """Raises `ValueError` unless `x` is floating point [batch, dim]."""
+    check_state(x, name)
+    if x.shape[1:] != (dim,):
+        raise ValueError(f"{name} must be [batch, d] with d = {dim}, got shape {x.shape}.")
+
+
 def optimal_plan(pair: GaussianPair) -> GaussianPair:
     """The ends of `pair` under the coupling of least E|x0 - x1|^2, where x1 = `monge_map(pair, x0)`.
 
@@ -125,6 +150,7 @@ def optimal_plan(pair: GaussianPair) -> GaussianPair:
 
     Notebooks: (8.5).
     """
+    check_pair_of_gaussians(pair)
     return _with_regularisation(pair, 0.0)
 
 
@@ -151,12 +177,16 @@ def entropic_plan(pair: GaussianPair, sigma: float) -> GaussianPair:
         Janati et al. 2020 (arXiv:2006.02572, theorem 1); Mallasto et al. 2020 (arXiv:2006.03416); Bunne et al. 2022
         (arXiv:2202.05722).
     """
+    check_pair_of_gaussians(pair)
     check_number("sigma", sigma, "(0, inf)")
     return _with_regularisation(pair, sigma)
 
 
 def sample_pair(pair: GaussianPair, key: Key, num: int) -> tuple[Real[AnyArray, "num d"], Real[AnyArray, "num d"]]:
     """Draws coupled (x0, x1)."""
+    check_pair_of_gaussians(pair)
+    check_key(key)
+    check_integer("num", num)
     noise = jax.random.normal(key, (num, len(pair.factor)), dtype=pair.factor.dtype)
     shift0, shift1 = jnp.split(noise @ pair.factor, 2, axis=1)
     return pair.mean0[None] + shift0, pair.mean1[None] + shift1
@@ -173,6 +203,7 @@ def bures_distance(pair: GaussianPair) -> Scalar:
         >>> float(bures_distance(gaussian_pair([0.0], [[1.0]], [3.0], [[25.0]])))  # sqrt(3^2 + (5 - 1)^2)
         5.0
     """
+    check_pair_of_gaussians(pair)
     mean0, mean1, cov0, cov1 = (np.asarray(each, dtype=np.float64) for each in pair[:4])
     root = _sqrtm(cov0)
     spread = np.trace(cov0 + cov1 - 2 * _sqrtm(root @ cov1 @ root))
@@ -181,6 +212,7 @@ def bures_distance(pair: GaussianPair) -> Scalar:
 
 def _monge_matrix(pair: GaussianPair) -> tuple[Array, Array]:
     """Eigenvalues [d] and eigenvectors [d, d] of `T = C0^-1/2 (C0^1/2 C1 C0^1/2)^1/2 C0^-1/2`."""
+    check_pair_of_gaussians(pair)
     cov0, cov1 = (np.asarray(each, dtype=np.float64) for each in (pair.cov0, pair.cov1))
     root = _sqrtm(cov0)
     inverse = np.linalg.inv(root)
@@ -194,6 +226,7 @@ def monge_map(pair: GaussianPair, x0: Points) -> Points:
     Notebooks: (8.5).
     """
     eigenvalues, eigenvectors = _monge_matrix(pair)
+    check_points("x0", x0, len(pair.mean0))
     return pair.mean1[None] + (x0 - pair.mean0[None]) @ (eigenvectors * eigenvalues[None]) @ eigenvectors.T
 
 
@@ -203,6 +236,7 @@ def displacement_moments(pair: GaussianPair, t: Scalar | float) -> Moments:
     `(1 - t) m0 + t m1` and `A C0 A` with `A = (1 - t) I + t T`: a geodesic of the 2-Wasserstein distance.
     """
     eigenvalues, eigenvectors = _monge_matrix(pair)
+    check_number("t", t, "[0, 1]")
     stretch = (eigenvectors * (1 - t + t * eigenvalues)[None]) @ eigenvectors.T
     return (1 - t) * pair.mean0 + t * pair.mean1, stretch @ pair.cov0 @ stretch
 
@@ -211,6 +245,8 @@ def displacement_velocity(pair: GaussianPair) -> VelocityFn:
     """The velocity of the displacement interpolation: the marginal velocity of straight paths under the optimal plan.
 
     `v(t, x) = m1 - m0 + (T - I) A^-1 (x - m_t)` with `A = (1 - t) I + t T` (Benamou & Brenier 2000).
+
+    Notebooks: (8.1).
 
     Returns:
         `v(t, x)`, x [batch, d].
@@ -222,11 +258,16 @@ def displacement_velocity(pair: GaussianPair) -> VelocityFn:
         rates = (eigenvalues - 1) / (1 - t + t * eigenvalues)
         return pair.mean1 - pair.mean0 + eigenvectors @ (rates * (eigenvectors.T @ centred))
 
-    return lambda t, x: _over_batch(single, t, x)
+    def velocity(t: Time, x: Points) -> Points:
+        check_points("x", x, len(pair.mean0))
+        return _over_batch(single, t, x)
+
+    return velocity
 
 
 def _over_batch(f: Callable[[Array, Array], ArrayTree], t: Time, x: State) -> ArrayTree:
     """`f` of each example; what depends on a scalar t alone is computed once."""
+    time_of(t, x)  # refuses what is no time
     return jax.vmap(f, in_axes=(0 if jnp.ndim(t) else None, 0))(jnp.asarray(t, dtype=x.dtype), x)
 
 
@@ -246,6 +287,8 @@ def bridge_moments(bridge: GaussianBridge, t: Scalar | float) -> Moments:
 
     `alpha m1 + sigma m0` and `alpha^2 C1 + sigma^2 C0 + alpha sigma (K + K') + gamma^2 I` with K the cross-covariance.
     """
+    check_has("bridge", bridge, ("pair", "interpolant", "variance"), "a GaussianBridge, as from schroedinger_bridge")
+    check_number("t", t, "[0, 1]")
     t = jnp.asarray(t)
     pair, alpha, sigma = bridge.pair, bridge.interpolant.alpha(t), bridge.interpolant.sigma(t)
     mixed = alpha * sigma * (pair.cross + pair.cross.T) + bridge.variance(t) * jnp.eye(len(pair.mean0))
@@ -258,6 +301,8 @@ def bridge_prediction(bridge: GaussianBridge, t: Time, x: Points) -> BridgePredi
     `E[y | x] = E[y] + Cov(y, x_t) S^-1 (x - m)`, m and S from `bridge_moments`, for `y = alpha' x1 + sigma' x0` and
     `y = z`; the score is `-S^-1 (x - m)`, and `gamma' E[z | x] = -(gamma^2)' / 2 score`.
 
+    Notebooks: (8.1).
+
     Args:
         bridge: the process.
         t: times.
@@ -266,7 +311,9 @@ def bridge_prediction(bridge: GaussianBridge, t: Time, x: Points) -> BridgePredi
     Returns:
         `BridgePrediction`.
     """
+    check_has("bridge", bridge, ("pair", "interpolant", "variance"), "a GaussianBridge, as from schroedinger_bridge")
     pair = bridge.pair
+    check_points("x", x, len(pair.mean0))
 
     def single(t: Array, x: Array) -> BridgePrediction:
         alpha, sigma, d_alpha, d_sigma = coefficients(bridge.interpolant, t)
@@ -283,6 +330,8 @@ def bridge_prediction(bridge: GaussianBridge, t: Time, x: Points) -> BridgePredi
 def bridge_drift(bridge: GaussianBridge, diffusion: float, direction: int = 1) -> VelocityFn:
     """The drift `v + direction g^2 / 2 score` of the SDE with noise g that has the bridge's marginals.
 
+    Notebooks: (8.8).
+
     Args:
         bridge: the process.
         diffusion: g, a number; sigma makes the SDE of `schroedinger_bridge(pair, sigma)` the bridge itself.
@@ -291,6 +340,10 @@ def bridge_drift(bridge: GaussianBridge, diffusion: float, direction: int = 1) -
     Returns:
         `drift(t, x)`, as a dx/dt in either direction.
     """
+    check_has("bridge", bridge, ("pair", "interpolant", "variance"), "a GaussianBridge, as from schroedinger_bridge")
+    check_number("diffusion", diffusion, "[0, inf)")
+    if not is_traced(direction) and (isinstance(direction, bool) or direction not in (1, -1)):
+        raise ValueError(f"direction must be 1 or -1, got {shown(direction)}.")
 
     def drift(t: Time, x: Points) -> Points:
         value = bridge_prediction(bridge, t, x)

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Real
 
+from fm_jax.checks import check_has, check_integer, check_key, check_number, check_schedule
+from fm_jax.oracles.gaussian import as_numbers, check_points
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import batch_time
 from fm_jax.types import (
@@ -63,7 +65,7 @@ def gaussian_mixture(means: ArrayTree, scales: ArrayTree, weights: ArrayTree | N
         >>> gaussian_mixture([[-1.0, 0.0], [1.0, 0.0]], 0.5).dim
         2
     """
-    means, scales = np.asarray(means, dtype=float), np.asarray(scales, dtype=float)
+    means, scales = as_numbers("means", means), as_numbers("scales", scales)
     if means.ndim != 2:
         raise ValueError(f"means must be [k, d], got shape {means.shape}.")
     k, d = means.shape
@@ -76,14 +78,14 @@ def gaussian_mixture(means: ArrayTree, scales: ArrayTree, weights: ArrayTree | N
         eigenvectors = np.broadcast_to(np.eye(d), (k, d, d))
     else:
         if scales.shape != (k, d, d):
-            raise ValueError(f"covariances must be [k, d, d] = {(k, d, d)}, got shape {scales.shape}.")
+            raise ValueError(f"scales, as covariances, must be [k, d, d] = {(k, d, d)}, got shape {scales.shape}.")
         if not np.allclose(scales, scales.transpose(0, 2, 1)):
-            raise ValueError("covariances must be symmetric.")
+            raise ValueError("scales, as covariances, must be symmetric.")
         eigenvalues, eigenvectors = np.linalg.eigh(scales)
         if (eigenvalues < -1e-6).any():
-            raise ValueError("covariances must be positive semi-definite.")
+            raise ValueError("scales, as covariances, must be positive semi-definite.")
         eigenvalues = np.maximum(eigenvalues, 0)
-    weights = np.ones(k) if weights is None else np.asarray(weights, dtype=float)
+    weights = np.ones(k) if weights is None else as_numbers("weights", weights)
     if weights.shape != (k,) or (weights < 0).any() or not weights.sum() > 0:
         raise ValueError(f"weights must be [k] = [{k}], not negative, with a positive sum.")
     arrays = weights / weights.sum(), means, eigenvalues, eigenvectors
@@ -92,6 +94,9 @@ def gaussian_mixture(means: ArrayTree, scales: ArrayTree, weights: ArrayTree | N
 
 def sample(mixture: GaussianMixture, key: Key, num: int) -> Real[AnyArray, "num d"]:
     """Draws data x1."""
+    _check_mixture(mixture)
+    check_key(key)
+    check_integer("num", num)
     key_component, key_noise = jax.random.split(key)
     k = jax.random.categorical(key_component, jnp.log(mixture.weights), shape=(num,))
     noise = jax.random.normal(key_noise, (num, mixture.dim), dtype=mixture.means.dtype)
@@ -109,6 +114,16 @@ def _log_joint(mixture: GaussianMixture, schedule: Schedule, t: Array, x: Array)
     return jnp.log(mixture.weights) + log_density, rotated, variances
 
 
+def _check_mixture(mixture: GaussianMixture) -> None:
+    check_has("mixture", mixture, ("weights", "means", "eigenvalues"), "a GaussianMixture, as from gaussian_mixture")
+
+
+def _check(mixture: GaussianMixture, schedule: Schedule, x: Points) -> None:
+    _check_mixture(mixture)
+    check_schedule(schedule)
+    check_points("x", x, mixture.dim)
+
+
 def _over_batch(f: Callable[[Array, Array], ArrayTree], t: Time, x: State) -> ArrayTree:
     return jax.vmap(f)(batch_time(t, x), x)
 
@@ -116,7 +131,7 @@ def _over_batch(f: Callable[[Array, Array], ArrayTree], t: Time, x: State) -> Ar
 def log_prob(mixture: GaussianMixture, schedule: Schedule, t: Time, x: Points) -> PerExample:
     """The log-density of the marginal, log p_t(x), in nats.
 
-    Notebooks: (3.1).
+    Notebooks: (3.1), (3.3).
 
     Args:
         mixture: the data distribution (its own density is that at alpha = 1, sigma = 0).
@@ -124,6 +139,7 @@ def log_prob(mixture: GaussianMixture, schedule: Schedule, t: Time, x: Points) -
         t: times.
         x: points.
     """
+    _check(mixture, schedule, x)
     return _over_batch(lambda t, x: jax.nn.logsumexp(_log_joint(mixture, schedule, t, x)[0]), t, x)
 
 
@@ -142,6 +158,7 @@ def cdf(mixture: GaussianMixture, schedule: Schedule, t: Time, x: Points) -> Per
     Raises:
         ValueError: if the mixture has more than one dimension.
     """
+    _check(mixture, schedule, x)
     if mixture.dim != 1:
         raise ValueError(f"cdf needs a mixture in one dimension, got {mixture.dim}.")
 
@@ -170,6 +187,7 @@ def prediction(mixture: GaussianMixture, schedule: Schedule, t: Time, x: Points)
     Returns:
         `Prediction`.
     """
+    _check(mixture, schedule, x)
 
     def single(t: Array, x: Array) -> Prediction:
         alpha, sigma, d_alpha, d_sigma = coefficients(schedule, t)
@@ -188,8 +206,10 @@ def prediction(mixture: GaussianMixture, schedule: Schedule, t: Time, x: Points)
 def velocity(mixture: GaussianMixture, schedule: Schedule) -> VelocityFn:
     """The exact marginal velocity function, by the marginalisation trick `v(t, x) = E[u_t | x_t = x]`: for samplers.
 
-    Notebooks: (4.2), (4.4).
+    Notebooks: (4.4).
     """
+    _check_mixture(mixture)
+    check_schedule(schedule)
     return lambda t, x: prediction(mixture, schedule, t, x).velocity
 
 
@@ -210,6 +230,9 @@ def flow_map(mixture: GaussianMixture, schedule: Schedule, t0: Scalar | float, t
     Raises:
         ValueError: if the mixture has more than one component (its flow map has no closed form).
     """
+    _check(mixture, schedule, x)
+    for name, time in (("t0", t0), ("t1", t1)):
+        check_number(name, time, "[0, 1]")
     if mixture.means.shape[0] != 1:
         raise ValueError(f"flow_map needs a single Gaussian, got {mixture.means.shape[0]} components.")
     mean, eigenvalues, eigenvectors = mixture.means, mixture.eigenvalues[0], mixture.eigenvectors[0]

@@ -5,11 +5,20 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_member, check_same_shape, check_schedule, check_source
+from fm_jax.checks import (
+    check_array,
+    check_member,
+    check_number,
+    check_same_shape,
+    check_schedule,
+    check_shape,
+    check_source,
+    check_times,
+)
 from fm_jax.schedules import Linear, coefficients, vanishes
-from fm_jax.shapes import expand_time
+from fm_jax.shapes import time_of
 from fm_jax.sources import Normal
-from fm_jax.types import KINDS, Array, Key, PathSample, Schedule, Source, State, Time
+from fm_jax.types import KINDS, Array, Key, PathSample, Schedule, Source, State, Time, Weight
 
 
 @dataclass(frozen=True)
@@ -59,11 +68,14 @@ class AffinePath:
             x1: data.
 
         Raises:
-            ValueError: if the shapes of `x0` and `x1` differ, or `t` is neither a scalar nor [batch].
+            ValueError: if the shapes of `x0` and `x1` differ, they are no real numbers, or `t` is neither a scalar nor
+                [batch].
         """
         del key
         check_same_shape(x0=x0, x1=x1)
-        alpha, sigma, d_alpha, d_sigma = coefficients(self.schedule, expand_time(t, x1))
+        check_shape("x0", x0, x1, "x1")
+        check_shape("x1", x1, x0, "x0")
+        alpha, sigma, d_alpha, d_sigma = coefficients(self.schedule, time_of(t, x1))
         return PathSample(jnp.asarray(t), alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0, x0, x1)
 
     def targets(self, sample: PathSample) -> dict[str, Array]:
@@ -74,20 +86,35 @@ class AffinePath:
         """
         found = {"velocity": sample.u_t, "data": sample.x1, "noise": sample.x0}
         if "score" in self.kinds:
-            found["score"] = -sample.x0 / self.schedule.sigma(expand_time(sample.t, sample.x0))
+            found["score"] = -sample.x0 / self.schedule.sigma(time_of(sample.t, sample.x0))
         return found
 
-    def target_domain(self, kind: str, *, margin: float = 1e-3) -> tuple[float, float]:
-        """The range of times on which the target of a kind is finite.
+    def target_domain(self, kind: str, *, weight: Weight | None = None, margin: float = 1e-3) -> tuple[float, float]:
+        """The range of times on which the target of a kind is finite, and the weight of its error too.
 
-        `domain` for velocity; all of [0, 1] for data and noise; for the score, up to `margin` before sigma = 0.
+        `domain` for velocity; all of [0, 1] for data and noise; for the score, up to `margin` before sigma = 0. A
+        `weight(t, kind, schedule)` that is not finite at an end moves it by `margin` inward, from where the schedule's
+        domain ends if that is short of it.
         """
         check_member("kind", kind, self.kinds)
-        if kind == "velocity":
-            return self.domain
+        check_number("margin", margin, "(0, 0.5)")
+        low, high = self.domain if kind == "velocity" else (0.0, 1.0)
         if kind == "score" and vanishes(self.schedule.sigma, 1.0):
-            return 0.0, 1.0 - margin
-        return 0.0, 1.0
+            high = 1.0 - margin
+        if weight is None:
+            return low, high
+
+        def finite(t: float) -> bool:
+            with jax.ensure_compile_time_eval():
+                value = weight(jnp.full(1, t), kind, self.schedule)
+                if not isinstance(value, int | float):
+                    check_array("weight(t, kind, schedule)", value)
+                return bool(jnp.isfinite(value).all())
+
+        first, last = self.domain
+        low = low if finite(low) else first if finite(first) else max(low, first) + margin
+        high = high if finite(high) else last if finite(last) else min(high, last) - margin
+        return low, high
 
 
 def start(schedule: Schedule, t0: float = 0.0) -> Normal:
@@ -101,11 +128,16 @@ def start(schedule: Schedule, t0: float = 0.0) -> Normal:
         schedule: any schedule.
         t0: the time at which the sampler starts.
 
+    Raises:
+        ValueError: for what is no schedule, or a `t0` outside of its domain.
+
     Example:
         >>> from fm_jax.schedules import EDM
         >>> start(EDM(80.0))
         Normal(scale=80.0)
     """
     check_schedule(schedule)
+    check_number("t0", t0, "[0, 1]")
+    check_times("t0", t0, (schedule.domain[0], 1.0), f"the domain of {schedule}")
     with jax.ensure_compile_time_eval():
         return Normal(float(schedule.sigma(jnp.asarray(t0, dtype=float))))

@@ -8,9 +8,18 @@ from typing import ClassVar, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_member, check_number, check_same_shape
+from fm_jax.checks import (
+    check_function,
+    check_key,
+    check_member,
+    check_number,
+    check_same_shape,
+    check_schedule,
+    check_shape,
+    check_source,
+)
 from fm_jax.schedules import Linear, coefficients, vanishes
-from fm_jax.shapes import expand_time
+from fm_jax.shapes import time_of
 from fm_jax.sources import Normal
 from fm_jax.types import Array, Elementwise, Key, PathSample, Schedule, Source, State, Time
 
@@ -121,6 +130,9 @@ class StochasticInterpolant:
     kinds: ClassVar[tuple[str, ...]] = ("velocity", "latent", "drift", "score")
 
     def __post_init__(self) -> None:
+        check_schedule(self.interpolant, "interpolant")
+        check_function("gamma", self.gamma, "a function gamma(t), such as QuadraticNoise()")
+        check_source(self.source)
         for t in self.domain:
             with jax.ensure_compile_time_eval():
                 values = [float(value) for value in value_and_slope(self.gamma, jnp.asarray(t, dtype=float))]
@@ -153,12 +165,16 @@ class StochasticInterpolant:
         """
         if key is None:
             raise ValueError("a stochastic interpolant draws its noise: key must be a typed key, got None.")
+        check_key(key)
+        check_same_shape(x0=x0, x1=x1)
         return self.at(t, x0, x1, jax.random.normal(key, x1.shape, jnp.result_type(x0, x1)))
 
     def at(self, t: Time, x0: State, x1: State, z: State) -> PathSample:
         """The path at `t` for a given z; otherwise as `sample`."""
         check_same_shape(x0=x0, x1=x1, z=z)
-        t_x = expand_time(t, x1)
+        for name, each in (("x0", x0), ("x1", x1), ("z", z)):
+            check_shape(name, each, x1, "x1")
+        t_x = time_of(t, x1)
         alpha, sigma, d_alpha, d_sigma = coefficients(self.interpolant, t_x)
         gamma, d_gamma = value_and_slope(self.gamma, t_x)
         x_t = alpha * x1 + sigma * x0 + gamma * z
@@ -168,7 +184,7 @@ class StochasticInterpolant:
         """What a network of each kind should say at a point of the path."""
         if sample.z is None:
             raise ValueError("the sample must have a latent z, as this path's own samples do, got None.")
-        t_x = expand_time(sample.t, sample.x1)
+        t_x = time_of(sample.t, sample.x1)
         _, _, d_alpha, d_sigma = coefficients(self.interpolant, t_x)
         gamma, _ = value_and_slope(self.gamma, t_x)
         drift = d_alpha * sample.x1 + d_sigma * sample.x0
@@ -181,6 +197,7 @@ class StochasticInterpolant:
         there less `margin` at an end with gamma = 0.
         """
         check_member("kind", kind, self.kinds)
+        check_number("margin", margin, "(0, 0.5)")
         if kind == "latent":
             return 0.0, 1.0
         low, high = self.interpolant.domain if kind == "drift" else self.domain

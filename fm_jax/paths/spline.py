@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Real
 
-from fm_jax.checks import check_member, check_number
+from fm_jax.checks import as_number, check_data, check_key, check_member, check_number, shown
 from fm_jax.shapes import batch_time
 from fm_jax.types import AnyArray, Array, ArrayTree, Key, PathSample, Scalar, Time
 
@@ -51,10 +51,10 @@ class SplinePath:
     kinds: ClassVar[tuple[str, ...]] = ("velocity",)
 
     def __post_init__(self) -> None:
-        times = tuple(float(t) for t in self.times)
+        times = tuple(map(as_number, self.times)) if np.ndim(self.times) == 1 else ()
         increasing = all(a < b for a, b in pairwise(times))
         if len(times) < 2 or times[0] != 0 or times[-1] != 1 or not increasing:
-            raise ValueError(f"times must increase from 0 to 1, got {times}.")
+            raise ValueError(f"times must increase from 0 to 1, got {shown(self.times)}.")
         object.__setattr__(self, "times", times)  # a list or an array would not be hashable
         check_member("kind", self.kind, get_args(SplineKind))
         check_number("sigma", self.sigma, "[0, inf)")
@@ -95,6 +95,7 @@ class SplinePath:
         Raises:
             ValueError: if `x` has not K snapshots, or there is noise and no key.
         """
+        check_data("x", x)
         if x.ndim < 2 or x.shape[1] != len(self.times):
             raise ValueError(f"x must be [batch, K, ...] with K = {len(self.times)} snapshots, got shape {x.shape}.")
         times = batch_time(t, x)
@@ -105,6 +106,7 @@ class SplinePath:
             return PathSample(jnp.asarray(t), x_t, u_t, x[:, 0], x[:, -1])
         if key is None:
             raise ValueError("a path with noise, sigma > 0, needs a key, got None.")
+        check_key(key)
         z = jax.random.normal(key, x_t.shape, x_t.dtype)
         return PathSample(jnp.asarray(t), x_t + self.sigma * z, u_t, x[:, 0], x[:, -1], z)
 
@@ -130,7 +132,10 @@ def second_derivatives(times: ArrayTree, kind: SplineKind = "natural") -> Float[
         times: the knots, increasing.
         kind: "natural" or "linear", of which all are 0.
     """
-    num, h = len(times), np.diff(times)
+    check_member("kind", kind, get_args(SplineKind))
+    if np.ndim(times) != 1 or len(times) < 2 or not (np.diff(np.asarray(times, dtype=float)) > 0).all():
+        raise ValueError(f"times must be at least two numbers that increase, got {shown(times)}.")
+    num, h = len(times), np.diff(np.asarray(times, dtype=float))
     left, right = np.eye(num), np.zeros((num, num))
     if kind == "natural":
         for k in range(1, num - 1):

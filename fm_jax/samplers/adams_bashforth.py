@@ -6,6 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_integer
 from fm_jax.nfe import spent
 from fm_jax.samplers.loop import run_steps
 from fm_jax.samplers.runge_kutta import TABLEAUX, evaluate, ode_step
@@ -59,8 +60,7 @@ class AdamsBashforth:
     domain: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.order, int) or self.order not in START:
-            raise ValueError(f"order must be one of {', '.join(map(str, START))}, got {self.order!r}.")
+        check_integer("order", self.order, least=min(START), most=max(START))
 
     def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""

@@ -6,13 +6,12 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_number, check_schedule
+from fm_jax.checks import check_number, check_pair, check_schedule, check_shape, check_state, check_times
 from fm_jax.nfe import spent
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.loop import run_steps, step_noise
-from fm_jax.samplers.runge_kutta import Tableau, ode_step, tableau
+from fm_jax.samplers.runge_kutta import Tableau, ode_step, step_times, tableau
 from fm_jax.schedules import log_snr
-from fm_jax.shapes import time_dtype
 from fm_jax.types import Array, ArrayTree, Key, Scalar, Schedule, Solution, State, VelocityFn
 
 MOST_CHURN_A_STEP = math.sqrt(2) - 1
@@ -27,6 +26,8 @@ def renoise(
 
     `a x + sqrt(sigma_n^2 - a^2 sigma^2) noise` with `a = alpha_n / alpha`, the transition of the diffusion.
 
+    Notebooks: (5.8).
+
     Args:
         t: time of `x`.
         t_next: not after `t`.
@@ -37,8 +38,15 @@ def renoise(
 
     Returns:
         The state at `t_next`; `x` itself where `t_next = t`.
+
+    Raises:
+        ValueError: if an argument is not what it should be.
     """
-    t, t_next = jnp.asarray(t), jnp.asarray(t_next)
+    check_state(x, "x")
+    check_shape("noise", noise, x)
+    check_schedule(schedule)
+    check_number("noise_scale", noise_scale, "[0, inf)")
+    t, t_next = step_times(t, t_next, x)
     alpha, alpha_next = schedule.alpha(t), schedule.alpha(t_next)
     # Where alpha = 0 there is no signal to scale.
     a = jnp.where(alpha > 0, alpha_next / jnp.where(alpha > 0, alpha, 1), 1)
@@ -79,9 +87,15 @@ def churn_step(
 
     Returns:
         The state at `t_next`, in the dtype of `x`.
+
+    Raises:
+        ValueError: if an argument is not what it should be.
     """
-    t, t_next = jnp.asarray(t, dtype=time_dtype(x)), jnp.asarray(t_next, dtype=time_dtype(x))
-    low, high = churn_range
+    check_state(x, "x")
+    check_schedule(schedule)
+    check_number("gamma", gamma, "[0, inf)")
+    t, t_next = step_times(t, t_next, x)
+    low, high = check_pair("churn_range", churn_range, "[0, inf]")
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     inside = (alpha > 0) & (sigma > 0) & (low * alpha <= sigma) & (sigma <= high * alpha)
     noisier = schedule.t_from_log_snr(log_snr(schedule, t) - 2 * jnp.log1p(gamma)).astype(t.dtype)
@@ -141,9 +155,7 @@ class Churn:
         tableau(self.method)
         check_number("churn", self.churn, "[0, inf)")
         check_number("noise_scale", self.noise_scale, "[0, inf)")
-        low, high = self.churn_range
-        if not 0 <= low < high:
-            raise ValueError(f"churn_range must be (low, high) with 0 <= low < high, got {self.churn_range}.")
+        check_pair("churn_range", self.churn_range, "[0, inf]")
 
     @property
     def order(self) -> int:
@@ -160,6 +172,7 @@ class Churn:
     def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         check_forward(times, self)
+        check_times("times", times, self.domain, f"the domain of {self.schedule}")
         times = jnp.asarray(times)
         gamma = min(self.churn / (len(times) - 1), MOST_CHURN_A_STEP)
 

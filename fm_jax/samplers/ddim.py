@@ -5,13 +5,12 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_number, check_schedule
+from fm_jax.checks import check_number, check_schedule, check_shape, check_state, check_velocity
 from fm_jax.nfe import spent
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.levels import check_start, data_and_noise, range_of
 from fm_jax.samplers.loop import run_steps, step_noise
-from fm_jax.samplers.runge_kutta import evaluate
-from fm_jax.shapes import time_dtype
+from fm_jax.samplers.runge_kutta import evaluate, step_times
 from fm_jax.types import Array, ArrayTree, Key, Scalar, Schedule, Solution, State, VelocityFn
 
 
@@ -44,6 +43,8 @@ def ddim_step(
 ) -> State:
     """One step of DDIM from `t` to `t_next`: `alpha_n d + sigma_n n` with the predictions d and n of data and noise.
 
+    Notebooks: (5.9), (5.10).
+
     Args:
         v: velocity function of an affine path with a standard normal source.
         t: time of `x`.
@@ -58,7 +59,7 @@ def ddim_step(
         The state at `t_next`, in the dtype of `x`.
 
     Raises:
-        ValueError: if `v` returns another shape than that of `x`.
+        ValueError: if an argument is not what it should be, or `v` returns another shape than that of `x`.
 
     Example:
         >>> from fm_jax.schedules import Linear
@@ -66,7 +67,16 @@ def ddim_step(
         >>> ddim_step(v, 0.0, 0.75, jnp.zeros((1, 1)), schedule=Linear())
         Array([[1.5]], dtype=float32)
     """
-    t, t_next = jnp.asarray(t, dtype=time_dtype(x)), jnp.asarray(t_next, dtype=time_dtype(x))
+    check_velocity(v)
+    check_state(x, "x")
+    check_schedule(schedule)
+    check_number("eta", eta, "[0, 1]")
+    for name, value in (("noise", noise), ("first", first)):
+        if value is not None:
+            check_shape(name, value, x)
+    if eta > 0 and noise is None:
+        raise ValueError(f"noise must be given for eta > 0, got eta={eta}.")
+    t, t_next = step_times(t, t_next, x)
     data, predicted_noise = data_and_noise(evaluate(v, t, x) if first is None else first, schedule, t, x)
     alpha_next, sigma_next = schedule.alpha(t_next), schedule.sigma(t_next)
     if eta > 0:
@@ -91,7 +101,7 @@ class DDIM:
 
     One evaluation a step. Both ends may be singular, alpha = 0 or sigma = 0; the velocity is not evaluated at the last.
 
-    Notebooks: (5.9), (5.10), (5.11).
+    Notebooks: (5.9), (5.10), (5.11), (5.12), (10.3).
 
     Attributes:
         schedule: of the affine path with a standard normal source that the velocity belongs to.

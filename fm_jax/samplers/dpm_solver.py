@@ -6,7 +6,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_bool, check_schedule
+from fm_jax.checks import check_bool, check_integer, check_schedule
 from fm_jax.nfe import spent
 from fm_jax.samplers.ddim import noise_shares
 from fm_jax.samplers.grids import check_forward
@@ -90,6 +90,8 @@ class DPMSolver:
     most. Steps of finite length are never lowered in order, also not the last ones. Under `jax.vmap` over times the
     infinite steps compute all evaluations; what is counted are those that were needed.
 
+    Notebooks: (10.3).
+
     Attributes:
         schedule: of the affine path with a standard normal source that the velocity belongs to.
         order: 2 or 3, which is also the number of evaluations a step.
@@ -115,7 +117,7 @@ class DPMSolver:
 
     def __post_init__(self) -> None:
         check_schedule(self.schedule)
-        _check_order(self.order)
+        check_integer("order", self.order, least=2, most=3)
 
     @property
     def nfe_per_step(self) -> int:
@@ -165,7 +167,7 @@ class DPMSolverPlusPlus:
 
     def __post_init__(self) -> None:
         check_schedule(self.schedule)
-        _check_order(self.order)
+        check_integer("order", self.order, least=2, most=3)
         check_bool("sde", self.sde)
         if self.sde and self.order != 2:
             raise ValueError(f"order must be 2 with sde=True, got {self.order}.")
@@ -187,8 +189,3 @@ class DPMSolverPlusPlus:
         step = _multistep(v, self.schedule, levels(self.schedule, times), self.order, key)
         memory = (jnp.zeros(x0.shape, dtype=time_dtype(x0)),) * 2
         return run_steps(step, x0, times, spent(len(times) - 1, v), memory=memory, trajectory=trajectory)
-
-
-def _check_order(order: int) -> None:
-    if not isinstance(order, int) or order not in (2, 3):
-        raise ValueError(f"order must be 2 or 3, got {order!r}.")

@@ -11,7 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from fm_jax.checks import check_ends, check_integer, check_schedule, is_traced
+from fm_jax.checks import (
+    check_ends,
+    check_has,
+    check_increasing,
+    check_integer,
+    check_number,
+    check_schedule,
+    is_real,
+    is_traced,
+    shown,
+)
 from fm_jax.schedules import log_snr
 from fm_jax.shapes import time_dtype
 from fm_jax.types import Array, ArrayTree, Schedule, TimeSampler
@@ -99,10 +109,8 @@ def edm(
     """
     check_schedule(schedule)
     _uniform(num_steps, t0, t1)
-    if not (0 < sigma_min < sigma_max < math.inf):
-        raise ValueError(f"0 < sigma_min < sigma_max must hold, got {sigma_min} and {sigma_max}.")
-    if not rho > 0:  # infinity is a value
-        raise ValueError(f"rho must be positive, got {rho}.")
+    check_increasing("(0, inf)", sigma_min=sigma_min, sigma_max=sigma_max)
+    check_number("rho", rho, "(0, inf]")
     first, last = min(t0, t1), max(t0, t1)
     with jax.ensure_compile_time_eval():
         highest, lowest = (float(-log_snr(schedule, jnp.asarray(t)) / 2) for t in (first, last))
@@ -143,6 +151,7 @@ def quantiles(num_steps: int, time_sampler: TimeSampler, t0: float = 0.0, t1: fl
     """
     u = _uniform(num_steps, 0, 1)
     check_ends(t0, t1)
+    check_has("time_sampler", time_sampler, ("domain", "__call__"), "a time sampler, such as LogitNormal()")
     with jax.ensure_compile_time_eval():
         draws = np.asarray(time_sampler(jax.random.key(0), _DRAWS), dtype=float)
     draws = draws[(draws > min(t0, t1)) & (draws < max(t0, t1))]
@@ -193,9 +202,14 @@ def time_grid(times: int | ArrayTree, domain: tuple[float, float], x: ArrayTree)
     if isinstance(times, int | float | np.number):
         check_integer("times", times)
         times = _uniform(times, *domain)
-    if np.ndim(times) != 1 or np.shape(times)[0] < 2:
-        got = f"shape {np.shape(times)}" if np.ndim(times) else repr(times)
-        raise ValueError(f"times must be a number of steps or [num + 1], at least two, got {got}.")
+    given = times
+    if not is_traced(times):
+        try:
+            times = np.asarray(times)
+        except ValueError:  # a ragged list
+            times = np.zeros(())
+    if times.ndim != 1 or len(times) < 2 or not is_real(times.dtype):
+        raise ValueError(f"times must be a number of steps or [num + 1] numbers, at least two, got {shown(given)}.")
     if is_traced(times):
         return times.astype(time_dtype(x))
     # Checked after rounding, which is where times too close together become equal.

@@ -6,14 +6,24 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_diffusion, check_integer, check_number, check_schedule
+from fm_jax.checks import (
+    check_diffusion,
+    check_function,
+    check_integer,
+    check_number,
+    check_schedule,
+    check_shape,
+    check_state,
+    check_times,
+    is_traced,
+)
 from fm_jax.nfe import spent
 from fm_jax.parameterization import convert
 from fm_jax.samplers.levels import range_of
 from fm_jax.samplers.loop import run_steps, step_noise
 from fm_jax.samplers.runge_kutta import evaluate, ode_step
 from fm_jax.samplers.sde import ScoreFn, check_score_at_start, score_missing, sde_step
-from fm_jax.shapes import expand_time, time_dtype
+from fm_jax.shapes import expand_time, time_dtype, time_of
 from fm_jax.types import Array, ArrayTree, Diffusion, Key, Schedule, Solution, State, Time, VelocityFn
 
 
@@ -33,12 +43,21 @@ def langevin_step(score: ScoreFn, t: Time, x: State, noise: State, step_size: Ti
     Returns:
         The state, in the dtype of `x`.
 
+    Raises:
+        ValueError: if an argument, or what `score` returns, is not what it should be.
+
     Example:
         >>> langevin_step(lambda t, x: -x, 0.5, jnp.ones((1, 2)), jnp.zeros((1, 2)), 0.25)
         Array([[0.75, 0.75]], dtype=float32)
     """
-    eps = expand_time(jnp.asarray(step_size, dtype=time_dtype(x)), x)
-    return (x + eps * score(t, x) + jnp.sqrt(2 * eps) * noise).astype(x.dtype)
+    check_function("score", score, "a function score(t, x)")
+    check_state(x, "x")
+    check_shape("noise", noise, x)
+    time_of(t, x)  # refuses what is no time
+    eps = expand_time(step_size, x, "step_size").astype(time_dtype(x))
+    value = score(t, x)
+    check_shape("score(t, x)", value, x)
+    return (x + eps * value + jnp.sqrt(2 * eps) * noise).astype(x.dtype)
 
 
 @dataclass(frozen=True)
@@ -111,6 +130,8 @@ class PredictorCorrector:
         random = callable(diffusion) or diffusion > 0
         if random:
             check_score_at_start(schedule, times)
+        elif not is_traced(times):
+            check_times("the first of times", times[0], schedule.domain, f"the domain of {schedule}")
         times = jnp.asarray(times)
 
         def score(t: Time, x: State) -> State:

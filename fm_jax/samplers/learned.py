@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fm_jax.checks import check_has, check_integer, check_number, check_same_shape, check_shape
 from fm_jax.nfe import spent
 from fm_jax.samplers.grids import uniform
 from fm_jax.samplers.runge_kutta import Tableau, evaluate, tableau
@@ -116,6 +117,7 @@ def from_method(method: str | Tableau, num_steps: int, t0: float = 0.0, t1: floa
 
 def start_for(num_evaluations: int, t0: float = 0.0, t1: float = 1.0) -> LearnedSolver:
     """Where to start training a solver with so many evaluations: the midpoint rule, Euler's method if it is odd."""
+    check_integer("num_evaluations", num_evaluations)
     if num_evaluations % 2 == 0:
         return from_method("midpoint", num_evaluations // 2, t0, t1)
     return from_method("euler", num_evaluations, t0, t1)
@@ -123,6 +125,8 @@ def start_for(num_evaluations: int, t0: float = 0.0, t1: float = 1.0) -> Learned
 
 def log_error(x: State, x1: State) -> Scalar:
     """The mean over examples of the logarithm of the mean squared difference of two batches."""
+    check_same_shape(x=x, x1=x1)
+    check_shape("x1", x1, x)
     error = mean_over_event((x - x1) ** 2)
     return jnp.log(jnp.maximum(error, jnp.finfo(error.dtype).tiny)).mean()
 
@@ -142,9 +146,12 @@ def loss(v: VelocityFn, solver: LearnedSolver, x0: State, x1: State) -> Scalar:
     References:
         Shaul et al. 2024 (arXiv:2403.01329).
     """
+    check_has("solver", solver, ("own_times",), "a LearnedSolver, as from from_method")
+    check_same_shape(x0=x0, x1=x1)
     return log_error(sample(v, x0, solver).x, x1)
 
 
 def decibels(log_error: Elementwise, peak: float = 2.0) -> Elementwise:
     """The peak signal-to-noise ratio in dB that a `log_error` stands for, for data with values `peak` apart."""
+    check_number("peak", peak, "(0, inf)")
     return 10 / math.log(10) * (2 * math.log(peak) - log_error)

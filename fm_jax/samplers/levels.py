@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_times
 from fm_jax.parameterization import conversion_domain, convert
 from fm_jax.samplers.grids import first_time
 from fm_jax.schedules import stands_still
@@ -67,6 +68,8 @@ def range_of(schedule: Schedule) -> tuple[float, float]:
 def check_start(schedule: Schedule, times: ArrayTree) -> None:
     """Raises `ValueError` if the velocity says nothing of data and noise at the first time, where that is known."""
     first = first_time(times)
+    if first is not None:
+        check_times("the first of times", first, schedule.domain, f"the domain of {schedule}")
     with jax.ensure_compile_time_eval():
         if first is not None and bool(stands_still(schedule, jnp.asarray(first, dtype=float))):
             raise ValueError(

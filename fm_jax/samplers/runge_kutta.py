@@ -1,11 +1,11 @@
 """Explicit Runge-Kutta methods on a fixed time grid."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_member, check_shape
+from fm_jax.checks import check_finite, check_integer, check_member, check_shape, check_state, check_velocity, shown
 from fm_jax.nfe import spent
 from fm_jax.samplers.loop import run_steps
 from fm_jax.shapes import expand_time, time_dtype
@@ -29,6 +29,12 @@ class Tableau:
     c: tuple[float, ...]
 
     def __post_init__(self) -> None:
+        check_integer("order", self.order)
+        if not isinstance(self.a, tuple) or not all(isinstance(row, tuple) for row in (*self.a, self.b, self.c)):
+            raise ValueError(f"a, b and c must be tuples, a of rows, got {shown((self.a, self.b, self.c))}.")
+        check_finite("a", [each for row in self.a for each in row])
+        check_finite("b", self.b)
+        check_finite("c", self.c)
         rows = [len(row) for row in self.a]
         if not rows or rows != list(range(len(self.b))) or len(self.c) != len(self.b):
             raise ValueError(f"a must have rows of 0, 1, 2, ... entries, as many as b and c, got {rows}.")
@@ -103,14 +109,26 @@ def ode_step(
         >>> ode_step(lambda t, x: x, 0.0, 1.0, jnp.ones((1, 1)), "rk4")
         Array([[2.7083335]], dtype=float32)
     """
+    check_velocity(v)
+    check_state(x, "x")
     method = tableau(method)
-    t, t_next = jnp.asarray(t, dtype=time_dtype(x)), jnp.asarray(t_next, dtype=time_dtype(x))
+    t, t_next = step_times(t, t_next, x)
     h = expand_time(t_next - t, x)
+    if first is not None:
+        check_shape("first", first, x)
     stages = [evaluate(v, t, x) if first is None else first]
     for a, c in zip(method.a[1:], method.c[1:], strict=True):
         # In this form c = 1 is exactly t_next, so that rounding never goes past the end.
         stages.append(evaluate(v, (1 - c) * t + c * t_next, (x + h * _weighted(a, stages)).astype(x.dtype)))
     return (x + h * _weighted(method.b, stages)).astype(x.dtype)
+
+
+def step_times(t: Time | float, t_next: Time | float, x: State) -> tuple[Array, Array]:
+    """Both ends of a step in `time_dtype(x)`; raises `ValueError` unless each is a scalar or [batch]."""
+    ends: dict[str, Any] = {"t": t, "t_next": t_next}
+    for name, each in ends.items():
+        expand_time(each, x, name)
+    return jnp.asarray(t, dtype=time_dtype(x)), jnp.asarray(t_next, dtype=time_dtype(x))
 
 
 @dataclass(frozen=True)

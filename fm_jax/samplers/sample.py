@@ -3,13 +3,17 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
-from fm_jax.checks import check_has, check_key, check_state
+from fm_jax.checks import check_array, check_bool, check_has, check_key, check_state, check_times, check_velocity, shown
+from fm_jax.nfe import domain_of
 from fm_jax.samplers.grids import time_grid
 from fm_jax.samplers.runge_kutta import RungeKutta
-from fm_jax.types import ArrayTree, Key, Sampler, Solution, State, VelocityFn
+from fm_jax.types import Array, ArrayTree, Key, Sampler, Solution, State, VelocityFn
 
 DEFAULT_STEPS = 20
+TIMES = (0.0, 1.0)
+"""From the source to the data."""
 _MIDPOINT = RungeKutta("midpoint")
 
 
@@ -46,8 +50,9 @@ def sample(
         scalars, or [batch] where each example has its own steps; trajectory [num + 1, batch, ...] if asked for.
 
     Raises:
-        ValueError: for anything that is not a sampler; bad times or a bad state; a key that is missing or not needed;
-            and what the sampler refuses, such as a start where its predictions are infinite.
+        ValueError: for what is no velocity function or no sampler; bad times or a bad state; times known to leave
+            [0, 1], or the domain that `v` carries; a key that is missing or not needed; and what the sampler refuses,
+            such as a start where its predictions are infinite.
         ImportError: if the sampler needs Diffrax and it is missing.
 
     Example:
@@ -55,34 +60,52 @@ def sample(
         >>> float(abs(solution.x[0, 0] - jnp.e)) < 1e-5, int(solution.calls)
         (True, 40)
     """
+    check_velocity(v)
     check_sampler(sampler)
-    x0 = jnp.asarray(x0)
-    check_state(x0)
+    x0 = as_state("x0", x0)
+    check_bool("trajectory", trajectory)
     if sampler.stochastic:
         if key is None:
             raise ValueError(f"key must be given: {sampler} draws noise on the way.")
         check_key(key)
     elif key is not None:
-        raise ValueError(f"key must be None for {sampler}, which draws no noise, got {key!r}.")
+        raise ValueError(f"key must be None for {sampler}, which draws no noise, got {shown(key)}.")
     own = own_times_of(sampler)
     if own is not None:
         if times is not None:
-            raise ValueError(f"times must be None: {sampler} has its own, got {times!r}.")
+            raise ValueError(f"times must be None: {sampler} has its own, got {shown(times)}.")
+        check_times("the sampler's times", own, domain_of(v) or TIMES, "the domain of v")
         return sampler.solve(v, key, own, x0, trajectory)
-    times = time_grid(DEFAULT_STEPS if times is None else times, sampler.domain, x0)
-    return sampler.solve(v, key, times, x0, trajectory)
+    return sampler.solve(v, key, times_of(v, sampler, times, x0), x0, trajectory)
 
 
-def times_of(sampler: Sampler, times: int | ArrayTree | None, x: ArrayTree, default: int = DEFAULT_STEPS) -> ArrayTree:
-    """The times of whoever puts more to the state than `sample` does, and so must know them before.
+def times_of(
+    v: VelocityFn, sampler: Sampler, times: int | ArrayTree | None, x: ArrayTree, default: int = DEFAULT_STEPS
+) -> ArrayTree:
+    """The times of a solve, for `sample` and for whoever puts more to the state and so must know them before.
 
     Raises:
         ValueError: as `sample`, and for a sampler that goes through times of its own.
     """
+    check_velocity(v)
     check_sampler(sampler)
     if own_times_of(sampler) is not None:
         raise ValueError(f"sampler must go through any times, in either direction, got {sampler}, which has its own.")
-    return time_grid(default if times is None else times, sampler.domain, x)
+    (low, high), allowed = sampler.domain, domain_of(v) or TIMES
+    grid = time_grid(default if times is None else times, (max(low, allowed[0]), min(high, allowed[1])), x)
+    check_times("times", grid, allowed, "from source to data" if allowed == TIMES else "the domain of v")
+    return grid
+
+
+def as_state(name: str, x: ArrayTree) -> Array:
+    """The state as an array; raises `ValueError` for what is none, or not floating point [batch, ...]."""
+    if isinstance(x, list | tuple):
+        x = np.asarray(x)
+        x = x.astype(float) if x.dtype.kind in "iu" else x
+    check_array(name, x)
+    x = jnp.asarray(x)
+    check_state(x, name)
+    return x
 
 
 def own_times_of(sampler: Sampler) -> Any:

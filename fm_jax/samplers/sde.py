@@ -8,15 +8,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool
 
-from fm_jax.checks import check_diffusion, check_member, check_schedule, check_shape
+from fm_jax.checks import (
+    check_diffusion,
+    check_function,
+    check_member,
+    check_schedule,
+    check_shape,
+    check_state,
+    check_velocity,
+)
 from fm_jax.nfe import spent
 from fm_jax.parameterization import convert
 from fm_jax.samplers.grids import first_time
 from fm_jax.samplers.levels import check_start, range_of
 from fm_jax.samplers.loop import run_steps, step_noise
-from fm_jax.samplers.runge_kutta import evaluate
+from fm_jax.samplers.runge_kutta import evaluate, step_times
 from fm_jax.schedules import coefficients, stands_still, vanishes
-from fm_jax.shapes import time_dtype
 from fm_jax.types import (
     AnyArray,
     Array,
@@ -43,13 +50,15 @@ def check_one_score(score: ScoreFn | None, schedule: Schedule | None) -> None:
         raise ValueError(
             "Exactly one of score and schedule must be given: score=None takes the score from v by schedule."
         )
+    if score is not None:
+        check_function("score", score, "a function score(t, x)")
+    if schedule is not None:
+        check_schedule(schedule)
 
 
 def check_sde(schedule: Schedule | None, diffusion: Diffusion | None, score: ScoreFn | None) -> None:
     """Raises `ValueError` unless these say what the SDE is."""
     check_one_score(score, schedule)
-    if schedule is not None:
-        check_schedule(schedule)
     if diffusion is not None:
         check_diffusion(diffusion)
     elif schedule is None:
@@ -159,12 +168,18 @@ def sde_step(
 
     Returns:
         The state at `t_next`, in the dtype of `x`.
+
+    Raises:
+        ValueError: if an argument is not what it should be.
     """
     check_member("method", method, _METHODS)
     check_one_score(score, schedule)
     check_diffusion(diffusion)
+    check_velocity(v)
+    check_state(x, "x")
+    check_shape("noise", noise, x)
     drift, g = drift_fn(v, score, diffusion, schedule=schedule), diffusion_fn(diffusion)
-    t, t_next = jnp.asarray(t, dtype=time_dtype(x)), jnp.asarray(t_next, dtype=time_dtype(x))
+    t, t_next = step_times(t, t_next, x)
     h = t_next - t
     direction = jnp.sign(h)
     slope, scale = drift(t, x, direction), g(t)
@@ -194,7 +209,7 @@ class EulerMaruyama:
     at the last time, where the score may be infinite. Near a time with sigma = 0 the score grows as 1 / sigma: a g that
     vanishes there, such as `falling_noise(schedule)`, keeps the steps stable.
 
-    Notebooks: (2.2), (4.6), (4.7).
+    Notebooks: (2.2), (2.3), (4.7).
 
     Attributes:
         schedule: of the affine path with a standard normal source that the velocity belongs to, by which the score is

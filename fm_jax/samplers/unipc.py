@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_member, check_schedule
+from fm_jax.checks import check_integer, check_member, check_schedule
 from fm_jax.nfe import spent
 from fm_jax.samplers.levels import Levels, check_start, data_and_noise, levels, phi, range_of
 from fm_jax.samplers.loop import run_steps
@@ -104,8 +104,7 @@ class UniPC:
 
     def __post_init__(self) -> None:
         check_schedule(self.schedule)
-        if not isinstance(self.p, int) or self.p not in (1, 2, 3):
-            raise ValueError(f"p must be 1, 2 or 3, got {self.p!r}.")
+        check_integer("p", self.p, most=3)
         check_member("variant", self.variant, VARIANTS)
 
     @property

@@ -3,13 +3,13 @@
 import jax
 import jax.numpy as jnp
 
+from fm_jax.checks import check_number
 from fm_jax.types import Array, Params
 
 
-def check_decay(decay: float) -> None:
+def check_decay(decay: float, name: str) -> None:
     """Raises `ValueError` unless `decay` lies strictly between 0 and 1."""
-    if not 0.0 < decay < 1.0:
-        raise ValueError(f"An EMA decay must lie strictly between 0 and 1, got {decay}.")
+    check_number(name, decay, "(0, 1)")
 
 
 def update_ema(ema: dict[str, Params], params: Params, step: Array, *, warmup: bool = True) -> dict[str, Params]:

@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fm_jax.checks import check_integer, check_same_shape
+from fm_jax.checks import (
+    check_condition,
+    check_data,
+    check_function,
+    check_has,
+    check_integer,
+    check_key,
+    check_number,
+    check_same_shape,
+)
 from fm_jax.samplers import learned
 from fm_jax.types import Array, Cond, Key, VelocityFn
 
@@ -46,10 +55,16 @@ def fit_solver(
     References:
         Shaul et al. 2024 (arXiv:2403.01329).
     """
+    check_function("v_of", v_of, "a function v_of(cond) -> v")
+    check_has("solver", solver, ("log_steps", "a", "b", "ends"), "a LearnedSolver, as from learned.from_method")
+    check_key(key)
     check_same_shape(x0=x0, x1=x1)
-    if not 1 <= batch_size <= len(x0):
-        raise ValueError(f"batch_size must be between 1 and the {len(x0)} pairs, got {batch_size}.")
+    check_data("x0", x0)
+    check_data("x1", x1)
+    check_condition(x0, cond)
+    check_integer("batch_size", batch_size, most=len(x0))
     check_integer("num_iterations", num_iterations)
+    check_number("learning_rate", learning_rate, "(0, inf)")
     x0, x1, cond = jax.tree.map(jnp.asarray, (x0, x1, cond))
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, num_iterations))
 

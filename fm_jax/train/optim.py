@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fm_jax.checks import check_member, check_number
+from fm_jax.checks import check_integer, check_member, check_number
 from fm_jax.types import Params
 
 Decay = Literal["constant", "cosine", "linear"]
@@ -40,8 +40,10 @@ def make_schedule(
     """
     check_member("decay", decay, get_args(Decay))
     check_number("learning_rate", learning_rate, "(0, inf)")
-    if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"warmup_steps must be at least 0 and less than {total_steps=}, got {warmup_steps}.")
+    check_integer("total_steps", total_steps)
+    check_integer("warmup_steps", warmup_steps, least=0)
+    if warmup_steps >= total_steps:
+        raise ValueError(f"warmup_steps must be less than {total_steps=}, got {warmup_steps}.")
     steps = total_steps - warmup_steps
     after = {
         "constant": optax.constant_schedule(learning_rate),
@@ -87,12 +89,11 @@ def make_optimizer(
         2019, Algorithm 2.
     """
     schedule = make_schedule(learning_rate, total_steps=total_steps, warmup_steps=warmup_steps, decay=decay)
-    if clip_norm is not None and clip_norm <= 0:
-        raise ValueError(f"clip_norm must be positive or None, got {clip_norm}.")
+    if clip_norm is not None:
+        check_number("clip_norm", clip_norm, "(0, inf)")
     check_number("weight_decay", weight_decay, "[0, inf)")
-    for name, value in (("b1", b1), ("b2", b2)):
-        if not 0 <= value < 1:
-            raise ValueError(f"{name} must be at least 0 and less than 1, got {value}.")
+    check_number("b1", b1, "[0, 1)")
+    check_number("b2", b2, "[0, 1)")
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     return optax.chain(clip, optax.adamw(schedule, b1, b2, weight_decay=weight_decay, mask=_matrices))
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fm_jax.checks import check_array, check_has, shown
 from fm_jax.train.ema import check_decay
 from fm_jax.types import Array, Params
 
@@ -45,8 +46,13 @@ def create_state(
         >>> sorted(state.ema)
         ['0.9', '0.999']
     """
-    for decay in ema_decays:
-        check_decay(decay)
+    check_has("optimizer", optimizer, ("init", "update"), "an Optax transformation, such as optax.adam(1e-3)")
+    if not isinstance(ema_decays, Sequence) or isinstance(ema_decays, str):
+        raise ValueError(f"ema_decays must be a tuple, such as (0.999,), got {shown(ema_decays)}.")
+    for i, decay in enumerate(ema_decays):
+        check_decay(decay, f"ema_decays[{i}]")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        check_array("params" + jax.tree_util.keystr(path), leaf)
     if len(set(ema_decays)) < len(ema_decays):
         raise ValueError(f"ema_decays must be distinct, got {tuple(ema_decays)}.")
     return TrainState(

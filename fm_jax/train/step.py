@@ -7,10 +7,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fm_jax.checks import check_integer
-from fm_jax.train.ema import update_ema
+from fm_jax.checks import (
+    check_array,
+    check_bool,
+    check_function,
+    check_has,
+    check_holds,
+    check_integer,
+    check_key,
+    shown,
+)
+from fm_jax.train.ema import check_decay, update_ema
 from fm_jax.train.state import TrainState
-from fm_jax.types import Batch, Key, LossFn, Metrics, Params
+from fm_jax.types import Array, Batch, Key, LossFn, Metrics, Params
 
 AXIS = "data"
 """The name of the device axis."""
@@ -31,6 +40,8 @@ def make_step(
     The loss sees `fold_in(fold_in(key, state.step), device index)`, so the same `key` serves the whole run, a
     resumed run draws what the unbroken one would, and no two devices draw the same noise. Gradients and metrics
     are averaged over devices.
+
+    Notebooks: (11.3).
 
     Args:
         loss_fn: `(params, key, batch) -> (scalar, metrics)`, a mean over the batch.
@@ -60,7 +71,14 @@ def make_step(
         >>> float(state.params), float(metrics["loss"])
         (1.0, 1.0)
     """
+    check_function("loss_fn", loss_fn, "a function loss_fn(params, key, batch), such as flow_matching(...)")
+    check_has("optimizer", optimizer, ("init", "update"), "an Optax transformation, such as optax.adam(1e-3)")
+    check_bool("ema_warmup", ema_warmup)
     check_integer("accumulate", accumulate)
+    if axis_name is not None and not isinstance(axis_name, str):
+        raise ValueError(f"axis_name must be the name of a device axis, or None, got {shown(axis_name)}.")
+    if target_ema is not None:
+        check_decay(target_ema, "target_ema")
 
     def gradients(params: Params, key: Key, batch: Batch, options: dict) -> tuple[Params, Metrics]:
         (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, key, batch, **options)
@@ -82,9 +100,12 @@ def make_step(
         return jax.tree.map(lambda x: x / accumulate, total)
 
     def step(state: TrainState, key: Key, batch: Batch) -> tuple[TrainState, Metrics]:
+        check_has("state", state, ("step", "params", "opt_state", "ema"), "a TrainState, as from create_state")
+        check_key(key)
+        check_holds(batch)
         key = jax.random.fold_in(key, state.step)
         if axis_name is not None:
-            key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+            key = jax.random.fold_in(key, _device_of(axis_name))
         options = {} if target_ema is None else {"target_params": _average(state, target_ema)}
         grads, metrics = (gradients if accumulate == 1 else accumulated)(state.params, key, batch, options)
         if axis_name is not None:
@@ -104,10 +125,21 @@ def make_step(
     return step
 
 
+def _device_of(axis_name: str) -> Array:
+    try:
+        return jax.lax.axis_index(axis_name)
+    except NameError:
+        raise ValueError(
+            f"the step averages over the device axis {axis_name!r}, and must run under pmap_step or shard_map_step: "
+            "for plain jax.jit make it with axis_name=None."
+        ) from None
+
+
 def split_leading(batch: Batch, parts: int, name: str) -> Batch:
     """Reshapes every leaf [b, ...] to [parts, b / parts, ...]; `name` says in the error what `parts` is."""
 
     def split(path, x):
+        check_array(f"{jax.tree_util.keystr(path, simple=True, separator='.')!r} of the batch", x)
         if not x.shape or x.shape[0] % parts:
             leaf = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(f"{name}={parts} must divide the batch axis of {leaf!r}, which has shape {x.shape}.")

@@ -143,7 +143,7 @@ def test_one_trace():
 
 
 def test_bad_input(key):
-    with pytest.raises(ValueError, match="bits must be between 1 and 24, got 0"):
+    with pytest.raises(ValueError, match="bits must be from 1 to 24, got 0"):
         sample_permutation(key, jnp.eye(3), bits=0)
     with pytest.raises(ValueError, match=r"plan must be \[n, n\], got shape \(2, 3\)"):
         sample_permutation(key, jnp.ones((2, 3)))

@@ -184,7 +184,7 @@ GOOD = _dataset()
         (GOOD, {"batch_size": 25}, "batch_size must be at most 24, the 24 examples over 1 process(es), got 25."),
         (GOOD, {"batch_size": 9, "process_count": 3}, "batch_size must be at most 8, the 24 examples over 3 process"),
         (GOOD, {"process_index": 2, "process_count": 2}, "process_index must be from 0 to 1, got 2."),
-        (GOOD, {"seed": -1}, "seed must be from 0 to 2**32 - 1, got -1."),
+        (GOOD, {"seed": -1}, "seed must be from 0 to 4294967295, got -1."),
         (GOOD._replace(images=GOOD.images[..., 0]), {}, "images must be [n, h, w, c], got shape (24, 2, 4)."),
         (GOOD._replace(images=GOOD.images.astype(np.int64)), {}, "images must be uint8 or float32, got int64."),
         (GOOD._replace(labels=GOOD.labels[:5]), {}, "labels must be [n] = (24,) integers, got int32 (5,)."),

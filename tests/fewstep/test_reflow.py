@@ -136,11 +136,14 @@ def test_random_samplers_are_refused(name, key):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shape": (0, 2)}, "the number of pairs must be at least 1, got 0"),
+        ({"shape": (0, 2)}, r"shape\[0\], the number of pairs, must be at least 1, got 0"),
         ({"shape": 4}, r"shape must be \(number of pairs, \*event\), got 4"),
         ({"shape": ()}, r"shape must be \(number of pairs, \*event\), got \(\)"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"source": Sampled(lambda key, num: jnp.zeros((3, 2)))}, r"must draw the shape \(4, 2\), got \(3, 2\)"),
+        (
+            {"source": Sampled(lambda key, num: jnp.zeros((3, 2)))},
+            r"must have the shape of like, \(4, 2\), got \(3, 2\)",
+        ),
         ({"v": lambda t, x: x / 0}, "samples must be finite, got 4 of 4 that are not"),
         ({"times": [0.0, 0.5, 0.2]}, "times must be finite and strictly monotone"),
     ],
@@ -200,7 +203,7 @@ def test_distillation_refuses(change, message):
     batch = {name: value for name, value in batch.items() if value is not None}
     with pytest.raises(ValueError, match=message):
         distillation(affine)({"a": 1.0, "b": 0.0}, None, batch)
-    with pytest.raises(ValueError, match=r"distance must return \[batch\] = \(2,\), got shape \(\)"):
+    with pytest.raises(ValueError, match=r"distance\(x, y\) must be \[batch\] = \(2,\), got shape \(\)"):
         distillation(affine, distance=lambda x, y: ((x - y) ** 2).mean())(
             {"a": 1.0, "b": 0.0}, None, {"x0": jnp.ones((2, 1)), "x1": jnp.ones((2, 1))}
         )

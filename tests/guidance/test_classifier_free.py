@@ -289,16 +289,18 @@ def test_autoguidance_sharpens(x64):
     np.testing.assert_allclose([mean, std], [1.0, 0.5**2 / 0.8], rtol=1e-6)
 
 
+INTERVAL = r"interval must be a pair \(low, high\)"
 BAD = [
     ({"scale": float("nan")}, "scale must be finite, got nan."),
     ({"scale": float("inf")}, "scale must be finite, got inf."),
     ({"scale": jnp.array([1.0, jnp.inf])}, "scale must be finite"),
-    ({"scale": jnp.ones((2, 2))}, r"scale must be a number or \[batch\], got shape \(2, 2\)."),
-    ({"interval": (0.5, 0.2)}, r"interval must be \(start, end\) with 0 <= start < end <= 1, got \(0.5, 0.2\)."),
-    ({"interval": (0.5, 0.5)}, "interval must be"),
-    ({"interval": (-0.1, 0.5)}, "interval must be"),
-    ({"interval": (0.0, 1.1)}, "interval must be"),
-    ({"interval": (0.0, float("nan"))}, "interval must be"),
+    ({"scale": jnp.ones((2, 2))}, r"scale must be a number or \[batch\], got float32 of shape \(2, 2\)."),
+    ({"interval": (0.5, 0.2)}, rf"{INTERVAL}: 0 <= low < high <= 1 must hold, got low=0.5 and high=0.2."),
+    ({"interval": (0.5, 0.5)}, rf"{INTERVAL}: .* got low=0.5 and high=0.5."),
+    ({"interval": (-0.1, 0.5)}, rf"{INTERVAL}: .* got low=-0.1 and high=0.5."),
+    ({"interval": (0.0, 1.1)}, rf"{INTERVAL}: .* got low=0.0 and high=1.1."),
+    ({"interval": (0.0, float("nan"))}, rf"{INTERVAL}: .* got low=0.0 and high=nan."),
+    ({"interval": 0.5}, rf"{INTERVAL}, got 0.5."),
 ]
 
 

@@ -212,9 +212,9 @@ BAD = [
     (Rescale, {"phi": float("nan")}, r"phi must be in \[0, 1\], got nan."),
     (ZeroStar, {"zero_until": -0.1}, r"zero_until must be in \[0, 1\), got -0.1."),
     (ZeroStar, {"zero_until": 1.0}, r"zero_until must be in \[0, 1\), got 1.0."),
-    (Projected, {"schedule": Linear(), "parallel": float("inf")}, "parallel must be finite, got inf."),
-    (Projected, {"schedule": Linear(), "norm": 0.0}, "norm must be positive, got 0.0."),
-    (Projected, {"schedule": Linear(), "norm": float("nan")}, "norm must be positive, got nan."),
+    (Projected, {"schedule": Linear(), "parallel": float("inf")}, "parallel must be a finite number, got inf."),
+    (Projected, {"schedule": Linear(), "norm": 0.0}, r"norm must be in \(0, inf\], got 0.0."),
+    (Projected, {"schedule": Linear(), "norm": float("nan")}, r"norm must be in \(0, inf\], got nan."),
 ]
 
 

@@ -215,7 +215,7 @@ BAD = [
     (lambda: Exact(0), "chunk must be at least 1, got 0."),
     (lambda: Hutchinson(0), "num_probes must be at least 1, got 0."),
     (lambda: Hutchinson(1, "cauchy"), "distribution must be one of 'rademacher', 'gaussian', got 'cauchy'."),
-    (lambda: HutchPlusPlus(0), "num_probes must be a positive multiple of 3, got 0."),
+    (lambda: HutchPlusPlus(0), "num_probes must be at least 3, got 0."),
     (lambda: HutchPlusPlus(4), "num_probes must be a positive multiple of 3, got 4."),
     (lambda: Hutchinson().draw(None, X), r"Hutchinson\(.*\) draws random probes and needs a key"),
     (lambda: HutchPlusPlus().draw(None, X), r"HutchPlusPlus\(.*\) draws random probes and needs a key"),

@@ -279,17 +279,17 @@ def test_targets_and_gradients_are_finite_up_to_the_ends(key):
             lambda: bridge_matching(lambda p, t, x, c, **_: x, BrownianBridge(1.0))(
                 1.0, jax.random.key(0), {"x1": jnp.ones((2, 2))}
             ),
-            r"the network must return \(drift, latent\), both of the shape of x, \(2, 2\), got \(2, 2\)",
+            r"network must return \(drift, latent\), both of the shape of x, \(2, 2\), got float32 of shape \(2, 2\)",
         ),
         (
             lambda: bridge_matching(lambda p, t, x, c, **_: (x, x[:, :1]), BrownianBridge(1.0))(
                 1.0, jax.random.key(0), {"x1": jnp.ones((2, 2))}
             ),
-            r"got \[\(2, 2\), \(2, 1\)\]",
+            r"the latent that the network returns must have the shape of x, \(2, 2\), got \(2, 1\)",
         ),
         (
             lambda: split_channels(lambda p, t, x, c, **_: x)(0, None, jnp.ones((2, 2)), None, train=True, rngs=None),
-            r"must return twice the channels of x, \(2, 2\), got \(2, 2\)",
+            r"the network must return twice the channels of x, \(2, 2\), got float32 of shape \(2, 2\)",
         ),
         (
             lambda: bridge_score(lambda t, x, c: (x, x), BrownianBridge(1.0))(jnp.array([0.5, 1.0]), jnp.ones((2, 2))),

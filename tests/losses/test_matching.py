@@ -10,7 +10,7 @@ from contracts import COUPLINGS, SCHEDULES, WEIGHTS, mixture
 from fm_jax import losses, oracles, times
 from fm_jax.conditions import DropCondition
 from fm_jax.couplings import ExactOT, independent
-from fm_jax.losses import flow_matching
+from fm_jax.losses import EDMWeight, SNRWeight, flow_matching
 from fm_jax.losses.matching import draw_pairs
 from fm_jax.paths import AffinePath, SplinePath, StochasticInterpolant
 from fm_jax.schedules import VP, Cosine, Linear, coefficients
@@ -255,8 +255,34 @@ def test_a_path_without_a_source_needs_x0(key):
 def test_network_of_the_wrong_shape_is_refused(key):
     """[batch] minus [batch, 1] would broadcast to [batch, batch] and train on nonsense."""
     loss = flow_matching(lambda p, t, x, c, *, train, rngs: x[:, :1] * p, AffinePath())
-    with pytest.raises(ValueError, match=r"the network must return the shape of x, \(4, 2\), got \(4, 1\)"):
+    with pytest.raises(ValueError, match=r"what the network returns must have the shape of x, \(4, 2\), got \(4, 1\)"):
         loss(1.0, key, {"x1": jnp.ones((4, 2))})
+
+
+@pytest.mark.parametrize(
+    ("kind", "weight", "end"),
+    [
+        ("noise", EDMWeight(), 0.0),
+        ("noise", SNRWeight(0.0), 0.0),
+        ("data", SNRWeight(), 1.0),
+    ],
+    ids=str,
+)
+def test_times_of_an_infinite_weight_are_left_out(kind, weight, end, key):
+    path = AffinePath()
+    loss_fn = jax.jit(flow_matching(scaled_identity, path, kind=kind, weight=weight))
+    x1 = jax.random.normal(key, (512, 2))
+    assert np.isfinite(loss_fn(0.5, key, {"x1": x1})[0])
+    low, high = path.target_domain(kind, weight=weight)
+    batch = {"x1": x1, "t": jnp.where(jnp.arange(512) % 2, low, high)}
+    assert np.isfinite(loss_fn(0.5, key, batch)[0])
+    message = (
+        rf"t must be within \[{low}, {high}\], where the {kind} target of .*, weighted by .*, is finite, got {end:g}\."
+    )
+    with pytest.raises(ValueError, match=message):
+        flow_matching(scaled_identity, path, kind=kind, weight=weight)(0.5, key, {"x1": x1[:1], "t": jnp.full(1, end)})
+    with pytest.raises(ValueError, match=rf"draws from \[0.0, 1.0\], but .* is finite only on \[{low}, {high}\]"):
+        flow_matching(scaled_identity, path, kind=kind, weight=weight, time_sampler=times.Uniform())
 
 
 def test_paths_are_values():

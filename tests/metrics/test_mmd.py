@@ -101,7 +101,7 @@ def test_products_are_taken_in_full_precision():
 def test_kernels_are_values():
     assert PolynomialKernel(3) == PolynomialKernel(3, 1.0)
     assert hash(PolynomialKernel(3)) == hash(PolynomialKernel())
-    with pytest.raises(ValueError, match="degree must be an integer of at least 1, got 0"):
+    with pytest.raises(ValueError, match="degree must be at least 1, got 0"):
         PolynomialKernel(0)
     with pytest.raises(ValueError, match=r"offset must be finite and not negative, got -1.0"):
         PolynomialKernel(2, -1.0)

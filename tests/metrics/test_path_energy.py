@@ -62,12 +62,12 @@ def test_a_rotation(x0):
 
 
 def test_uneven_speed_on_part_of_the_time():
-    """v = 2 t from 1 to 3: PE = 4 (27 - 1) / 3; 2 (mean speed 4)^2 of it straight, and 8 / 3 for the variance."""
-    v = lambda t, x: jnp.full_like(x, 2 * t)  # noqa: E731
-    energy, curved = both(v, jnp.zeros((2, 1)), sampler=RK4, times=[1.0, 1.5, 2.5, 3.0])
-    np.testing.assert_allclose([energy, curved], [104 / 3, 8 / 3], rtol=1e-5)
-    evenly = both(v, jnp.zeros((2, 1)), sampler=RK4, times=uniform(3, 1.0, 3.0))
-    np.testing.assert_allclose(evenly, [104 / 3, 8 / 3], rtol=1e-5)
+    """v = 32 t from 1/4 to 3/4: PE = 32^2 (27 - 1) / 192; (mean speed 16)^2 / 2 of it straight, the variance 32 / 3."""
+    v = lambda t, x: jnp.full_like(x, 32 * t)  # noqa: E731
+    energy, curved = both(v, jnp.zeros((2, 1)), sampler=RK4, times=[0.25, 0.375, 0.625, 0.75])
+    np.testing.assert_allclose([energy, curved], [416 / 3, 32 / 3], rtol=1e-5)
+    evenly = both(v, jnp.zeros((2, 1)), sampler=RK4, times=uniform(3, 0.25, 0.75))
+    np.testing.assert_allclose(evenly, [416 / 3, 32 / 3], rtol=1e-5)
 
 
 def test_order_of_the_quadrature(x64):
@@ -153,6 +153,8 @@ def test_bad_input(x0):
             function(v, x0[:0], times=4)
         with pytest.raises(ValueError, match="x0 must be floating point, got int32"):
             function(v, np.ones((2, 2), np.int32), times=4)
-    for wasserstein2 in (0.0, math.nan, np.ones(2)):
-        with pytest.raises(ValueError, match="wasserstein2 must be a positive number, got"):
+    for wasserstein2 in (0.0, math.nan):
+        with pytest.raises(ValueError, match=f"wasserstein2 must be positive and finite, got {wasserstein2}."):
             normalised_path_energy(v, x0, wasserstein2, times=4)
+    with pytest.raises(ValueError, match=r"wasserstein2 must be a number, got shape \(2,\)."):
+        normalised_path_energy(v, x0, np.ones(2), times=4)

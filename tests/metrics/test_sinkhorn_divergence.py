@@ -87,8 +87,10 @@ def test_without_ott(monkeypatch):
 
 
 def test_bad_input():
-    for name in ("epsilon", "threshold", "max_iterations"):
+    for name in ("epsilon", "threshold"):
         with pytest.raises(ValueError, match=f"{name} must be positive and finite, got 0"):
             sinkhorn_divergence(X, Y, **{"epsilon": 1.0, name: 0})
+    with pytest.raises(ValueError, match="max_iterations must be at least 1, got 0"):
+        sinkhorn_divergence(X, Y, epsilon=1.0, max_iterations=0)
     with pytest.raises(ValueError, match="y must be finite, got 30 of 30"):
         sinkhorn_divergence(X, Y * np.nan, epsilon=1.0)

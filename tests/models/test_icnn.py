@@ -109,9 +109,9 @@ def test_derivatives_are_finite_at_the_origin_and_far_out(scale):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"features": ()}, r"features must hold at least one positive width, got \(\)"),
-        ({"features": (4, 0)}, r"features must hold at least one positive width, got \(4, 0\)"),
-        ({"rank": -1}, "rank must not be negative, got -1"),
+        ({"features": ()}, r"features must be a tuple of at least one positive integer, got \(\)"),
+        ({"features": (4, 0)}, r"features\[1\] must be at least 1, got 0"),
+        ({"rank": -1}, "rank must be at least 0, got -1"),
         ({"strong_convexity": 1.0}, r"strong_convexity must be in \[0, 1\), got 1.0"),
         ({"sharpness": 0.0}, "sharpness must be positive and finite, got 0.0"),
         ({"sharpness": float("inf")}, "sharpness must be positive and finite, got inf"),

@@ -45,9 +45,17 @@ def test_any_event_shape(event_shape):
     assert out.shape == x.shape
 
 
-@pytest.mark.parametrize("features", [(), (8, 0)])
-def test_refuses_features(features):
-    with pytest.raises(ValueError, match="features must hold at least one positive width, got"):
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        ((), r"features must be a tuple of at least one positive integer, got \(\)."),
+        (8, "features must be a tuple of at least one positive integer, got 8."),
+        ((8, 0), r"features\[1\] must be at least 1, got 0."),
+        ((8.0,), r"features\[0\] must be an integer, got 8.0."),
+    ],
+)
+def test_refuses_features(features, message):
+    with pytest.raises(ValueError, match=message):
         MLP(features=features)
 
 

@@ -168,9 +168,9 @@ class TestContract:
             ({}, LABELS, r"cond must be None: the model is unconditional \(embed=None\)"),
             ({"embed": LabelEmbedding(3)}, LABELS[:-1], r"cond must be \[batch\] = \(8,\), got shape \(7,\)"),
             ({"embed": 3}, None, r"embed must be None or a Linen module such as LabelEmbedding\(10\), got 3"),
-            ({"embed": LabelEmbedding}, None, "embed must be None or a Linen module .*, got <class"),
+            ({"embed": LabelEmbedding}, None, "embed must be None or a Linen module .*, got the class LabelEmbedding"),
             ({"embed": Constant(1)}, None, r"embed must return \[batch, features\] = .*, got shape \(1, 8\)"),
-            ({"dropout": -0.1}, None, "dropout must be between 0 and 1, got -0.1"),
+            ({"dropout": -0.1}, None, r"dropout must be in \[0, 1\], got -0.1"),
             ({"compute": "bfloat16"}, None, r"compute must be a Compute, .*, got 'bfloat16'"),
         ],
     )

@@ -112,7 +112,7 @@ def test_film_scales_and_shifts_after_the_norm():
         ({"patch_size": 2}, (6, 8, 1), "height and width must be divisible by 4, got 6x8"),
         ({}, (8, 8), r"x must be \[batch, height, width, channels\], got shape \(1, 8, 8\)"),
         ({"resample": "stride"}, None, "resample must be one of 'conv', 'pool', 'resblock', got 'stride'"),
-        ({"channel_mults": ()}, None, r"channel_mults must hold at least one positive factor, got \(\)"),
+        ({"channel_mults": ()}, None, r"channel_mults must be a tuple of at least one positive integer, got \(\)"),
         ({"attention_levels": (2,)}, None, r"attention_levels must lie in 0, ..., 1, got \(2,\)"),
         ({"num_blocks": 0}, None, "num_blocks must be at least 1, got 0"),
         ({"num_heads": 3}, None, "num_heads must divide the 16 channels of level 1, got 3"),

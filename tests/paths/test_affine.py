@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from contracts import SCHEDULES
 
+from fm_jax.losses import EDMWeight, MinSNRWeight, SNRWeight
 from fm_jax.paths import AffinePath, start
-from fm_jax.schedules import VE, Linear, coefficients
+from fm_jax.schedules import EDM, VE, VP, Cosine, Linear, coefficients
 from fm_jax.sources import Normal, Uniform
 
 SHAPE = (4, 2, 3, 1)
@@ -63,6 +64,50 @@ def test_the_score_is_a_kind_for_the_standard_normal_alone(source, pair):
     assert set(path.targets(path.sample(None, 0.5, *pair))) == set(path.kinds)
     with pytest.raises(ValueError, match="kind must be one of 'velocity', 'data', 'noise', got 'score'"):
         path.target_domain("score")
+
+
+def inverse_alpha(t, kind, schedule):
+    return 1 / schedule.alpha(t)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kind", "weight", "expected"),
+    [
+        (Linear(), "noise", EDMWeight(), (1e-3, 1.0)),  # with alpha = 0 an error of the noise says all of the data
+        (Linear(), "noise", SNRWeight(0.0), (1e-3, 1.0)),
+        (Linear(), "noise", SNRWeight(), (0.0, 1.0)),
+        (Linear(), "noise", MinSNRWeight(), (0.0, 1.0)),
+        (Linear(), "score", EDMWeight(), (1e-3, 1 - 1e-3)),
+        (Linear(), "data", SNRWeight(), (0.0, 1 - 1e-3)),  # with sigma = 0 the SNR is infinite
+        (Linear(), "data", EDMWeight(), (0.0, 1 - 1e-3)),
+        (Linear(), "data", SNRWeight(0.0), (0.0, 1.0)),
+        (Linear(), "data", SNRWeight(-1.0), (1e-3, 1.0)),
+        (Linear(), "velocity", EDMWeight(), (0.0, 1.0)),
+        (Linear(0.1), "data", SNRWeight(), (0.0, 1.0)),
+        (Cosine(), "data", SNRWeight(), (0.0, 1 - 1e-3)),
+        (EDM(), "data", SNRWeight(), (0.0, 1 - 1e-3)),
+        (EDM(), "noise", EDMWeight(), (0.0, 1.0)),
+        (VP(), "noise", EDMWeight(), (0.0, 1.0)),
+        (VP(), "data", SNRWeight(), VP().domain),
+        (Linear(), "data", inverse_alpha, (1e-3, 1.0)),
+    ],
+)
+def test_the_weight_is_finite_on_the_target_domain(schedule, kind, weight, expected):
+    path = AffinePath(schedule)
+    domain = path.target_domain(kind, weight=weight)
+    np.testing.assert_allclose(domain, expected, rtol=1e-9)
+    assert np.isfinite(weight(jnp.linspace(*domain, 9), kind, schedule)).all()
+    without = path.target_domain(kind)
+    assert without[0] <= domain[0] < domain[1] <= without[1]
+    assert jax.jit(lambda x: x * path.target_domain(kind, weight=weight)[1])(1.0) == np.float32(domain[1])
+
+
+def test_the_margin_of_the_target_domain():
+    assert AffinePath().target_domain("noise", weight=EDMWeight(), margin=0.1) == (0.1, 1.0)
+    assert AffinePath().target_domain("score", margin=0.25) == (0.0, 0.75)
+    for margin in (0.0, 0.5, np.nan):
+        with pytest.raises(ValueError, match=rf"margin must be in \(0, 0.5\), got {margin}"):
+            AffinePath().target_domain("score", margin=margin)
 
 
 def test_start_has_the_noise_level_of_its_time():

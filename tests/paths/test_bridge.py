@@ -143,7 +143,7 @@ def test_built_inside_jit(key):
         (lambda: BrownianBridge(1.0).sample(None, 0.5, jnp.ones((2, 1)), jnp.ones((2, 1))), "key must be a typed key"),
         (
             lambda: BrownianBridge(1.0).sample(jax.random.key(0), 0.5, jnp.ones((2, 1)), jnp.ones((2, 2))),
-            "x0, x1 and z must have the same shape",
+            "x0 and x1 must have the same shape",
         ),
         (
             lambda: BrownianBridge(1.0).sample(jax.random.key(0), jnp.ones((2, 1)), jnp.ones((2, 1)), jnp.ones((2, 1))),

@@ -162,8 +162,8 @@ def test_a_number_of_steps_says_where_to_save():
     ("options", "message"),
     [
         ({"rtol": -1.0}, "rtol must be finite and not negative, got -1.0."),
-        ({"atol": float("nan")}, "atol must be finite and not negative, got nan."),
-        ({"rtol": 0.0, "atol": 0.0}, "rtol and atol must not both be 0."),
+        ({"atol": float("nan")}, "atol must be positive and finite, got nan."),
+        ({"atol": 0.0}, "atol must be positive and finite, got 0.0."),
         ({"solver": "rk45"}, "solver must be one of 'tsit5', 'dopri5', 'dopri8', .*, 'kvaerno5', got 'rk45'."),
         ({"solver": diffrax.SemiImplicitEuler()}, "solver must be a name or a Runge-Kutta solver of Diffrax"),
         ({"solver": "kvaerno5"}, "An implicit solver needs per_sample=True"),

@@ -132,8 +132,8 @@ def test_single_precision_loses_little(x64):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: DPMSolver(Linear(), 4), "order must be 2 or 3, got 4."),
-        (lambda: DPMSolverPlusPlus(Linear(), 1), "order must be 2 or 3, got 1."),
+        (lambda: DPMSolver(Linear(), 4), "order must be from 2 to 3, got 4."),
+        (lambda: DPMSolverPlusPlus(Linear(), 1), "order must be from 2 to 3, got 1."),
         (lambda: DPMSolverPlusPlus(Linear(), 3, sde=True), "order must be 2 with sde=True, got 3."),
     ],
 )

@@ -122,7 +122,7 @@ def test_loss_in_decibels():
             lambda: fit_solver(
                 lambda _: v, learned.from_method("euler", 2), jax.random.key(0), jnp.ones((2, 2)), jnp.ones((2, 2))
             ),
-            "batch_size must be between 1 and the 2 pairs, got 64.",
+            "batch_size must be from 1 to 2, got 64.",
         ),
     ],
 )

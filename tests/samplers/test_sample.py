@@ -1,6 +1,7 @@
 """What `sample` promises, and what every sampler says of itself, held against what it does."""
 
 import functools
+import re
 from collections import Counter
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from exponential import KEY, run
 from marginals import p_values
 
 from fm_jax import oracles, samplers
+from fm_jax.checks import shown
 from fm_jax.guidance import classifier_free
 from fm_jax.nfe import Counted
 from fm_jax.parameterization import conversion_domain
@@ -226,9 +228,48 @@ def test_twenty_steps_of_the_midpoint_rule_by_default():
         (Spy(), {"times": 0}, "times must be at least 1, got 0."),
         (Spy(), {"times": 2.0}, "times must be an integer, got 2.0."),
         (Spy(), {"times": [0.0, 0.5, 0.2]}, "times must be finite and strictly monotone"),
-        (Spy(), {"times": [0.5]}, r"times must be a number of steps or \[num \+ 1\], at least two, got shape \(1,\)."),
+        (Spy(), {"times": [0.5]}, r"times must be a number of steps or \[num \+ 1\] .*, at least two, got \[0.5\]."),
+        (
+            Spy(),
+            {"times": [0.0, 2.0]},
+            r"times must be within .*, from source to data, got times from 0 to 2.",
+        ),
+        (Spy(), {"times": [1.0, -1.0]}, r"times must be within \[0.0, 1.0\], .* got times from -1 to 1."),
+        (Spy(), {"x0": None}, "x0 must be an array, as jnp.asarray makes, got None."),
+        (Spy(), {"trajectory": 1}, "trajectory must be True or False, got 1."),
+        (Spy(stochastic=True), {}, r"key must be given: Spy\(.*\) draws noise on the way."),
+        (Spy(stochastic=True), {"key": 0}, "key must be one typed key, as from .*, got 0."),
+        (Spy(), {"key": KEY}, r"key must be None for Spy\(.*\), which draws no noise, got "),
     ],
 )
 def test_bad_input_is_refused(sampler, options, message):
     with pytest.raises(ValueError, match=message):
         sample(minus, options.pop("x0", X), sampler, **options)
+
+
+def test_what_is_no_velocity_is_refused():
+    for v in (None, X, Spy):
+        with pytest.raises(ValueError, match=rf"v must be a velocity function v\(t, x\), got {re.escape(shown(v))}."):
+            sample(v, X)
+
+
+def test_times_of_a_velocity_with_a_domain():
+    """Even steps go over what the sampler and the velocity have in common, and times outside the latter are refused."""
+    v = Counted(minus, 1, (0.0, 0.5))
+    np.testing.assert_array_equal(sample(v, X, Spy(), times=3)[2], np.linspace(0.2, 0.5, 4, dtype=np.float32))
+    np.testing.assert_array_equal(sample(v, X, Spy(), times=[0.5, 0.0])[2], np.float32([0.5, 0.0]))
+    with pytest.raises(
+        ValueError, match=r"times must be within \[0.0, 0.5\], the domain of v, got times from 0.1 to 0.6."
+    ):
+        sample(v, X, Spy(), times=[0.1, 0.6])
+
+
+def test_a_rounding_error_beyond_an_end_is_none():
+    times = np.float32([-1e-8, 0.5, 1 + 1.2e-7])
+    assert times[-1] > 1
+    np.testing.assert_array_equal(sample(minus, X, Spy(), times=times)[2], times)
+
+
+def test_traced_times_may_be_any():
+    x = jax.jit(lambda times: sample(minus, X, times=times).x)(jnp.linspace(0, 2, 41))
+    np.testing.assert_allclose(x, X * np.exp(-2), rtol=1e-3)

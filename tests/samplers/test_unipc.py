@@ -89,8 +89,8 @@ def test_single_precision_loses_little(x64):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"p": 4}, "p must be 1, 2 or 3, got 4."),
-        ({"p": "2"}, "p must be 1, 2 or 3, got '2'."),
+        ({"p": 4}, "p must be from 1 to 3, got 4."),
+        ({"p": "2"}, "p must be an integer, got '2'."),
         ({"variant": "vary"}, "variant must be one of 'bh1', 'bh2', got 'vary'."),
     ],
 )

@@ -61,9 +61,9 @@ def test_state_owns_its_memory():
 @pytest.mark.parametrize(
     ("decays", "message"),
     [
-        ((1.0,), "strictly between 0 and 1, got 1.0"),
-        ((0.9, 0.0), "strictly between 0 and 1, got 0.0"),
-        ((float("nan"),), "strictly between 0 and 1, got nan"),
+        ((1.0,), r"ema_decays\[0\] must be in \(0, 1\), got 1.0"),
+        ((0.9, 0.0), r"ema_decays\[1\] must be in \(0, 1\), got 0.0"),
+        ((float("nan"),), r"ema_decays\[0\] must be in \(0, 1\), got nan"),
         ((0.9, 0.9), r"distinct, got \(0.9, 0.9\)"),
     ],
 )

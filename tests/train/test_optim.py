@@ -75,12 +75,12 @@ def test_clipping_scales_by_the_global_norm():
     [
         ({"learning_rate": 0.0}, "learning_rate must be positive and finite, got 0.0"),
         ({"decay": "step"}, "decay must be one of 'constant', 'cosine', 'linear', got 'step'"),
-        ({"warmup_steps": 10}, "warmup_steps must be at least 0 and less than total_steps=10, got 10"),
-        ({"warmup_steps": -1}, "warmup_steps must be at least 0 .* got -1"),
-        ({"total_steps": 0}, "less than total_steps=0"),
-        ({"clip_norm": 0.0}, "clip_norm must be positive or None, got 0.0"),
+        ({"warmup_steps": 10}, "warmup_steps must be less than total_steps=10, got 10"),
+        ({"warmup_steps": -1}, "warmup_steps must be at least 0, got -1"),
+        ({"total_steps": 0}, "total_steps must be at least 1, got 0"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive and finite, got 0.0"),
         ({"weight_decay": -1.0}, "weight_decay must be finite and not negative, got -1.0"),
-        ({"b2": 1.0}, "b2 must be at least 0 and less than 1, got 1.0"),
+        ({"b2": 1.0}, r"b2 must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_bad_input(options, message):
