@@ -27,8 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import images
-from experiments.lab.command_line import parse
+from experiments.lab import command_line, images
 from experiments.lab.method import Method, make_loss
 from experiments.lab.training import Training
 from experiments.torchcfm_table import peer
@@ -310,4 +309,4 @@ def run(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(parse(Config, description=__doc__))
+    command_line.main(run, Config, description=__doc__)

@@ -29,8 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab import images
-from experiments.lab.command_line import parse
+from experiments.lab import command_line, images
 from experiments.lab.experiment import restore_run
 from experiments.lab.figures import save_error_curves
 from experiments.lab.samplers import SAMPLERS, make_sampler
@@ -377,4 +376,4 @@ def run(config: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run(parse(Config, description=__doc__))
+    command_line.main(run, Config, description=__doc__)

@@ -17,8 +17,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from experiments.lab import images
-from experiments.lab.command_line import parse
+from experiments.lab import command_line, images
 from experiments.lab.method import Method, make_loss
 from experiments.lab.training import Training
 from fm_jax.models import forward_flops, init_params, num_params
@@ -89,4 +88,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(parse(Config, description=__doc__)), indent=2))
+    command_line.main(lambda config: print(json.dumps(run(config), indent=2)), Config, description=__doc__)

@@ -11,9 +11,8 @@ floor is the entropy of the data, 1.67 nats for moons on the scale of `fm_jax.da
 """
 
 import functools
-import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,17 +21,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab.command_line import parse
+from experiments.lab import command_line
 from experiments.lab.figures import save_density
+from experiments.lab.options import check_options
 from experiments.lab.smoke import smoke
 from experiments.lab.toys import Batches, Toy
-from experiments.lab.training import Training, sampling_params, train
+from experiments.lab.training import Training, check_batch, sampling_params, train, write_results
 from fm_jax.data.toy import make_toy
 from fm_jax.likelihood import log_prob
 from fm_jax.models import MLP, init_params, linen_apply
 from fm_jax.parameterization import bind
 from fm_jax.samplers import RungeKutta, sample
 from fm_jax.sources import Normal
+from fm_jax.train.folder import lock_folder
 from fm_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, Params
 
 
@@ -54,7 +55,14 @@ class Config:
     num_samples: int = 10_000
     """Held-out points to judge by, samples to draw and points of the density to plot."""
     smoke: bool = False
-    """Run the whole path once with next to no computation."""
+    """Run the whole path once with next to no computation; sizes and steps are its own."""
+
+    def __post_init__(self) -> None:
+        check_options(self, num_samples=4)
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Options of no effect, and why."""
+        yield "training.sample_every", "cnf draws nothing while it trains; the experiments on images do"
 
 
 CONFIG = Config(
@@ -92,6 +100,12 @@ def negative_log_likelihood(apply_fn: ApplyFn, num_steps: int) -> LossFn:
 def run(config: Config) -> dict[str, Any]:
     """Trains, judges, draws; returns the numbers it prints."""
     config = smoke(config, steps=2, width=8, depth=1, num_samples=64)
+    check_batch(config.training)
+    with lock_folder(config.training.run_dir):
+        return _run(config)
+
+
+def _run(config: Config) -> dict[str, Any]:
     run_dir = config.training.run_dir
     key_train, key_data, key_init, key_x0, key_x1 = jax.random.split(jax.random.key(config.training.seed), 5)
     model = MLP(features=(config.width,) * config.depth)
@@ -115,7 +129,7 @@ def run(config: Config) -> dict[str, Any]:
     limit = 1.15 * float(jnp.abs(x1).max())
     density = _density_on_square(functools.partial(log_density, params), limit, config.num_samples)
     save_density(run_dir / "density.png", np.asarray(x1), density, np.asarray(samples), limit)
-    (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_results(run_dir, results)
     print(f"\n{run_dir}: density.png, metrics.jsonl, config.json, results.json, checkpoints/")
     print(
         f"negative log-likelihood of {config.num_samples:,} held-out points of {config.data}: "
@@ -134,7 +148,7 @@ def _density_on_square(log_density: Callable[[Array], Array], limit: float, num:
 
 def main() -> None:
     """The command line."""
-    run(parse(Config, CONFIG, __doc__))
+    command_line.main(run, Config, CONFIG, __doc__)
 
 
 if __name__ == "__main__":

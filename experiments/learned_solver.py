@@ -15,12 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from experiments.lab.command_line import parse
+from experiments.lab import command_line
 from experiments.lab.experiment import restore_run
+from experiments.lab.options import SEED, check_options, check_some
 from experiments.lab.samplers import make_sampler, save_solver
 from experiments.lab.sampling import guided_velocity, sampled_times
 from fm_jax.paths import start
 from fm_jax.samplers import RungeKutta, grids, learned, sample
+from fm_jax.train.folder import make_folder, write_text
 from fm_jax.train.learned import fit_solver
 from fm_jax.types import Array, Sampler, VelocityFn
 
@@ -48,10 +50,17 @@ class Config:
     seed: int = 0
     """Seed of noise and batches."""
 
+    def __post_init__(self) -> None:
+        check_options(self, learning_rate="(0, inf)", seed=SEED)
+        check_some("--calls", self.calls)
+        if self.batch_size > self.num:
+            raise ValueError(f"--batch-size must be at most --num, got {self.batch_size} and {self.num}.")
+
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, judges on new noise, writes; returns what it prints, in decibels."""
     restored = restore_run(config.run)
+    make_folder(config.run)  # found before the training: whether solvers can be written there
     experiment, method, sampling = restored.experiment, restored.config.method, restored.config.sampling
     t0, t1 = sampled_times(method)
     key_train, key_judge, key_fit = jax.random.split(jax.random.key(config.seed), 3)
@@ -104,9 +113,14 @@ def run(config: Config) -> dict[str, Any]:
         print(f"{path}: {calls} calls, trained in {seconds:.0f} s; PSNR to the fine solution in dB:")
         print("  " + ", ".join(f"{name} {value:.1f}" for name, value in found.items()), flush=True)
         results[str(calls)] = found | {"seconds": seconds}
-    (config.run / "learned_solver.json").write_text(json.dumps(results, indent=2) + "\n")
+    write_text(config.run / "learned_solver.json", json.dumps(results, indent=2) + "\n")
     return results
 
 
+def main() -> None:
+    """The command line."""
+    command_line.main(run, Config, description=__doc__)
+
+
 if __name__ == "__main__":
-    run(parse(Config, description=__doc__))
+    main()

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab.command_line import parse
+from experiments.lab import command_line
 from experiments.lab.figures import save_trajectory_table
+from experiments.lab.options import SEED, check_options
 from experiments.lab.smoke import smoke
 from experiments.torchcfm_table.methods import (
     APPLY,
@@ -32,11 +33,13 @@ from experiments.torchcfm_table.methods import (
     straight,
 )
 from experiments.torchcfm_table.problems import PROBLEMS, draw, draws, draws_of_pairs, make_splits, source_of
+from fm_jax.checks import check_member
 from fm_jax.fewstep import distillation, make_pairs, reflow
 from fm_jax.metrics import floor, straightness, wasserstein
 from fm_jax.models import init_params
 from fm_jax.parameterization import bind
 from fm_jax.samplers import RungeKutta, sample
+from fm_jax.train.folder import lock_folder, write_text
 from fm_jax.types import Array, Batch, LossFn, Params, VelocityFn
 
 
@@ -58,11 +61,16 @@ class Config:
     floor_repeats: int = 20
     """Pairs of draws of the data that the floor is measured by."""
     smoke: bool = False
-    """Run the whole path once with next to no computation."""
+    """Run the whole path once with next to no computation; sizes and steps are its own."""
 
     def __post_init__(self) -> None:
-        if self.problem not in PROBLEMS:
-            raise ValueError(f"problem must be one of {', '.join(map(repr, PROBLEMS))}, got {self.problem!r}.")
+        check_member("--problem", self.problem, tuple(PROBLEMS))
+        check_options(self, seed=SEED, floor_repeats=2)
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Options of no effect, and why."""
+        for name in ("bridge_sigma", "reuse", "ofm_steps", "ofm_learning_rate", "ofm_reuse"):
+            yield f"recipe.{name}", "reflow has neither couplings nor bridges; experiments.torchcfm_table takes it"
 
 
 def one_step(recipe: Recipe) -> LossFn:
@@ -88,6 +96,11 @@ def measure(params: Params, x0: Array) -> dict[str, Any]:
 def run(config: Config) -> dict[str, Any]:
     """Trains, reflows, distils and judges; returns the numbers it prints."""
     config = smoke(config, recipe=SMOKE_RECIPE, num_test=64, rounds=1, floor_repeats=2)
+    with lock_folder(config.run_dir):
+        return _run(config)
+
+
+def _run(config: Config) -> dict[str, Any]:
     recipe, source = config.recipe, PROBLEMS[config.problem]
     splits = make_splits(config.problem, config.seed, config.num_test)
     key_init, key_fit, key_pairs, key_last, key_floor, key_distil = jax.random.split(jax.random.key(config.seed), 6)
@@ -125,8 +138,7 @@ def run(config: Config) -> dict[str, Any]:
         for name, found in measured.items()
     }
     text = _table(results, f"{config.problem}, {config.num_test:,} points; floor {real}")
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "reflow.md").write_text(text)
+    write_text(config.run_dir / "reflow.md", text)
     ways = {
         name: {config.problem: found["trajectory"][:, :200]} for name, found in measured.items() if name != "distilled"
     }
@@ -150,7 +162,7 @@ def _table(results: dict[str, dict[str, float]], title: str) -> str:
 
 def main() -> None:
     """The command line."""
-    run(parse(Config, Config(), __doc__))
+    command_line.main(run, Config, Config(), __doc__)
 
 
 if __name__ == "__main__":

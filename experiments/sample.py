@@ -9,19 +9,33 @@ weaker network, such as that of a shorter run (autoguidance); with `--also 8` to
 """
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 import tyro
 
-from experiments.lab import figures
-from experiments.lab.command_line import parse
-from experiments.lab.experiment import restore_run
-from experiments.lab.samplers import load_solver
-from experiments.lab.sampling import SOLVER_HELP, Grid, RuleName, Sampling, Weak, generate_many, make_generate, nfe_text
+from experiments.lab import command_line, figures
+from experiments.lab.experiment import read_run, restore_run
+from experiments.lab.options import SEED, check_options
+from experiments.lab.samplers import SAMPLERS, load_solver
+from experiments.lab.sampling import (
+    OF_SOLVER,
+    RANGES,
+    SOLVER_HELP,
+    Grid,
+    RuleName,
+    Sampling,
+    Weak,
+    generate_many,
+    make_generate,
+    nfe_text,
+)
+from fm_jax.checks import check_member
+from fm_jax.train.folder import make_folder, replacing
 
 
 @dataclass(frozen=True)
@@ -66,27 +80,72 @@ class Config:
     seed: int = 0
     """Seed of the noise."""
 
+    def __post_init__(self) -> None:
+        check_options(self, label=0, also=0, avoid=0, seed=SEED, **RANGES)
+        if self.out.suffix not in (".png", ".npz"):
+            raise ValueError(f"--out must end in .png or .npz, got {self.out}.")
+        if self.solver is not None:
+            check_member("--solver", self.solver, tuple(SAMPLERS))
+        if sum(each is not None for each in (self.avoid, self.also, self.weak_run)) > 1:
+            raise ValueError("--also, --avoid and --weak-run are three ways to guide: give one.")
+        if self.also is not None and self.guidance_rule not in (None, "extrapolate"):
+            raise ValueError(f"--also goes with --guidance-rule extrapolate, got {self.guidance_rule}.")
+        if self.learned_solver is not None and self.solver is not None:
+            raise ValueError("--learned-solver takes the place of --solver: give one.")
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Options of no effect on samples of that run, and why."""
+        of_run, experiment = read_run(self.run)
+        sampling = sampling_of(self, of_run)
+        if experiment.num_classes is None and self.weak_run is None:
+            for name in ("guidance", "guidance_interval", "guidance_rule"):
+                yield name, "the run has no classes; with --weak-run it would"
+        if sampling.guidance == 1:
+            for name in ("avoid", "weak_run"):
+                yield name, "--guidance 1 is none; another scale would take it"
+        if self.learned_solver is not None:
+            for name in OF_SOLVER:
+                yield name, "--learned-solver has its own steps"
+        yield from sampling.unused("")
+
 
 SAMPLING_OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling) if field.name in Config.__annotations__)
 
 
+def sampling_of(config: Config, of_run: Any) -> Sampling:
+    """How to draw: as the run, but for what is given."""
+    given = {name: getattr(config, name) for name in SAMPLING_OPTIONS}
+    sampling = dataclasses.replace(of_run.sampling, **{k: v for k, v in given.items() if v is not None})
+    dataclasses.replace(of_run, sampling=sampling)  # which refuses what the run cannot be drawn from by
+    by_null_label = sampling.guidance != 1 and config.avoid is None and config.weak_run is None
+    if by_null_label and getattr(of_run, "label_dropout", None) == 0:
+        raise ValueError(
+            f"--guidance must be 1 for a run with --label-dropout 0, which knows no samples without a label, got "
+            f"{sampling.guidance:g}."
+        )
+    return sampling
+
+
 def run(config: Config) -> None:
     """Restores the run, draws, writes."""
-    _check(config)
     restored = restore_run(config.run)
+    make_folder(config.out.parent)
+    if config.out.is_dir():
+        raise SystemExit(f"--out {config.out} is a folder: give a file.")
     experiment, num_classes = restored.experiment, restored.experiment.num_classes
     labels = _labels(config, num_classes)
     null_label, weak = num_classes, None
     if config.avoid is not None:
         null_label = _label("--avoid", config.avoid, num_classes)
     if config.weak_run is not None:
-        weaker = restore_run(config.weak_run)
+        weaker = restore_run(config.weak_run, "--weak-run")
         if weaker.config.method != restored.config.method:
-            raise SystemExit(f"{config.weak_run} was trained by another method than {config.run}.")
+            raise SystemExit(f"--weak-run {config.weak_run} was trained by another method than {config.run}.")
+        if weaker.experiment.event_shape != experiment.event_shape or weaker.experiment.num_classes != num_classes:
+            raise SystemExit(f"--weak-run {config.weak_run} was trained on other data than {config.run}.")
         weak = Weak(weaker.experiment.apply_fn, weaker.params)
-    given = {name: getattr(config, name) for name in SAMPLING_OPTIONS}
     try:
-        sampling = dataclasses.replace(restored.config.sampling, **{k: v for k, v in given.items() if v is not None})
+        sampling = sampling_of(config, restored.config)
         generate = make_generate(
             sampling,
             restored.config.method,
@@ -105,22 +164,11 @@ def run(config: Config) -> None:
     print(f"{config.out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe_text(nfe)}")
 
 
-def _check(config: Config) -> None:
-    if config.num < 1:
-        raise SystemExit(f"--num must be at least 1, got {config.num}.")
-    if config.out.suffix not in (".png", ".npz"):
-        raise SystemExit(f"--out must end in .png or .npz, got {config.out}.")
-    if sum(each is not None for each in (config.avoid, config.also, config.weak_run)) > 1:
-        raise SystemExit("--also, --avoid and --weak-run are three ways to guide: give one.")
-    if config.also is not None and config.guidance_rule not in (None, "extrapolate"):
-        raise SystemExit(f"--also goes with --guidance-rule extrapolate, got {config.guidance_rule}.")
-    if config.learned_solver is not None and config.solver is not None:
-        raise SystemExit("--learned-solver takes the place of --solver: give one.")
-
-
 def _label(option: str, label: int, num_classes: int | None) -> int:
-    if num_classes is None or not 0 <= label < num_classes:
-        raise SystemExit(f"{option} must be one of the run's {num_classes or 0} classes, got {label}.")
+    if num_classes is None:
+        raise SystemExit(f"{option} needs a run with classes, and this one has none, got {label}.")
+    if not 0 <= label < num_classes:
+        raise SystemExit(f"{option} must be one of the run's {num_classes} classes, from 0, got {label}.")
     return label
 
 
@@ -131,14 +179,19 @@ def _labels(config: Config, num_classes: int | None) -> np.ndarray:
 
 
 def _write(config: Config, samples: np.ndarray, labels: np.ndarray) -> None:
-    config.out.parent.mkdir(parents=True, exist_ok=True)
-    if config.out.suffix == ".npz":
-        np.savez(config.out, samples=samples, labels=labels)
-    elif samples.ndim == 4:
-        figures.save_sheet(config.out, samples)
-    else:
-        figures.save_points(config.out, samples)
+    with replacing(config.out) as unfinished:
+        if config.out.suffix == ".npz":
+            np.savez(unfinished, samples=samples, labels=labels)
+        elif samples.ndim == 4:
+            figures.save_sheet(unfinished, samples)
+        else:
+            figures.save_points(unfinished, samples)
+
+
+def main() -> None:
+    """The command line."""
+    command_line.main(run, Config, description=__doc__)
 
 
 if __name__ == "__main__":
-    run(parse(Config, description=__doc__))
+    main()

@@ -7,8 +7,8 @@ Expect: a Wasserstein distance near its floor, which is the distance of two inde
 both are printed.
 """
 
-import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -16,20 +16,21 @@ from typing import Any, ClassVar, Literal
 import jax
 import numpy as np
 
-from experiments.lab.command_line import parse
+from experiments.lab import command_line
 from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_loss_curve, save_scatter
 from experiments.lab.method import Method, couple_ahead, make_loss
+from experiments.lab.options import check_options
 from experiments.lab.samplers import needs_schedule
 from experiments.lab.sampling import Sampling, frame_times, make_generate, nfe_text
 from experiments.lab.smoke import smoke
 from experiments.lab.toys import Batches, Toy
-from experiments.lab.training import Training, sampling_params, train
+from experiments.lab.training import Training, check_batch, loss_curve, sampling_params, train, write_results
 from fm_jax.data.toy import make_toy
 from fm_jax.metrics import Measured, floor, wasserstein
 from fm_jax.models import MLP, init_params, linen_apply
 from fm_jax.sources import Normal, Sampled
-from fm_jax.train.log import read_metrics
+from fm_jax.train.folder import lock_folder
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,24 @@ class Config:
     floor_repeats: int = 10
     """Pairs of draws of the data that the floor is measured by."""
     smoke: bool = False
-    """Run the whole path once with next to no computation."""
+    """Run the whole path once with next to no computation; sizes and steps are its own."""
+
+    def __post_init__(self) -> None:
+        check_options(self, frames=2, floor_repeats=2)
+        gaussian = needs_schedule(self.sampling.solver) or self.method.prediction != "velocity"
+        if self.source != "normal" and gaussian:
+            raise ValueError(
+                f"--source {self.source} needs --prediction velocity and a solver such as heun: it is not noise."
+            )
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Options of no effect, and why."""
+        yield "training.sample_every", "toy2d draws nothing while it trains; the experiments on images do"
+        yield "sampling.sample_batch", "toy2d draws its --num-samples at once"
+        for name in ("guidance", "guidance_interval", "guidance_rule"):
+            yield f"sampling.{name}", "the points have no classes; the experiments on images are guided"
+        yield from self.method.unused()
+        yield from self.sampling.unused()
 
 
 CONFIG = Config(
@@ -92,7 +110,12 @@ def run(config: Config) -> dict[str, Any]:
         frames=3,
         floor_repeats=2,
     )
-    _check(config)
+    check_batch(config.training)
+    with lock_folder(config.training.run_dir):
+        return _run(config)
+
+
+def _run(config: Config) -> dict[str, Any]:
     experiment, run_dir = build(config), config.training.run_dir
     keys = jax.random.split(jax.random.key(config.training.seed), 8)
     key_train, key_data, key_init, key_x0, key_x1, key_floor, key_sampler, key_pairs = keys
@@ -100,13 +123,16 @@ def run(config: Config) -> dict[str, Any]:
     params = init_params(experiment.model, key_init, (2,))
     data = Batches(key_data, experiment.source, config.data, config.training.batch_size)
     paired = couple_ahead(config.method, data, key_pairs, experiment.source)
-    state = train(config, key_train, params, loss_fn, paired)
-    params = sampling_params(state, config.training)
-
     times = frame_times(config.method, config.frames)
     generate = make_generate(config.sampling, config.method, experiment.apply_fn, null_label=None)
     animate = make_generate(config.sampling, config.method, experiment.apply_fn, null_label=None, frames=times)
     x0 = experiment.draw_x0(key_x0, config.num_samples)
+    # Traced now, so that what cannot be sampled is not found after the training.
+    for each in (generate, animate):
+        jax.eval_shape(each, params, key_sampler, x0, None)
+    state = train(config, key_train, params, loss_fn, paired)
+    params = sampling_params(state, config.training)
+
     generate(params, key_sampler, x0, None).x.block_until_ready()  # compiles
     start = time.perf_counter()
     solution = jax.block_until_ready(generate(params, key_sampler, x0, None))
@@ -124,9 +150,8 @@ def run(config: Config) -> dict[str, Any]:
     }
     trajectory = np.asarray(animate(params, key_sampler, x0, None).trajectory)
     save_scatter(run_dir / "samples.png", np.asarray(x0), np.asarray(solution.x), trajectory, np.asarray(x1))
-    rows = read_metrics(run_dir)
-    save_loss_curve(run_dir / "loss.png", [row["step"] for row in rows], [row["loss"] for row in rows])
-    (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    save_loss_curve(run_dir / "loss.png", *loss_curve(run_dir))
+    write_results(run_dir, results)
     print(f"\n{run_dir}: samples.png, loss.png, metrics.jsonl, config.json, results.json, checkpoints/")
     print(
         f"2-Wasserstein distance to {config.data}: {distance}; the floor is that of two draws of the data themselves. "
@@ -135,17 +160,9 @@ def run(config: Config) -> dict[str, Any]:
     return results
 
 
-def _check(config: Config) -> None:
-    gaussian = needs_schedule(config.sampling.solver) or config.method.prediction != "velocity"
-    if config.source != "normal" and gaussian:
-        raise SystemExit(
-            f"--source {config.source} needs --prediction velocity and a solver such as heun: it is not noise."
-        )
-
-
 def main() -> None:
     """The command line."""
-    run(parse(Config, CONFIG, __doc__))
+    command_line.main(run, Config, CONFIG, __doc__)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import os
-import tempfile
 from pathlib import Path
 
 # Before jax is imported anywhere.
@@ -12,7 +11,11 @@ QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # a flag that jaxlib does not know ends the process
     QUICK += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 {QUICK}"
-CACHE = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "fm_jax_test_cache"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # The user's own, and nobody else's: what lies in there is executed.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fm_jax" / "tests"
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402

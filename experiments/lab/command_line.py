@@ -1,11 +1,89 @@
-"""Command lines made from frozen dataclasses."""
+"""Command lines made from frozen dataclasses, and mistakes on them told in one sentence."""
 
+import contextlib
+import errno
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from experiments.lab.options import refuse_unused
+from fm_jax.train.checkpoint import CheckpointError
+from fm_jax.train.folder import FolderInUseError
+from fm_jax.train.loop import NonFiniteLossError
+
+TRACEBACK = "FM_JAX_TRACEBACK"
+"""The environment variable that shows where a mistake was found."""
+
+
+def main(run: Callable[[Any], object], kind: type, default: Any = None, description: str | None = None) -> None:
+    """A command line: reads the configuration, refuses what would have no effect, runs.
+
+    Args:
+        run: called with the configuration.
+        kind: as in `parse`, like the next two.
+        default: values of the fields that are not given.
+        description: shown by `--help`.
+
+    Raises:
+        SystemExit: with one sentence for whatever a user can mend.
+    """
+    with told_in_a_sentence():
+        config = parse(kind, default, description)
+        refuse_unused(config, default)
+        run(config)
+
+
+@contextlib.contextmanager
+def told_in_a_sentence() -> Iterator[None]:
+    """Ends the process with a message in place of a traceback, which `FM_JAX_TRACEBACK=1` shows.
+
+    Errors that only a mistake in the code can cause, such as `TypeError`, pass.
+    """
+    hook = sys.unraisablehook
+    sys.unraisablehook = _unraisablehook
+    try:
+        yield
+    except KeyboardInterrupt:
+        if os.environ.get(TRACEBACK):
+            raise
+        raise SystemExit(130) from None
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get(TRACEBACK) or isinstance(error, NotImplementedError | RecursionError):
+            raise
+        raise SystemExit(_sentence(error)) from None
+    finally:
+        sys.unraisablehook = hook
+
+
+def _unraisablehook(found: Any) -> None:
+    # The threads of the checkpoints' storage that are left after a save has failed, which is told anyway.
+    if str(found.exc_value) != "Event loop is closed" or os.environ.get(TRACEBACK):
+        sys.__unraisablehook__(found)
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f" ({error.filename})"
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = " Make room; the same command continues from the last checkpoint." if full else ""
+        return f"{error.strerror}{where}.{advice}"
+    told = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, CheckpointError | FolderInUseError | NonFiniteLossError | OSError) or _is_ours(error):
+        return told
+    return f"{type(error).__name__}: {told[:500]} ({TRACEBACK}=1 shows where.)"
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the library or an experiment has refused, in its own words."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    name = "" if at is None else at.tb_frame.f_globals.get("__name__", "")
+    return name == "__main__" or name.partition(".")[0] in ("fm_jax", "experiments")
 
 
 def parse(kind: type, default: Any = None, description: str | None = None) -> Any:
@@ -18,6 +96,7 @@ def parse(kind: type, default: Any = None, description: str | None = None) -> An
 
     Raises:
         ImportError: if tyro is not installed.
+        SystemExit: for a mistake, which a configuration that refuses its values is too, and after `--help`.
     """
     try:
         import tyro
@@ -32,5 +111,5 @@ def parse(kind: type, default: Any = None, description: str | None = None) -> An
     # One flat list of options: --batch-size rather than --training.batch-size.
     try:
         return tyro.cli(kind, description=description, config=(tyro.conf.OmitArgPrefixes,), **options)
-    except ValueError as error:  # a configuration that refuses its values
+    except ValueError as error:  # a configuration that refuses its values, where tyro does not say so itself
         raise SystemExit(str(error)) from error

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from experiments.lab.training import from_json, restore, sampling_params
+from experiments.lab.training import CONFIG, from_json, restore, sampling_params
 from fm_jax.conditions import DropCondition
 from fm_jax.models import init_params
 from fm_jax.types import ApplyFn, Array, Key, Params, Source
@@ -45,19 +45,32 @@ class Restored(NamedTuple):
     params: Params
 
 
-def restore_run(run_dir: Path) -> Restored:
-    """The configuration, network and parameters of a run; `SystemExit` says what is wrong with the folder."""
-    path = run_dir / "config.json"
-    if not path.exists():
-        raise SystemExit(f"{run_dir} is not the folder of a run: it has no config.json.")
-    record = json.loads(path.read_text())
-    if record.get("experiment") not in MODULES:
+def read_run(run_dir: Path, option: str = "--run") -> tuple[Any, Experiment]:
+    """The configuration and the network of a run; `SystemExit` says what is wrong with the folder."""
+    path = run_dir / CONFIG
+    if not path.is_file():
+        wrong = f"it has no {CONFIG}" if run_dir.is_dir() else "there is no such folder"
+        raise SystemExit(f"{option} {run_dir} is not the folder of a run: {wrong}.")
+    again = "The command that trained the run writes it anew."
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise SystemExit(f"{path} is damaged, it is not JSON ({error}). {again}") from error
+    if not isinstance(record, dict) or record.get("experiment") not in MODULES:
         raise SystemExit(f"{path} was not written by one of the experiments {', '.join(MODULES)}.")
     module = importlib.import_module(MODULES[record.pop("experiment")])
-    # The folder may have been moved since it was written.
-    config = from_json(module.Config, record)
+    try:
+        # The folder may have been moved since it was written.
+        config = from_json(module.Config, record)
+    except ValueError as error:
+        raise SystemExit(f"{path} cannot be used: {error} {again}") from error
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, run_dir=run_dir))
-    experiment = module.build(config)
+    return config, module.build(config)
+
+
+def restore_run(run_dir: Path, option: str = "--run") -> Restored:
+    """The configuration, network and parameters of a run; `SystemExit` says what is wrong with the folder."""
+    config, experiment = read_run(run_dir, option)
     shapes = jax.eval_shape(lambda key: init_params(experiment.model, key, experiment.event_shape), jax.random.key(0))
     state = restore(config, shapes)
     return Restored(config, experiment, int(state.step), sampling_params(state, config.training))

@@ -1,9 +1,8 @@
 """Class-conditional flow matching on images: what the experiments on digits, MNIST and the like share."""
 
 import dataclasses
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,16 +10,28 @@ from typing import Any, ClassVar, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab.command_line import parse
+from experiments.lab import command_line
 from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_animation, save_grid, save_loss_curve
 from experiments.lab.judge import fit_classifier
 from experiments.lab.method import Method, couple_ahead, make_loss
+from experiments.lab.options import check_options
 from experiments.lab.sampling import Sampling, frame_times, generate_many, make_generate, nfe_text
 from experiments.lab.smoke import smoke
-from experiments.lab.training import Training, is_config_of_run, sampling_params, train
+from experiments.lab.training import (
+    Training,
+    check_batch,
+    is_config_of_run,
+    loss_curve,
+    read_results,
+    sampling_params,
+    train,
+    write_results,
+)
+from fm_jax.checks import imported
 from fm_jax.conditions import DropCondition
 from fm_jax.data.digits import load_digits
 from fm_jax.data.images import ImageDataset, load_images, to_float
@@ -28,6 +39,7 @@ from fm_jax.data.pipeline import batches
 from fm_jax.models import Compute, LabelEmbedding, init_params, linen_apply, make_dit, make_unet, num_params
 from fm_jax.sources import Normal
 from fm_jax.train import TrainState
+from fm_jax.train.folder import lock_folder
 from fm_jax.train.log import read_metrics
 
 NUM_CLASSES = 10
@@ -98,13 +110,27 @@ class Config:
     frames: int = 31
     """Pictures of the animation."""
     smoke: bool = False
-    """Run the whole path once with next to no computation."""
+    """Run the whole path once with next to no computation; sizes and steps are its own."""
+
+    def __post_init__(self) -> None:
+        check_options(self, dropout="[0, 1)", label_dropout="[0, 1)", frames=2)
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Options of no effect, and why."""
+        yield from self.method.unused()
+        yield from self.sampling.unused()
+        if self.dataset == "digits":
+            yield "data_dir", "the digits come inside scikit-learn; the other data sets are read from there"
 
 
 def build(config: Config) -> Experiment:
     """The network and the shape of its images, without reading any data."""
     event_shape = {"digits": (8, 8, 1), "cifar10": (32, 32, 3)}.get(config.dataset, (28, 28, 1))
     model = NETWORKS[config.model](dropout=config.dropout, compute=Compute(config.dtype, config.remat))
+    try:
+        jax.eval_shape(lambda key: init_params(model, key, event_shape), jax.random.key(0))
+    except ValueError as error:
+        raise ValueError(f"--model {config.model} does not fit the images of {config.dataset}: {error}") from error
     drop = DropCondition(config.label_dropout, null_cond=NUM_CLASSES)
     return Experiment(model, linen_apply(model), Normal(), event_shape, NUM_CLASSES, drop)
 
@@ -125,6 +151,11 @@ def in_unit_range(images: np.ndarray) -> np.ndarray:
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
+    if config.label_dropout == 0 and config.sampling.guidance != 1:
+        raise ValueError(
+            f"--label-dropout must be above 0 for --guidance {config.sampling.guidance:g}, which leads away from what "
+            "the network makes without a label; --guidance 1 goes without."
+        )
     config = smoke(
         config,
         model="smoke_dit" if config.model.startswith("dit") else "smoke_unet",
@@ -133,21 +164,22 @@ def run(config: Config) -> dict[str, Any]:
         num_samples=20,
         frames=3,
     )
-    if config.training.batch_size % jax.local_device_count():
-        raise SystemExit(
-            f"--batch-size {config.training.batch_size} must be a multiple of the {jax.local_device_count()} devices."
-        )
+    check_batch(config.training)
+    with lock_folder(config.training.run_dir):
+        return _run(config)
+
+
+def _run(config: Config) -> dict[str, Any]:
     experiment, run_dir = build(config), config.training.run_dir
-    results_path = run_dir / "results.json"
-    if results_path.exists() and is_config_of_run(config):
-        results = json.loads(results_path.read_text())
+    found = read_results(run_dir) if is_config_of_run(config) else None
+    if found is not None and (text := _report(config, found)):
         print(
             f"{run_dir} is finished: these are its results. Remove the folder, or give another --run-dir, to run anew."
         )
-        _report(config, results)
-        return results
-    results_path.unlink(missing_ok=True)
+        print(text)
+        return found
     dataset = load(config, "train")
+    _check_data(config, dataset)
     keys = jax.random.split(jax.random.key(config.training.seed), 5)
     key_train, key_init, key_draw, key_judge, key_pairs = keys
     params = init_params(experiment.model, key_init, experiment.event_shape)
@@ -165,6 +197,10 @@ def run(config: Config) -> dict[str, Any]:
     data = couple_ahead(config.method, data, key_pairs, experiment.source)
     loss_fn = make_loss(config.method, experiment)
     generate = _generator(config, experiment)
+    # Traced now, so that what cannot be sampled is not found after the training.
+    num = config.sampling.sample_batch
+    x0, labels = jax.eval_shape(lambda: experiment.draw_x0(key_draw, num)), jax.ShapeDtypeStruct((num,), jnp.int32)
+    jax.eval_shape(generate, params, key_draw, x0, labels)
 
     def draw(step: int, state: TrainState) -> None:
         labels = np.arange(config.sampling.sample_batch) % NUM_CLASSES
@@ -174,13 +210,28 @@ def run(config: Config) -> dict[str, Any]:
 
     state = train(config, key_train, params, loss_fn, data, draw)
     results = judge(config, experiment, sampling_params(state, config.training), key_judge, dataset, generate)
-    rows = read_metrics(run_dir)
-    rates = [row["images_per_second"] for row in rows if "images_per_second" in row]
+    rates = [row["images_per_second"] for row in read_metrics(run_dir) if "images_per_second" in row]
     results["training_images_per_second"] = float(np.median(rates)) if rates else None
-    save_loss_curve(run_dir / "loss.png", [row["step"] for row in rows], [row["loss"] for row in rows])
-    results_path.write_text(json.dumps(results, indent=2) + "\n")
-    _report(config, results)
+    save_loss_curve(run_dir / "loss.png", *loss_curve(run_dir))
+    write_results(run_dir, results)
+    print(_report(config, results))
     return results
+
+
+def _check_data(config: Config, dataset: ImageDataset) -> None:
+    num = len(dataset.images)
+    if config.training.batch_size > num:
+        raise ValueError(
+            f"--batch-size must be at most {num}, the images to train on, got {config.training.batch_size}."
+        )
+    if _has_judge(config):
+        imported("sklearn.svm", "the classifier that judges the samples", "'fm_jax[experiments]'")
+    if _has_judge(config) and len(np.unique(dataset.labels)) < 2:
+        raise ValueError(f"--num-images must reach images of two classes or more, got {config.num_images}.")
+
+
+def _has_judge(config: Config) -> bool:
+    return config.dataset != "cifar10"  # pixels alone do not tell objects apart
 
 
 def _generator(config: Config, experiment: Experiment, **options):
@@ -192,7 +243,7 @@ def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDat
     run_dir, sampling = config.training.run_dir, config.sampling
     size = sampling.sample_batch
     classify, results = None, dict[str, Any]()
-    if config.dataset != "cifar10":  # pixels alone do not tell objects apart
+    if _has_judge(config):
         test = load(config, "test")
         classify = fit_classifier(in_unit_range(dataset.images), dataset.labels)
         results["classifier_accuracy_on_real"] = _share(classify(in_unit_range(test.images)), test.labels)
@@ -227,23 +278,30 @@ def _save_grid(path: Path, images: np.ndarray, labels: np.ndarray, dataset: Imag
     )
 
 
-def _report(config: Config, results: dict[str, Any]) -> None:
-    run_dir, guided, unguided = config.training.run_dir, results["guided"], results["unguided"]
-    print(f"\n{run_dir}: samples.png, animation.gif, loss.png, metrics.jsonl, config.json, results.json, checkpoints/")
-    if "agreement" in guided:
-        print(
-            f"classifier agrees with the label: {guided['agreement']:.1%} of {config.num_samples:,} samples at "
-            f"guidance {config.sampling.guidance:g}, {unguided['agreement']:.1%} without "
-            f"(on real held-out images it is right on {results['classifier_accuracy_on_real']:.1%})"
+def _report(config: Config, results: dict[str, Any]) -> str | None:
+    """The results in words; `None` for what are not the results of this experiment."""
+    run_dir = config.training.run_dir
+    names = "samples.png, animation.gif, loss.png, metrics.jsonl, config.json, results.json, checkpoints/"
+    lines = [f"\n{run_dir}: {names}"]
+    try:
+        guided, unguided, rate = results["guided"], results["unguided"], results["training_images_per_second"]
+        if _has_judge(config):
+            lines.append(
+                f"classifier agrees with the label: {guided['agreement']:.1%} of {config.num_samples:,} samples at "
+                f"guidance {config.sampling.guidance:g}, {unguided['agreement']:.1%} without "
+                f"(on real held-out images it is right on {results['classifier_accuracy_on_real']:.1%})"
+            )
+        lines.append(
+            f"time per image sampled: {1000 * guided['seconds_per_image']:.2f} ms guided "
+            f"(NFE {nfe_text(guided['nfe'])}), {1000 * unguided['seconds_per_image']:.2f} ms unguided "
+            f"(NFE {nfe_text(unguided['nfe'])})"
         )
-    print(
-        f"time per image sampled: {1000 * guided['seconds_per_image']:.2f} ms guided (NFE {nfe_text(guided['nfe'])}), "
-        f"{1000 * unguided['seconds_per_image']:.2f} ms unguided (NFE {nfe_text(unguided['nfe'])})"
-    )
-    rate = results["training_images_per_second"]
-    print(f"training: {f'{rate:,.0f} images/s' if rate else 'already done'}")
+        lines.append(f"training: {f'{rate:,.0f} images/s' if rate else 'already done'}")
+    except (KeyError, TypeError, ValueError):
+        return None
+    return "\n".join(lines)
 
 
 def main(default: Config, description: str | None) -> None:
     """The command line of an experiment: every field of the configuration is an option."""
-    run(parse(Config, default, description))
+    command_line.main(run, Config, default, description)

@@ -1,9 +1,11 @@
 """The method of an experiment: path, coupling, prediction, times and weight, each one option."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from experiments.lab.experiment import Experiment
+from experiments.lab.options import check_options
 from fm_jax import couplings, losses, schedules, times
 from fm_jax.data.coupled import CoupledBatches
 from fm_jax.losses import flow_matching
@@ -60,13 +62,22 @@ class Method:
     weight: Literal["none", "snr", "min_snr", "edm"] = "none"
     """Weight of the loss over time; "none" counts every error of the prediction alike."""
 
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def unused(self, prefix: str = "method.") -> Iterator[tuple[str, str]]:
+        """Options of no effect, and why."""
+        if self.coupling == "independent":
+            for name in ("coupled_batches", "reuse_pairs"):
+                yield prefix + name, "--coupling independent couples nothing; --coupling minibatch_ot, say, does"
+
     @property
     def schedule(self) -> Schedule:
         return SCHEDULES[self.path]
 
     @property
     def time_sampler(self) -> TimeSampler:
-        low, high = AffinePath(self.schedule).target_domain(self.prediction)
+        low, high = AffinePath(self.schedule).target_domain(self.prediction, weight=WEIGHTS[self.weight])
         match self.times:
             case "uniform":
                 return times.Uniform(low, high)

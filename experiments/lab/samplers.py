@@ -1,6 +1,7 @@
 """Samplers by name, for the command lines, and the files of learned solvers."""
 
 import dataclasses
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from fm_jax.samplers import (
     UniPC,
 )
 from fm_jax.schedules import Linear
+from fm_jax.train.folder import replacing
 from fm_jax.types import Sampler, Schedule
 
 OfSchedule = Callable[[Schedule], Sampler]
@@ -68,14 +70,28 @@ def make_sampler(name: str, schedule: Schedule, *, tolerance: float | None = Non
     Raises:
         ValueError: for an unknown name, and as the sampler.
     """
-    check_member("solver", name, tuple(SAMPLERS))
+    check_member("--solver", name, tuple(SAMPLERS))
     entry = SAMPLERS[name]
     sampler = entry(schedule) if callable(entry) else entry
-    own = {field.name for field in dataclasses.fields(sampler)} - set(getattr(entry, "keywords", ()))  # type: ignore
+    own = options_of(name)
     given = {option: value for option, value in options.items() if option in own and value is not None}
-    if sampler.nfe_per_step is None and tolerance is not None:
+    if "tolerance" in own and tolerance is not None:
         given |= {"rtol": tolerance, "atol": tolerance}
     return dataclasses.replace(sampler, **given)  # type: ignore[type-var]
+
+
+def options_of(name: str) -> set[str]:
+    """The options that the sampler of that name takes, `steps` and `grid` or `tolerance` among them."""
+    entry = SAMPLERS[name]
+    sampler = entry(Linear()) if callable(entry) else entry
+    own = {field.name for field in dataclasses.fields(sampler)} - set(getattr(entry, "keywords", ()))  # type: ignore
+    return own | ({"tolerance"} if sampler.nfe_per_step is None else {"steps", "grid"})
+
+
+def takers_of(option: str) -> str:
+    """Which samplers take an option, in words: up to three of them."""
+    names = [name for name in SAMPLERS if option in options_of(name)]
+    return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
 
 
 def table() -> str:
@@ -95,12 +111,18 @@ def save_solver(path: Path, solver: LearnedSolver) -> None:
     arrays: dict[str, Any] = {
         field.name: np.asarray(getattr(solver, field.name)) for field in dataclasses.fields(solver)
     }
-    np.savez(path, **arrays)
+    with replacing(path) as unfinished:
+        np.savez(unfinished, **arrays)
 
 
 def load_solver(path: Path) -> LearnedSolver:
     """A learned solver from the file that `experiments.learned_solver` wrote."""
     if not path.exists():
         raise SystemExit(f"{path} does not exist: python -m experiments.learned_solver writes such a file.")
-    with np.load(path) as arrays:
-        return LearnedSolver(**{name: jnp.asarray(values) for name, values in arrays.items()})
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return LearnedSolver(**{name: jnp.asarray(values) for name, values in arrays.items()})
+    except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise SystemExit(
+            f"{path} is not a learned solver, or damaged: python -m experiments.learned_solver writes such a file."
+        ) from error

@@ -1,6 +1,6 @@
 """Sampling of any experiment: one function from parameters and noise to samples, by the name of a sampler."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple
 
@@ -11,7 +11,8 @@ import tyro
 
 from experiments.lab.experiment import Experiment
 from experiments.lab.method import Method
-from experiments.lab.samplers import SAMPLERS, make_sampler, table
+from experiments.lab.options import Range, check_options
+from experiments.lab.samplers import SAMPLERS, make_sampler, options_of, table, takers_of
 from fm_jax.checks import check_member
 from fm_jax.guidance import (
     Extrapolate,
@@ -32,6 +33,16 @@ Generate = Callable[[Params, Key, Array, Cond], Solution]
 SOLVER_HELP = tyro.conf.arg(metavar="NAME", help="Sampler, one of\n\n" + table())
 Grid = Literal["uniform", "cosine", "edm", "log_snr", "training_times"]
 RuleName = Literal["extrapolate", "rescale", "zero_star", "projected"]
+OF_SOLVER = ("steps", "grid", "tolerance", "diffusion", "eta", "churn")
+"""The options of `Sampling` that some samplers take."""
+RANGES: dict[str, Range] = {
+    "tolerance": "(0, inf)",
+    "diffusion": "[0, inf)",
+    "eta": "[0, 1]",
+    "churn": "[0, inf)",
+    "guidance_interval": "[0, 1]",
+}
+"""Of the options of `Sampling` that are real numbers; a scale of guidance may be any."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,20 @@ class Sampling:
     """Samples drawn at once."""
 
     def __post_init__(self) -> None:
-        check_member("solver", self.solver, tuple(SAMPLERS))
+        check_member("--solver", self.solver, tuple(SAMPLERS))
+        check_options(self, **RANGES)
+
+    def unused(self, prefix: str = "sampling.") -> Iterator[tuple[str, str]]:
+        """Options of no effect, and why."""
+        taken = options_of(self.solver)
+        for name in OF_SOLVER:
+            if name not in taken:
+                kind = "adaptive" if "tolerance" in taken else "fixed"
+                has = f"has {kind} steps" if name in ("steps", "grid", "tolerance") else "does not take it"
+                yield prefix + name, f"--solver {self.solver} {has}; {takers_of(name)} would take it"
+        if self.guidance == 1:
+            for name in ("guidance_interval", "guidance_rule"):
+                yield prefix + name, "--guidance 1 is none; another scale would take it"
 
 
 class Weak(NamedTuple):

@@ -1,13 +1,18 @@
 """A smoke run: the whole path of an experiment once, with next to no computation."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from fm_jax.train.folder import LOCK, lock_folder
+
 TRAINING = {"total_steps": 4, "warmup_steps": 0, "log_every": 2, "save_every": 2, "sample_every": 4}
+MARK = ".smoke"
+"""The file that says that a folder was made by a smoke run, and may go."""
 
 
 def smoke(config: Any, **smaller: Any) -> Any:
@@ -19,13 +24,17 @@ def smoke(config: Any, **smaller: Any) -> Any:
     Args:
         config: dataclass with `smoke`, and with either `training: Training` or `run_dir: Path`.
         smaller: what makes the experiment small: new values of fields, and for a dataclass among them a dict.
+
+    Raises:
+        ValueError: if there is something else where the folder of its results is to be.
     """
     if not config.smoke:
         return config
     jax.config.update("jax_disable_most_optimizations", True)
     if hasattr(config, "training"):
         folder = {"run_dir": _afresh(config.training.run_dir)}
-        smaller["training"] = TRAINING | {"batch_size": 8 * jax.local_device_count()} | folder
+        batch_size = 8 * jax.local_device_count() * config.training.accumulate
+        smaller["training"] = TRAINING | {"batch_size": batch_size} | folder
     else:
         smaller["run_dir"] = _afresh(config.run_dir)
     return _replace(config, smaller)
@@ -37,6 +46,26 @@ def _replace(config: Any, values: dict[str, Any]) -> Any:
 
 
 def _afresh(run_dir: Path) -> Path:
+    run_dir = run_dir if run_dir.name not in ("", "..") else run_dir.resolve()
     folder = run_dir.with_name(run_dir.name + "-smoke")
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise ValueError(f"{folder}, where --smoke would put its results, is not a folder: give another --run-dir.")
+    with lock_folder(folder):
+        if not _is_ours(folder):
+            raise ValueError(
+                f"{folder}, where --smoke would put its results and remove what is there, was not made by a smoke run: "
+                "move it away, or give another --run-dir."
+            )
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARK).touch()
     return folder
+
+
+def _is_ours(folder: Path) -> bool:
+    if (folder / MARK).exists() or not {path.name for path in folder.iterdir()} - {LOCK}:
+        return True
+    try:
+        return json.loads((folder / "config.json").read_bytes())["smoke"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -1,5 +1,6 @@
 """Training of any experiment: run folder, devices, checkpoints, loop."""
 
+import contextlib
 import dataclasses
 import json
 import typing
@@ -10,13 +11,17 @@ from typing import Any, Literal
 
 import jax
 
+from experiments.lab.options import SEED, check_multiple, check_options
+from fm_jax.checks import shown
 from fm_jax.train import TrainState, create_state, make_optimizer, make_step
 from fm_jax.train.checkpoint import Checkpointer
-from fm_jax.train.log import MetricsWriter
+from fm_jax.train.folder import write_text
+from fm_jax.train.log import MetricsWriter, read_metrics
 from fm_jax.train.loop import DataIterator, fit
 from fm_jax.train.parallel import pmap_step, split_batch
 from fm_jax.types import Key, LossFn, Params
 
+CONFIG, RESULTS = "config.json", "results.json"
 _MAY_CHANGE: tuple[str, ...] = ("data_dir", "sampling", "num_samples", "frames", "floor_repeats")
 _MAY_CHANGE += tuple(f"training.{name}" for name in ("run_dir", "log_every", "save_every", "sample_every", "keep"))
 
@@ -56,6 +61,32 @@ class Training:
     sample_every: int = 500
     """Steps between two pictures of samples drawn during training."""
 
+    def __post_init__(self) -> None:
+        check_options(
+            self,
+            learning_rate="(0, inf)",
+            warmup_steps=0,
+            clip_norm="(0, inf)",
+            weight_decay="[0, inf)",
+            ema_decays="(0, 1)",
+            seed=SEED,
+        )
+        if self.warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"--warmup-steps must be less than --total-steps, got {self.warmup_steps} and {self.total_steps}."
+            )
+
+
+def check_batch(training: Training) -> None:
+    """Refuses a batch that the devices of this process, or the micro-batches of each, do not share evenly."""
+    devices = jax.local_device_count()
+    check_multiple("--batch-size", training.batch_size, devices, "the devices of this process")
+    share = training.batch_size // devices
+    if share % training.accumulate:
+        raise ValueError(
+            f"--accumulate must divide the {share} examples that a step has for each device, got {training.accumulate}."
+        )
+
 
 def train(
     config: Any,
@@ -81,15 +112,17 @@ def train(
     training = config.training
     optimizer = _optimizer(training)
     state = create_state(params, optimizer, training.ema_decays)
-    checkpointer = _checkpointer(config)
-    if (restored := checkpointer.restore(state)) is not None:
-        state, key, position = restored
-        data.set_state(position)
-        print(f"Continuing {training.run_dir} from step {int(state.step):,}.")
-    write_config(config)
-    devices = jax.local_devices()
-    writer = MetricsWriter(training.run_dir, start_step=int(state.step))
-    try:
+    with contextlib.ExitStack() as stack:
+        checkpointer = stack.enter_context(contextlib.closing(_checkpointer(config)))
+        if (restored := checkpointer.restore(state)) is not None:
+            state, key, position = restored
+            data.set_state(position)
+            print(f"Continuing {training.run_dir} from step {int(state.step):,}.")
+        # Accepted: from here on the results are those of another configuration.
+        (training.run_dir / RESULTS).unlink(missing_ok=True)
+        write_config(config)
+        devices = jax.local_devices()
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(training.run_dir, start_step=int(state.step))))
         return fit(
             pmap_step(make_step(loss_fn, optimizer, accumulate=training.accumulate), devices),
             state,
@@ -103,9 +136,6 @@ def train(
             log_every=training.log_every,
             callbacks=[] if draw is None else [(training.sample_every, draw)],
         )
-    finally:
-        writer.close()
-        checkpointer.close()
 
 
 def restore(config: Any, params: Params) -> TrainState:
@@ -160,13 +190,33 @@ def config_to_json(config: Any) -> dict[str, Any]:
 
 def write_config(config: Any) -> None:
     """Writes `config.json`, with the module that can read it back."""
-    (config.training.run_dir / "config.json").write_text(_config_text(config))
+    write_text(config.training.run_dir / CONFIG, _config_text(config))
 
 
 def is_config_of_run(config: Any) -> bool:
     """Whether the run folder was last used with this very configuration."""
-    path = config.training.run_dir / "config.json"
-    return path.exists() and path.read_text() == _config_text(config)
+    path = config.training.run_dir / CONFIG
+    return path.is_file() and path.read_bytes() == _config_text(config).encode()
+
+
+def write_results(run_dir: Path, results: dict[str, Any]) -> None:
+    """Writes `results.json`."""
+    write_text(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
+
+
+def read_results(run_dir: Path) -> dict[str, Any] | None:
+    """What `results.json` holds; `None` if it is not there, or not whole."""
+    try:
+        results = json.loads((run_dir / RESULTS).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return results if isinstance(results, dict) else None
+
+
+def loss_curve(run_dir: Path) -> tuple[list[int], list[float]]:
+    """The steps and the losses of `metrics.jsonl`."""
+    rows = [row for row in read_metrics(run_dir) if "loss" in row]
+    return [row["step"] for row in rows], [row["loss"] for row in rows]
 
 
 def _config_text(config: Any) -> str:
@@ -174,8 +224,17 @@ def _config_text(config: Any) -> str:
 
 
 def from_json(kind: type, record: dict[str, Any]) -> Any:
-    """The dataclass `kind` from what `config_to_json` made of it. Raises `ValueError` for a field it has not."""
+    """The dataclass `kind` from what `config_to_json` made of it.
+
+    Raises:
+        ValueError: for a field that it has not, one that is missing, and a value that it refuses.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"config.json has {shown(record)} for {kind.__name__}: it is damaged.")
     hints = typing.get_type_hints(kind)
+    needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
+    if missing := sorted(needed - record.keys()):
+        raise ValueError(f"config.json lacks {missing}, which {kind.__name__} needs: it is damaged.")
     if unknown := sorted(record.keys() - hints.keys()):
         raise ValueError(f"config.json has {unknown}, which {kind.__name__} has not: was it another version?")
     return kind(**{name: _from_json(hints[name], value) for name, value in record.items()})
@@ -187,4 +246,4 @@ def _from_json(hint: Any, value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
     options: Sequence[Any] = typing.get_args(hint) or (hint,)
-    return Path(value) if Path in options and value is not None else value
+    return Path(value) if Path in options and isinstance(value, str) else value

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.lab.options import check_multiple, check_options, option
 from experiments.torchcfm_table.problems import Splits, draws, draws_of_pairs, source_of
 from fm_jax.couplings import ExactOT, paired, schrodinger_bridge_ot
 from fm_jax.data.coupled import CoupledBatches
@@ -65,6 +66,19 @@ class Recipe:
     """Times that OFM trains on each pair."""
     reflow_pairs: int = 20_000
     """Pairs that a flow generates for the one that is fitted to them, by 20 steps of rk4."""
+
+    def __post_init__(self) -> None:
+        check_options(
+            self,
+            learning_rate="(0, inf)",
+            weight_decay="[0, inf)",
+            ema_decay="(0, 1)",
+            sigma="(0, 1)",
+            bridge_sigma="(0, inf)",
+            ofm_learning_rate="(0, inf)",
+        )
+        for name in ("steps", "ofm_steps"):
+            check_multiple(option(name), getattr(self, name), CHUNK, "which are dispatched at once")
 
 
 class Generated(NamedTuple):

@@ -7,6 +7,7 @@ Expect: for each training a file with the weights of TorchCFM's own 3 x 64 netwo
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -71,7 +72,10 @@ def train(job: dict) -> None:
         for i, layer in enumerate(each for each in network.net if isinstance(each, torch.nn.Linear))
         for name, value in (("kernel", layer.weight), ("bias", layer.bias))
     }
-    np.savez(job["out"], seconds=seconds, **layers)
+    out = Path(job["out"])
+    unfinished = out.with_name(f".{os.getpid()}-{out.name}")
+    np.savez(unfinished, seconds=seconds, **layers)
+    os.replace(unfinished, out)  # so that what is there is whole
 
 
 def main() -> None:

@@ -11,8 +11,11 @@ with its floor, the normalised path energy, network evaluations and training tim
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,12 +27,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.lab import command_line
 from experiments.lab.figures import save_trajectory_table
+from experiments.lab.options import SEED, check_options, check_some, option
 from experiments.lab.smoke import smoke
 from experiments.torchcfm_table import peer
 from experiments.torchcfm_table.methods import METHODS, SMOKE_RECIPE, Recipe, Trained, by_flow, by_score_and_flow, train
 from experiments.torchcfm_table.problems import PROBLEMS, Splits, draw, make_splits
+from fm_jax.checks import check_member
 from fm_jax.metrics import floor, normalised_path_energy_floor, wasserstein
+from fm_jax.train.folder import lock_folder, make_folder, replacing, write_text
 
 COLUMNS = {
     "w2": "2-Wasserstein distance from {num} samples to as many test points",
@@ -62,10 +69,37 @@ class Config:
     floor_repeats: int = 20
     """Pairs of draws of the data that the floor is measured by."""
     smoke: bool = False
-    """Run the whole path once with next to no computation."""
+    """Run the whole path once with next to no computation; sizes and steps are its own."""
 
+    def __post_init__(self) -> None:
+        check_options(self, seeds=SEED, floor_repeats=2)
+        check_some("--seeds", self.seeds)
+        for name, allowed in (("problems", tuple(PROBLEMS)), ("methods", METHODS)):
+            check_some(option(name), values := getattr(self, name))
+            for each in values:
+                check_member(f"each of {option(name)}", each, allowed)
+        if not any(cells(self, self.methods)):
+            raise ValueError("--methods FM starts from noise and nothing else: --problems must have one that does.")
+        if self.peer_python is not None and shutil.which(self.peer_python) is None:
+            raise ValueError(f"--peer-python must be an interpreter that has torchcfm, got {self.peer_python}.")
 
-CONFIG = Config()
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Options of no effect, and why."""
+        ofm, bridges = {"OFM"}, {"SB-CFM", "SB-CFM, entropic", "[SF]2M"}
+        takers = {
+            "steps": set(METHODS) - ofm,
+            "learning_rate": set(METHODS) - ofm,
+            "sigma": set(METHODS) - ofm - bridges,
+            "bridge_sigma": bridges,
+            "reuse": bridges | {"OT-CFM"},
+            "reflow_pairs": {"2-RF"},
+            **dict.fromkeys(("ofm_steps", "ofm_learning_rate", "ofm_reuse"), ofm),
+        }
+        for name, methods in takers.items():
+            if methods.isdisjoint(self.methods):
+                yield f"recipe.{name}", f"none of --methods takes it; {' and '.join(sorted(methods)[:3])} would"
+        if set(self.methods).isdisjoint(peer.METHODS):
+            yield "peer_python", "torchcfm has none of --methods"
 
 
 class Cell(NamedTuple):
@@ -87,6 +121,9 @@ def cells(config: Config, methods: tuple[str, ...]) -> Iterator[Cell]:
             for method in methods:
                 if method != "FM" or PROBLEMS[problem].source is None:
                     yield Cell(method, problem, seed)
+
+
+CONFIG = Config()
 
 
 def references(config: Config) -> dict[str, dict[str, Any]]:
@@ -111,14 +148,28 @@ def judge(config: Config, cell: Cell, trained: Trained, splits: Splits, energy: 
     x, nfe, path_energy, trajectory = trained.generate(
         trained.params, jax.random.key(cell.seed), jnp.asarray(splits.x0_test)
     )
-    np.savez(
-        config.run_dir / "cells" / cell.file,
-        w2=wasserstein(x, splits.x1_test),
-        npe=abs(float(path_energy) - energy) / energy,
-        nfe=np.nan if nfe is None else float(nfe),
-        seconds=trained.seconds,
-        trajectory=np.asarray(trajectory)[:, :200],
-    )
+    with replacing(_path(config, cell)) as unfinished:
+        np.savez(
+            unfinished,
+            w2=wasserstein(x, splits.x1_test),
+            npe=abs(float(path_energy) - energy) / energy,
+            nfe=np.nan if nfe is None else float(nfe),
+            seconds=trained.seconds,
+            trajectory=np.asarray(trajectory)[:, :200],
+        )
+
+
+def _path(config: Config, cell: Cell) -> Path:
+    return config.run_dir / "cells" / cell.file
+
+
+def _is_whole(path: Path, *names: str) -> bool:
+    """Whether a file of arrays is there, can be read and has these; one that a killed process left is made again."""
+    try:
+        with np.load(path) as file:
+            return all(file[name] is not None for name in names or file.files)
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error):
+        return False
 
 
 def start_peer(config: Config) -> tuple[list[dict[str, Any]], subprocess.Popen] | None:
@@ -131,12 +182,16 @@ def start_peer(config: Config) -> tuple[list[dict[str, Any]], subprocess.Popen] 
     folder.mkdir(exist_ok=True)
     for cell in cells(config, tuple(m for m in config.methods if m in peer.METHODS)):
         data = folder / Cell("data", cell.problem, cell.seed).file
-        if not data.exists():
+        if not _is_whole(data):
             splits = _splits(config, cell)
-            np.savez(data, **{k: v for k, v in splits._asdict().items() if k.endswith("train") and v is not None})
+            with replacing(data) as unfinished:
+                train_splits = {k: v for k, v in splits._asdict().items() if k.endswith("train") and v is not None}
+                np.savez(unfinished, **train_splits)
+        if not _is_whole(folder / cell.file):
+            (folder / cell.file).unlink(missing_ok=True)
         recipe = dataclasses.asdict(config.recipe)
         jobs.append(recipe | cell._asdict() | {"data": str(data), "out": str(folder / cell.file)})
-    (folder / "jobs.json").write_text(json.dumps(jobs))
+    write_text(folder / "jobs.json", json.dumps(jobs))
     command = [str(python), peer.__file__, str(folder / "jobs.json")]
     return jobs, subprocess.Popen(command)
 
@@ -166,12 +221,21 @@ def run(config: Config) -> dict[str, Any]:
         num_reference=64,
         floor_repeats=2,
     )
-    _prepare(config)
-    started = start_peer(config)
+    with lock_folder(config.run_dir):
+        _prepare(config)
+        started = start_peer(config)
+        try:
+            return _run(config, started)
+        finally:
+            if started is not None:
+                started[1].terminate()  # not to train on alone
+
+
+def _run(config: Config, started: tuple[list[dict[str, Any]], subprocess.Popen] | None) -> dict[str, Any]:
     reference = references(config)
     done = [*cells(config, config.methods)]
     for cell in done:
-        if not (config.run_dir / "cells" / cell.file).exists():
+        if not _is_whole(_path(config, cell), *COLUMNS, "trajectory"):
             splits = _splits(config, cell)
             trained = train(cell.method, config.recipe, splits, cell.seed)
             judge(config, cell, trained, splits, reference[cell.problem]["energy"])
@@ -185,9 +249,9 @@ def run(config: Config) -> dict[str, Any]:
             judge(config, cell, load_peer(job), _splits(config, cell), reference[cell.problem]["energy"])
             done.append(cell)
     results = {"references": reference, "cells": _collect(config, done)}
-    (config.run_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_text(config.run_dir / "results.json", json.dumps(results, indent=1) + "\n")
     text = render(config, results)
-    (config.run_dir / "table.md").write_text(text)
+    write_text(config.run_dir / "table.md", text)
     _figure(config, done)
     print(f"\n{text}\n{config.run_dir}: table.md, trajectories.png, results.json")
     return results
@@ -250,7 +314,7 @@ def _collect(config: Config, done: list[Cell]) -> dict[str, Any]:
     """{method: {problem: {measure: values over seeds}}}."""
     found: dict[str, Any] = {}
     for cell in done:
-        with np.load(config.run_dir / "cells" / cell.file) as file:
+        with np.load(_path(config, cell)) as file:
             for column in COLUMNS:
                 row = found.setdefault(cell.method, {}).setdefault(cell.problem, {})
                 row.setdefault(column, []).append(float(file[column]))
@@ -261,7 +325,7 @@ def _figure(config: Config, done: list[Cell]) -> None:
     panels: dict[str, dict[str, np.ndarray]] = {method: {} for method in config.methods}
     for cell in done:
         if cell.method in panels and cell.seed == config.seeds[0]:
-            with np.load(config.run_dir / "cells" / cell.file) as file:
+            with np.load(_path(config, cell)) as file:
                 panels[cell.method][cell.problem] = file["trajectory"]
     save_trajectory_table(config.run_dir / "trajectories.png", panels, config.problems)
 
@@ -270,7 +334,19 @@ def _prepare(config: Config) -> None:
     """Makes the folder, or goes on in one that was made for the same table."""
     text = json.dumps(dataclasses.asdict(dataclasses.replace(config, peer_python=None)), indent=2, default=str) + "\n"
     path = config.run_dir / "config.json"
-    if path.exists() and path.read_text() != text:
-        raise SystemExit(f"{config.run_dir} holds another table: give another --run-dir, or remove the folder.")
-    (config.run_dir / "cells").mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    if path.exists() and (found := path.read_bytes()) != text.encode():
+        try:
+            damaged = not isinstance(json.loads(found), dict)
+        except ValueError:
+            damaged = True
+        wrong = (
+            f"has a damaged {path.name}, so that whose cells it holds is unknown" if damaged else "holds another table"
+        )
+        raise SystemExit(f"{config.run_dir} {wrong}: give another --run-dir, or remove the folder.")
+    make_folder(config.run_dir / "cells")
+    write_text(path, text)
+
+
+def main() -> None:
+    """The command line."""
+    command_line.main(run, Config, CONFIG, __doc__)

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from fm_jax.checks import check_member
+from fm_jax.checks import check_array, check_finite, check_member, shown
 
 Name = Literal["mnist", "fashion_mnist", "cifar10"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -43,6 +43,7 @@ def to_float(images: np.ndarray) -> np.ndarray:
         >>> to_float(np.array([0, 255], dtype=np.uint8))
         array([-1.,  1.], dtype=float32)
     """
+    check_array("images", images)
     if images.dtype != np.uint8:
         raise ValueError(f"images must be uint8, got {images.dtype}.")
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
@@ -51,10 +52,13 @@ def to_float(images: np.ndarray) -> np.ndarray:
 def to_uint8(x: np.ndarray) -> np.ndarray:
     """Maps floats to the nearest uint8 pixel: the inverse of `to_float`. Values outside [-1, 1] are clipped.
 
+    NaN and infinity have no pixel, and are refused.
+
     Example:
         >>> to_uint8(np.array([-1.5, 0.999]))
         array([  0, 255], dtype=uint8)
     """
+    check_finite("x", x)
     return np.rint((np.clip(np.asarray(x, dtype=np.float32), -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
 
 
@@ -76,8 +80,8 @@ def load_images(name: Name, split: str, *, data_dir: str | os.PathLike | None = 
         ImportError: if tensorflow-datasets is not installed.
     """
     check_member("name", name, NAMES)
-    if not re.fullmatch(r"(train|test)(\[(-?\d+%?)?:(-?\d+%?)?\])?", split):
-        raise ValueError(f"split must be 'train', 'test' or a slice of them like 'train[:1000]', got {split!r}.")
+    if not isinstance(split, str) or not re.fullmatch(r"(train|test)(\[(-?\d+%?)?:(-?\d+%?)?\])?", split):
+        raise ValueError(f"split must be 'train', 'test' or a slice of them like 'train[:1000]', got {shown(split)}.")
     tfds = _import_tfds("load_images")
     directory, origin = _find_data_dir(data_dir)
     builder = tfds.builder(name, data_dir=directory)
@@ -146,10 +150,20 @@ def main() -> None:
     parser.add_argument("--data-dir", help="default: TFDS_DATA_DIR, else ~/tensorflow_datasets")
     arguments = parser.parse_args()
     directory, origin = _find_data_dir(arguments.data_dir)
+    if file := next((each for each in (directory, *directory.parents) if each.exists() and not each.is_dir()), None):
+        raise SystemExit(f"{directory} ({origin}) cannot be a folder: {file} is a file. Give another --data-dir.")
     print(f"Preparing {arguments.name} in {directory} ({origin}).")
     print("This needs the network and pip install 'fm_jax[data]' (tensorflow-datasets, array_record, pillow,")
     print("importlib_resources), but not TensorFlow.")
-    print(f"Ready: {prepare(arguments.name, data_dir=arguments.data_dir)}")
+    try:
+        print(f"Ready: {prepare(arguments.name, data_dir=arguments.data_dir)}")
+    except Exception as error:  # of TFDS, its network and its files, in many classes
+        if os.environ.get("FM_JAX_TRACEBACK"):
+            raise
+        raise SystemExit(
+            f"{arguments.name} could not be prepared in {directory}: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:500]} (FM_JAX_TRACEBACK=1 shows where.)"
+        ) from None
 
 
 if __name__ == "__main__":

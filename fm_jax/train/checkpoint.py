@@ -1,10 +1,13 @@
 """Checkpoints that a run can be continued from bit for bit, and that refuse to be mistaken for another run's."""
 
+import contextlib
 import json
 import logging
 import os
+import re
+import traceback
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fm_jax.checks import check_integer
+from fm_jax.checks import check_integer, check_key, shown
+from fm_jax.train.folder import is_at, make_folder
 from fm_jax.train.state import TrainState
 from fm_jax.types import Array, Key
 
@@ -25,7 +29,7 @@ _ABSENT = "absent"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used, or belongs to another run. Nothing was overwritten."""
+    """A checkpoint cannot be used or written, or belongs to another run. Nothing was overwritten."""
 
 
 class Checkpointer:
@@ -44,6 +48,7 @@ class Checkpointer:
 
     Raises:
         ValueError: if `keep` or `save_every` is less than 1, or `config` is not JSON.
+        OSError: if the folder cannot be made or written to.
     """
 
     def __init__(
@@ -57,6 +62,12 @@ class Checkpointer:
     ):
         for name, value in (("keep", keep), ("save_every", save_every)):
             check_integer(name, value)
+        if not isinstance(run_dir, str | os.PathLike):
+            raise ValueError(f"run_dir must be a path, got {shown(run_dir)}.")
+        if not isinstance(config, Mapping):
+            raise ValueError(f"config must be a dict, such as dataclasses.asdict makes, got {shown(config)}.")
+        if isinstance(allow_change, str):
+            raise ValueError(f"allow_change must be several names, such as {{{allow_change!r}}}, got one string.")
         _silence_orbax()
         self.directory = Path(run_dir).absolute() / "checkpoints"
         self.save_every = save_every
@@ -64,6 +75,9 @@ class Checkpointer:
         self._allow_change = frozenset(allow_change)
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is a file, not a folder. Nothing was overwritten.")
+        make_folder(self.directory)
+        # Held open, so that a folder that is removed and made anew is known for another one.
+        self._folder = os.open(self.directory, os.O_RDONLY) if os.name == "posix" else None
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_root_metadata=False)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._started_from = self.latest_step()
@@ -86,9 +100,14 @@ class Checkpointer:
             data_state: position in the data; must survive JSON.
 
         Raises:
-            CheckpointError: if the folder held checkpoints that this run did not restore.
+            CheckpointError: if the folder held checkpoints that this run did not restore, or was removed since; if this
+                checkpoint, or the one before it, cannot be written.
             ValueError: if `data_state` does not survive JSON.
         """
+        _check_state("state", state)
+        check_key(key)
+        if not isinstance(data_state, Mapping):
+            raise ValueError(f"data_state must be a dict, as from data.get_state(), got {shown(data_state)}.")
         step = int(state.step)
         if self._started_from is not None and not self._restored:
             raise CheckpointError(
@@ -108,7 +127,9 @@ class Checkpointer:
         }
         meta = {"format": _FORMAT, "body": body, "crc32": _crc32_json(body)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(host), meta=ocp.args.JsonSave(meta))
-        self._manager.save(step, args=args, force=True)
+        self._check_folder()
+        with self._writing():
+            self._manager.save(step, args=args, force=True)
 
     def restore(self, template: TrainState) -> tuple[TrainState, Key, dict[str, Any]] | None:
         """Reads the latest checkpoint.
@@ -124,6 +145,7 @@ class Checkpointer:
             CheckpointError: if the checkpoint is damaged, was not written by `Checkpointer`, has other
                 arrays than `template`, or comes from a run with another configuration.
         """
+        _check_state("template", template)
         self.wait()
         step = self.latest_step()
         if step is None:
@@ -146,12 +168,40 @@ class Checkpointer:
         return jax.tree.map(_place, host, template), key, body["data_state"]
 
     def wait(self) -> None:
-        """Returns once the last checkpoint is on disk."""
-        self._manager.wait_until_finished()
+        """Returns once the last checkpoint is on disk.
+
+        Raises:
+            CheckpointError: if it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then ends the background threads."""
-        self._manager.close()
+        try:
+            with self._writing():
+                self._manager.close()
+        finally:
+            if self._folder is not None:
+                os.close(self._folder)
+                self._folder = None
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of Orbax and its storage, in many classes
+            self._check_folder()
+            raise CheckpointError(
+                f"A checkpoint could not be written to {self.directory}: {_cause(error)}. Those before it are as they "
+                "were: once this is mended, the same command continues from the last of them."
+            ) from error
+
+    def _check_folder(self) -> None:
+        if self._folder is not None and not is_at(self._folder, self.directory):
+            raise CheckpointError(
+                f"{self.directory} was removed while the run was going on. Start the run again: it begins anew."
+            )
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         path = self.path(step)
@@ -182,6 +232,11 @@ class Checkpointer:
                 f"{path} comes from a run with {name}={before}, and this run has {name}={now}. Restore the old "
                 "value, or start anew with another --run-dir. Nothing was overwritten."
             )
+
+
+def _check_state(name: str, state: Any) -> None:
+    if not isinstance(state, TrainState):
+        raise ValueError(f"{name} must be a TrainState, as create_state makes, got {shown(state)}.")
 
 
 def _describe(tree: TrainState) -> dict[str, list]:
@@ -254,14 +309,25 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
+def _cause(error: Exception) -> str:
+    """What the system said, which Orbax and its storage wrap in pages of their own."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(code[1])) if code else _brief(error)
+
+
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _from_orbax(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR or "orbax" not in record.pathname
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    files = [frame.filename for frame in traceback.extract_tb(record.exc_info[2])] if record.exc_info else []
+    return not any("orbax" in file for file in (record.pathname, *files))
 
 
 def _silence_orbax() -> None:
-    # Orbax narrates every save; what a user must know is raised instead. addFilter ignores repeats.
-    logging.getLogger("absl").addFilter(_from_orbax)
+    # Orbax narrates every save, and every error at the length of its stack; what a user must know is raised instead.
+    # addFilter ignores repeats.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_from_orbax)

@@ -1,14 +1,18 @@
-"""SIGTERM and Ctrl-C, put off until the running step is done."""
+"""SIGTERM, SIGHUP and Ctrl-C, put off until the running step is done."""
 
 import contextlib
 import signal
 import threading
 from collections.abc import Iterator
 
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT instead of stopping the process; a second Ctrl-C stops it at once.
+    """Collects SIGTERM, SIGHUP and SIGINT instead of stopping the process; a second Ctrl-C stops it at once.
+
+    A signal that was ignored stays so, as SIGHUP under `nohup`.
 
     Yields:
         A list to which the number of every signal caught is appended. Outside the main thread, where Python
@@ -27,7 +31,8 @@ def deferred_signals() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         caught.append(signum)
 
-    before = {signum: signal.signal(signum, handler) for signum in (signal.SIGTERM, signal.SIGINT)}
+    heard = [signum for signum in SIGNALS if signal.getsignal(signum) != signal.SIG_IGN]
+    before = {signum: signal.signal(signum, handler) for signum in heard}
     try:
         yield caught
     finally:

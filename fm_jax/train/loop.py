@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import jax
 
-from fm_jax.checks import check_integer
+from fm_jax.checks import check_bool, check_function, check_has, check_integer, check_key, shown
 from fm_jax.train.checkpoint import Checkpointer
 from fm_jax.train.interrupts import deferred_signals
 from fm_jax.train.log import MetricsWriter
@@ -54,8 +54,8 @@ def fit(
 
     The host waits for the device after the first step, and where something is logged, saved or called back; in
     between it only dispatches. What is logged are the metrics of that step alone, so that a resumed run logs the
-    same. On SIGTERM or Ctrl-C the running step is finished and saved, and the process left with status
-    128 + signal; a second Ctrl-C leaves at once.
+    same. On SIGTERM, SIGHUP or Ctrl-C the running step is finished and saved, and the process left with status
+    128 + signal, at the end of the run too; a second Ctrl-C leaves at once.
 
     Args:
         step_fn: from `pmap_step` or `shard_map_step`, or a jitted step.
@@ -81,8 +81,10 @@ def fit(
         NonFiniteLossError: if a logged or saved step has a non-finite loss or norm. Such a state is never saved.
         RuntimeError: if the data end.
         SystemExit: after a signal.
-        ValueError: if a number is less than 1.
+        ValueError: if a number is less than 1, or an argument is not what its name says.
+        CheckpointError: if a checkpoint cannot be written.
     """
+    _check_arguments(step_fn, state, key, data, batch_to_device, checkpointer, writer, callbacks, progress)
     if save_every is None:
         save_every = num_steps if checkpointer is None else checkpointer.save_every
     counts = {"num_steps": num_steps, "log_every": log_every, "save_every": save_every}
@@ -97,7 +99,7 @@ def fit(
     try:
         with deferred_signals() as caught:
             while step < num_steps:
-                state, metrics = step_fn(state, key, batch_to_device(_next(data, step)))
+                state, metrics = _checked(step_fn(state, key, batch_to_device(_next(data, step))))
                 step += 1
                 last = step == num_steps
                 log, save = last or step % log_every == 0, last or step % save_every == 0
@@ -128,9 +130,50 @@ def fit(
                 clock.start(step)
             if checkpointer is not None:
                 checkpointer.wait()
+        if caught:  # during the last save
+            _leave(caught[0], step, checkpointer)
     finally:
         bar.close()
     return state
+
+
+def _check_arguments(
+    step_fn: Any,
+    state: Any,
+    key: Any,
+    data: Any,
+    batch_to_device: Any,
+    checkpointer: Any,
+    writer: Any,
+    callbacks: Any,
+    progress: Any,
+) -> None:
+    check_function("step_fn", step_fn, "a step, as from pmap_step or shard_map_step")
+    if not isinstance(state, TrainState):
+        raise ValueError(f"state must be a TrainState, as create_state makes, got {shown(state)}.")
+    check_key(key)
+    # What is never saved needs no position.
+    wanted = ("__next__",) if checkpointer is None else ("__next__", "get_state")
+    check_has("data", data, wanted, "an iterator over batches with get_state, as from fm_jax.data.pipeline.batches")
+    check_function("batch_to_device", batch_to_device, "a function of a batch, such as `lambda batch: batch`")
+    if checkpointer is not None:
+        check_has("checkpointer", checkpointer, ("save", "wait", "save_every"), "a Checkpointer or None")
+    if writer is not None:
+        check_has("writer", writer, ("write",), "a MetricsWriter or None")
+    for i, pair in enumerate(callbacks):
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"callbacks[{i}] must be a pair (every, function), got {shown(pair)}.")
+        check_function(f"callbacks[{i}]'s function", pair[1], "a function of the step and the state")
+    if progress is not None:
+        check_bool("progress", progress)
+
+
+def _checked(returned: Any) -> tuple[TrainState, Mapping[str, Any]]:
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], Mapping)):
+        raise ValueError(f"step_fn must return (state, metrics), as make_step's does, got {shown(returned)}.")
+    if "loss" not in returned[1]:
+        raise ValueError(f"step_fn's metrics must hold 'loss', got {sorted(map(str, returned[1]))}.")
+    return returned
 
 
 class _Clock:

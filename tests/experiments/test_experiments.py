@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ from experiments.lab import images
 from experiments.lab.command_line import parse
 from experiments.lab.method import Method
 from experiments.lab.smoke import smoke as shrink
-from experiments.lab.training import config_to_json, from_json
+from experiments.lab.training import config_to_json, from_json, write_config
 from fm_jax.train.checkpoint import CheckpointError
+from fm_jax.train.folder import FolderInUseError, lock_folder
 from fm_jax.train.log import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -110,17 +112,11 @@ def test_sample_draws_from_a_run(tmp_path, capsys):
     # Leading away from a network by itself leads nowhere.
     np.testing.assert_allclose(e["samples"], c["samples"], atol=1e-5)
     for options, message in [
-        ({"out": tmp_path / "x.jpg"}, "--out must end in .png or .npz"),
-        ({"label": 10}, "--class must be one of the run's 10 classes, got 10"),
-        ({"avoid": 10}, "--avoid must be one of the run's 10 classes, got 10"),
-        ({"avoid": 1, "weak_run": run}, "--also, --avoid and --weak-run are three ways to guide: give one"),
-        ({"also": 1, "guidance_rule": "rescale"}, "--also goes with --guidance-rule extrapolate, got rescale"),
-        ({"learned_solver": tmp_path / "no.npz"}, "--learned-solver takes the place of --solver"),
+        ({"label": 10}, "--class must be one of the run's 10 classes, from 0, got 10"),
+        ({"avoid": 10}, "--avoid must be one of the run's 10 classes, from 0, got 10"),
     ]:
         with pytest.raises(SystemExit, match=message):
             draw(**options)
-    with pytest.raises(SystemExit, match=r"is not the folder of a run: it has no config.json"):
-        sample.run(sample.Config(run=tmp_path / "nowhere"))
 
 
 @pytest.fixture(scope="module")
@@ -138,12 +134,6 @@ def test_samplers_by_name(toy_run, tmp_path, capsys):
         sample.run(sample.Config(run=toy_run, num=8, out=out, solver=name, steps=3, grid="edm", tolerance=1e-2))
         assert np.isfinite(np.load(out)["samples"]).all()
         assert expected is None or f"with {name}, NFE {expected}" in capsys.readouterr().out, name
-    with pytest.raises(SystemExit, match=r"solver must be one of .*, got .eular."):
-        sample.run(sample.Config(run=toy_run, out=tmp_path / "x.npz", solver="eular"))
-    with pytest.raises(SystemExit, match=r"eta must be in \[0, 1\], got 2.0"):
-        sample.run(sample.Config(run=toy_run, out=tmp_path / "x.npz", solver="ddim", eta=2.0))
-    with pytest.raises(SystemExit, match="num_steps must be at least 1, got 0"):
-        sample.run(sample.Config(run=toy_run, out=tmp_path / "x.npz", solver="heun", steps=0))
 
 
 def test_help_lists_the_samplers_with_order_and_cost(capsys, monkeypatch):
@@ -173,7 +163,7 @@ def test_toy2d(tmp_path, capsys):
     assert (tmp_path / "run-smoke" / "samples.png").exists()
     sample.run(sample.Config(run=tmp_path / "run-smoke", num=16, out=tmp_path / "points.npz"))
     assert np.load(tmp_path / "points.npz")["samples"].shape == (16, 2)
-    with pytest.raises(SystemExit, match="--source moons needs --prediction velocity and a solver such as heun"):
+    with pytest.raises(ValueError, match="--source moons needs --prediction velocity and a solver such as heun"):
         toy2d.run(smoke(toy2d.CONFIG, tmp_path / "run", source="moons", method=Method(prediction="noise")))
 
 
@@ -206,8 +196,15 @@ def test_config_survives_json():
     for module in (images, toy2d):
         config = cifar10.CONFIG if module is images else toy2d.CONFIG
         assert from_json(module.Config, json.loads(json.dumps(config_to_json(config)))) == config
-    with pytest.raises(ValueError, match=r"config.json has \['depht'\], which Config has not"):
-        from_json(toy2d.Config, {"depht": 3})
+    record = config_to_json(toy2d.CONFIG)
+    for damaged, message in [
+        (record | {"depht": 3}, r"config.json has \['depht'\], which Config has not"),
+        ({}, r"config.json lacks \['training'\], which Config needs"),
+        (record | {"training": [1]}, r"config.json has \[1\] for Training"),
+        (record | {"width": "8"}, "--width must be an integer, got '8'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            from_json(toy2d.Config, damaged)
 
 
 def test_every_field_is_an_option_with_help(capsys, monkeypatch):
@@ -232,5 +229,118 @@ def test_a_typo_is_an_error_that_names_the_nearest_field():
 
 def test_batch_must_divide_by_the_devices(tmp_path):
     training = dataclasses.replace(digits.CONFIG.training, run_dir=tmp_path, batch_size=127)
-    with pytest.raises(SystemExit, match="--batch-size 127 must be a multiple of the 4 devices"):
+    with pytest.raises(ValueError, match="--batch-size must be a multiple of 4, the devices of this process, got 127"):
         images.run(dataclasses.replace(digits.CONFIG, training=training))
+
+
+def small_digits(run_dir, **changes):
+    """A run that is no smoke run, and as small as one."""
+    few = {"solver": "euler", "steps": 2, "sample_batch": 20}
+    small = shrink(smoke(digits.CONFIG, run_dir), model="smoke_dit", sampling=few, num_samples=20, frames=3)
+    training = dataclasses.replace(small.training, run_dir=run_dir, **changes)
+    return dataclasses.replace(small, smoke=False, training=training)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config = small_digits(tmp_path_factory.mktemp("finished") / "run")
+    images.run(config)
+    return config
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The finished run in a folder of its own, and what its results.json holds."""
+    shutil.copytree(finished.training.run_dir, tmp_path / "run")
+    config = small_digits(tmp_path / "run")
+    write_config(config)
+    return config, (tmp_path / "run" / "results.json").read_bytes()
+
+
+def trained_again(*_):
+    pytest.fail("trained again")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"{", b"[]", b"null", b"{}", b'{"guided": 3}', b"\xff\x00", b'{"guided": {}, "unguided": {}}'],
+    ids=str,
+)
+def test_results_that_are_ruined_count_as_absent(content, copied, monkeypatch):
+    config, whole = copied
+    path = config.training.run_dir / "results.json"
+    monkeypatch.setattr(images, "train", trained_again)
+    assert images.run(config) == json.loads(whole)
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        images.run(config)
+
+
+def test_ruined_results_are_made_again(copied):
+    config, whole = copied
+    path = config.training.run_dir / "results.json"
+    path.write_text('{"guided": ')
+    (config.training.run_dir / "config.json").write_text("{")  # a copy, which the run writes anew
+    results = images.run(config)
+    assert json.loads(path.read_text()) == results
+    untimed = lambda r: (r["guided"]["agreement"], r["unguided"]["agreement"], r["classifier_accuracy_on_real"])  # noqa: E731
+    assert untimed(results) == untimed(json.loads(whole))
+
+
+@pytest.mark.parametrize("wrong", ["another rate", "too many in a batch", "a damaged checkpoint"])
+def test_a_refused_run_leaves_the_results_of_a_finished_one(wrong, copied):
+    config, _ = copied
+    run_dir = config.training.run_dir
+    changes = {"another rate": {"learning_rate": 0.5}, "too many in a batch": {"batch_size": 2000}}.get(wrong, {})
+    config = small_digits(run_dir, **changes)
+    if wrong == "a damaged checkpoint":
+        (run_dir / "checkpoints" / "4" / "meta" / "metadata").write_text("{")
+        config = dataclasses.replace(config, num_samples=10)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"learning_rate=0.5|--batch-size must be at most 1500|4 is damaged"):
+        images.run(config)
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+
+
+def test_foreign_lines_among_the_metrics_stop_no_experiment(copied):
+    config, _ = copied
+    metrics = config.training.run_dir / "metrics.jsonl"
+    with metrics.open("ab") as file:
+        file.write(b'{"step": 4}\nnote\n{"step": "a", "loss": 3}\n\xff\n')
+    before = metrics.read_bytes()
+    images.run(dataclasses.replace(config, num_samples=10))
+    assert metrics.read_bytes() == before
+
+
+def test_results_of_an_older_configuration_are_not_taken_for_those_of_a_newer_one(copied, monkeypatch):
+    """Killed between the new configuration and its results: there are none."""
+    config, _ = copied
+    config = dataclasses.replace(config, num_samples=10)
+    monkeypatch.setattr(images, "judge", trained_again)
+    for _ in range(2):
+        with pytest.raises(pytest.fail.Exception):
+            images.run(config)
+        assert not (config.training.run_dir / "results.json").exists()
+
+
+@pytest.mark.parametrize("run", [images.run, toy2d.run], ids=["images", "toy2d"])
+def test_two_runs_at_once(run, copied, tmp_path):
+    config, _ = copied
+    config = config if run is images.run else short(config.training.run_dir, 3)
+    with lock_folder(config.training.run_dir), pytest.raises(FolderInUseError, match=r"run is in use by process \d+"):
+        run(config)
+
+
+def test_what_cannot_be_sampled_is_found_before_the_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "train", trained_again)
+    monkeypatch.setattr(images, "make_generate", refusing)
+    with pytest.raises(ValueError, match="cannot be sampled"):
+        images.run(small_digits(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def refusing(*_, **__):
+    def generate(*_):
+        raise ValueError("cannot be sampled")
+
+    return generate

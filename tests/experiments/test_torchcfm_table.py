@@ -1,6 +1,7 @@
 """The table of two-dimensional flows, and reflow, in smoke mode."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import numpy as np
@@ -62,5 +63,14 @@ def test_torchcfm_table_goes_on_where_it_was(tmp_path):
     written = cell.stat().st_mtime_ns
     assert torchcfm_table.run(config)["cells"]["I-CFM"] == first["cells"]["I-CFM"]
     assert cell.stat().st_mtime_ns == written
+    # What a killed process, or a full disk, left half written is made again.
+    cell.write_bytes(cell.read_bytes()[:300])
+    (tmp_path / "results.json").write_text("{")
+    again = torchcfm_table.run(config)
+    assert [again["cells"]["I-CFM"]["N to moons"][name] for name in ("w2", "npe", "nfe")] == [
+        first["cells"]["I-CFM"]["N to moons"][name] for name in ("w2", "npe", "nfe")
+    ]
+    assert json.loads((tmp_path / "results.json").read_text()) == again
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(".")]
     with pytest.raises(SystemExit, match="holds another table: give another --run-dir"):
         torchcfm_table.run(dataclasses.replace(config, seeds=(2,)))

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import re
@@ -258,9 +259,17 @@ def test_bad_input(tmp_path):
     for options, message in [
         ({"keep": 0}, "keep must be at least 1, got 0"),
         ({"save_every": 0}, "save_every must be"),
+        ({"keep": 2.5}, "keep must be an integer, got 2.5"),
+        ({"keep": float("nan")}, "keep must be an integer, got nan"),
+        ({"save_every": "3"}, "save_every must be an integer, got '3'"),
+        ({"allow_change": "total_steps"}, "allow_change must be several names, such as {'total_steps'}"),
     ]:
         with pytest.raises(ValueError, match=message):
             Checkpointer(tmp_path, CONFIG, **options)
+    with pytest.raises(ValueError, match="run_dir must be a path, got None"):
+        Checkpointer(None, CONFIG)
+    with pytest.raises(ValueError, match=r"config must be a dict, .*, got None"):
+        Checkpointer(tmp_path, None)
     with pytest.raises(ValueError, match="config must be JSON"):
         Checkpointer(tmp_path, {"schedule": object()})
     checkpointer = Checkpointer(tmp_path, CONFIG)
@@ -270,4 +279,76 @@ def test_bad_input(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             checkpointer.save(make_state(1), jax.random.key(0), data_state)
+    for args, message in [
+        ((None, jax.random.key(0), {}), "state must be a TrainState, as create_state makes, got None"),
+        ((make_state(1), 0, {}), "key must be one typed key"),
+        ((make_state(1), jax.random.key(0), 3), r"data_state must be a dict, as from data.get_state\(\), got 3"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            checkpointer.save(*args)
+    with pytest.raises(ValueError, match="template must be a TrainState"):
+        checkpointer.restore({})
     checkpointer.close()
+    assert committed(tmp_path) == []
+
+
+def committed(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_folder_that_was_removed_is_not_written_to(again, tmp_path):
+    """Another run may have begun there."""
+    checkpointer = Checkpointer(tmp_path / "run", CONFIG)
+    checkpointer.save(make_state(1), jax.random.key(0), {})
+    checkpointer.wait()
+    shutil.rmtree(tmp_path / "run")
+    if again:
+        (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="checkpoints was removed while the run was going on"):
+        checkpointer.save(make_state(2), jax.random.key(0), {})
+    checkpointer.close()
+    assert (tmp_path / "run").exists() == again
+    assert not again or committed(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("when", ["save", "wait_until_finished"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        ValueError("OUT_OF_RANGE: Failed to write 107 bytes [tensorstore_spec='{}'] [os_error_code='28']"),
+    ],
+    ids=["Python", "TensorStore"],
+)
+def test_what_cannot_be_written_is_told_in_a_sentence(when, error, copy, monkeypatch):
+    checkpointer = Checkpointer(copy, CONFIG)
+    state, key, data_state = checkpointer.restore(make_state())
+
+    def fails(*_, **__):
+        raise error
+
+    save, left = functools.partial(checkpointer.save, state._replace(step=jnp.int32(9)), key, data_state), 6
+    if when != "save":
+        save()
+        save, left = checkpointer.wait, 9
+    monkeypatch.setattr(checkpointer._manager, when, fails)
+    message = f"could not be written to {copy / 'checkpoints'}: No space left on device. Those before it are as they"
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        save()
+    monkeypatch.undo()
+    checkpointer.close()
+    checkpointer = Checkpointer(copy, CONFIG)
+    assert int(checkpointer.restore(make_state())[0].step) == left
+    checkpointer.close()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "12", "best", "7.orbax-checkpoint-tmp", ".DS_Store"])
+def test_foreign_files_among_the_checkpoints_stop_nothing(name, copy):
+    (copy / "checkpoints" / name).write_text("mine")
+    checkpointer = Checkpointer(copy, CONFIG)
+    state, key, data_state = checkpointer.restore(make_state())
+    assert same(state, make_state(6))
+    checkpointer.save(make_state(9), key, data_state)
+    checkpointer.close()
+    assert {"6", "9"} <= set(os.listdir(copy / "checkpoints"))

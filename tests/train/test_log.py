@@ -90,3 +90,78 @@ def test_without_tensorboardx_says_so_and_goes_on(tmp_path, monkeypatch):
     writer.close()
     assert len(record) == 1
     assert len(read_metrics(tmp_path)) == 2
+
+
+OURS = b'{"step": 1, "loss": 0.5}\n{"step": 2, "loss": "NaN"}\n{"step": 3, "loss": 7}\n'
+FOREIGN = [
+    b"not json",
+    b"",
+    b"[1, 2]",
+    b"3",
+    b"null",
+    b'{"step": "a"}',
+    b'{"step": NaN, "loss": 1.0}',
+    b'{"step": true, "loss": 1.0}',
+    b'{"step": 2.0, "loss": 1.0}',
+    b'{"step": null}',
+    b'{"loss": 1.0}',
+    b'{"step": 2, "note": "lowered the rate"}',
+    b'{"step": 99, "loss": [1]}',
+    b'{"step": 99, "loss": NaN}',
+    b'{"step": 99, "loss": null}',
+    b"\xff\xfe\x80",
+    b"\x00" * 50,
+    b"[" * 100_000,
+    b'{"step": ' + b"9" * 5000 + b"}",
+    b'{"step": 2, "loss": 1',
+    '\u2028 {"step": 99}'.encode(),
+]
+
+
+@pytest.mark.parametrize("line", FOREIGN, ids=range(len(FOREIGN)))
+def test_foreign_lines_stop_nothing_and_stay_where_they_are(line, tmp_path):
+    lines = OURS.splitlines(keepends=True)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(lines[0] + line + b"\n" + lines[1] + lines[2] + line + b"\n")
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+    writer = MetricsWriter(tmp_path, 2, tensorboard=False)
+    writer.write(3, {"loss": 7})
+    writer.close()
+    assert path.read_bytes() == lines[0] + line + b"\n" + lines[1] + line + b"\n" + b'{"step": 3, "loss": 7.0}\n'
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("last", "kept"),
+    [
+        (b'{"step": 3, "los', b""),
+        (b"{", b""),
+        (b'{"st', b""),
+        (b'{"step": 2, "loss": 1.0}', b'{"step": 2, "loss": 1.0}\n'),
+        (b'{"step": 4, "loss": 1.0}', b""),
+        (b"a note", b"a note\n"),
+        (b"\x00\x00", b"\x00\x00\n"),
+    ],
+)
+def test_only_a_torn_line_of_ours_is_dropped(last, kept, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(OURS[:25] + last)
+    MetricsWriter(tmp_path, 2, tensorboard=False).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == OURS[:25] + kept
+
+
+def test_writing_to_a_file_that_was_removed_is_refused(tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer.write(1, {"loss": 1.0})
+    (tmp_path / "metrics.jsonl").unlink()
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl was removed while the run was going on"):
+            writer.write(2, {"loss": 1.0})
+        (tmp_path / "metrics.jsonl").write_text("another's")
+    writer.close()
+
+
+@pytest.mark.parametrize("step", [-1, 2.5, "3", None, float("nan"), True])
+def test_a_start_that_is_no_step(step, tmp_path):
+    with pytest.raises(ValueError, match="start_step must be"):
+        MetricsWriter(tmp_path / "run", step)
+    assert not (tmp_path / "run").exists()

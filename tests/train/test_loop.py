@@ -154,7 +154,7 @@ def test_non_finite_loss_stops_and_is_never_saved(step_fn, tmp_path):
         run(step_fn, new_state(1.0), log_every=4)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_saves_the_running_step_and_leaves(step_fn, tmp_path, capsys, signum):
     before = signal.getsignal(signum)
     data = Counting({4: lambda: os.kill(os.getpid(), signum)})
@@ -203,6 +203,53 @@ def test_without_a_checkpointer_says_that_nothing_was_saved(step_fn, capsys):
     assert "SIGTERM: stopped after step 3. Nothing was saved" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("during", ["save", "wait"])
+def test_signal_during_the_last_save(step_fn, tmp_path, capsys, monkeypatch, signum, during):
+    """It is not swallowed: the run is whole, and leaves as it does on any other signal."""
+    checkpointer = Checkpointer(tmp_path, {})
+    old = getattr(checkpointer, during)
+
+    def interrupted(*args):
+        if not interrupted.done:
+            interrupted.done = True
+            os.kill(os.getpid(), signum)
+        return old(*args)
+
+    interrupted.done = False
+    monkeypatch.setattr(checkpointer, during, interrupted)
+    with pytest.raises(SystemExit) as caught:
+        run(step_fn, checkpointer=checkpointer)
+    assert caught.value.code == 128 + signum
+    assert f"{signal.Signals(signum).name}: saved {tmp_path / 'checkpoints' / '10'}" in capsys.readouterr().out
+    assert checkpointer.latest_step() == 10
+    checkpointer.close()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_that_is_no_ctrl_c_changes_nothing(step_fn, tmp_path, signum):
+    def twice():
+        os.kill(os.getpid(), signum)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    checkpointer = Checkpointer(tmp_path, {})
+    with pytest.raises(SystemExit) as caught:
+        run(step_fn, data=Counting({4: twice}), checkpointer=checkpointer)
+    assert caught.value.code == 128 + signum
+    assert checkpointer.latest_step() == 5
+    checkpointer.close()
+
+
+def test_a_signal_that_was_ignored_stays_so(step_fn):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    try:
+        state = run(step_fn, data=Counting({4: lambda: os.kill(os.getpid(), signal.SIGHUP)}))
+        assert int(state.step) == 10
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_runs_outside_the_main_thread(step_fn):
     found = []
     thread = threading.Thread(target=lambda: found.append(run(step_fn)))
@@ -219,11 +266,51 @@ def test_runs_outside_the_main_thread(step_fn):
         ({"save_every": -1}, "save_every must be at least 1, got -1"),
         ({"images_per_batch": 0}, "images_per_batch must be at least 1, got 0"),
         ({"callbacks": [(0, print)]}, r"callbacks\[0\]'s period must be at least 1, got 0"),
+        *(
+            ({name: value}, f"{name} must be an integer")
+            for name in ("num_steps", "log_every", "images_per_batch")
+            for value in (2.5, float("nan"), float("inf"), "3", True)
+        ),
+        ({"save_every": 2.5}, "save_every must be an integer, got 2.5"),
+        ({"callbacks": [print]}, r"callbacks\[0\] must be a pair \(every, function\), got <built-in"),
+        (
+            {"callbacks": [(1, None)]},
+            r"callbacks\[0\]'s function must be a function of the step and the state, got None",
+        ),
+        ({"state": {"w": 1}}, r"state must be a TrainState, as create_state makes, got \{'w': 1\}"),
+        ({"data": [1, 2]}, r"data must be an iterator .*, got \[1, 2\], which has no '__next__'"),
+        ({"data": 3}, "data must be an iterator .*, got 3, which has no '__next__'"),
+        ({"batch_to_device": None}, "batch_to_device must be a function of a batch, such as .*, got None"),
+        ({"checkpointer": "runs/a"}, "checkpointer must be a Checkpointer or None, got 'runs/a'"),
+        ({"writer": "runs/a"}, "writer must be a MetricsWriter or None, got 'runs/a'"),
+        ({"progress": "yes"}, "progress must be True or False, got 'yes'"),
     ],
 )
 def test_bad_input(step_fn, options, message):
     with pytest.raises(ValueError, match=message):
         run(step_fn, **options)
+
+
+def test_a_step_that_is_none(step_fn):
+    with pytest.raises(ValueError, match="step_fn must be a step, as from pmap_step or shard_map_step, got None"):
+        run(None)
+    with pytest.raises(ValueError, match="key must be one typed key"):
+        fit(step_fn, new_state(), 0, Counting(), num_steps=1, batch_to_device=id, images_per_batch=1)
+    for returned, message in [
+        (None, r"step_fn must return \(state, metrics\), as make_step's does, got None"),
+        ((new_state(), {"error": 1.0}), r"step_fn's metrics must hold 'loss', got \['error'\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run(lambda *_, returned=returned: returned)
+
+
+def test_data_without_a_position_are_refused_where_it_is_to_be_saved(step_fn, tmp_path):
+    batches = iter([{"x1": np.zeros((4, 2), np.float32)}] * 3)
+    checkpointer = Checkpointer(tmp_path, {})
+    with pytest.raises(ValueError, match=r"data must be an iterator .*, which has no 'get_state'"):
+        run(step_fn, data=batches, checkpointer=checkpointer)
+    checkpointer.close()
+    assert int(run(step_fn, data=batches, num_steps=3).step) == 3
 
 
 def test_data_that_end(step_fn):

@@ -1,0 +1,105 @@
+"""What the fields of a configuration may be, in the words of its command line."""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from fm_jax.checks import check_bool, check_integer, check_member, check_number, check_pair, shown
+
+Range = int | tuple[int, int] | str
+"""The least of an integer, or the least and the most; of a real number the interval, as in `check_number`."""
+SEED = (0, 2**32 - 1)
+
+
+def option(path: str) -> str:
+    """A field, or the path of one within nested configurations, as it is typed: `--batch-size`."""
+    name = path.rpartition(".")[2]
+    return "--" + {"label": "class"}.get(name, name).replace("_", "-")
+
+
+def check_options(config: Any, **ranges: Range) -> None:
+    """Refuses a configuration with a field that is not of its type, not in its range, or empty.
+
+    Args:
+        config: a dataclass whose fields are booleans, numbers, strings, literals, paths, tuples of them, or None.
+        ranges: of the fields that are numbers, or tuples of them; by default integers are at least 1, and real numbers
+            finite.
+
+    Raises:
+        ValueError: that names the option.
+    """
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        _check(option(field.name), hints[field.name], getattr(config, field.name), ranges.get(field.name))
+
+
+def _check(name: str, hint: Any, value: Any, allowed: Range | None) -> None:
+    kinds = typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        if value is not None:
+            _check(name, kinds[0], value, allowed)
+    elif typing.get_origin(hint) is Literal:
+        check_member(name, value, kinds)
+    elif hint is bool:
+        check_bool(name, value)
+    elif hint is int:
+        least, most = allowed if isinstance(allowed, tuple) else (1 if allowed is None else int(allowed), None)
+        check_integer(name, value, least, most)
+    elif hint is float:
+        check_number(name, value, "(-inf, inf)" if allowed is None else str(allowed))
+    elif typing.get_origin(hint) is tuple:
+        _check_tuple(name, kinds, value, allowed)
+    elif not isinstance(value, hint):
+        raise ValueError(f"{name} must be a {hint.__name__}, got {shown(value)}.")
+
+
+def _check_tuple(name: str, kinds: tuple[Any, ...], value: Any, allowed: Range | None) -> None:
+    if kinds == (float, float):
+        check_pair(name, value, str(allowed))
+        return
+    if not isinstance(value, tuple):
+        raise ValueError(f"{name} must be several values, got {shown(value)}.")
+    for each in value:
+        _check(f"each of {name}", kinds[0], each, allowed)
+    if len(set(value)) < len(value):
+        raise ValueError(f"{name} must be distinct, got {' '.join(map(str, value))}.")
+
+
+def check_some(name: str, values: tuple[Any, ...]) -> None:
+    """Refuses an option without values."""
+    if not values:
+        raise ValueError(f"{name} must have at least one value, got none.")
+
+
+def check_multiple(name: str, value: int, of: int, what: str) -> None:
+    """Refuses what does not divide by a number; `what` says of whom that is."""
+    if value % of:
+        raise ValueError(f"{name} must be a multiple of {of}, {what}, got {value}.")
+
+
+def refuse_unused(config: Any, default: Any = None) -> None:
+    """Refuses what was asked for and would be ignored.
+
+    Args:
+        config: that may have a method `unused`, which yields pairs of a field, such as `sampling.eta`, and why it has
+            no effect: "--solver heun has no such option".
+        default: the configuration of an empty command line; by default the defaults of the fields.
+
+    Raises:
+        ValueError: for the first that differs from the default.
+    """
+    pairs: Iterator[tuple[str, str]] = config.unused() if hasattr(config, "unused") else iter(())
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for path, why in pairs:
+        value, usual = _at(config, path), defaults[path] if default is None else _at(default, path)
+        if value != usual:
+            words = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise ValueError(f"{option(path)} {words} would have no effect: {why}. Leave it out.")
+
+
+def _at(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config

@@ -1,0 +1,157 @@
+"""The folder of a run: one process at a time writes to it, and no file in it is ever half written."""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+PathLike = str | os.PathLike[str]
+LOCK = ".lock"
+"""The file in a run folder that a running process holds."""
+
+
+class FolderInUseError(RuntimeError):
+    """Another process writes to this folder. Nothing was overwritten."""
+
+
+@contextlib.contextmanager
+def lock_folder(run_dir: PathLike) -> Iterator[Path]:
+    """Keeps every other process that asks for it out of a run folder.
+
+    The lock is the kernel's (`flock`): it ends with the process, however that ends, and is never left behind. Where
+    the system or the file system has none, there is no lock.
+
+    Args:
+        run_dir: folder of the run, created if absent; taken away again if nothing was put into it.
+
+    Yields:
+        The folder.
+
+    Raises:
+        FolderInUseError: at once, if another process has the folder; says which.
+        OSError: if the folder cannot be made or written to; says why.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, lock_folder(folder):
+        ...     with contextlib.suppress(FolderInUseError), lock_folder(folder):
+        ...         print("never")
+    """
+    folder = Path(run_dir)
+    made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
+    lock = None
+    try:
+        make_folder(folder)
+        lock = _take(folder)
+        yield folder
+    finally:
+        if lock is not None:
+            _release(lock, folder / LOCK)
+        with contextlib.suppress(OSError):  # not empty
+            for each in made:
+                each.rmdir()
+
+
+def make_folder(folder: PathLike) -> None:
+    """Creates a folder and those above it.
+
+    Raises:
+        OSError: in words, if that cannot be done or it cannot be written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        file = next(each for each in (folder, *folder.parents) if os.path.exists(each))
+        raise NotADirectoryError(f"{folder} cannot be a folder: {file} is a file. Give another folder.") from None
+    except OSError as error:
+        raise type(error)(f"{folder} cannot be made: {error.strerror}. Give another folder.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder} cannot be written to by this user. Give another folder.")
+
+
+@contextlib.contextmanager
+def replacing(path: PathLike) -> Iterator[Path]:
+    """A file of the same ending to write to, which takes the place of `path` when all went well, and only then.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with replacing(Path(folder) / "a.txt") as unfinished:
+        ...         _ = unfinished.write_text("whole")
+        ...     os.listdir(folder)
+        ['a.txt']
+    """
+    path = Path(path)
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    try:
+        yield unfinished
+        os.replace(unfinished, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise
+
+
+def write_text(path: PathLike, text: str) -> None:
+    """Writes a whole file, or leaves the old one as it was."""
+    with replacing(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def is_at(opened: int, path: Path) -> bool:
+    """Whether an open file is still the one at that path, rather than removed or replaced."""
+    try:
+        return os.path.samestat(os.fstat(opened), path.stat())
+    except OSError:
+        return False
+
+
+def _take(folder: Path) -> int | None:
+    """The open file that holds the lock."""
+    path = folder / LOCK
+    while fcntl is not None:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = _holder(lock)
+            os.close(lock)
+            raise FolderInUseError(
+                f"{folder} is in use by {holder}. Wait for it, stop it, or take another --run-dir. Nothing was "
+                "overwritten."
+            ) from None
+        except OSError:  # a file system without locks
+            os.close(lock)
+            return None
+        if is_at(lock, path):  # else its last holder has just removed it
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            with contextlib.suppress(OSError):  # a full disk: the lock holds without a name
+                os.truncate(lock, 0)
+                os.write(lock, json.dumps(owner).encode())
+            return lock
+        os.close(lock)
+    return None
+
+
+def _release(lock: int, path: Path) -> None:
+    # Removed while it is held, so that nobody else holds what is removed.
+    if is_at(lock, path):
+        path.unlink(missing_ok=True)
+    os.close(lock)
+
+
+def _holder(lock: int) -> str:
+    try:
+        owner = json.loads(os.pread(lock, 1000, 0))
+        return f"process {owner['pid']} on {owner['host']}, since {owner['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # about to be written
+        return "another process"

@@ -1,0 +1,454 @@
+"""Mistakes on command lines, by kind: each ends at once in one sentence, and leaves every file as it was."""
+
+import collections
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
+
+import experiments
+from experiments import cifar10, cnf, digits, fashion_mnist, learned_solver, mnist, reflow, sample, toy2d
+from experiments.lab import images
+from experiments.lab.experiment import Restored
+from experiments.lab.training import config_to_json
+from experiments.torchcfm_table import table
+from fm_jax.data import images as data_images
+from fm_jax.train.checkpoint import CheckpointError
+from fm_jax.train.folder import lock_folder
+from fm_jax.train.loop import NonFiniteLossError
+
+ROOT = Path(__file__).parents[2]
+MAINS = {
+    **{
+        module.__name__.split(".")[-1]: lambda module=module: module.main(module.CONFIG, module.__doc__)
+        for module in (digits, mnist, fashion_mnist, cifar10)
+    },
+    "toy2d": toy2d.main,
+    "cnf": cnf.main,
+    "reflow": reflow.main,
+    "torchcfm_table": table.main,
+    "learned_solver": learned_solver.main,
+    "sample": sample.main,
+    "data.images": data_images.main,
+}
+WORK = [(images, "train"), (toy2d, "train"), (cnf, "train"), (reflow, "fit"), (table, "references"), (table, "train")]
+WORK += [(learned_solver, "fit_solver"), (sample, "generate_many"), (data_images, "prepare")]
+
+COUNTS = {
+    "digits": "total-steps batch-size accumulate log-every save-every keep sample-every num-images num-samples steps "
+    "sample-batch",
+    "cifar10": "total-steps num-samples",
+    "toy2d": "batch-size width depth num-samples",
+    "cnf": "steps width depth total-steps",
+    "reflow": "rounds num-test steps batch-size reflow-pairs",
+    "torchcfm_table": "num-test num-reference reuse ofm-steps ofm-reuse",
+    "learned_solver --run toy": "num fine-steps iterations batch-size",
+    "sample --run toy": "num steps",
+}
+AT_LEAST_TWO = {"digits": ["frames"], "toy2d": ["frames", "floor-repeats"], "reflow": ["floor-repeats"]}
+NUMBERS = {
+    "digits --learning-rate": [("nan", "positive and finite"), ("inf", "positive and finite"), ("0", "positive")],
+    "digits --clip-norm": [("0", "positive and finite"), ("inf", "positive and finite")],
+    "digits --weight-decay": [("-1", "finite and not negative")],
+    "digits --dropout": [("1", r"in \[0, 1\)"), ("nan", r"in \[0, 1\)")],
+    "mnist --label-dropout": [("1.5", r"in \[0, 1\)")],
+    "digits --guidance": [("nan", "a finite number"), ("inf", "a finite number")],
+    "digits --tolerance": [("0", "positive and finite"), ("nan", "positive and finite")],
+    "digits --solver ddim --eta": [("2", r"in \[0, 1\]")],
+    "digits --solver churn --churn": [("-1", "finite and not negative")],
+    "digits --solver euler_maruyama --diffusion": [("-1", "finite and not negative"), ("inf", "finite")],
+    "reflow --sigma": [("-0.1", r"in \(0, 1\)"), ("0", r"in \(0, 1\)")],
+    "torchcfm_table --bridge-sigma": [("0", "positive and finite")],
+    "torchcfm_table --ema-decay": [("1", r"in \(0, 1\)")],
+    "learned_solver --run toy --learning-rate": [("-1", "positive and finite")],
+    "sample --run toy --tolerance": [("-1", "positive and finite")],
+    "sample --run toy --solver ddim --eta": [("nan", r"in \[0, 1\]")],
+}
+BEYOND = 2**32
+
+CASES: dict[str, list[tuple[str, str]]] = {
+    "a count of 0": [
+        (f"{command} --{name} 0", f"--{name} must be at least 1, got 0")
+        for command, names in COUNTS.items()
+        for name in names.split()
+    ]
+    + [(f"{command} --{name} 1", f"--{name} must be at least 2") for command, n in AT_LEAST_TWO.items() for name in n]
+    + [
+        ("digits --warmup-steps -1", "--warmup-steps must be at least 0, got -1"),
+        ("digits --total-steps -5", "--total-steps must be at least 1, got -5"),
+        ("cnf --num-samples 3", "--num-samples must be at least 4, got 3"),
+        ("learned_solver --run toy --calls 5 0", "each of --calls must be at least 1, got 0"),
+        ("sample --run toy --class -1", "--class must be at least 0, got -1"),
+    ],
+    "a number out of range": [
+        (f"{command} {value}", f"{command.split()[-1]} must be {wanted}")
+        for command, values in NUMBERS.items()
+        for value, wanted in values
+    ]
+    + [
+        ("digits --ema-decays 0.9 1", r"each of --ema-decays must be in \(0, 1\), got 1.0"),
+        ("digits --ema-decays nan", r"each of --ema-decays must be in \(0, 1\), got nan"),
+        ("digits --ema-decays 0.9 0.9", "--ema-decays must be distinct, got 0.9 0.9"),
+        ("digits --guidance-interval 0.8 0.2", r"--guidance-interval must be a pair \(low, high\)"),
+        ("digits --guidance-interval 0 nan", r"--guidance-interval must be a pair \(low, high\)"),
+        ("sample --run toy --guidance-interval 0 2", r"--guidance-interval must be a pair \(low, high\)"),
+    ],
+    "a seed": [
+        (f"{command} {value}", f"--seed must be from 0 to {BEYOND - 1}, got {value}")
+        for command in ("digits --seed", "toy2d --seed", "reflow --seed", "sample --run toy --seed")
+        for value in (-1, BEYOND)
+    ]
+    + [
+        (f"cnf --seed {BEYOND}", f"--seed must be from 0 to {BEYOND - 1}"),
+        ("learned_solver --run toy --seed -1", f"--seed must be from 0 to {BEYOND - 1}, got -1"),
+        (f"torchcfm_table --seeds 1 {BEYOND}", f"each of --seeds must be from 0 to {BEYOND - 1}, got {BEYOND}"),
+        ("torchcfm_table --seeds 1 1", "--seeds must be distinct, got 1 1"),
+    ],
+    "not a value of that kind": [
+        ("digits --batch-size 2.5", r"--batch-size: invalid literal for int\(\) with base 10: '2.5'"),
+        ("digits --total-steps 1e3", r"--total-steps: invalid literal for int\(\)"),
+        ("digits --learning-rate fast", "--learning-rate: could not convert string to float: 'fast'"),
+        ("digits --clip-norm abc", "--clip-norm: .* could not convert string to float: 'abc'"),
+        ("digits --seed one", r"--seed: invalid literal for int\(\)"),
+        ("torchcfm_table --seeds 1 x", r"--seeds: Could not find valid parse for arguments: \['1', 'x'\]"),
+        ("sample --run toy --num many", r"--num: invalid literal for int\(\)"),
+        ("sample --run toy --class cat", "--class: .*invalid literal for int"),
+        ("digits --guidance-interval 0.5", "--guidance-interval.* Expected 2 values"),
+        ("digits --batch-size", "Missing value for argument '--batch-size'"),
+    ],
+    "not one of the choices": [
+        ("digits --solver nope", "--solver must be one of 'euler', .*, got 'nope'"),
+        ("sample --run toy --solver nope", "--solver must be one of 'euler', .*, got 'nope'"),
+        ("digits --path foo", "invalid choice 'foo' for argument '--path'"),
+        ("digits --model unet", "invalid choice 'unet' for argument '--model'"),
+        ("digits --prediction x", "invalid choice 'x' for argument '--prediction'"),
+        ("digits --decay exponential", "invalid choice 'exponential' for argument '--decay'"),
+        ("digits --guidance-rule none", "invalid choice 'none' for argument '--guidance-rule'"),
+        ("toy2d --data spiral", "invalid choice 'spiral' for argument '--data'"),
+        ("reflow --problem 'N to N'", "--problem must be one of 'N to 8gaussians', .*, got 'N to N'"),
+        ("torchcfm_table --methods CFM", "each of --methods must be one of 'I-CFM', .*, got 'CFM'"),
+        ("torchcfm_table --problems moons", "each of --problems must be one of 'N to 8gaussians', .*, got 'moons'"),
+        ("data.images svhn", "invalid choice: 'svhn'"),
+    ],
+    "not an option, or none where one is needed": [
+        ("digits --bath-size 3", "Unrecognized options: --bath-size"),
+        ("digits now", "Unrecognized options: now"),
+        ("toy2d --flip", "Unrecognized options: --flip"),
+        ("sample", "--run"),
+        ("learned_solver", "--run"),
+        ("data.images", "arguments are required: name"),
+        ("torchcfm_table --seeds", "--seeds must have at least one value"),
+        ("torchcfm_table --problems", "--problems must have at least one value"),
+        ("torchcfm_table --methods", "--methods must have at least one value"),
+        ("learned_solver --run toy --calls", "--calls must have at least one value"),
+    ],
+    "values that do not fit together": [
+        ("digits --total-steps 50", "--warmup-steps must be less than --total-steps, got 50 and 50"),
+        ("digits --batch-size 127", "--batch-size must be a multiple of 4, the devices of this process, got 127"),
+        ("toy2d --batch-size 6", "--batch-size must be a multiple of 4, the devices"),
+        ("cnf --batch-size 6", "--batch-size must be a multiple of 4, the devices"),
+        ("digits --accumulate 5", "--accumulate must divide the 32 examples .* each device, got 5"),
+        ("toy2d --accumulate 3", "--accumulate must divide the 64 examples"),
+        ("digits --batch-size 2000", "--batch-size must be at most 1500, the images to train on, got 2000"),
+        ("digits --num-images 64", "--batch-size must be at most 64, the images to train on, got 128"),
+        (
+            "mnist --model cifar10",
+            "--model cifar10 does not fit the images of mnist: height and width must be divisible",
+        ),
+        ("digits --label-dropout 0", "--label-dropout must be above 0 for --guidance 2"),
+        ("reflow --steps 150", "--steps must be a multiple of 100, .*, got 150"),
+        ("torchcfm_table --ofm-steps 99", "--ofm-steps must be a multiple of 100, .*, got 99"),
+        ("torchcfm_table --methods FM --problems 'moons to 8gaussians'", "--methods FM starts from noise"),
+        ("toy2d --source moons --prediction noise", "--source moons needs --prediction velocity"),
+        ("toy2d --source moons --solver ddim", "--source moons needs --prediction velocity and a solver such as heun"),
+        ("sample --run labelled", "--guidance must be 1 for a run with --label-dropout 0, .*, got 2"),
+        ("sample --run moons --solver ddim", "--source moons needs --prediction velocity and a solver such as heun"),
+        ("learned_solver --run toy --num 8", "--batch-size must be at most --num, got 64 and 8"),
+        ("sample --run digits --also 1 --avoid 2", "--also, --avoid and --weak-run are three ways to guide"),
+        ("sample --run digits --also 1 --guidance-rule rescale", "--also goes with --guidance-rule extrapolate"),
+        ("sample --run toy --solver heun --learned-solver a.npz", "--learned-solver takes the place of --solver"),
+    ],
+    "an option of no effect": [
+        ("digits --eta 0.5", "--eta 0.5 would have no effect: --solver bosh3 does not take it; ddim would"),
+        ("digits --solver ddpm --eta 0.5", "--eta 0.5 would have no effect: --solver ddpm does not take it"),
+        ("digits --churn 1", "--churn 1.0 would have no effect"),
+        ("digits --diffusion 1", "--diffusion 1.0 would have no effect"),
+        ("digits --steps 50", "--steps 50 would have no effect: --solver bosh3 has adaptive steps"),
+        ("digits --grid edm", "--grid edm would have no effect: --solver bosh3 has adaptive steps"),
+        ("mnist --tolerance 1e-5", "--tolerance 1e-05 would have no effect: --solver heun has fixed steps"),
+        ("digits --coupled-batches 4", "--coupled-batches 4 would have no effect: --coupling independent"),
+        ("digits --reuse-pairs 4", "--reuse-pairs 4 would have no effect: --coupling independent"),
+        ("digits --data-dir here", "--data-dir here would have no effect: the digits come inside scikit-learn"),
+        ("digits --guidance 1 --guidance-rule rescale", "--guidance-rule rescale would have no effect: --guidance 1"),
+        ("digits --guidance 1 --guidance-interval 0.2 0.8", "--guidance-interval 0.2 0.8 would have no effect"),
+        ("toy2d --sample-every 10", "--sample-every 10 would have no effect: toy2d draws nothing while it trains"),
+        ("toy2d --sample-batch 10", "--sample-batch 10 would have no effect: toy2d draws its --num-samples at once"),
+        ("toy2d --guidance 2", "--guidance 2.0 would have no effect: the points have no classes"),
+        ("toy2d --reuse-pairs 2", "--reuse-pairs 2 would have no effect"),
+        ("cnf --sample-every 10", "--sample-every 10 would have no effect: cnf draws nothing while it trains"),
+        ("reflow --bridge-sigma 2", "--bridge-sigma 2.0 would have no effect: reflow has neither"),
+        ("reflow --ofm-steps 100", "--ofm-steps 100 would have no effect"),
+        ("torchcfm_table --methods I-CFM --ofm-reuse 2", "--ofm-reuse 2 would have no effect: none of --methods"),
+        ("torchcfm_table --methods OFM --steps 100", "--steps 100 would have no effect: none of --methods"),
+        (f"torchcfm_table --methods OFM --peer-python {sys.executable}", "--peer-python .* would have no effect"),
+        ("sample --run toy --steps 5", "--steps 5 would have no effect: --solver dopri5 has adaptive steps"),
+        ("sample --run toy --solver heun --eta 0.1", "--eta 0.1 would have no effect: --solver heun does not take it"),
+        ("sample --run toy --guidance 2", "--guidance 2.0 would have no effect: the run has no classes"),
+        ("sample --run digits --guidance 1 --avoid 3", "--avoid 3 would have no effect: --guidance 1 is none"),
+        ("sample --run digits --learned-solver a.npz --steps 5", "--steps 5 would have no effect: --learned-solver"),
+        ("sample --run digits --learned-solver a.npz --tolerance 1", "--tolerance 1.0 would have no effect"),
+    ],
+    "a folder that cannot be the run's": [
+        ("digits --run-dir file", "file cannot be a folder: file is a file"),
+        ("digits --run-dir file/below/it", "file/below/it cannot be a folder: file is a file"),
+        ("toy2d --run-dir file", "file cannot be a folder"),
+        ("cnf --run-dir file", "file cannot be a folder"),
+        ("reflow --run-dir file", "file cannot be a folder"),
+        ("torchcfm_table --run-dir file", "file cannot be a folder"),
+        ("digits --run-dir /proc/run", "/proc/run cannot be made: "),
+        (f"toy2d --run-dir {'a' * 300}", "a cannot be made: File name too long"),
+        ("digits --smoke --run-dir theirs", "theirs-smoke, where --smoke would put .*, was not made by a smoke run"),
+        ("reflow --smoke --run-dir file", "file-smoke, where --smoke would put its results, is not a folder"),
+        *(
+            (f"{name} --run-dir busy", rf"busy is in use by process {os.getpid()} on \S+, since .* another --run-dir")
+            for name in ("digits", "toy2d", "cnf", "reflow", "torchcfm_table")
+        ),
+        ("toy2d --smoke --run-dir busy", "busy-smoke is in use by process"),
+        ("sample --run moons --out file/a.png", "file cannot be a folder: file is a file"),
+        ("sample --run moons --out toy.png", "--out toy.png is a folder"),
+    ],
+    "a folder or file that is not what it should be": [
+        ("sample --run nowhere", "--run nowhere is not the folder of a run: there is no such folder"),
+        ("sample --run empty", "--run empty is not the folder of a run: it has no config.json"),
+        ("sample --run file", "--run file is not the folder of a run"),
+        ("sample --run moons --weak-run nowhere --guidance 2", "--weak-run nowhere is not the folder of a run"),
+        ("learned_solver --run nowhere", "--run nowhere is not the folder of a run"),
+        ("sample --run broken/empty", "broken/empty/config.json is damaged, it is not JSON"),
+        ("sample --run broken/half", "broken/half/config.json is damaged, it is not JSON"),
+        ("learned_solver --run broken/half", "broken/half/config.json is damaged, it is not JSON"),
+        ("sample --run broken/bytes", "broken/bytes/config.json is damaged, it is not JSON"),
+        ("sample --run broken/list", "broken/list/config.json was not written by one of the experiments"),
+        ("sample --run broken/other", "broken/other/config.json was not written by one of the experiments"),
+        ("sample --run broken/lacks", r"broken/lacks/config.json cannot be used: config.json lacks \['training'\]"),
+        ("sample --run broken/more", r"broken/more/config.json cannot be used: config.json has \['depht'\]"),
+        ("sample --run broken/type", "broken/type/config.json cannot be used: --width must be an integer, got 'x'"),
+        ("sample --run broken/shape", r"broken/shape/config.json cannot be used: config.json has 3 for Training"),
+        ("sample --run toy", "toy holds no checkpoints"),
+        ("learned_solver --run toy", "toy holds no checkpoints"),
+        ("torchcfm_table --run-dir broken/half", "broken/half has a damaged config.json"),
+        ("torchcfm_table --run-dir toy", "toy holds another table"),
+        ("sample --run moons --learned-solver nowhere.npz", "nowhere.npz does not exist: python -m experiments"),
+        ("sample --run moons --learned-solver file", "file is not a learned solver, or damaged"),
+        ("sample --run moons --learned-solver other.npz", "other.npz is not a learned solver, or damaged"),
+        (
+            "sample --run moons --weak-run moons/digits --guidance 2",
+            "--weak-run moons/digits was trained on other data",
+        ),
+        ("sample --run moons --weak-run vp --guidance 2", "--weak-run vp was trained by another method than moons"),
+        ("sample --run moons --class 3", "--class needs a run with classes"),
+        ("sample --run toy --out a.jpg", "--out must end in .png or .npz, got a.jpg"),
+        ("torchcfm_table --peer-python nowhere", "--peer-python must be an interpreter that has torchcfm, got nowhere"),
+        ("mnist --data-dir empty", "mnist is not prepared in empty"),
+        ("cifar10 --data-dir empty", "cifar10 is not prepared in empty"),
+        ("data.images mnist --data-dir file", "cannot be a folder: file is a file. Give another --data-dir"),
+    ],
+}
+
+
+def write(path: Path, content) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Runs that were never trained, broken ones, a file, a folder in use."""
+    root = tmp_path_factory.mktemp("world")
+    toy = {"experiment": "toy2d"} | config_to_json(toy2d.CONFIG)
+    of_digits = {"experiment": "images"} | config_to_json(digits.CONFIG)
+    write(root / "toy" / "config.json", toy)
+    write(root / "moons" / "config.json", toy | {"source": "moons"})
+    write(root / "moons" / "digits" / "config.json", of_digits)
+    write(root / "digits" / "config.json", of_digits)
+    write(root / "labelled" / "config.json", of_digits | {"label_dropout": 0.0})
+    write(root / "vp" / "config.json", toy | {"method": toy["method"] | {"path": "vp"}})
+    (root / "empty").mkdir()
+    (root / "toy.png").mkdir()
+    write(root / "file", b"mine")
+    write(root / "file-smoke", b"mine")
+    write(root / "theirs-smoke" / "thesis.tex", b"mine")
+    np.savez(root / "other.npz", samples=np.zeros(3))
+    whole = json.dumps(toy).encode()
+    for name, content in {
+        "empty": b"",
+        "half": whole[: len(whole) // 2],
+        "bytes": b"\xff\xfe\x00\x80" * 9,
+        "list": [1, 2],
+        "other": {"experiment": "mine"},
+        "lacks": {name: value for name, value in toy.items() if name != "training"},
+        "more": toy | {"depht": 3},
+        "type": toy | {"width": "x"},
+        "shape": toy | {"training": 3},
+    }.items():
+        write(root / "broken" / name / "config.json", content)
+    with lock_folder(root / "busy"), lock_folder(root / "busy-smoke"):
+        yield root
+
+
+def snapshot(root: Path):
+    return sorted((str(path), path.is_file() and path.read_bytes()) for path in root.rglob("*"))
+
+
+def unboxed(text: str) -> str:
+    """What tyro's box says, as one line."""
+    return " ".join(re.sub("[│╭╮╰╯─]", " ", text).split())
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """Runs a command line that must be refused before any work, and returns what it says."""
+    monkeypatch.delenv("FM_JAX_TRACEBACK", raising=False)
+    for module, name in WORK:
+        monkeypatch.setattr(module, name, lambda *_, **__: pytest.fail("went to work"))
+    monkeypatch.setattr(sample, "restore_run", _restored_without_a_checkpoint)
+
+    def run(command: str) -> str:
+        name, *options = shlex.split(command)
+        monkeypatch.setattr(sys, "argv", [name, *options])
+        with pytest.raises(SystemExit) as caught:
+            MAINS[name]()
+        assert caught.value.code not in (0, None)
+        out, err = capsys.readouterr()
+        message = caught.value.code if isinstance(caught.value.code, str) else ""
+        assert "Traceback" not in out + err + message
+        return unboxed(f"{err} {message}")
+
+    return run
+
+
+_restore_run = sample.restore_run
+
+
+def _restored_without_a_checkpoint(run_dir, option="--run"):
+    """The run `moons` and others count as trained: what comes after they are restored can be wrong too."""
+    if str(run_dir) not in ("moons", "moons/digits", "vp"):
+        return _restore_run(run_dir, option)
+    config, experiment = sample.read_run(run_dir, option)
+    return Restored(config, experiment, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("command", "message"), [case for cases in CASES.values() for case in cases], ids=lambda x: str(x)[:60]
+)
+def test_is_refused(command, message, world, refusal, monkeypatch):
+    monkeypatch.chdir(world)
+    before = snapshot(world)
+    found = refusal(command)
+    assert re.search(message, found), found
+    assert snapshot(world) == before
+
+
+def test_there_are_enough():
+    counts = {kind: len(cases) for kind, cases in CASES.items()}
+    print("\nwrong command lines by kind:")
+    for kind, count in [*counts.items(), ("all", sum(counts.values()))]:
+        print(f"{count:5}  {kind}")
+    repeated = [c for c, n in collections.Counter(c for cases in CASES.values() for c, _ in cases).items() if n > 1]
+    assert not repeated
+    assert sum(counts.values()) >= 120
+
+
+def test_the_default_of_an_option_without_effect_is_no_mistake(world, monkeypatch):
+    """What the configuration has anyway may be said: --tolerance 1e-2 is the digits' own."""
+    monkeypatch.chdir(world)
+    reached = []
+    monkeypatch.setattr(images, "run", reached.append)
+    monkeypatch.setattr(sys, "argv", ["digits", "--solver", "heun", "--tolerance", "1e-2", "--eta", "0"])
+    MAINS["digits"]()
+    assert len(reached) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("first\nsecond"), "ValueError: first second (FM_JAX_TRACEBACK=1 shows where.)"),
+        (OSError(28, "No space left on device", "runs/a"), "No space left on device (runs/a). Make room; the same"),
+        (PermissionError(13, "Permission denied", "runs/a"), "Permission denied (runs/a)."),
+        (ImportError("x needs ott-jax: pip install 'fm_jax[ot]'."), "x needs ott-jax"),
+        (CheckpointError("It is damaged."), "It is damaged."),
+        (NonFiniteLossError("Not finite at step 3."), "Not finite at step 3."),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "RuntimeError: RESOURCE_EXHAUSTED: Out of memory (FM_JAX"),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_mistakes_found_while_running(error, message, world, monkeypatch):
+    def fails(config):
+        raise error
+
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(cnf, "run", fails)
+    monkeypatch.setattr(sys, "argv", ["cnf"])
+    with pytest.raises(SystemExit) as caught:
+        cnf.main()
+    assert message in caught.value.code
+    monkeypatch.setenv("FM_JAX_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        cnf.main()
+
+
+def test_an_error_in_the_code_is_no_mistake_of_the_user(monkeypatch):
+    monkeypatch.setattr(cnf, "run", lambda config: config.training.steps)
+    monkeypatch.setattr(sys, "argv", ["cnf"])
+    with pytest.raises(AttributeError):
+        cnf.main()
+
+
+def test_ctrl_c_outside_of_the_loop(monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cnf, "run", interrupted)
+    monkeypatch.setattr(sys, "argv", ["cnf"])
+    with pytest.raises(SystemExit) as caught:
+        cnf.main()
+    assert caught.value.code == 130
+
+
+def test_without_the_extra(monkeypatch):
+    """`python -m experiments.digits` says so before it imports what is not there."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    importlib.reload(experiments)
+    monkeypatch.setattr(sys, "argv", ["-m", "--help"])
+    with pytest.raises(SystemExit, match=r"experiments need tyro, .*: pip install 'fm_jax\[experiments\]'"):
+        importlib.reload(experiments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("experiments.digits --batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("experiments.torchcfm_table --methods OFM --steps 100", "--steps 100 would have no effect"),
+        ("experiments.toy2d --run-dir file", "file cannot be a folder: file is a file"),
+        ("experiments.sample --run broken/half", "is damaged, it is not JSON"),
+        ("fm_jax.data.images mnist --data-dir file", "cannot be a folder: file is a file"),
+    ],
+)
+def test_as_a_process(command, message, world):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)], cwd=world, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert message in unboxed(done.stderr)
