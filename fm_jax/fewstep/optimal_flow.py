@@ -108,16 +108,15 @@ def optimal_flow_matching(
     check_coupling(coupling)
     _check_options(tolerance, max_iterations)
     path = AffinePath()
-    time_sampler = times_within(time_sampler, path.domain, "the line")
+    times = times_within(time_sampler, path.domain, "the line")
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Scalar, Metrics]:
         del target_params
-        pairs = draw_pairs(key, batch, path.source, coupling, time_sampler)
+        pairs = draw_pairs(key, batch, path.source, coupling, times)
         if pairs.cond is not None:
             raise ValueError("the potential sees no condition: take 'cond' out of the batch.")
-        check_times("t", pairs.t, path.domain, "from source to data")
         sample = path.sample(None, pairs.t, pairs.x0, pairs.x1)
         z0, residual = invert(
             potential_fn, params, pairs.t, sample.x_t, tolerance=tolerance, max_iterations=max_iterations

@@ -28,12 +28,11 @@ from fm_jax.checks import (
     shown,
 )
 from fm_jax.couplings import paired
-from fm_jax.losses.matching import draw_pairs
+from fm_jax.losses.matching import draw_pairs, times_within
 from fm_jax.samplers import RungeKutta, sample
 from fm_jax.samplers.sample import check_sampler
 from fm_jax.shapes import mean_over_event
 from fm_jax.sources import Normal
-from fm_jax.times import Uniform
 from fm_jax.types import (
     ApplyFn,
     ArrayTree,
@@ -192,6 +191,7 @@ def distillation(apply_fn: ApplyFn, *, distance: Distance | None = None) -> Loss
         Liu et al. 2022 (arXiv:2209.03003).
     """
     check_network("apply_fn", apply_fn)
+    times = times_within(None, (0.0, 1.0), "the pair")
     if distance is not None:
         check_function("distance", distance, "a function distance(x, y) -> [batch]")
 
@@ -204,7 +204,7 @@ def distillation(apply_fn: ApplyFn, *, distance: Distance | None = None) -> Loss
             raise ValueError("distillation is for t = 0: take 't' out of the batch.")
         check_data("x1", batch["x1"])
         t = jnp.zeros(batch["x1"].shape[:1])
-        pairs = draw_pairs(key, {**batch, "t": t}, None, paired, Uniform())
+        pairs = draw_pairs(key, {**batch, "t": t}, None, paired, times)
         train = pairs.rngs is not None
         v = apply_fn(params, pairs.t, pairs.x0, pairs.cond, train=train, rngs=pairs.rngs)
         check_shape("x0", pairs.x0, pairs.x1, "x1")

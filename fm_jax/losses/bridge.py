@@ -13,7 +13,6 @@ from fm_jax.checks import (
     check_has,
     check_network,
     check_shape,
-    check_times,
     is_traced,
     shown,
 )
@@ -98,15 +97,13 @@ def bridge_matching(
     check_latent(path)
     check_coupling(coupling)
     check_drop(drop)
-    domain, what = path.target_domain("drift"), f"the drift target of {path}"
-    time_sampler = times_within(time_sampler, domain, what)
+    times = times_within(time_sampler, path.target_domain("drift"), f"the drift target of {path}")
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Scalar, Metrics]:
         del target_params
-        pairs = draw_pairs(key, batch, path.source, coupling, time_sampler, drop)
-        check_times("t", pairs.t, domain, f"where {what} is finite")
+        pairs = draw_pairs(key, batch, path.source, coupling, times, drop)
         sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
         targets = path.targets(sample)
         prediction = apply_fn(params, pairs.t, sample.x_t, pairs.cond, train=True, rngs=pairs.rngs)
@@ -135,11 +132,8 @@ def check_latent(path: Any) -> None:
 def check_two_outputs(prediction: Any, x: State) -> None:
     """Raises `ValueError` unless `prediction` is two arrays of the shape of `x`."""
     if not isinstance(prediction, tuple | list) or len(prediction) != 2:
-        got = (
-            f"a {type(prediction).__name__} of {len(prediction)}"
-            if isinstance(prediction, tuple | list)
-            else shown(prediction)
-        )
+        several = isinstance(prediction, tuple | list)
+        got = f"a {type(prediction).__name__} of {len(prediction)}" if several else shown(prediction)
         raise ValueError(f"the network must return (drift, latent), both of the shape of x, {x.shape}, got {got}.")
     for name, value in zip(("drift", "latent"), prediction, strict=True):
         check_shape(f"the {name} that the network returns", value, x)

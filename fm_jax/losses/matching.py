@@ -111,14 +111,13 @@ def flow_matching(
             raise ValueError(f"weight needs a path with a schedule, by which kinds convert; {path} has none.")
         domain = path.target_domain(kind, weight=weight)  # type: ignore[call-arg]  # a path with a schedule has it
         what = f"{what}, weighted by {weight},"
-    time_sampler = times_within(time_sampler, domain, what)
+    times = times_within(time_sampler, domain, what)
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Scalar, Metrics]:
         del target_params  # for losses with a second network; a regression on the path has none
-        pairs = draw_pairs(key, batch, path.source, coupling, time_sampler, drop)
-        check_times("t", pairs.t, domain, f"where {what} is finite")
+        pairs = draw_pairs(key, batch, path.source, coupling, times, drop)
         sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
         mse = squared_error(apply_fn, params, sample, pairs, path.targets(sample)[kind])
         weighted = mse if pairs.weight is None else pairs.weight * mse
@@ -131,18 +130,35 @@ def flow_matching(
     return loss_fn
 
 
-def times_within(time_sampler: TimeSampler | None, domain: tuple[float, float], what: str) -> TimeSampler:
-    """The time sampler, by default uniform on `domain`; raises `ValueError` if it leaves `domain`, where `what` is."""
+class Times(NamedTuple):
+    """The times of a loss: those of the batch, or draws of `sampler`, all in `domain`, where `what` is finite."""
+
+    sampler: TimeSampler
+    domain: tuple[float, float]
+    what: str
+
+    def of(self, key: Any, batch: Batch, x: State) -> PerExample:
+        """A time for every example of `x`, in `time_dtype(x)`; raises `ValueError` for what is none in the domain."""
+        t = batch.get("t")
+        if t is None:
+            t = self.sampler(key, x.shape[0])
+        check_per_example(x, t=t)
+        check_times("t", t, self.domain, f"where {self.what} is finite")
+        return t.astype(time_dtype(x))  # in double precision it would bring the rest there
+
+
+def times_within(time_sampler: TimeSampler | None, domain: tuple[float, float], what: str) -> Times:
+    """With the time sampler, by default uniform on `domain`; raises `ValueError` if that leaves it."""
     low, high = domain
     if time_sampler is None:
-        return Uniform(low, high)
+        return Times(Uniform(low, high), domain, what)
     check_has("time_sampler", time_sampler, ("domain", "__call__"), "a time sampler, such as LogitNormal()")
     if not (low <= time_sampler.domain[0] and time_sampler.domain[1] <= high):
         raise ValueError(
             f"time_sampler draws from {list(time_sampler.domain)}, but {what} is finite only on {[low, high]}; bring "
             f"it there with times.Rescale(sampler, {low}, {high})."
         )
-    return time_sampler
+    return Times(time_sampler, domain, what)
 
 
 class Pairs(NamedTuple):
@@ -162,20 +178,20 @@ def draw_pairs(
     batch: Batch,
     source: Source | None,
     coupling: Coupling,
-    time_sampler: TimeSampler,
+    times: Times,
     drop: Drop | None = None,
 ) -> Pairs:
     """Source, times, pairing and conditions of a batch, as `flow_matching` says; raises `ValueError` where it does."""
     check_holds(batch, "x1")
     if key is not None:
         check_key(key)
-    x1, t = batch["x1"], batch.get("t")
+    x1 = batch["x1"]
     x0: Any = batch.get("x0")
     if x0 is None and coupling is paired:
         raise ValueError("coupling=paired keeps the pairs of the data: the batch must hold 'x0'.")
     if x0 is None and source is None:
         raise ValueError("the path has no source to draw x0 from: the batch must hold 'x0'.")
-    if key is None and (x0 is None or t is None):
+    if key is None and (x0 is None or batch.get("t") is None):
         raise ValueError("without a key the batch must hold 'x0' and 't'.")
     check_data("x1", x1)
     # The last: a split into more keys begins with the same ones, so that runs without `drop` are what they were.
@@ -184,9 +200,8 @@ def draw_pairs(
     if x0 is None and source is not None:
         x0 = source.draw(key_x0, x1)
     check_data("x0", x0)
-    t = time_sampler(key_t, x1.shape[0]) if t is None else t
-    check_per_example(x1, t=t, weight=batch.get("weight"))
-    t = t.astype(time_dtype(x1))  # in double precision it would bring the rest there
+    t = times.of(key_t, batch, x1)
+    check_per_example(x1, weight=batch.get("weight"))
     check_condition(x1, batch.get("cond"))
     pairing = coupling(key_coupling, x0, x1, batch.get("cond"))
     check_pairing(pairing, x1)

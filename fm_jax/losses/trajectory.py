@@ -15,13 +15,20 @@ from fm_jax.checks import (
     check_key,
     check_network,
     check_per_example,
-    check_times,
 )
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
-from fm_jax.losses.matching import Pairs, check_drop, check_pairing, dropped, product, squared_error, times_within
+from fm_jax.losses.matching import (
+    Pairs,
+    Times,
+    check_drop,
+    check_pairing,
+    dropped,
+    product,
+    squared_error,
+    times_within,
+)
 from fm_jax.paths.spline import SplinePath
-from fm_jax.shapes import time_dtype
 from fm_jax.types import (
     AnyArray,
     ApplyFn,
@@ -132,15 +139,13 @@ def trajectory_matching(
     check_has("the path", path, ("times", "weights"), "a SplinePath")
     check_coupling(coupling)
     check_drop(drop)
-    domain, what = path.target_domain("velocity"), f"the velocity of {path}"
-    time_sampler = times_within(time_sampler, domain, what)
+    times = times_within(time_sampler, path.target_domain("velocity"), f"the velocity of {path}")
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Scalar, Metrics]:
         del target_params
-        pairs, x = _draw(key, batch, coupling, time_sampler, drop)
-        check_times("t", pairs.t, domain, f"where {what} is finite")
+        pairs, x = _draw(key, batch, coupling, times, drop)
         sample = path.sample(pairs.key_path, pairs.t, x)
         mse = squared_error(apply_fn, params, sample, pairs, path.targets(sample)["velocity"])
         loss = (mse if pairs.weight is None else pairs.weight * mse).mean()
@@ -149,22 +154,19 @@ def trajectory_matching(
     return loss_fn
 
 
-def _draw(
-    key: Key | None, batch: Batch, coupling: Coupling, time_sampler: TimeSampler, drop: Drop | None
-) -> tuple[Pairs, Array]:
+def _draw(key: Key | None, batch: Batch, coupling: Coupling, times: Times, drop: Drop | None) -> tuple[Pairs, Array]:
     """What else than the path is random, and the coupled snapshots [batch, K, ...]."""
     check_holds(batch, "x")
-    x, t = batch["x"], batch.get("t")
+    x = batch["x"]
     check_data("x", x)
     if key is not None:
         check_key(key)
-    if key is None and t is None:
+    if key is None and batch.get("t") is None:
         raise ValueError("without a key the batch must hold 't'.")
     keys: Any = [None] * 5 if key is None else jax.random.split(key, 5)
     key_t, key_coupling, key_path, key_dropout, key_drop = keys
-    t = time_sampler(key_t, x.shape[0]) if t is None else t
-    check_per_example(x, t=t, weight=batch.get("weight"))
-    t = t.astype(time_dtype(x))  # in double precision it would bring the rest there
+    t = times.of(key_t, batch, x)
+    check_per_example(x, weight=batch.get("weight"))
     check_condition(x, batch.get("cond"))
     chain = couple_snapshots(coupling, key_coupling, x, batch.get("cond"))
     weight = product(batch.get("weight"), chain.weight)

@@ -11,7 +11,7 @@ from fm_jax import losses, oracles, times
 from fm_jax.conditions import DropCondition
 from fm_jax.couplings import ExactOT, independent
 from fm_jax.losses import EDMWeight, SNRWeight, flow_matching
-from fm_jax.losses.matching import draw_pairs
+from fm_jax.losses.matching import draw_pairs, times_within
 from fm_jax.paths import AffinePath, SplinePath, StochasticInterpolant
 from fm_jax.schedules import VP, Cosine, Linear, coefficients
 from fm_jax.sources import Normal, Sampled, Uniform
@@ -203,7 +203,8 @@ def test_dropping_conditions_changes_nothing_else(key):
     cond = jnp.arange(16)
     batch = {"x1": 1.0 * cond[:, None] + jnp.zeros((16, 2)), "cond": {"label": cond, "vector": 1.0 * cond[:, None]}}
     coupling, drop = ExactOT(ignore_cond=True), DropCondition(0.5, {"label": -1, "vector": -1.0})
-    plain, dropped = (draw_pairs(key, batch, Normal(), coupling, times.Uniform(), each) for each in (None, drop))
+    within = times_within(None, (0.0, 1.0), "it")
+    plain, dropped = (draw_pairs(key, batch, Normal(), coupling, within, each) for each in (None, drop))
     key_x0, key_t, key_coupling, key_path, key_dropout, key_drop = jax.random.split(key, 6)
     assert (jax.random.key_data(jax.random.split(key, 5)) == jax.random.key_data(jax.random.split(key, 6)[:5])).all()
     pairing = coupling(key_coupling, jax.random.normal(key_x0, (16, 2)), batch["x1"])
