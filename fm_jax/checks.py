@@ -163,6 +163,13 @@ def check_array(name: str, value: Any, wanted: str = "an array, as jnp.asarray m
         raise ValueError(f"{name} must be {wanted}, got {got}.")
 
 
+def check_real(name: str, value: Any) -> None:
+    """Refuses what is no array of real numbers, floating point or integers."""
+    check_array(name, value)
+    if not is_real(value.dtype):
+        raise ValueError(f"{name} must be real numbers, got {value.dtype}.")
+
+
 def check_state(x: AnyArray, name: str = "x0") -> None:
     """Refuses a state that is not a real floating-point array with a batch axis."""
     check_array(name, x)
@@ -185,8 +192,7 @@ def check_shape(name: str, value: AnyArray, x: AnyArray, like: str = "x") -> Non
     check_array(name, value, f"an array of the shape of {like}, {tuple(x.shape)}")
     if value.shape != x.shape:
         raise ValueError(f"{name} must have the shape of {like}, {x.shape}, got {value.shape}.")
-    if not is_real(value.dtype):
-        raise ValueError(f"{name} must be real numbers, got {value.dtype}.")
+    check_real(name, value)
 
 
 def check_same_shape(**arrays: AnyArray) -> None:
@@ -211,8 +217,7 @@ def check_numbers_of(name: str, value: Any, x: AnyArray, *, scalar: bool = True)
     check_array(name, value)
     if value.shape != x.shape[:1] and not (scalar and value.shape == ()):
         raise ValueError(f"{name} must be {'a number or ' * scalar}[batch] = {x.shape[:1]}, got shape {value.shape}.")
-    if not is_real(value.dtype):
-        raise ValueError(f"{name} must be real numbers, got {value.dtype}.")
+    check_real(name, value)
 
 
 def check_times(name: str, t: Any, domain: tuple[float, float], what: str) -> None:

@@ -18,6 +18,7 @@ from fm_jax.checks import (
     check_member,
     check_network,
     check_number,
+    check_real,
     check_same_shape,
     check_schedule,
     check_shape,
@@ -58,7 +59,7 @@ def convert(kind: Kind, value: State, t: Time, x_t: State, schedule: Schedule) -
     check_member("kind", kind, KINDS)
     check_same_shape(value=value, x_t=x_t)
     check_shape("value", value, x_t, "x_t")
-    check_shape("x_t", x_t, x_t)
+    check_real("x_t", x_t)
     alpha, sigma, d_alpha, d_sigma = coefficients(schedule, time_of(t, x_t))
     if kind == "velocity":
         velocity = value
@@ -123,7 +124,7 @@ def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = 
     check_schedule(schedule)
 
     def velocity(t: Time, x: State) -> State:
-        check_shape("x", x, x)
+        check_real("x", x)
         check_condition(x, cond)
         prediction = model_fn(batch_time(t, x), x, cond)
         check_shape("what the network returns", prediction, x)
@@ -150,7 +151,7 @@ def score_fn(v: VelocityFn, schedule: Schedule) -> VelocityFn:
     check_schedule(schedule)
 
     def score(t: Time, x: State) -> State:
-        check_shape("x", x, x)
+        check_real("x", x)
         velocity = v(t, x)
         check_shape("v(t, x)", velocity, x)
         return convert("velocity", velocity, t, x, schedule).score

@@ -18,6 +18,7 @@ from jaxtyping import Bool
 
 from fm_jax.checks import (
     as_number,
+    check_function,
     check_increasing,
     check_integer,
     check_number,
@@ -80,6 +81,8 @@ def log_snr(schedule: Schedule, t: Elementwise) -> Elementwise:
 
 def vanishes(coefficient: Callable[[Elementwise], Elementwise], t: float) -> bool:
     """Whether `schedule.alpha` or `schedule.sigma` is exactly 0 at `t`; a Python bool, also while tracing."""
+    check_function("coefficient", coefficient, "a function of t, such as schedule.alpha")
+    check_number("t", t, "[0, 1]")
     with jax.ensure_compile_time_eval():
         return bool(coefficient(jnp.asarray(t, dtype=float)) == 0)
 

@@ -1,10 +1,12 @@
 """The one place where time [batch] meets data [batch, ...]."""
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Shaped
 
-from fm_jax.checks import check_array, check_number, is_real, is_traced, shown
+from fm_jax.checks import check_array, check_number, check_real, is_real, is_traced, shown
 from fm_jax.types import AnyArray, ArrayTree, PerExample, State, Time
 
 
@@ -77,4 +79,7 @@ def time_dtype(x: ArrayTree) -> jnp.dtype:
 
 def mean_over_event(x: State) -> PerExample:
     """Averages over every axis but the first."""
-    return x.reshape(x.shape[0], -1).mean(axis=1)
+    check_real("x", x)
+    if not x.shape:
+        raise ValueError("x must be [batch, ...], got a scalar.")
+    return x.reshape(x.shape[0], math.prod(x.shape[1:])).mean(axis=1)

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.checks import (
-    check_array,
     check_function,
     check_increasing,
     check_key,
     check_number,
+    check_real,
     check_shape,
     check_state,
 )
@@ -122,7 +122,7 @@ def _check_draw(key: Key, like: Like) -> None:
 
 def _precise(x: State) -> Array:
     """X [batch, ...] as [batch, d] in float32 or better: sums over many dimensions need it."""
-    check_array("x", x)
+    check_real("x", x)
     x = jnp.asarray(x)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     check_state(x, "x")

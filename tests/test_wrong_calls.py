@@ -1,10 +1,16 @@
 """Wrong calls of every public function and value: refused in words that name the argument, or exactly right."""
 
 import collections
+import importlib
+import inspect
+import pydoc
+import sys
+from pathlib import Path
 
 import pytest
 import wrong
 
+DOCS = Path(__file__).parents[1] / "docs"
 COUNTS: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
 CASES = [*wrong.cases()]
 
@@ -20,6 +26,25 @@ def test_a_wrong_call_is_refused_or_right(name):
             if said not in ("refused", "right"):
                 bad.append(f"{case.argument}, {case.wrong.kind}: {said}")
     assert not bad, "\n".join(bad)
+
+
+def test_every_public_function_is_tried():
+    """By the pages of the reference. A new one goes into `wrong.CALLS`, or the place of its tests into `ELSEWHERE`."""
+    sys.path.insert(0, str(DOCS))
+    public = importlib.import_module("public")
+    sys.path.remove(str(DOCS))
+    tried = {name.partition(",")[0].partition("(")[0].rpartition(".")[2] for name in wrong.CALLS}
+    left = []
+    for path in public.documented():
+        found, name = public.load(path) if pydoc.locate(path) else None, path.rpartition(".")[2]
+        data = inspect.isclass(found) and (
+            hasattr(found, "_fields") or issubclass(found, Exception) or getattr(found, "_is_protocol", False)
+        )
+        if path.startswith("fm_jax.types.") or data or not (inspect.isclass(found) or inspect.isfunction(found)):
+            continue
+        if name not in tried and not any(f"{path}.".startswith(f"{each}.") for each in wrong.ELSEWHERE):
+            left.append(path)
+    assert left == []
 
 
 def test_there_are_enough_of_each_kind():

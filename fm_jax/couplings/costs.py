@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Real
 
-from fm_jax.checks import check_array, is_real, is_traced
+from fm_jax.checks import check_array, check_real, is_traced
 from fm_jax.types import AnyArray, ArrayTree
 
 Costs: TypeAlias = Real[AnyArray, "n m"]
@@ -76,11 +76,9 @@ def cost_matrix(cost: Cost, x0: Real[AnyArray, " n ..."], x1: Real[AnyArray, " m
 def precise(x0: AnyArray, x1: AnyArray) -> tuple[AnyArray, AnyArray]:
     """Both in one dtype, their own if it is float32 or better, else float32: in bfloat16 other partners are nearest."""
     for name, x in (("x0", x0), ("x1", x1)):
-        check_array(name, x)
+        check_real(name, x)
         if not x.shape:
             raise ValueError(f"{name} must be [n, ...], got a scalar.")
-        if not is_real(x.dtype):
-            raise ValueError(f"{name} must be real numbers, got {x.dtype}.")
     dtype = jnp.promote_types(jnp.promote_types(x0.dtype, x1.dtype), jnp.float32)
     return x0.astype(dtype), x1.astype(dtype)
 

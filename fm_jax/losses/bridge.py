@@ -5,13 +5,13 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fm_jax.checks import (
     check_coupling,
     check_function,
     check_has,
     check_network,
+    check_real,
     check_shape,
     is_traced,
     shown,
@@ -145,7 +145,8 @@ def split_channels(apply_fn: ApplyFn) -> PairApplyFn:
 
     def split(params: Params, t: PerExample, x: State, cond: Cond, *, train: bool, rngs: Any) -> tuple[State, State]:
         output = apply_fn(params, t, x, cond, train=train, rngs=rngs)
-        if np.shape(output) != (*x.shape[:-1], 2 * x.shape[-1]):
+        check_real("what the network returns", output)
+        if output.shape != (*x.shape[:-1], 2 * x.shape[-1]):
             raise ValueError(f"the network must return twice the channels of x, {x.shape}, got {shown(output)}.")
         drift, latent = jnp.split(output, 2, axis=-1)
         return drift, latent

@@ -1,6 +1,7 @@
 """Regression losses on a conditional path: flow matching and its relatives, all one function."""
 
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -109,7 +110,9 @@ def flow_matching(
         check_function("weight", weight, "a function weight(t, kind, schedule), such as SNRWeight()")
         if schedule is None:
             raise ValueError(f"weight needs a path with a schedule, by which kinds convert; {path} has none.")
-        domain = path.target_domain(kind, weight=weight)  # type: ignore[call-arg]  # a path with a schedule has it
+        if "weight" not in inspect.signature(path.target_domain).parameters:
+            raise ValueError(f"path must have a target_domain(kind, weight=...) to be weighted, got {path}.")
+        domain = path.target_domain(kind, weight=weight)  # type: ignore[call-arg]
         what = f"{what}, weighted by {weight},"
     times = times_within(time_sampler, domain, what)
 

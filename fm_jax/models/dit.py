@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_integer, check_member, check_number
+from fm_jax.checks import check_integer, check_member, check_number, check_real
 from fm_jax.models.compute import Compute, Dtype
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import SelfAttention, TimeEmbedding, check_image, check_options, zeros
@@ -22,6 +22,8 @@ def patchify(x: Array, patch_size: int) -> Array:
 
     Notebooks: (9.6).
     """
+    check_integer("patch_size", patch_size)
+    check_image(x, patch_size)
     batch_size, height, width, channels = x.shape
     rows, columns = height // patch_size, width // patch_size
     x = x.reshape(batch_size, rows, patch_size, columns, patch_size, channels).transpose(0, 1, 3, 2, 4, 5)
@@ -30,9 +32,18 @@ def patchify(x: Array, patch_size: int) -> Array:
 
 def unpatchify(patches: Array, patch_size: int, height: int, width: int) -> Array:
     """Puts patches [batch, h w / p^2, p^2 c] back into images [batch, h, w, c]: the inverse of `patchify`."""
+    for name, value in (("patch_size", patch_size), ("height", height), ("width", width)):
+        check_integer(name, value)
+    check_real("patches", patches)
     rows, columns = height // patch_size, width // patch_size
-    x = patches.reshape(patches.shape[0], rows, columns, patch_size, patch_size, -1).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(patches.shape[0], height, width, -1)
+    if patches.ndim != 3 or patches.shape[1] != rows * columns or patches.shape[2] % patch_size**2:
+        raise ValueError(
+            f"patches must be [batch, {rows * columns}, {patch_size**2} c], to tile an image of {height}x{width}, got "
+            f"shape {patches.shape}."
+        )
+    channels = patches.shape[2] // patch_size**2
+    x = patches.reshape(len(patches), rows, columns, patch_size, patch_size, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(len(patches), height, width, channels)
 
 
 def position_features(rows: int, columns: int, dim: int) -> np.ndarray:
@@ -51,6 +62,10 @@ def position_features(rows: int, columns: int, dim: int) -> np.ndarray:
     References:
         Peebles & Xie 2022, section 3.2, "Patchify".
     """
+    for name, value in (("rows", rows), ("columns", columns), ("dim", dim)):
+        check_integer(name, value)
+    if dim % 4:
+        raise ValueError(f"dim must be divisible by 4, got {dim}.")
     # In NumPy and float64: a constant of the traced program, computed once.
     frequencies = 10_000.0 ** (-np.arange(dim // 4) / (dim // 4))
     row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")

@@ -71,7 +71,7 @@ class ICNN(nn.Module):
             [batch], in the dtype of `x`, at least float32.
         """
         check_state(x, "x")
-        x = x.reshape(x.shape[0], -1).astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = x.reshape(x.shape[0], math.prod(x.shape[1:])).astype(jnp.promote_types(x.dtype, jnp.float32))
         dim = x.shape[1]
         h = self._bend(ConvexQuadratic(self.features[0], self.rank, name="input_0")(x))
         for k, width in enumerate(self.features[1:], start=1):

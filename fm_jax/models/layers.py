@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_integer, check_number, check_state, shown
+from fm_jax.checks import check_integer, check_number, check_real, check_state, shown
 from fm_jax.models.compute import Compute, Dtype
 from fm_jax.types import Array
 
@@ -70,6 +70,9 @@ def sinusoidal_features(t: Array, dim: int, *, scale: float = 1000.0, max_period
         Vaswani et al. 2017, "Attention Is All You Need", section 3.5; Ho et al. 2020, "Denoising Diffusion
         Probabilistic Models", appendix B.
     """
+    check_real("t", t)
+    if t.ndim != 1:
+        raise ValueError(f"t must be [batch], got shape {t.shape}.")
     check_integer("dim", dim, least=2)
     check_number("scale", scale, "(0, inf)")
     check_number("max_period", max_period, "(0, inf)")

@@ -9,9 +9,9 @@ from fm_jax.checks import (
     check_array,
     check_member,
     check_number,
+    check_real,
     check_same_shape,
     check_schedule,
-    check_shape,
     check_source,
     check_times,
 )
@@ -73,8 +73,8 @@ class AffinePath:
         """
         del key
         check_same_shape(x0=x0, x1=x1)
-        check_shape("x0", x0, x1, "x1")
-        check_shape("x1", x1, x0, "x0")
+        check_real("x0", x0)
+        check_real("x1", x1)
         alpha, sigma, d_alpha, d_sigma = coefficients(self.schedule, time_of(t, x1))
         return PathSample(jnp.asarray(t), alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0, x0, x1)
 

@@ -13,9 +13,9 @@ from fm_jax.checks import (
     check_key,
     check_member,
     check_number,
+    check_real,
     check_same_shape,
     check_schedule,
-    check_shape,
     check_source,
 )
 from fm_jax.schedules import Linear, coefficients, vanishes
@@ -173,7 +173,7 @@ class StochasticInterpolant:
         """The path at `t` for a given z; otherwise as `sample`."""
         check_same_shape(x0=x0, x1=x1, z=z)
         for name, each in (("x0", x0), ("x1", x1), ("z", z)):
-            check_shape(name, each, x1, "x1")
+            check_real(name, each)
         t_x = time_of(t, x1)
         alpha, sigma, d_alpha, d_sigma = coefficients(self.interpolant, t_x)
         gamma, d_gamma = value_and_slope(self.gamma, t_x)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_has, check_integer, check_number, check_same_shape, check_shape
+from fm_jax.checks import check_has, check_integer, check_number, check_real, check_same_shape
 from fm_jax.nfe import spent
 from fm_jax.samplers.grids import uniform
 from fm_jax.samplers.runge_kutta import Tableau, evaluate, tableau
@@ -126,7 +126,8 @@ def start_for(num_evaluations: int, t0: float = 0.0, t1: float = 1.0) -> Learned
 def log_error(x: State, x1: State) -> Scalar:
     """The mean over examples of the logarithm of the mean squared difference of two batches."""
     check_same_shape(x=x, x1=x1)
-    check_shape("x1", x1, x)
+    check_real("x", x)
+    check_real("x1", x1)
     error = mean_over_event((x - x1) ** 2)
     return jnp.log(jnp.maximum(error, jnp.finfo(error.dtype).tiny)).mean()
 
@@ -153,5 +154,7 @@ def loss(v: VelocityFn, solver: LearnedSolver, x0: State, x1: State) -> Scalar:
 
 def decibels(log_error: Elementwise, peak: float = 2.0) -> Elementwise:
     """The peak signal-to-noise ratio in dB that a `log_error` stands for, for data with values `peak` apart."""
+    if not isinstance(log_error, int | float):
+        check_real("log_error", log_error)
     check_number("peak", peak, "(0, inf)")
     return 10 / math.log(10) * (2 * math.log(peak) - log_error)

@@ -70,6 +70,7 @@ def falling_noise(schedule: Schedule) -> Callable[[Elementwise], Elementwise]:
 
     On `VE` and `EDM` it is that of the reverse diffusion; it vanishes with sigma, so that the score term stays finite.
     """
+    check_schedule(schedule)
 
     def g(t: Elementwise) -> Elementwise:
         c = coefficients(schedule, t)

@@ -1,9 +1,11 @@
 """Exponential moving averages of the parameters."""
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_number
+from fm_jax.checks import check_bool, check_number, is_traced, shown
 from fm_jax.types import Array, Params
 
 
@@ -33,6 +35,11 @@ def update_ema(ema: dict[str, Params], params: Params, step: Array, *, warmup: b
         >>> update_ema({"0.75": jnp.zeros(())}, jnp.ones(()), jnp.zeros((), jnp.int32), warmup=False)
         {'0.75': Array(0.25, dtype=float32)}
     """
+    if not isinstance(ema, Mapping):
+        raise ValueError(f"ema must be a dict of averages by their decays, as in TrainState, got {shown(ema)}.")
+    check_bool("warmup", warmup)
+    if not is_traced(step):
+        check_number("step", step, "[0, inf)")
     step = jnp.asarray(step, jnp.float32)
     averages = {}
     for name, average in ema.items():
