@@ -24,6 +24,11 @@ def is_traced(value: Any) -> bool:
     return isinstance(value, jax.core.Tracer)
 
 
+def is_number(dtype: Any) -> bool:
+    """Whether an array of that dtype holds numbers, complex ones and bools among them."""
+    return any(jnp.issubdtype(dtype, kind) for kind in (np.number, np.bool_))
+
+
 def is_real(dtype: Any) -> bool:
     """Whether an array of that dtype holds real numbers, floating point or integers; bools are none."""
     return any(jnp.issubdtype(dtype, kind) for kind in (jnp.floating, jnp.integer))
@@ -33,8 +38,11 @@ def shown(value: Any) -> str:
     """A value as a refusal quotes it: arrays by dtype and shape, classes by name, others cut to 100 characters."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return f"{value.dtype} of shape {tuple(value.shape)}" if np.shape(value) else f"{value}"
+    if hasattr(value, "shape") and hasattr(value, "dtype") and not isinstance(value, np.generic):
+        unknown = (
+            value.shape or is_traced(value) or isinstance(value, jax.ShapeDtypeStruct) or not is_number(value.dtype)
+        )
+        return f"{value.dtype} of shape {tuple(value.shape)}" if unknown else f"the {value.dtype} array {value}"
     text = " ".join(repr(value).split())
     return text if len(text) <= 100 else f"{text[:97]}..."
 
@@ -85,6 +93,22 @@ def check_number(name: str, value: Any, within: str) -> None:
             "(-inf, inf)": "a finite number",
         }
         raise ValueError(f"{name} must be {words.get(within, f'in {within}')}, got {shown(value)}.")
+
+
+def check_setting(instance: Any, name: str, within: str) -> None:
+    """`check_number` of a field of a value; what is a JAX array becomes a float, known in every trace."""
+    value = getattr(instance, name)
+    check_number(name, value, within)
+    if isinstance(value, jax.Array) and not is_traced(value):
+        object.__setattr__(instance, name, float(value))
+
+
+def check_known(name: str, value: Any) -> None:
+    """Refuses what is traced, of which it must be known beforehand what it is."""
+    if is_traced(value):
+        raise ValueError(
+            f"{name} must be known when it is built, got a traced value: make it a static argument of jit."
+        )
 
 
 def as_number(value: Any) -> float:
@@ -173,7 +197,7 @@ def check_real(name: str, value: Any) -> None:
 def check_state(x: AnyArray, name: str = "x0") -> None:
     """Refuses a state that is not a real floating-point array with a batch axis."""
     check_array(name, x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
         advice = "; fm_jax.data.images.to_float brings pixels to [-1, 1]" if x.dtype == np.uint8 else ""
         raise ValueError(f"{name} must be floating point, got {x.dtype}{advice}.")
     if len(x.shape) == 0:
@@ -181,10 +205,10 @@ def check_state(x: AnyArray, name: str = "x0") -> None:
 
 
 def check_data(name: str, x: AnyArray) -> None:
-    """Refuses a state without an example."""
+    """Refuses a state without an example, or with nothing in it."""
     check_state(x, name)
-    if not x.shape[0]:
-        raise ValueError(f"{name} must be [batch, ...] with at least one example, got shape {tuple(x.shape)}.")
+    if 0 in x.shape:
+        raise ValueError(f"{name} must be [batch, ...], not empty, got shape {tuple(x.shape)}.")
 
 
 def check_shape(name: str, value: AnyArray, x: AnyArray, like: str = "x") -> None:
@@ -207,12 +231,13 @@ def check_same_shape(**arrays: AnyArray) -> None:
 def check_per_example(x: AnyArray, **values: AnyArray | None) -> None:
     """Refuses the first of the values that is there and not [batch], a real number for each example."""
     for name, value in values.items():
-        check_numbers_of(name, value, x, scalar=False)
+        if value is not None:
+            check_numbers_of(name, value, x, scalar=False)
 
 
 def check_numbers_of(name: str, value: Any, x: AnyArray, *, scalar: bool = True) -> None:
-    """Refuses what is there and is not [batch], a real number for each example, or one for all where `scalar`."""
-    if value is None or (scalar and not is_traced(value) and as_number(value) == as_number(value)):
+    """Refuses what is not [batch], a real number for each example, or one for all where `scalar`."""
+    if scalar and not is_traced(value) and as_number(value) == as_number(value):
         return
     check_array(name, value)
     if value.shape != x.shape[:1] and not (scalar and value.shape == ()):
@@ -239,9 +264,11 @@ def check_times(name: str, t: Any, domain: tuple[float, float], what: str) -> No
 def check_condition(x: ArrayTree, cond: Cond) -> None:
     """Refuses a condition of another batch than that of `x`, and one that is no pytree of arrays."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(cond):
-        if np.shape(leaf)[:1] != x.shape[:1]:
-            name = "cond" + jax.tree_util.keystr(path)
-            raise ValueError(f"{name} must be [batch, ...] with batch = {x.shape[0]}, got shape {np.shape(leaf)}.")
+        name = "cond" + jax.tree_util.keystr(path)
+        if not hasattr(leaf, "shape"):
+            raise ValueError(f"{name} must be an array [batch, ...] with batch = {x.shape[0]}, got {shown(leaf)}.")
+        if leaf.shape[:1] != x.shape[:1]:
+            raise ValueError(f"{name} must be [batch, ...] with batch = {x.shape[0]}, got shape {leaf.shape}.")
 
 
 def check_finite(name: str, value: ArrayTree) -> None:
@@ -261,7 +288,7 @@ def check_finite(name: str, value: ArrayTree) -> None:
 def check_diffusion(diffusion: Diffusion) -> None:
     """Refuses a noise coefficient that is neither a function nor a finite number, not negative."""
     if callable(diffusion):
-        check_function("diffusion", diffusion, "a number or a function of a scalar time")
+        check_function("diffusion", diffusion, "a number or a function of a scalar time", 1)
     else:
         check_number("diffusion", diffusion, "[0, inf)")
 
@@ -293,15 +320,33 @@ def check_source(source: Any) -> None:
     check_has("source", source, ("draw", "log_prob"), "a source, such as Normal()")
 
 
-def check_function(name: str, value: Any, wanted: str) -> None:
-    """Refuses what cannot be called, and a class in place of its instance; `wanted` says what is expected."""
+def check_function(name: str, value: Any, wanted: str, num: int | None = None, **keywords: Any) -> None:
+    """Refuses what cannot be called, and a class in place of its instance.
+
+    Args:
+        name: of the argument.
+        value: the function.
+        wanted: says what is expected.
+        num: of the arguments, by position, that it has to take, where that can be told; `None` tells nothing.
+        keywords: that it has to take too.
+    """
     if isinstance(value, type) or not callable(value):
         raise ValueError(f"{name} must be {wanted}, got {shown(value)}.")
+    if num is None:
+        return
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # some are not known
+        return
+    try:
+        signature.bind(*[None] * num, **keywords)
+    except TypeError:
+        raise ValueError(f"{name} must be {wanted}, got one with the arguments {signature}.") from None
 
 
 def check_velocity(v: Any, name: str = "v") -> None:
     """Refuses what is not a velocity function."""
-    check_function(name, v, "a velocity function v(t, x)")
+    check_function(name, v, "a velocity function v(t, x)", 2)
 
 
 def check_network(
@@ -311,12 +356,15 @@ def check_network(
     of_module = hasattr(apply_fn, "apply") and hasattr(apply_fn, "init") and not isinstance(apply_fn, type)
     if of_module and getattr(apply_fn, "scope", None) is None:  # one that is bound can be called
         raise ValueError(f"{name} must be {wanted}, got a Linen module: linen_apply(module) makes one of it.")
-    check_function(name, apply_fn, wanted)
+    if name.startswith("apply"):
+        check_function(name, apply_fn, wanted, 4, train=True, rngs=None)
+    else:
+        check_function(name, apply_fn, wanted, 3)
 
 
 def check_coupling(coupling: Any) -> None:
     """Refuses what is not a coupling."""
-    check_function("coupling", coupling, "a coupling, such as ExactOT() or fm_jax.couplings.independent")
+    check_function("coupling", coupling, "a coupling, such as ExactOT() or fm_jax.couplings.independent", 4)
 
 
 def check_holds(batch: Any, *names: str) -> None:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_key, check_number, is_traced, shown
+from fm_jax.checks import check_key, check_number, check_setting, is_traced, shown
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, Cond, Key, Scalar
 
@@ -78,7 +78,7 @@ class DropCondition:
     null_cond: Cond
 
     def __post_init__(self) -> None:
-        check_number("rate", self.rate, "[0, 1]")
+        check_setting(self, "rate", "[0, 1]")
 
     def __call__(self, key: Key, cond: Cond) -> Cond:
         """Takes the condition, a pytree of [batch, ...], from a share `rate` of the examples."""
@@ -145,8 +145,8 @@ def _broadcast(name: str, leaf: Array, null: Any) -> Array:
             f"null_{name} must broadcast to {name}, [batch, ...] = {leaf.shape}, got shape {np.shape(null)}."
         )
     if not _holds(leaf.dtype, null):
-        shown = f"dtype {null.dtype.name}" if is_traced(null) else null
-        raise ValueError(f"null_{name} must be a value of the dtype of {name}, {leaf.dtype.name}, got {shown}.")
+        got = f"dtype {null.dtype.name}" if is_traced(null) else null
+        raise ValueError(f"null_{name} must be a value of the dtype of {name}, {leaf.dtype.name}, got {got}.")
     return jnp.broadcast_to(jnp.asarray(null, dtype=leaf.dtype), leaf.shape)
 
 

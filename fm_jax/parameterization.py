@@ -24,9 +24,10 @@ from fm_jax.checks import (
     check_shape,
     check_times,
     check_velocity,
+    is_traced,
 )
 from fm_jax.nfe import Counted, cost, domain_of
-from fm_jax.schedules import coefficients, log_snr, stands_still, vanishes
+from fm_jax.schedules import coefficients, known_to_stand_still, log_snr, vanishes
 from fm_jax.shapes import batch_time, time_of
 from fm_jax.types import KINDS, ApplyFn, Cond, Kind, ModelFn, Params, Prediction, Schedule, State, Time, VelocityFn
 
@@ -202,8 +203,7 @@ def conversion_domain(schedule: Schedule, margin: float = 1e-3) -> tuple[float, 
     check_number("margin", margin, "(0, 0.5)")
 
     def kept_from(t: float) -> float:
-        with jax.ensure_compile_time_eval():
-            return margin * bool(stands_still(schedule, jnp.asarray(t, dtype=float)))
+        return margin * known_to_stand_still(schedule, t)
 
     t_min, t_max = schedule.domain
     return t_min + kept_from(t_min), t_max - kept_from(t_max)
@@ -236,6 +236,8 @@ def reschedule_domain(old_schedule: Schedule, new_schedule: Schedule) -> tuple[f
         _log_snrs(old_schedule, conversion_domain(old_schedule)),
         _log_snrs(new_schedule, new_schedule.domain),
     )
+    if reached is None or own is None:
+        raise ValueError(f"old_schedule and new_schedule must have known settings, got {old_schedule}, {new_schedule}.")
     with jax.ensure_compile_time_eval():
         low, high = (float(new_schedule.t_from_log_snr(jnp.asarray(each))) for each in reached)
     r_min = new_schedule.domain[0] if own[0] >= reached[0] else low
@@ -245,11 +247,11 @@ def reschedule_domain(old_schedule: Schedule, new_schedule: Schedule) -> tuple[f
     return r_min, r_max
 
 
-def _log_snrs(schedule: Schedule, times: tuple[float, float]) -> tuple[float, float]:
-    """At both ends of a range of times."""
+def _log_snrs(schedule: Schedule, times: tuple[float, float]) -> tuple[float, float] | None:
+    """At both ends of a range of times; `None` where the schedule has a traced setting."""
     with jax.ensure_compile_time_eval():
-        first, last = (float(log_snr(schedule, jnp.asarray(t, dtype=float))) for t in times)
-    return first, last
+        first, last = (log_snr(schedule, jnp.asarray(t, dtype=float)) for t in times)
+    return None if is_traced(first) or is_traced(last) else (float(first), float(last))
 
 
 def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule, *, clip: bool = False) -> VelocityFn:
@@ -280,18 +282,23 @@ def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule, *,
     """
     check_velocity(v)
     check_bool("clip", clip)
-    domain = reschedule_domain(old_schedule, new_schedule)
-    known = new_schedule.domain if clip else domain
+    check_schedule(old_schedule, "old_schedule")
+    check_schedule(new_schedule, "new_schedule")
     old_domain = conversion_domain(old_schedule)
     reached = _log_snrs(old_schedule, old_domain)
+    known = reached is not None and _log_snrs(new_schedule, new_schedule.domain) is not None
+    domain = reschedule_domain(old_schedule, new_schedule) if known else new_schedule.domain
+    allowed = new_schedule.domain if clip else domain
 
     def new_velocity(r: Time, x: State) -> State:
-        check_times("r", r, known, f"the domain of {new_schedule}" if clip else "where the old schedule has its SNR")
+        check_times("r", r, allowed, f"the domain of {new_schedule}" if clip else "where the old schedule has its SNR")
         r = time_of(r, x)
         new = coefficients(new_schedule, r)
         inside = (r >= domain[0]) & (r <= domain[1])
         new_log_snr = 2 * (jnp.log(new.alpha) - jnp.log(new.sigma))
-        t = old_schedule.t_from_log_snr(jnp.clip(new_log_snr, *reached))  # beyond, it may have no inverse
+        if reached is not None:
+            new_log_snr = jnp.clip(new_log_snr, *reached)  # beyond, it may have no inverse
+        t = old_schedule.t_from_log_snr(new_log_snr)
         t = jnp.clip(t, *old_domain).astype(r.dtype)  # the inverse may leave the domain by a rounding error
         old = coefficients(old_schedule, t)
         new_norm2, old_norm2 = new.alpha**2 + new.sigma**2, old.alpha**2 + old.sigma**2

@@ -10,6 +10,7 @@ arXiv:2107.00630); the half of it is DPM-Solver's lambda.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +22,10 @@ from fm_jax.checks import (
     check_function,
     check_increasing,
     check_integer,
+    check_known,
     check_number,
     check_schedule,
+    check_setting,
     is_real,
     is_traced,
     shown,
@@ -31,6 +34,11 @@ from fm_jax.types import AnyArray, Array, Coefficients, Elementwise, Schedule
 
 _EDGE = 1e-5
 """How far a domain stays from a time at which a derivative is infinite."""
+
+
+def log(value: Any) -> Any:
+    """The logarithm of a setting, in double precision unless it is traced."""
+    return jnp.log(value) if is_traced(value) else math.log(value)
 
 
 def _as_times(t: Elementwise) -> Array:
@@ -80,17 +88,25 @@ def log_snr(schedule: Schedule, t: Elementwise) -> Elementwise:
 
 
 def vanishes(coefficient: Callable[[Elementwise], Elementwise], t: float) -> bool:
-    """Whether `schedule.alpha` or `schedule.sigma` is exactly 0 at `t`; a Python bool, also while tracing."""
-    check_function("coefficient", coefficient, "a function of t, such as schedule.alpha")
+    """Whether `schedule.alpha` or `schedule.sigma` is known to be 0 at `t`: a Python bool, also while tracing."""
+    check_function("coefficient", coefficient, "a function of t, such as schedule.alpha", 1)
     check_number("t", t, "[0, 1]")
     with jax.ensure_compile_time_eval():
-        return bool(coefficient(jnp.asarray(t, dtype=float)) == 0)
+        value = coefficient(jnp.asarray(t, dtype=float))
+        return not is_traced(value) and bool(value == 0)
 
 
 def stands_still(schedule: Schedule, t: Elementwise) -> Bool[AnyArray, " *shape"]:
     """Whether alpha sigma' = sigma alpha' at `t`: the log-SNR stands still, and a velocity says nothing of the data."""
     c = coefficients(schedule, t)
     return c.alpha * c.d_sigma == c.sigma * c.d_alpha
+
+
+def known_to_stand_still(schedule: Schedule, t: float) -> bool:
+    """`stands_still` at one time, as a Python bool; False where a setting is traced."""
+    with jax.ensure_compile_time_eval():
+        value = stands_still(schedule, jnp.asarray(t, dtype=float))
+        return not is_traced(value) and bool(value)
 
 
 @dataclass(frozen=True)
@@ -109,7 +125,7 @@ class Linear:
     sigma_min: float = 0.0
 
     def __post_init__(self) -> None:
-        check_number("sigma_min", self.sigma_min, "[0, 1)")
+        check_setting(self, "sigma_min", "[0, 1)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -165,7 +181,8 @@ class Polynomial:
     n: float = 2.0
 
     def __post_init__(self) -> None:
-        check_number("n", self.n, "(0, inf)")
+        check_known("n", self.n)  # its domain depends on it
+        check_setting(self, "n", "(0, inf)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -198,8 +215,10 @@ class VP:
     beta_max: float = 20.0
 
     def __post_init__(self) -> None:
-        check_number("beta_min", self.beta_min, "(0, inf)")
-        check_number("beta_max", self.beta_max, f"[{self.beta_min}, inf)")
+        check_setting(self, "beta_min", "(0, inf)")
+        check_setting(self, "beta_max", "(0, inf)")
+        if not (is_traced(self.beta_min) or is_traced(self.beta_max)):
+            check_number("beta_max", self.beta_max, f"[{self.beta_min}, inf)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -270,10 +289,10 @@ class VE:
         return jnp.ones_like(t)
 
     def sigma(self, t: Elementwise) -> Elementwise:
-        return self.sigma_max * jnp.exp(math.log(self.sigma_min / self.sigma_max) * t)
+        return self.sigma_max * jnp.exp(log(self.sigma_min / self.sigma_max) * t)
 
     def t_from_log_snr(self, log_snr: Elementwise) -> Elementwise:
-        return (-log_snr / 2 - math.log(self.sigma_max)) / math.log(self.sigma_min / self.sigma_max)
+        return (-log_snr / 2 - log(self.sigma_max)) / log(self.sigma_min / self.sigma_max)
 
 
 @dataclass(frozen=True)
@@ -292,7 +311,7 @@ class EDM:
     sigma_max: float = 80.0
 
     def __post_init__(self) -> None:
-        check_number("sigma_max", self.sigma_max, "(0, inf)")
+        check_setting(self, "sigma_max", "(0, inf)")
 
     @property
     def domain(self) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Shaped
@@ -74,7 +75,7 @@ def time_dtype(x: ArrayTree) -> jnp.dtype:
 
     In bfloat16 there are 128 times in [0.5, 1), and in integers none.
     """
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return jax.dtypes.canonicalize_dtype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def mean_over_event(x: State) -> PerExample:

@@ -7,6 +7,7 @@ Each is a frozen dataclass with `draw(key, like)`, a batch in the shape and dtyp
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,13 @@ from fm_jax.checks import (
     check_function,
     check_increasing,
     check_key,
-    check_number,
     check_real,
+    check_setting,
     check_shape,
     check_state,
+    is_traced,
 )
+from fm_jax.schedules import log
 from fm_jax.types import Array, Key, Like, PerExample, State
 
 
@@ -38,7 +41,7 @@ class Normal:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("scale", self.scale, "(0, inf)")
+        check_setting(self, "scale", "(0, inf)")
 
     def draw(self, key: Key, like: Like) -> State:
         """Independent normal numbers in the shape and dtype of `like`."""
@@ -48,8 +51,13 @@ class Normal:
     def log_prob(self, x: State) -> PerExample:
         """The log-density in nats."""
         x = _precise(x)
-        squares = (x / self.scale) ** 2 + math.log(2 * math.pi * self.scale**2)
+        squares = (x / self.scale) ** 2 + log(2 * math.pi * self.scale**2)
         return -0.5 * squares.sum(axis=1)
+
+
+def is_standard_normal(source: Any) -> bool:
+    """Whether a source is known to be N(0, I)."""
+    return isinstance(source, Normal) and not is_traced(source.scale) and source.scale == 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Uniform:
         """The log-density in nats; -inf outside of the box."""
         x = _precise(x)
         inside = ((x >= self.low) & (x <= self.high)).all(axis=1)
-        return jnp.where(inside, jnp.asarray(-x.shape[1] * math.log(self.high - self.low), x.dtype), -jnp.inf)
+        return jnp.where(inside, jnp.asarray(-x.shape[1] * log(self.high - self.low), x.dtype), -jnp.inf)
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Sampled:
     function: Callable[[Key, int], Array]
 
     def __post_init__(self) -> None:
-        check_function("function", self.function, "a function (key, num) -> [num, ...]")
+        check_function("function", self.function, "a function (key, num) -> [num, ...]", 2)
 
     def __repr__(self) -> str:
         return f"Sampled({getattr(self.function, '__name__', self.function)})"

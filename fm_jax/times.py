@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_has, check_integer, check_key, check_number, check_range, check_schedule
+from fm_jax.checks import check_has, check_integer, check_key, check_range, check_schedule, check_setting
 from fm_jax.schedules import Linear, log_snr
 from fm_jax.types import Key, PerExample, Schedule, TimeSampler
 
@@ -73,8 +73,8 @@ class LogitNormal:
     std: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("mean", self.mean, "(-inf, inf)")
-        check_number("std", self.std, "(0, inf)")
+        check_setting(self, "mean", "(-inf, inf)")
+        check_setting(self, "std", "(0, inf)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -99,7 +99,7 @@ class Mode:
     scale: float = 1.29
 
     def __post_init__(self) -> None:
-        check_number("scale", self.scale, f"[-1, {2 / (math.pi - 2)}]")
+        check_setting(self, "scale", f"[-1, {2 / (math.pi - 2)}]")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -119,8 +119,8 @@ class Beta:
     b: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("a", self.a, "(0, inf)")
-        check_number("b", self.b, "(0, inf)")
+        check_setting(self, "a", "(0, inf)")
+        check_setting(self, "b", "(0, inf)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -147,8 +147,8 @@ class EDMLogNormal:
     schedule: Schedule = field(default_factory=Linear)
 
     def __post_init__(self) -> None:
-        check_number("mean", self.mean, "(-inf, inf)")
-        check_number("std", self.std, "(0, inf)")
+        check_setting(self, "mean", "(-inf, inf)")
+        check_setting(self, "std", "(0, inf)")
         check_schedule(self.schedule)
 
     @property

@@ -204,8 +204,7 @@ class Path(Protocol):
     `source` is p_0, or `None` where x0 can only come with the data. `schedule` is the one by which velocity, data,
     noise and score convert into each other, or `None` where they do not. `domain` is the closed range of `t` on which
     the velocity is finite. `kinds` are the names of what a network can regress, `targets` their values [batch, ...] at
-    a point of the path, and `target_domain` is where the target of a kind is finite; on a path with a schedule it also
-    takes a `weight`, and is where both are.
+    a point of the path, and `target_domain` is where the target of a kind is finite.
     """
 
     @property

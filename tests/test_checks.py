@@ -1,5 +1,6 @@
 """Each shared refusal: what passes, what does not with its whole message, and that a traced value passes."""
 
+import dataclasses
 import inspect
 import math
 import re
@@ -123,8 +124,8 @@ def test_integers():
         (Linear(), "Linear(sigma_min=0.0)"),
         (X, "float32 of shape (2, 3)"),
         (np.zeros(2), "float64 of shape (2,)"),
-        (np.float32(0.5), "0.5"),
-        (jnp.float32(0.5), "0.5"),
+        (np.float32(0.5), "np.float32(0.5)"),
+        (jnp.float32(0.5), "the float32 array 0.5"),
         (jax.random.split(jax.random.key(0)), "key<fry> of shape (2,)"),
         (jax.ShapeDtypeStruct((2,), jnp.float32), "float32 of shape (2,)"),
         (Lines(), "two lines"),
@@ -170,7 +171,8 @@ GOOD = [
     (checks.check_shape, ("v(t, x)", X, X)),
     (checks.check_shape, ("v(t, x)", X.astype(int), X)),
     (checks.check_shape, ("v(t, x)", jax.ShapeDtypeStruct((2, 3), jnp.bfloat16), X)),
-    (checks.check_numbers_of, ("scale", None, X)),
+    (checks.check_real, ("x", np.arange(3))),
+    (checks.check_known, ("eta", jnp.float32(0.5))),
     (checks.check_numbers_of, ("scale", 2.0, X)),
     (checks.check_numbers_of, ("scale", jnp.float32(2.0), X)),
     (checks.check_numbers_of, ("scale", np.arange(2), X)),
@@ -197,7 +199,11 @@ GOOD = [
     (checks.check_function, ("f", velocity, "a function")),
     (checks.check_function, ("f", jax.jit(velocity), "a function")),
     (checks.check_velocity, (velocity,)),
-    (checks.check_network, ("apply_fn", velocity)),
+    (checks.check_network, ("model_fn", lambda t, x, cond=None: x, "a model")),
+    (checks.check_network, ("model_fn", PlainMLP().bind({}), "a model")),
+    (checks.check_function, ("cost", lambda x0, x1: 0, "a cost", 2)),
+    (checks.check_function, ("cost", lambda *args: 0, "a cost", 2)),
+    (checks.check_function, ("cost", max, "a cost", 2)),
     (checks.check_network, ("apply_fn", linen_apply(PlainMLP()))),
     (checks.check_coupling, (independent,)),
     (checks.check_coupling, (ExactOT(),)),
@@ -228,7 +234,7 @@ BAD = [
     (checks.check_key, (None,), f"{TYPED}None."),
     (checks.check_key, (jax.random.PRNGKey(0),), f"{TYPED}uint32 of shape (2,)."),
     (checks.check_key, (LIST_OF_KEYS,), f"{TYPED}key<fry> of shape (2,)."),
-    (checks.check_key, (jnp.zeros(()), "key_x0"), f"key_x0{TYPED[3:]}0.0."),
+    (checks.check_key, (jnp.zeros(()), "key_x0"), f"key_x0{TYPED[3:]}the float32 array 0.0."),
     (checks.check_array, ("x", [1.0]), "x must be an array, as jnp.asarray makes, got a list."),
     (checks.check_array, ("x", (X,)), "x must be an array, as jnp.asarray makes, got a tuple."),
     (checks.check_array, ("x", {"x": X}), "x must be an array, as jnp.asarray makes, got a dict."),
@@ -246,7 +252,7 @@ BAD = [
         ("x1", X.astype(jnp.uint8)),
         "x1 must be floating point, got uint8; fm_jax.data.images.to_float brings pixels to [-1, 1].",
     ),
-    (checks.check_data, ("x1", X[:0]), "x1 must be [batch, ...] with at least one example, got shape (0, 3)."),
+    (checks.check_data, ("x1", X[:0]), "x1 must be [batch, ...], not empty, got shape (0, 3)."),
     (checks.check_data, ("x1", X[0, 0]), "x1 must be [batch, ...], got a scalar."),
     (checks.check_shape, ("v(t, x)", X[:, :1], X), "v(t, x) must have the shape of x, (2, 3), got (2, 1)."),
     (checks.check_shape, ("z", X[0], X, "x1"), "z must have the shape of x1, (2, 3), got (3,)."),
@@ -255,6 +261,15 @@ BAD = [
     (checks.check_shape, ("v", 0.0, X, "x1"), "v must be an array of the shape of x1, (2, 3), got 0.0."),
     (checks.check_shape, ("v", X.astype(complex), X), "v must be real numbers, got complex64."),
     (checks.check_shape, ("v", X > 0, X), "v must be real numbers, got bool."),
+    (checks.check_numbers_of, ("s", None, X), "s must be an array, as jnp.asarray makes, got None."),
+    (checks.check_real, ("x", X > 0), "x must be real numbers, got bool."),
+    (checks.check_real, ("x", 0.5), "x must be an array, as jnp.asarray makes, got 0.5."),
+    (checks.check_data, ("x1", X[:, :0]), "x1 must be [batch, ...], not empty, got shape (2, 0)."),
+    (
+        checks.check_data,
+        ("x1", X.astype(jnp.float8_e4m3fn)),
+        "x1 must be floating point, got float8_e4m3fn.",
+    ),
     (checks.check_numbers_of, ("s", X, X), "s must be a number or [batch] = (2,), got shape (2, 3)."),
     (checks.check_numbers_of, ("s", X[0], X), "s must be a number or [batch] = (2,), got shape (3,)."),
     (checks.check_numbers_of, ("s", [1, 2], X), "s must be an array, as jnp.asarray makes, got a list."),
@@ -291,7 +306,7 @@ BAD = [
         "it must be a wrapper, got the class Wrapped: make one, Wrapped(...).",
     ),
     (checks.check_bool, ("sde", 1), "sde must be True or False, got 1."),
-    (checks.check_bool, ("sde", np.True_), "sde must be True or False, got True."),
+    (checks.check_bool, ("sde", np.True_), "sde must be True or False, got np.True_."),
     (checks.check_bool, ("sde", "no"), "sde must be True or False, got 'no'."),
     (
         checks.check_schedule,
@@ -308,6 +323,16 @@ BAD = [
     (checks.check_function, ("f", Normal, "a function"), "f must be a function, got the class Normal."),
     (checks.check_velocity, (None,), f"{VELOCITY}None."),
     (checks.check_velocity, (X, "v_cond"), f"v_cond{VELOCITY[1:]}float32 of shape (2, 3)."),
+    (
+        checks.check_function,
+        ("cost", lambda x0: 0, "a cost", 2),
+        "cost must be a cost, got one with the arguments (x0).",
+    ),
+    (
+        checks.check_network,
+        ("apply_fn", lambda params, t, x, cond: x),
+        f"{NETWORK}one with the arguments (params, t, x, cond).",
+    ),
     (checks.check_network, ("apply_fn", None), f"{NETWORK}None."),
     (checks.check_network, ("apply_fn", Wrapped), f"{NETWORK}the class Wrapped."),
     (checks.check_network, ("apply_fn", PlainMLP()), f"{NETWORK}a Linen module: linen_apply(module) makes one of it."),
@@ -320,7 +345,8 @@ BAD = [
     (checks.check_holds, ({"x": X, "a": X}, "x1"), "the batch must hold 'x1', got ['a', 'x']."),
     (checks.check_condition, (X, np.zeros(3)), f"cond {COND}(3,)."),
     (checks.check_condition, (X, {"text": np.zeros(())}), f"cond['text'] {COND}()."),
-    (checks.check_condition, (X, "cat"), f"cond {COND}()."),
+    (checks.check_condition, (X, "cat"), "cond must be an array [batch, ...] with batch = 2, got 'cat'."),
+    (checks.check_condition, (X, [1, 2]), "cond[0] must be an array [batch, ...] with batch = 2, got 1."),
 ]
 
 
@@ -428,3 +454,33 @@ def test_every_check_is_tried_here():
     own = [name for name in public if getattr(checks, name).__module__ == checks.__name__]
     assert len(own) > 20
     assert [name for name in own if f"checks.{name}" not in tried] == []
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    scale: float
+
+    def __post_init__(self):
+        checks.check_setting(self, "scale", "(0, inf)")
+
+
+def test_a_setting_is_known_in_every_trace():
+    for value in (2, 2.0, np.float32(2.0), jnp.float32(2.0)):
+        made = Setting(value)
+        assert hash(made) == hash(Setting(2.0))
+        assert jax.jit(lambda x, made=made: x if made.scale > 1 else -x)(1.0) == 1.0
+    with pytest.raises(ValueError, match=r"^scale must be positive and finite, got the float32 array nan.$"):
+        Setting(jnp.float32(NAN))
+    assert jax.jit(lambda scale: Setting(scale).scale)(3.0) == 3.0
+
+
+def test_what_must_be_known_is_refused_where_it_is_traced():
+    with pytest.raises(ValueError, match=r"^eta must be known when it is built, got a traced value: make it a static"):
+        jax.jit(lambda eta: checks.check_known("eta", eta))(0.5)
+
+
+def test_kinds_of_dtypes():
+    assert [checks.is_real(dtype) for dtype in (np.int8, jnp.bfloat16, bool, complex)] == [True, True, False, False]
+    assert [checks.is_number(dtype) for dtype in (np.int8, bool, complex, jax.random.key(0).dtype)] == [True] * 3 + [
+        False
+    ]

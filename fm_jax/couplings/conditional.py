@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_array, check_function, check_number
+from fm_jax.checks import check_array, check_function, check_setting
 from fm_jax.couplings.costs import COST, Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import assign_within, call_host
 from fm_jax.couplings.pairing import check_same_space
@@ -63,11 +63,11 @@ class ConditionalOT:
 
     def __post_init__(self) -> None:
         if self.weight is not None:  # None finds it by ratio
-            check_number("weight", self.weight, "[0, inf]")
-        check_number("ratio", self.ratio, "(0, 1]")
-        check_function("cost", self.cost, COST)
+            check_setting(self, "weight", "[0, inf]")
+        check_setting(self, "ratio", "(0, 1]")
+        check_function("cost", self.cost, COST, 2)
         if self.condition_cost is not None:
-            check_function("condition_cost", self.condition_cost, "a function condition_cost(cond, cond) -> [n, n]")
+            check_function("condition_cost", self.condition_cost, "a function condition_cost(cond, cond) -> [n, n]", 2)
 
     def __call__(self, key: Key | None, x0: State, x1: State, cond: Cond = None) -> Pairing:
         """Pairs a batch.

@@ -64,7 +64,7 @@ def cost_matrix(cost: Cost, x0: Real[AnyArray, " n ..."], x1: Real[AnyArray, " m
         ValueError: if `cost` returns another shape; or, unless it is traced, a cost that is not finite.
     """
     matrix = cost(*precise(x0, x1))
-    check_array("cost(x0, x1)", matrix)
+    check_real("cost(x0, x1)", matrix)
     if matrix.shape != (len(x0), len(x1)):
         raise ValueError(f"cost(x0, x1) must be [n, m] = {(len(x0), len(x1))}, got shape {matrix.shape}.")
     if is_traced(matrix):

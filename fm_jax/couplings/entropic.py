@@ -140,7 +140,7 @@ class Problem(NamedTuple):
 def check_options(options: Any) -> None:
     """Raises `ValueError` unless epsilon, threshold and max_iterations of a coupling make sense."""
     check_number("epsilon", options.epsilon, "(0, inf)")
-    check_function("cost", options.cost, COST)
+    check_function("cost", options.cost, COST, 2)
     check_bool("relative", options.relative)
     check_number("threshold", options.threshold, "(0, 0.01]")
     check_integer("max_iterations", options.max_iterations)

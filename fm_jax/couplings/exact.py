@@ -51,7 +51,7 @@ class ExactOT:
     ignore_cond: bool = False
 
     def __post_init__(self) -> None:
-        check_function("cost", self.cost, COST)
+        check_function("cost", self.cost, COST, 2)
         check_bool("maximize", self.maximize)
         check_bool("ignore_cond", self.ignore_cond)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_bool, check_function, check_integer, check_number, is_traced
+from fm_jax.checks import check_bool, check_function, check_integer, check_setting, is_traced
 from fm_jax.couplings.costs import COST, Cost, cost_matrix, on_host, squared_euclidean
 from fm_jax.couplings.exact import as_labels, assign_within, call_host
 from fm_jax.couplings.pairing import check_batch
@@ -61,13 +61,13 @@ class GromovWassersteinOT:
     ignore_cond: bool = False
 
     def __post_init__(self) -> None:
-        check_number("epsilon", self.epsilon, "(0, inf)")
-        check_number("fused", self.fused, "[0, inf)")
+        check_setting(self, "epsilon", "(0, inf)")
+        check_setting(self, "fused", "[0, inf)")
         check_integer("max_iterations", self.max_iterations)
-        check_function("cost0", self.cost0, COST)
-        check_function("cost1", self.cost1, COST)
+        check_function("cost0", self.cost0, COST, 2)
+        check_function("cost1", self.cost1, COST, 2)
         if self.cross_cost is not None:
-            check_function("cross_cost", self.cross_cost, COST)
+            check_function("cross_cost", self.cross_cost, COST, 2)
         check_bool("ignore_cond", self.ignore_cond)
 
     def __call__(self, key: Key | None, x0: Examples, x1: Examples, cond: Cond = None) -> Pairing:

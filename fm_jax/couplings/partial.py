@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_bool, check_function, check_number
+from fm_jax.checks import check_bool, check_function, check_setting
 from fm_jax.couplings.costs import COST, Cost, check_finite, cost_matrix, squared_euclidean
 from fm_jax.couplings.exact import _COLD, as_labels, assign, call_host, extend_potentials, row_potentials
 from fm_jax.couplings.pairing import check_same_space
@@ -44,8 +44,8 @@ class PartialOT:
     ignore_cond: bool = False
 
     def __post_init__(self) -> None:
-        check_number("mass", self.mass, "(0, 1]")
-        check_function("cost", self.cost, COST)
+        check_setting(self, "mass", "(0, 1]")
+        check_function("cost", self.cost, COST, 2)
         check_bool("ignore_cond", self.ignore_cond)
 
     def __call__(self, key: Key | None, x0: State, x1: State, cond: Cond = None) -> Pairing:

@@ -168,7 +168,7 @@ def fit_semidiscrete(
     check_number("learning_rate", learning_rate, "(0, inf)")
     check_key(key)
     check_source(source)
-    check_function("cost", cost, COST)
+    check_function("cost", cost, COST, 2)
     check_data("x1", x1)
     x1 = jnp.asarray(x1)
     potential = _fit(key, x1, learning_rate, source, cost, num_iterations=num_iterations, batch_size=batch_size)

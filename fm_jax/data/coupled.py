@@ -1,6 +1,7 @@
 """Batches that are paired ahead of time: a coupling's host work runs in a thread while the device trains."""
 
 from collections import deque
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +18,7 @@ from fm_jax.checks import (
     check_key,
     check_per_example,
     check_source,
+    shown,
 )
 from fm_jax.losses.matching import check_pairing
 from fm_jax.types import Batch, Coupling, Key, Source
@@ -92,6 +94,8 @@ class CoupledBatches:
     def __next__(self) -> Batch:
         if not self._block[1]:
             self._advance()
+        if not self._block[1]:
+            raise StopIteration
         return self._block[1].popleft()
 
     def get_state(self) -> dict[str, Any]:
@@ -104,6 +108,8 @@ class CoupledBatches:
     def set_state(self, state: dict[str, Any]) -> None:
         """Goes to a position that `get_state` gave."""
         check_has("data", self._data, ("get_state", "set_state"), "an iterator whose position can be set")
+        if not isinstance(state, Mapping) or not {"block", "data", "taken"} <= state.keys():
+            raise ValueError(f"state must be a position, as get_state gives, got {shown(state)}.")
         for future in self._ahead:
             future.cancel()
         self._thread.submit(lambda: None).result()  # the block in the making reads the data until then
@@ -127,6 +133,8 @@ class CoupledBatches:
         rng = np.random.default_rng([*self._seed, number])
         key = jax.random.fold_in(self._key, number)
         parts = self._parts()
+        if not parts:
+            return state | {"size": 0}, deque()
         groups = [parts[i : i + self._group] for i in range(0, len(parts), self._group)]
         pairs = _joined([self._couple(_joined(g), jax.random.fold_in(key, i), rng) for i, g in enumerate(groups)])
         ends = np.cumsum([len(part["x1"]) for part in parts])
@@ -137,14 +145,12 @@ class CoupledBatches:
         return state | {"size": len(batches)}, batches
 
     def _parts(self) -> list[Batch]:
-        """The batches of a block, fewer where the data end; raises `StopIteration` where they have ended."""
+        """The batches of a block, fewer where the data end, and none where they have ended."""
         parts: list[Batch] = []
         for _ in range(self._group * self._reuse):
             try:
                 batch = next(self._data)
             except StopIteration:
-                if not parts:
-                    raise
                 break
             check_holds(batch, "x1")
             check_data("x1", batch["x1"])
@@ -152,6 +158,7 @@ class CoupledBatches:
                 check_data("x0", batch["x0"])
             check_condition(batch["x1"], batch.get("cond"))
             check_per_example(batch["x1"], weight=batch.get("weight"))
+            _check_alike(batch, parts[0] if parts else batch)
             parts.append(batch)
         return parts
 
@@ -171,6 +178,17 @@ class CoupledBatches:
             own = batch.get("weight")
             batch["weight"] = np.asarray(pairing.weight) * (1 if own is None else own)
         return batch
+
+
+def _check_alike(batch: Batch, first: Batch) -> None:
+    """Raises `ValueError` unless two batches can be joined: the same entries, [batch, ...] of the same events."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if np.shape(leaf)[:1] != batch["x1"].shape[:1]:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            raise ValueError(f"{name!r} of a batch must be [batch, ...], as 'x1', got {shown(leaf)}.")
+    events, wanted = (jax.tree.map(lambda leaf: np.shape(leaf)[1:], each) for each in (batch, first))
+    if events != wanted:
+        raise ValueError(f"batches must hold the same entries of the same events, got {events} after {wanted}.")
 
 
 def _joined(batches: list[Batch]) -> Batch:

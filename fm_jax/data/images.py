@@ -52,12 +52,15 @@ def to_float(images: np.ndarray) -> np.ndarray:
 def to_uint8(x: np.ndarray) -> np.ndarray:
     """Maps floats to the nearest uint8 pixel: the inverse of `to_float`. Values outside [-1, 1] are clipped.
 
-    NaN and infinity have no pixel, and are refused.
+    NaN and infinity have no pixel, and are refused, as integers are, which may be pixels already.
 
     Example:
         >>> to_uint8(np.array([-1.5, 0.999]))
         array([  0, 255], dtype=uint8)
     """
+    x = np.asarray(x)
+    if not np.issubdtype(x.dtype, np.floating):
+        raise ValueError(f"x must be floating point, got {x.dtype}.")
     check_finite("x", x)
     return np.rint((np.clip(np.asarray(x, dtype=np.float32), -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)
 

@@ -104,7 +104,7 @@ def optimal_flow_matching(
     References:
         Kornilov et al. 2024 (arXiv:2403.13117, sec. 3).
     """
-    check_function("potential_fn", potential_fn, POTENTIAL)
+    check_function("potential_fn", potential_fn, POTENTIAL, 2)
     check_coupling(coupling)
     _check_options(tolerance, max_iterations)
     path = AffinePath()
@@ -144,7 +144,7 @@ def transport(potential_fn: Potential, params: Params, x0: State) -> State:
         >>> transport(lambda params, x: (x**2).sum(axis=1) + x[:, 0], None, jnp.ones((1, 2)))
         Array([[3., 2.]], dtype=float32)
     """
-    check_function("potential_fn", potential_fn, POTENTIAL)
+    check_function("potential_fn", potential_fn, POTENTIAL, 2)
     check_state(x0)
 
     def total(x: Array) -> Array:
@@ -187,7 +187,7 @@ def invert(
         ValueError: if `tolerance` or `max_iterations` is not positive, or the potential is not [batch].
         ImportError: if Optimistix, which comes with Diffrax, is missing.
     """
-    check_function("potential_fn", potential_fn, POTENTIAL)
+    check_function("potential_fn", potential_fn, POTENTIAL, 2)
     _check_options(tolerance, max_iterations)
     check_state(x_t, "x_t")
     check_times("t", t, (0.0, 1.0), "from source to data")
@@ -228,7 +228,7 @@ def straight_velocity(
     Returns:
         `v(t, x)`; NaN for an example whose inverse was not found.
     """
-    check_function("potential_fn", potential_fn, POTENTIAL)
+    check_function("potential_fn", potential_fn, POTENTIAL, 2)
     _check_options(tolerance, max_iterations)
 
     def velocity(t: Time, x: State) -> State:

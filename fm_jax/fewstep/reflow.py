@@ -21,7 +21,7 @@ from fm_jax.checks import (
     check_integer,
     check_key,
     check_network,
-    check_per_example,
+    check_numbers_of,
     check_shape,
     check_source,
     check_velocity,
@@ -152,7 +152,7 @@ def reflow(
     References:
         Liu et al. 2022 (arXiv:2209.03003, algorithm 1).
     """
-    check_function("fit", fit, "a function fit(round, pairs) -> v")
+    check_function("fit", fit, "a function fit(round, pairs) -> v", 2)
     check_velocity(v)
     check_key(key)
     check_integer("rounds", rounds)
@@ -160,6 +160,7 @@ def reflow(
     for k in range(rounds):
         pairs, _ = make_pairs(flows[-1], jax.random.fold_in(key, k), shape, **options)
         flows.append(fit(k, pairs))
+        check_velocity(flows[-1], "what fit returns")
     return flows[1:]
 
 
@@ -193,7 +194,7 @@ def distillation(apply_fn: ApplyFn, *, distance: Distance | None = None) -> Loss
     check_network("apply_fn", apply_fn)
     times = times_within(None, (0.0, 1.0), "the pair")
     if distance is not None:
-        check_function("distance", distance, "a function distance(x, y) -> [batch]")
+        check_function("distance", distance, "a function distance(x, y) -> [batch]", 2)
 
     def loss_fn(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
@@ -211,7 +212,7 @@ def distillation(apply_fn: ApplyFn, *, distance: Distance | None = None) -> Loss
         check_shape("what the network returns", v, pairs.x1, "x1")
         end = pairs.x0 + v.astype(pairs.x0.dtype)
         error = mean_over_event((end - pairs.x1) ** 2) if distance is None else distance(end, pairs.x1)
-        check_per_example(pairs.x1, **{"distance(x, y)": error})
+        check_numbers_of("distance(x, y)", error, pairs.x1, scalar=False)
         loss = (error if pairs.weight is None else pairs.weight * error).mean()
         return loss, {"loss": loss, "distance": error.mean()}
 

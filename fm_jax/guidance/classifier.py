@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_function, check_per_example, check_schedule, check_shape, check_velocity
+from fm_jax.checks import check_function, check_numbers_of, check_schedule, check_shape, check_state, check_velocity
 from fm_jax.guidance.scale import check_interval, check_scale, is_number, scale_at
 from fm_jax.nfe import Counted, cost, domain_of
 from fm_jax.parameterization import velocity_domain
@@ -61,7 +61,7 @@ def classifier(
         Dhariwal & Nichol 2021 (arXiv:2105.05233, sec. 4).
     """
     check_velocity(v)
-    check_function("log_prob_fn", log_prob_fn, "a function log_prob_fn(t, x) -> [batch]")
+    check_function("log_prob_fn", log_prob_fn, "a function log_prob_fn(t, x) -> [batch]", 2)
     check_scale(scale)
     check_schedule(schedule)
     interval = velocity_domain("score", schedule) if interval is None else interval
@@ -84,7 +84,8 @@ def classifier(
 
         def total_log_prob(x: Array) -> Array:
             log_prob = log_prob_fn(batch_time(inside_t, x), x)
-            check_per_example(x, **{"log_prob_fn(t, x)": log_prob})
+            check_numbers_of("log_prob_fn(t, x)", log_prob, x, scalar=False)
+            check_state(log_prob, "log_prob_fn(t, x)")  # integers have no gradient
             return log_prob.sum()
 
         alpha, sigma, d_alpha, d_sigma = coefficients(schedule, inside_t)

@@ -58,7 +58,7 @@ def classifier_free(
     check_velocity(v_uncond, "v_uncond")
     check_scale(scale)
     check_interval(interval)
-    check_function("rule", rule, RULE)
+    check_function("rule", rule, RULE, 5)
     if is_number(scale, 1):
         return v_cond
 
@@ -118,7 +118,7 @@ def classifier_free_batched(
     """
     check_scale(scale)
     check_interval(interval)
-    check_function("rule", rule, RULE)
+    check_function("rule", rule, RULE, 5)
     branches = _one_batch(model_fn, kind, schedule, [cond], null_cond)
     if is_number(scale, 1):
         return velocity_fn(model_fn, kind, schedule, cond)
@@ -173,6 +173,7 @@ def compose(
         (Array([[-1.],
                [ 1.]], dtype=float32), 3)
     """
+    scales = list(scales) if hasattr(scales, "shape") and np.ndim(scales) else scales
     for name, each in (("conds", conds), ("scales", scales)):
         if not isinstance(each, list | tuple):
             raise ValueError(f"{name} must be a list, with one for each condition, got {shown(each)}.")

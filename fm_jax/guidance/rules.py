@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_number, check_schedule, check_shape
+from fm_jax.checks import check_schedule, check_setting, check_shape
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import expand_time, time_of
 from fm_jax.types import AnyArray, Schedule, State, Time
@@ -87,7 +87,7 @@ class Rescale:
     phi: float = 0.7
 
     def __post_init__(self) -> None:
-        check_number("phi", self.phi, "[0, 1]")
+        check_setting(self, "phi", "[0, 1]")
 
     def __call__(self, t: Time, x: State, conditional: State, unconditional: State, scale: Time) -> State:
         guided = Extrapolate()(t, x, conditional, unconditional, scale)
@@ -115,7 +115,7 @@ class ZeroStar:
     zero_until: float = 0.04
 
     def __post_init__(self) -> None:
-        check_number("zero_until", self.zero_until, "[0, 1)")
+        check_setting(self, "zero_until", "[0, 1)")
 
     def __call__(self, t: Time, x: State, conditional: State, unconditional: State, scale: Time) -> State:
         check_shape("unconditional", unconditional, x)
@@ -149,8 +149,8 @@ class Projected:
 
     def __post_init__(self) -> None:
         check_schedule(self.schedule)
-        check_number("parallel", self.parallel, "(-inf, inf)")
-        check_number("norm", self.norm, "(0, inf]")
+        check_setting(self, "parallel", "(-inf, inf)")
+        check_setting(self, "norm", "(0, inf]")
 
     def __call__(self, t: Time, x: State, conditional: State, unconditional: State, scale: Time) -> State:
         alpha, sigma, d_alpha, d_sigma = coefficients(self.schedule, time_of(t, x))

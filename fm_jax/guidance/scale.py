@@ -7,7 +7,7 @@ interval: put them on the time grid.
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_finite, check_pair, shown
+from fm_jax.checks import check_finite, check_pair, is_traced, shown
 from fm_jax.shapes import time_dtype
 from fm_jax.types import ArrayTree, PerExample, Scalar, State, Time
 
@@ -52,6 +52,6 @@ def scale_at(
     scale = jnp.asarray(scale, dtype=time_dtype(x))
     if scale.ndim and scale.shape != x.shape[:1]:
         raise ValueError(f"scale must be a number or [batch] = {x.shape[:1]}, got shape {scale.shape}.")
-    if interval == ALWAYS:
+    if not any(map(is_traced, interval)) and interval == ALWAYS:
         return scale
     return jnp.where((interval[0] <= t) & (t <= interval[1]), scale, outside)

@@ -164,12 +164,13 @@ def _coarser(sampler: Sampler, times: tuple[float, ...]) -> tuple[Sampler, tuple
 
 def check_pixels(images: ArrayTree, levels: int) -> None:
     """Raises `ValueError` unless `images` are integers from 0 to `levels - 1`; of traced ones, unless integers."""
-    check_integer("levels", levels, least=2)
+    check_integer("levels", levels, least=2, most=2**16)
     check_array("images", images)
     if not jnp.issubdtype(images.dtype, jnp.integer):
         raise ValueError(f"images must be integers in 0 .. {levels - 1}, got {images.dtype}.")
     if is_traced(images) or not np.size(images):
         return
-    least, most = int(np.min(images)), int(np.max(images))
+    known = np.asarray(images)
+    least, most = int(known.min()), int(known.max())
     if least < 0 or most >= levels:
         raise ValueError(f"images must be in 0 .. {levels - 1}, got {least} .. {most}.")

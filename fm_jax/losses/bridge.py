@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.checks import (
+    check_condition,
     check_coupling,
     check_function,
     check_has,
@@ -185,11 +186,12 @@ def bridge_velocity(model_fn: PairModelFn, path: StochasticInterpolant, cond: Co
         `v(t, x)`; infinite or NaN outside `path.domain`, where gamma' is.
     """
     check_function(
-        "model_fn", model_fn, "a function model_fn(t, x, cond) -> (drift, latent), as by bind(apply_fn, params)"
+        "model_fn", model_fn, "a function model_fn(t, x, cond) -> (drift, latent), as by bind(apply_fn, params)", 3
     )
     check_latent(path)
 
     def velocity(t: Time, x: State) -> State:
+        check_condition(x, cond)
         prediction = model_fn(batch_time(t, x), x, cond)
         check_two_outputs(prediction, x)
         drift, latent = prediction
@@ -218,11 +220,12 @@ def bridge_score(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond 
         ValueError: when called with a t known to have gamma = 0.
     """
     check_function(
-        "model_fn", model_fn, "a function model_fn(t, x, cond) -> (drift, latent), as by bind(apply_fn, params)"
+        "model_fn", model_fn, "a function model_fn(t, x, cond) -> (drift, latent), as by bind(apply_fn, params)", 3
     )
     check_latent(path)
 
     def score(t: Time, x: State) -> State:
+        check_condition(x, cond)
         t = batch_time(t, x)
         gamma, _ = value_and_slope(path.gamma, t)
         if not is_traced(gamma) and bool((gamma == 0).any()):

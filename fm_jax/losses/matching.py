@@ -1,7 +1,6 @@
 """Regression losses on a conditional path: flow matching and its relatives, all one function."""
 
 import functools
-import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +9,7 @@ from fm_jax.checks import (
     check_condition,
     check_coupling,
     check_data,
+    check_finite,
     check_function,
     check_has,
     check_holds,
@@ -21,9 +21,11 @@ from fm_jax.checks import (
     check_same_shape,
     check_shape,
     check_times,
+    is_traced,
 )
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent, paired
+from fm_jax.paths.affine import where_finite
 from fm_jax.shapes import mean_over_event, time_dtype
 from fm_jax.times import Uniform
 from fm_jax.types import (
@@ -107,12 +109,10 @@ def flow_matching(
     schedule = path.schedule
     domain, what = path.target_domain(kind), f"the {kind} target of {path}"
     if weight is not None:
-        check_function("weight", weight, "a function weight(t, kind, schedule), such as SNRWeight()")
+        check_function("weight", weight, "a function weight(t, kind, schedule), such as SNRWeight()", 3)
         if schedule is None:
             raise ValueError(f"weight needs a path with a schedule, by which kinds convert; {path} has none.")
-        if "weight" not in inspect.signature(path.target_domain).parameters:
-            raise ValueError(f"path must have a target_domain(kind, weight=...) to be weighted, got {path}.")
-        domain = path.target_domain(kind, weight=weight)  # type: ignore[call-arg]
+        domain = where_finite(weight, kind, schedule, domain)
         what = f"{what}, weighted by {weight},"
     times = times_within(time_sampler, domain, what)
 
@@ -156,7 +156,8 @@ def times_within(time_sampler: TimeSampler | None, domain: tuple[float, float], 
     if time_sampler is None:
         return Times(Uniform(low, high), domain, what)
     check_has("time_sampler", time_sampler, ("domain", "__call__"), "a time sampler, such as LogitNormal()")
-    if not (low <= time_sampler.domain[0] and time_sampler.domain[1] <= high):
+    first, last = time_sampler.domain
+    if not (is_traced(first) or low <= first) or not (is_traced(last) or last <= high):
         raise ValueError(
             f"time_sampler draws from {list(time_sampler.domain)}, but {what} is finite only on {[low, high]}; bring "
             f"it there with times.Rescale(sampler, {low}, {high})."
@@ -204,7 +205,7 @@ def draw_pairs(
         x0 = source.draw(key_x0, x1)
     check_data("x0", x0)
     t = times.of(key_t, batch, x1)
-    check_per_example(x1, weight=batch.get("weight"))
+    check_weight(batch, x1)
     check_condition(x1, batch.get("cond"))
     pairing = coupling(key_coupling, x0, x1, batch.get("cond"))
     check_pairing(pairing, x1)
@@ -214,10 +215,18 @@ def draw_pairs(
     return Pairs(pairing.x0, pairing.x1, cond, weight, t, key_path, rngs)
 
 
+def check_weight(batch: Batch, x: State) -> None:
+    """Raises `ValueError` unless the weight of a batch, if it has one, is finite and [batch]."""
+    weight = batch.get("weight")
+    check_per_example(x, weight=weight)
+    if weight is not None:
+        check_finite("weight", weight)
+
+
 def check_drop(drop: Drop | None) -> None:
     """Raises `ValueError` unless `drop` takes conditions away, or nothing is to do so."""
     if drop is not None:
-        check_function("drop", drop, "a function drop(key, cond), such as DropCondition(0.1, null_cond)")
+        check_function("drop", drop, "a function drop(key, cond), such as DropCondition(0.1, null_cond)", 2)
 
 
 def check_pairing(pairing: Any, x1: State) -> None:

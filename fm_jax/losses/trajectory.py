@@ -14,7 +14,6 @@ from fm_jax.checks import (
     check_holds,
     check_key,
     check_network,
-    check_per_example,
 )
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
@@ -23,6 +22,7 @@ from fm_jax.losses.matching import (
     Times,
     check_drop,
     check_pairing,
+    check_weight,
     dropped,
     product,
     squared_error,
@@ -166,7 +166,7 @@ def _draw(key: Key | None, batch: Batch, coupling: Coupling, times: Times, drop:
     keys: Any = [None] * 5 if key is None else jax.random.split(key, 5)
     key_t, key_coupling, key_path, key_dropout, key_drop = keys
     t = times.of(key_t, batch, x)
-    check_per_example(x, weight=batch.get("weight"))
+    check_weight(batch, x)
     check_condition(x, batch.get("cond"))
     chain = couple_snapshots(coupling, key_coupling, x, batch.get("cond"))
     weight = product(batch.get("weight"), chain.weight)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_member, check_number
+from fm_jax.checks import check_member, check_setting
 from fm_jax.schedules import coefficients
 from fm_jax.types import KINDS, Array, Elementwise, Kind, PerExample, Schedule
 
@@ -69,7 +69,7 @@ class SNRWeight:
     power: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("power", self.power, "(-inf, inf)")
+        check_setting(self, "power", "(-inf, inf)")
 
     def __call__(self, t: PerExample, kind: Kind, schedule: Schedule) -> PerExample:
         snr, one = _weights(kind, t, schedule)
@@ -86,7 +86,7 @@ class MinSNRWeight:
     gamma: float = 5.0
 
     def __post_init__(self) -> None:
-        check_number("gamma", self.gamma, "(0, inf)")
+        check_setting(self, "gamma", "(0, inf)")
 
     def __call__(self, t: PerExample, kind: Kind, schedule: Schedule) -> PerExample:
         snr, one = _weights(kind, t, schedule)
@@ -105,7 +105,7 @@ class EDMWeight:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        check_number("sigma_data", self.sigma_data, "(0, inf)")
+        check_setting(self, "sigma_data", "(0, inf)")
 
     def __call__(self, t: PerExample, kind: Kind, schedule: Schedule) -> PerExample:
         snr, one = _weights(kind, t, schedule)

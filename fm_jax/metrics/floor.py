@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Real
 
-from fm_jax.checks import check_array, check_data, check_function, check_integer, check_key
+from fm_jax.checks import check_array, check_data, check_function, check_integer, check_key, check_number
 from fm_jax.metrics.wasserstein import wasserstein
 from fm_jax.types import AnyArray, ArrayTree, Key
 
@@ -72,7 +72,7 @@ def floor(metric: Distance, draw: Draw, key: Key, num: int, *, repeats: int = 20
 
     def value(key: Key) -> float:
         sample = _drawn(draw, key, 2 * num)
-        return float(metric(sample[:num], sample[num:]))
+        return _number(metric(sample[:num], sample[num:]))
 
     return _summary([value(each) for each in jax.random.split(key, repeats)], num)
 
@@ -97,7 +97,7 @@ def measure(metric: Distance, draw: Draw, key: Key, x: Real[AnyArray, "num ..."]
     num = len(x)
     _check(key, num, repeats, metric=metric, draw=draw)
     key_y, key_floor = jax.random.split(key)
-    value = float(metric(x, _drawn(draw, key_y, num)))
+    value = _number(metric(x, _drawn(draw, key_y, num)))
     return Measured(value, floor(metric, draw, key_floor, num, repeats=repeats))
 
 
@@ -133,10 +133,17 @@ def normalised_path_energy_floor(draw_x0: Draw, draw_x1: Draw, key: Key, num: in
 
 def _check(key: Key, num: int, repeats: int, **functions: Callable) -> None:
     for name, function in functions.items():
-        check_function(name, function, "a function (x, y) -> number" if name == "metric" else "a function (key, num)")
+        check_function(
+            name, function, "a function (x, y) -> number" if name == "metric" else "a function (key, num)", 2
+        )
     check_key(key)
     check_integer("num", num)
     check_integer("repeats", repeats, least=2)
+
+
+def _number(value: ArrayTree) -> float:
+    check_number("metric(x, y)", value, "(-inf, inf)")
+    return float(value)
 
 
 def _drawn(draw: Draw, key: Key, num: int) -> AnyArray:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Real
 
-from fm_jax.checks import check_array, check_bool, check_finite, check_function, check_integer, check_number, is_traced
+from fm_jax.checks import check_array, check_bool, check_finite, check_function, check_integer, check_setting, is_traced
 from fm_jax.metrics.samples import device_samples
 from fm_jax.types import AnyArray, Array, ArrayTree, Scalar
 
@@ -74,7 +74,8 @@ def mmd(
     if h.ndim != 1 or not h.size:
         raise ValueError(f"bandwidths must be a number or a sequence of numbers, got shape {h.shape}.")
     if not is_traced(h) and not (np.isfinite(h).all() and (np.asarray(h) > 0).all()):
-        raise ValueError(f"bandwidths must be positive and finite, got {np.asarray(h).tolist()}.")
+        median = ", the median distance" if bandwidths is None else ""
+        raise ValueError(f"bandwidths must be positive and finite, got {np.asarray(h).tolist()}{median}.")
     return discrepancy(Partial(_gaussian, h), x, y, unbiased=unbiased)
 
 
@@ -116,7 +117,7 @@ class PolynomialKernel:
 
     def __post_init__(self) -> None:
         check_integer("degree", self.degree)
-        check_number("offset", self.offset, "[0, inf)")
+        check_setting(self, "offset", "[0, inf)")
 
     def __call__(self, x: Points0, y: Points1) -> Pairs:
         """For every pair."""
@@ -158,7 +159,7 @@ def discrepancy(kernel: Kernel, x: ArrayTree, y: ArrayTree, *, unbiased: bool = 
     Raises:
         ValueError: as `mmd`.
     """
-    check_function("kernel", kernel, "a kernel (x, y) -> [n, m], such as linear")
+    check_function("kernel", kernel, "a kernel (x, y) -> [n, m], such as linear", 2)
     check_bool("unbiased", unbiased)
     x, y = device_samples(x, y)
     if unbiased and min(len(x), len(y)) < 2:

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_integer, check_member, check_number, check_real
+from fm_jax.checks import check_integer, check_member, check_real, check_setting
 from fm_jax.models.compute import Compute, Dtype
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import SelfAttention, TimeEmbedding, check_image, check_options, zeros
@@ -157,7 +157,7 @@ class DiT(nn.Module):
             check_integer(name, getattr(self, name))
         if self.out_channels is not None:
             check_integer("out_channels", self.out_channels)
-        check_number("mlp_ratio", self.mlp_ratio, "(0, inf)")
+        check_setting(self, "mlp_ratio", "(0, inf)")
         if self.hidden % 4:
             raise ValueError(f"hidden must be divisible by 4 (sines and cosines of two axes), got {self.hidden}.")
         if self.hidden % self.num_heads:

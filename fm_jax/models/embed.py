@@ -17,8 +17,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
-from fm_jax.checks import check_array, check_integer, check_number
+from fm_jax.checks import check_array, check_integer, check_setting, is_traced
 from fm_jax.models.layers import zeros
 from fm_jax.types import Array, Cond
 
@@ -51,7 +52,7 @@ class LabelEmbedding(nn.Module):
 
     def __post_init__(self) -> None:
         check_integer("num_classes", self.num_classes)
-        check_number("stddev", self.stddev, "[0, inf)")
+        check_setting(self, "stddev", "[0, inf)")
         super().__post_init__()
 
     @nn.compact
@@ -59,7 +60,7 @@ class LabelEmbedding(nn.Module):
         """Looks labels up.
 
         Args:
-            cond: integers [batch], or `None` for "no class". A label outside 0, ..., `num_classes` gives NaN.
+            cond: integers [batch], or `None` for "no class". A traced label outside 0, ..., `num_classes` gives NaN.
             features: width of the vectors.
             batch_size: number of examples.
 
@@ -67,13 +68,16 @@ class LabelEmbedding(nn.Module):
             float32 [batch, features].
 
         Raises:
-            ValueError: if `cond` is not [batch] or does not hold integers.
+            ValueError: if `cond` is not [batch], does not hold integers, or one that is known to be no class.
         """
         table = self.param("table", nn.initializers.normal(self.stddev), (self.num_classes + 1, features))
+        if cond is not None:
+            check_array("cond", cond)
         labels = jnp.full((batch_size,), self.num_classes) if cond is None else jnp.asarray(cond)
         check_integers("cond", "labels", labels)
         if labels.shape != (batch_size,):
             raise ValueError(f"cond must be [batch] = ({batch_size},), got shape {labels.shape}.")
+        check_below("cond", labels, self.num_classes + 1)
         return rows(table, labels)
 
 
@@ -121,6 +125,8 @@ class VectorEmbedding(nn.Module):
             ValueError: if `cond` is not [batch, dim] or does not hold real numbers.
         """
         null = self.param("null", zeros, (features,))
+        if cond is not None:
+            check_array("cond", cond)
         vectors = jnp.zeros((batch_size, self.dim)) if cond is None else jnp.asarray(cond)
         if vectors.shape != (batch_size, self.dim):
             raise ValueError(f"cond must be [batch, dim] = ({batch_size}, {self.dim}), got shape {vectors.shape}.")
@@ -162,7 +168,7 @@ class TokenEmbedding(nn.Module):
 
     def __post_init__(self) -> None:
         check_integer("num_tokens", self.num_tokens)
-        check_number("stddev", self.stddev, "[0, inf)")
+        check_setting(self, "stddev", "[0, inf)")
         super().__post_init__()
 
     @nn.compact
@@ -171,7 +177,7 @@ class TokenEmbedding(nn.Module):
 
         Args:
             cond: `{"tokens": integers [batch, n], "mask": bool [batch, n]}`, true where there is a token, or `None` for
-                "no condition". A token outside 0, ..., `num_tokens - 1` gives NaN, unless it is masked.
+                "no condition". A token outside 0, ..., `num_tokens - 1` that is traced gives NaN, unless it is masked.
             features: width of the result.
             batch_size: number of examples.
 
@@ -187,6 +193,8 @@ class TokenEmbedding(nn.Module):
         if not isinstance(cond, Mapping) or cond.keys() != {"tokens", "mask"}:
             got = sorted(cond) if isinstance(cond, Mapping) else type(cond).__name__
             raise ValueError(f"cond must be a dict of 'tokens' and 'mask', got {got}.")
+        check_array("cond['tokens']", cond["tokens"])
+        check_array("cond['mask']", cond["mask"])
         tokens, mask = jnp.asarray(cond["tokens"]), jnp.asarray(cond["mask"])
         check_integers("cond['tokens']", "tokens", tokens)
         if mask.dtype != jnp.bool_:
@@ -195,6 +203,8 @@ class TokenEmbedding(nn.Module):
             raise ValueError(
                 f"tokens and mask must both be [batch, n] = ({batch_size}, n), got shapes {tokens.shape}, {mask.shape}."
             )
+        if not is_traced(mask) and not is_traced(tokens):
+            check_below("cond['tokens']", np.where(np.asarray(mask), np.asarray(tokens), 0), self.num_tokens)
         # The last row is no token: as one it would make "no condition" a member of sets.
         vectors = rows(table[:-1], tokens)
         total = jnp.where(mask[:, :, None], vectors, 0.0).sum(axis=1)
@@ -206,6 +216,16 @@ def check_integers(name: str, what: str, values: Array) -> None:
     """Raises `ValueError` unless `values` have an integer dtype."""
     if not jnp.issubdtype(values.dtype, jnp.integer):
         raise ValueError(f"{name} must hold integer {what}, got dtype {values.dtype.name}.")
+
+
+def check_below(name: str, values: Any, num: int) -> None:
+    """Raises `ValueError` for values that are known to be outside of 0, ..., num - 1."""
+    if is_traced(values) or not values.size:
+        return
+    known = np.asarray(values)  # as jax.numpy would compute it, it would be traced
+    least, most = int(known.min()), int(known.max())
+    if least < 0 or most >= num:
+        raise ValueError(f"{name} must be from 0 to {num - 1}, got {least} to {most}.")
 
 
 def rows(table: Array, indices: Array) -> Array:

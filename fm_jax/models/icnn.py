@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_integer, check_number, check_state
+from fm_jax.checks import check_integer, check_setting, check_state
 from fm_jax.models.adapters import check_kind
 from fm_jax.models.layers import check_widths
 from fm_jax.types import Array, Key, Params
@@ -56,8 +56,8 @@ class ICNN(nn.Module):
     def __post_init__(self) -> None:
         check_widths("features", self.features)
         check_integer("rank", self.rank, least=0)
-        check_number("strong_convexity", self.strong_convexity, "[0, 1)")
-        check_number("sharpness", self.sharpness, "(0, inf)")
+        check_setting(self, "strong_convexity", "[0, 1)")
+        check_setting(self, "sharpness", "(0, inf)")
         super().__post_init__()
 
     @nn.compact

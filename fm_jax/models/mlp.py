@@ -6,7 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fm_jax.checks import check_function, check_integer, check_number, check_state
+from fm_jax.checks import check_function, check_integer, check_setting, check_state
 from fm_jax.models.compute import Compute
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import TimeEmbedding, check_options, check_widths, zeros
@@ -47,7 +47,7 @@ class MLP(nn.Module):
         check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
         check_widths("features", self.features)
         check_integer("time_features", self.time_features)
-        check_number("time_scale", self.time_scale, "(0, inf)")
+        check_setting(self, "time_scale", "(0, inf)")
         super().__post_init__()
 
     @nn.compact
@@ -100,7 +100,7 @@ class PlainMLP(nn.Module):
 
     def __post_init__(self) -> None:
         check_widths("features", self.features)
-        check_function("activation", self.activation, "a function of an array")
+        check_function("activation", self.activation, "a function of an array", 1)
         super().__post_init__()
 
     @nn.compact

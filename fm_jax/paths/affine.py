@@ -1,6 +1,7 @@
 """Affine conditional paths `x_t = alpha x1 + sigma x0`, for any source and any pairing of x0 with x1."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ from fm_jax.checks import (
     check_schedule,
     check_source,
     check_times,
+    is_traced,
 )
 from fm_jax.schedules import Linear, coefficients, vanishes
 from fm_jax.shapes import time_of
-from fm_jax.sources import Normal
+from fm_jax.sources import Normal, is_standard_normal
 from fm_jax.types import KINDS, Array, Key, PathSample, Schedule, Source, State, Time, Weight
 
 
@@ -56,7 +58,7 @@ class AffinePath:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        return KINDS if self.source == Normal() else KINDS[:3]
+        return KINDS if is_standard_normal(self.source) else KINDS[:3]
 
     def sample(self, key: Key | None, t: Time, x0: State, x1: State) -> PathSample:
         """The point at `t` between `x0` and `x1`, and its velocity.
@@ -101,20 +103,28 @@ class AffinePath:
         low, high = self.domain if kind == "velocity" else (0.0, 1.0)
         if kind == "score" and vanishes(self.schedule.sigma, 1.0):
             high = 1.0 - margin
-        if weight is None:
-            return low, high
+        return (low, high) if weight is None else where_finite(weight, kind, self.schedule, (low, high), margin)
 
-        def finite(t: float) -> bool:
-            with jax.ensure_compile_time_eval():
-                value = weight(jnp.full(1, t), kind, self.schedule)
-                if not isinstance(value, int | float):
-                    check_array("weight(t, kind, schedule)", value)
-                return bool(jnp.isfinite(value).all())
 
-        first, last = self.domain
-        low = low if finite(low) else first if finite(first) else max(low, first) + margin
-        high = high if finite(high) else last if finite(last) else min(high, last) - margin
-        return low, high
+def where_finite(
+    weight: Weight, kind: str, schedule: Schedule, domain: tuple[float, float], margin: float = 1e-3
+) -> tuple[float, float]:
+    """The part of a range of times where a weight is finite too: where it is not at an end, that moves inward.
+
+    To where the domain of the schedule ends, if that is short of it, or else by `margin`. A traced weight passes.
+    """
+
+    def finite(t: float) -> bool:
+        with jax.ensure_compile_time_eval():
+            value = weight(jnp.full(1, t), kind, schedule)
+            if not isinstance(value, int | float):
+                check_array("weight(t, kind, schedule)", value)
+            return is_traced(value) or bool(jnp.isfinite(value).all())
+
+    (low, high), (first, last) = domain, schedule.domain
+    low = low if finite(low) else first if finite(first) else max(low, first) + margin
+    high = high if finite(high) else last if finite(last) else min(high, last) - margin
+    return low, high
 
 
 def start(schedule: Schedule, t0: float = 0.0) -> Normal:
@@ -140,4 +150,6 @@ def start(schedule: Schedule, t0: float = 0.0) -> Normal:
     check_number("t0", t0, "[0, 1]")
     check_times("t0", t0, (schedule.domain[0], 1.0), f"the domain of {schedule}")
     with jax.ensure_compile_time_eval():
-        return Normal(float(schedule.sigma(jnp.asarray(t0, dtype=float))))
+        sigma = schedule.sigma(jnp.asarray(t0, dtype=float))
+    scale: Any = sigma if is_traced(sigma) else float(sigma)
+    return Normal(scale)

@@ -16,7 +16,9 @@ from fm_jax.checks import (
     check_real,
     check_same_shape,
     check_schedule,
+    check_setting,
     check_source,
+    is_traced,
 )
 from fm_jax.schedules import Linear, coefficients, vanishes
 from fm_jax.shapes import time_of
@@ -39,8 +41,8 @@ class BrownianNoise:
     margin: float = 1e-3
 
     def __post_init__(self) -> None:
-        check_number("sigma", self.sigma, "(0, inf)")
-        check_number("margin", self.margin, "(0, 0.5)")
+        check_setting(self, "sigma", "(0, inf)")
+        check_setting(self, "margin", "(0, 0.5)")
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -60,7 +62,7 @@ class ConstantNoise:
     sigma: float
 
     def __post_init__(self) -> None:
-        check_number("sigma", self.sigma, "(0, inf)")
+        check_setting(self, "sigma", "(0, inf)")
 
     def __call__(self, t: Elementwise) -> Elementwise:
         return jnp.full_like(t, self.sigma)
@@ -73,7 +75,7 @@ class QuadraticNoise:
     a: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("a", self.a, "(0, inf)")
+        check_setting(self, "a", "(0, inf)")
 
     def __call__(self, t: Elementwise) -> Elementwise:
         return self.a * t * (1 - t)
@@ -86,7 +88,7 @@ class SineNoise:
     a: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("a", self.a, "(0, inf)")
+        check_setting(self, "a", "(0, inf)")
 
     def __call__(self, t: Elementwise) -> Elementwise:
         # With the nearer end: sin(pi) rounds to a number that is not 0.
@@ -131,11 +133,14 @@ class StochasticInterpolant:
 
     def __post_init__(self) -> None:
         check_schedule(self.interpolant, "interpolant")
-        check_function("gamma", self.gamma, "a function gamma(t), such as QuadraticNoise()")
+        check_function("gamma", self.gamma, "a function gamma(t), such as QuadraticNoise()", 1)
         check_source(self.source)
         for t in self.domain:
             with jax.ensure_compile_time_eval():
-                values = [float(value) for value in value_and_slope(self.gamma, jnp.asarray(t, dtype=float))]
+                found = value_and_slope(self.gamma, jnp.asarray(t, dtype=float))
+            if any(map(is_traced, found)):
+                continue
+            values = [float(value) for value in found]
             if not all(map(math.isfinite, values)):
                 raise ValueError(
                     f"gamma and its slope must be finite on the domain, got {values} at t = {t}; an attribute "

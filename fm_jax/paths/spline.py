@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Real
 
-from fm_jax.checks import as_number, check_data, check_key, check_member, check_number, shown
+from fm_jax.checks import as_number, check_data, check_key, check_member, check_setting, shown
 from fm_jax.shapes import batch_time
 from fm_jax.types import AnyArray, Array, ArrayTree, Key, PathSample, Scalar, Time
 
@@ -57,7 +57,7 @@ class SplinePath:
             raise ValueError(f"times must increase from 0 to 1, got {shown(self.times)}.")
         object.__setattr__(self, "times", times)  # a list or an array would not be hashable
         check_member("kind", self.kind, get_args(SplineKind))
-        check_number("sigma", self.sigma, "[0, inf)")
+        check_setting(self, "sigma", "[0, inf)")
 
     def weights(self, t: Scalar) -> Real[AnyArray, " knots"]:
         """The weights w_k(t) of the snapshots.

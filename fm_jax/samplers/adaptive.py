@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_bool, check_member, check_shape, check_tolerances, imported
+from fm_jax.checks import check_bool, check_has, check_member, check_shape, check_tolerances, imported
 from fm_jax.nfe import spent
 from fm_jax.types import Array, ArrayTree, Solution, State, Time, VelocityFn
 
@@ -142,6 +142,8 @@ class Adaptive:
             raise ValueError(f"solver must be a name or a Runge-Kutta solver of Diffrax, got {self.solver!r}.")
         check_tolerances(self.rtol, self.atol, self.max_steps)
         check_bool("per_sample", self.per_sample)
+        if self.adjoint is not None:
+            check_has("adjoint", self.adjoint, ("loop",), "an adjoint of Diffrax, such as DirectAdjoint()")
         if self.implicit and not self.per_sample:
             raise ValueError(
                 "An implicit solver needs per_sample=True: a Jacobian over the whole batch would be too large."

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_number, check_pair, check_schedule, check_shape, check_state, check_times
+from fm_jax.checks import check_number, check_pair, check_schedule, check_setting, check_shape, check_state, check_times
 from fm_jax.nfe import spent
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.loop import run_steps, step_noise
@@ -153,8 +153,8 @@ class Churn:
     def __post_init__(self) -> None:
         check_schedule(self.schedule)
         tableau(self.method)
-        check_number("churn", self.churn, "[0, inf)")
-        check_number("noise_scale", self.noise_scale, "[0, inf)")
+        check_setting(self, "churn", "[0, inf)")
+        check_setting(self, "noise_scale", "[0, inf)")
         check_pair("churn_range", self.churn_range, "[0, inf]")
 
     @property
@@ -174,7 +174,7 @@ class Churn:
         check_forward(times, self)
         check_times("times", times, self.domain, f"the domain of {self.schedule}")
         times = jnp.asarray(times)
-        gamma = min(self.churn / (len(times) - 1), MOST_CHURN_A_STEP)
+        gamma = jnp.minimum(self.churn / (len(times) - 1), MOST_CHURN_A_STEP)
 
         def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
             x = churn_step(

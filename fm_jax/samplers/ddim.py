@@ -5,7 +5,15 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_number, check_schedule, check_shape, check_state, check_velocity
+from fm_jax.checks import (
+    check_known,
+    check_number,
+    check_schedule,
+    check_setting,
+    check_shape,
+    check_state,
+    check_velocity,
+)
 from fm_jax.nfe import spent
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.levels import check_start, data_and_noise, range_of
@@ -70,6 +78,7 @@ def ddim_step(
     check_velocity(v)
     check_state(x, "x")
     check_schedule(schedule)
+    check_known("eta", eta)
     check_number("eta", eta, "[0, 1]")
     for name, value in (("noise", noise), ("first", first)):
         if value is not None:
@@ -130,7 +139,8 @@ class DDIM:
 
     def __post_init__(self) -> None:
         check_schedule(self.schedule)
-        check_number("eta", self.eta, "[0, 1]")
+        check_known("eta", self.eta)  # whether there is noise at all
+        check_setting(self, "eta", "[0, 1]")
 
     @property
     def stochastic(self) -> bool:

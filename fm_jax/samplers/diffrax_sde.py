@@ -6,7 +6,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_integer, check_member, check_number, check_tolerances, imported
+from fm_jax.checks import check_integer, check_member, check_setting, check_tolerances, imported
 from fm_jax.nfe import spent
 from fm_jax.samplers.levels import range_of
 from fm_jax.samplers.sde import (
@@ -100,7 +100,7 @@ class DiffraxSDE:
         check_member("solver", self.solver, tuple(SOLVERS))
         check_sde(self.schedule, self.diffusion, self.score)
         if self.tol is not None:
-            check_number("tol", self.tol, "(0, inf)")
+            check_setting(self, "tol", "(0, inf)")
         check_integer("max_steps", self.max_steps)
         if self.adaptive:
             check_tolerances(self.rtol, self.atol, self.max_steps)

@@ -110,7 +110,7 @@ def edm(
     check_schedule(schedule)
     _uniform(num_steps, t0, t1)
     check_increasing("(0, inf)", sigma_min=sigma_min, sigma_max=sigma_max)
-    check_number("rho", rho, "(0, inf]")
+    check_number("rho", rho, "[0.1, inf]")
     first, last = min(t0, t1), max(t0, t1)
     with jax.ensure_compile_time_eval():
         highest, lowest = (float(-log_snr(schedule, jnp.asarray(t)) / 2) for t in (first, last))
@@ -203,6 +203,8 @@ def time_grid(times: int | ArrayTree, domain: tuple[float, float], x: ArrayTree)
         check_integer("times", times)
         times = _uniform(times, *domain)
     given = times
+    if isinstance(times, list | tuple) and any(map(is_traced, times)):
+        times = jnp.asarray(times)
     if not is_traced(times):
         try:
             times = np.asarray(times)

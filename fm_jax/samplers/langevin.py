@@ -10,8 +10,8 @@ from fm_jax.checks import (
     check_diffusion,
     check_function,
     check_integer,
-    check_number,
     check_schedule,
+    check_setting,
     check_shape,
     check_state,
     check_times,
@@ -50,7 +50,7 @@ def langevin_step(score: ScoreFn, t: Time, x: State, noise: State, step_size: Ti
         >>> langevin_step(lambda t, x: -x, 0.5, jnp.ones((1, 2)), jnp.zeros((1, 2)), 0.25)
         Array([[0.75, 0.75]], dtype=float32)
     """
-    check_function("score", score, "a function score(t, x)")
+    check_function("score", score, "a function score(t, x)", 2)
     check_state(x, "x")
     check_shape("noise", noise, x)
     time_of(t, x)  # refuses what is no time
@@ -113,7 +113,7 @@ class PredictorCorrector:
     def __post_init__(self) -> None:
         check_schedule(self.schedule)
         check_integer("corrector_steps", self.corrector_steps, least=0)
-        check_number("snr", self.snr, "(0, 1)")
+        check_setting(self, "snr", "(0, 1)")
         check_diffusion(self.diffusion)
 
     @property
@@ -127,7 +127,7 @@ class PredictorCorrector:
     def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         schedule, diffusion, corrector_steps = self.schedule, self.diffusion, self.corrector_steps
-        random = callable(diffusion) or diffusion > 0
+        random = callable(diffusion) or is_traced(diffusion) or diffusion > 0
         if random:
             check_score_at_start(schedule, times)
         elif not is_traced(times):

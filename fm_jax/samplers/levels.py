@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from fm_jax.checks import check_times
 from fm_jax.parameterization import conversion_domain, convert
 from fm_jax.samplers.grids import first_time
-from fm_jax.schedules import stands_still
+from fm_jax.schedules import known_to_stand_still
 from fm_jax.shapes import time_dtype
 from fm_jax.types import AnyArray, Array, ArrayTree, Elementwise, Schedule, State, Time
 
@@ -70,12 +70,11 @@ def check_start(schedule: Schedule, times: ArrayTree) -> None:
     first = first_time(times)
     if first is not None:
         check_times("the first of times", first, schedule.domain, f"the domain of {schedule}")
-    with jax.ensure_compile_time_eval():
-        if first is not None and bool(stands_still(schedule, jnp.asarray(first, dtype=float))):
-            raise ValueError(
-                f"The velocity says nothing of data and noise where the log-SNR stands still, at t = {first} on "
-                f"{schedule}: start or end short of it, e.g. at t = 0.001."
-            )
+    if first is not None and known_to_stand_still(schedule, first):
+        raise ValueError(
+            f"The velocity says nothing of data and noise where the log-SNR stands still, at t = {first} on "
+            f"{schedule}: start or end short of it, e.g. at t = 0.001."
+        )
 
 
 def levels(schedule: Schedule, times: AnyArray) -> Levels:

@@ -2,10 +2,20 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_array, check_bool, check_has, check_key, check_state, check_times, check_velocity, shown
+from fm_jax.checks import (
+    check_bool,
+    check_finite,
+    check_has,
+    check_key,
+    check_state,
+    check_times,
+    check_velocity,
+    shown,
+)
 from fm_jax.nfe import domain_of
 from fm_jax.samplers.grids import time_grid
 from fm_jax.samplers.runge_kutta import RungeKutta
@@ -100,12 +110,14 @@ def times_of(
 def as_state(name: str, x: ArrayTree) -> Array:
     """The state as an array; raises `ValueError` for what is none, or not floating point [batch, ...]."""
     if isinstance(x, list | tuple):
-        x = np.asarray(x)
-        x = x.astype(float) if x.dtype.kind in "iu" else x
-    check_array(name, x)
-    x = jnp.asarray(x)
+        check_finite(name, x)
+        x = np.asarray(x, dtype=float)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        raise ValueError(f"{name} must be an array, got a ShapeDtypeStruct: jax.eval_shape(sample, ...) takes one.")
     check_state(x, name)
-    return x
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} must be [batch, ...] with an event that is not empty, got shape {tuple(x.shape)}.")
+    return jnp.asarray(x)
 
 
 def own_times_of(sampler: Sampler) -> Any:

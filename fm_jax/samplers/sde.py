@@ -51,7 +51,7 @@ def check_one_score(score: ScoreFn | None, schedule: Schedule | None) -> None:
             "Exactly one of score and schedule must be given: score=None takes the score from v by schedule."
         )
     if score is not None:
-        check_function("score", score, "a function score(t, x)")
+        check_function("score", score, "a function score(t, x)", 2)
     if schedule is not None:
         check_schedule(schedule)
 

@@ -55,7 +55,7 @@ def fit_solver(
     References:
         Shaul et al. 2024 (arXiv:2403.01329).
     """
-    check_function("v_of", v_of, "a function v_of(cond) -> v")
+    check_function("v_of", v_of, "a function v_of(cond) -> v", 1)
     check_has("solver", solver, ("log_steps", "a", "b", "ends"), "a LearnedSolver, as from learned.from_method")
     check_key(key)
     check_same_shape(x0=x0, x1=x1)

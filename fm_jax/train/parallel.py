@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fm_jax.checks import check_function, check_has, check_holds, check_integer
+from fm_jax.checks import check_function, check_has, check_holds, check_integer, shown
 from fm_jax.train.state import TrainState
 from fm_jax.train.step import AXIS, Step, split_leading
 from fm_jax.types import Batch, Key, Metrics
@@ -33,10 +33,12 @@ def pmap_step(step: Step, devices: Sequence[jax.Device] | None = None) -> Step:
         ValueError: if `step` was made for another axis, or for none; if there are several processes, each of which
             would train a model of its own (`shard_map_step` joins them); when called, for a batch that is not split.
     """
-    check_function("step", step, STEP)
+    check_function("step", step, STEP, 3)
     _check_axis(step)
-    if devices is not None and not len(list(devices)):
-        raise ValueError("devices must be at least one, got none.")
+    if devices is not None and not (
+        isinstance(devices, Sequence) and devices and all(isinstance(each, jax.Device) for each in devices)
+    ):
+        raise ValueError(f"devices must be a list of devices, such as jax.local_devices(), got {shown(devices)}.")
     if jax.process_count() > 1:
         raise ValueError(
             f"pmap_step joins the devices of one process, got {jax.process_count()} processes: use shard_map_step with "
@@ -62,7 +64,7 @@ def shard_map_step(step: Step, mesh: Mesh) -> Step:
     Raises:
         ValueError: if `step` or `mesh` has another axis; when called, if the devices do not divide the batch.
     """
-    check_function("step", step, STEP)
+    check_function("step", step, STEP, 3)
     check_has("mesh", mesh, ("axis_names", "devices"), f"a mesh, such as Mesh(jax.devices(), ({AXIS!r},))")
     _check_axis(step)
     if mesh.axis_names != (AXIS,):

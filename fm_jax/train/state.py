@@ -51,8 +51,14 @@ def create_state(
         raise ValueError(f"ema_decays must be a tuple, such as (0.999,), got {shown(ema_decays)}.")
     for i, decay in enumerate(ema_decays):
         check_decay(decay, f"ema_decays[{i}]")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        check_array("params" + jax.tree_util.keystr(path), leaf)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError(f"params must be a pytree of arrays, got {shown(params)}.")
+    for path, leaf in leaves:
+        name = "params" + jax.tree_util.keystr(path)
+        check_array(name, leaf)
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise ValueError(f"{name} must be floating point, to have a gradient, got {leaf.dtype}.")
     if len(set(ema_decays)) < len(ema_decays):
         raise ValueError(f"ema_decays must be distinct, got {tuple(ema_decays)}.")
     return TrainState(

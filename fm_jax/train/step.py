@@ -1,6 +1,6 @@
 """One training step as one pure function of one device's share of the batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 import jax
@@ -71,7 +71,7 @@ def make_step(
         >>> float(state.params), float(metrics["loss"])
         (1.0, 1.0)
     """
-    check_function("loss_fn", loss_fn, "a function loss_fn(params, key, batch), such as flow_matching(...)")
+    check_function("loss_fn", loss_fn, "a function loss_fn(params, key, batch), such as flow_matching(...)", 3)
     check_has("optimizer", optimizer, ("init", "update"), "an Optax transformation, such as optax.adam(1e-3)")
     check_bool("ema_warmup", ema_warmup)
     check_integer("accumulate", accumulate)
@@ -80,8 +80,17 @@ def make_step(
     if target_ema is not None:
         check_decay(target_ema, "target_ema")
 
+    def checked_loss(params: Params, key: Key, batch: Batch, **options: Params) -> tuple[Array, Metrics]:
+        found = loss_fn(params, key, batch, **options)
+        if not isinstance(found, tuple) or len(found) != 2 or not isinstance(found[1], Mapping):
+            raise ValueError(f"loss_fn must return (loss, metrics), a scalar and a dict, got {shown(found)}.")
+        check_array("the loss", found[0])
+        if found[0].shape or not jnp.issubdtype(found[0].dtype, jnp.floating):
+            raise ValueError(f"the loss must be a floating-point scalar, got {shown(found[0])}.")
+        return found
+
     def gradients(params: Params, key: Key, batch: Batch, options: dict) -> tuple[Params, Metrics]:
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, key, batch, **options)
+        (loss, metrics), grads = jax.value_and_grad(checked_loss, has_aux=True)(params, key, batch, **options)
         return grads, {**metrics, "loss": loss}
 
     def accumulated(params: Params, key: Key, batch: Batch, options: dict) -> tuple[Params, Metrics]:
@@ -103,6 +112,9 @@ def make_step(
         check_has("state", state, ("step", "params", "opt_state", "ema"), "a TrainState, as from create_state")
         check_key(key)
         check_holds(batch)
+        wanted, found = jax.eval_shape(optimizer.init, state.params), state.opt_state
+        if jax.tree.structure(wanted) != jax.tree.structure(found):
+            raise ValueError("state must come from create_state with the optimizer of the step, got another one's.")
         key = jax.random.fold_in(key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, _device_of(axis_name))

@@ -188,3 +188,69 @@ def test_trains_like_the_coupling_inside_the_loss(key):
         for loss, each in ((ahead, next(CoupledBatches(Numbered(x0=True), minibatch_ot, KEY))), (inside, batch))
     ]
     np.testing.assert_allclose(*stepped, rtol=1e-6)
+
+
+class NotIterable:
+    """What `DataIterator` promises, and no more."""
+
+    def __init__(self, stop=10**9):
+        self._data = Numbered(stop=stop)
+        self.get_state, self.set_state = self._data.get_state, self._data.set_state
+
+    def __next__(self):
+        return next(self._data)
+
+
+def test_data_that_only_have_a_next_are_enough():
+    batches, others = (CoupledBatches(data, minibatch_ot, KEY, group=2) for data in (NotIterable(), Numbered()))
+    for one, other in zip(take(batches, 5), take(others, 5), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    with pytest.raises(TypeError, match="not iterable"):
+        iter(NotIterable())
+
+
+@pytest.mark.parametrize("stop", [4, 5])
+def test_the_end_is_a_position_too(stop):
+    """A run that ends where the data do saves there, and goes on from there to no batch."""
+    batches = CoupledBatches(Numbered(stop=stop), minibatch_ot, KEY, group=2)
+    assert len(take(batches, 99)) == stop
+    state = json.loads(json.dumps(batches.get_state()))
+    assert state["data"] == {"position": stop}
+    again = CoupledBatches(Numbered(stop=stop), minibatch_ot, KEY, group=2)
+    again.set_state(state)
+    assert take(again, 99) == []
+    longer = CoupledBatches(Numbered(stop=stop + 1), minibatch_ot, KEY, group=2)
+    longer.set_state(state)
+    assert rows(take(longer, 99)).tolist() == [4.0 * stop + i for i in range(4)]
+
+
+GOOD = {"x1": np.ones((4, 2), np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([{"x0": GOOD["x1"]}], r"^the batch must hold 'x1', got \['x0'\]"),
+        ([None], r"^the batch must be a dict with 'x1', got None"),
+        ([{"x1": np.ones((4, 2), np.uint8)}], r"^x1 must be floating point, got uint8"),
+        ([GOOD | {"cond": np.arange(3)}], r"^cond must be \[batch, ...\] with batch = 4, got shape \(3,\)"),
+        ([GOOD, GOOD | {"cond": np.arange(4)}], r"^batches must hold the same entries of the same events, got "),
+        ([GOOD, {"x1": np.ones((4, 3), np.float32)}], r"^batches must hold the same entries of the same events"),
+        ([GOOD | {"name": "first"}], r"^'name' of a batch must be \[batch, ...\], as 'x1', got 'first'"),
+    ],
+)
+def test_batches_that_cannot_be_coupled_are_refused_by_next(batches, message):
+    with pytest.raises(ValueError, match=message):
+        next(CoupledBatches(iter(batches * 4), minibatch_ot, KEY, group=2))
+
+
+@pytest.mark.parametrize("state", [None, {"a": 1}, {"block": 0, "data": {}}])
+def test_a_position_of_something_else(state):
+    with pytest.raises(ValueError, match=r"^state must be a position, as get_state gives, got "):
+        CoupledBatches(Numbered(), minibatch_ot, KEY).set_state(state)
+
+
+def test_what_is_no_iterator():
+    for data in ([GOOD], GOOD, None):
+        with pytest.raises(ValueError, match=r"^data must be an iterator of batches, such as iter\(...\), got "):
+            CoupledBatches(data, minibatch_ot, KEY)

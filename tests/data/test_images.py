@@ -171,3 +171,17 @@ def test_pixels_round_trip():
 def test_to_float_refuses_floats():
     with pytest.raises(ValueError, match=r"images must be uint8, got float64\."):
         to_float(np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (np.array([0, 255], np.uint8), "^x must be floating point, got uint8"),
+        (np.array([0, 300]), "^x must be floating point, got int64"),
+        (np.array([0.0, np.nan]), "^x must be finite, got "),
+        (np.array([0.0, np.inf]), "^x must be finite, got "),
+    ],
+)
+def test_what_has_no_pixel(x, message):
+    with pytest.raises(ValueError, match=message):
+        to_uint8(x)

@@ -138,3 +138,39 @@ def test_data_that_are_no_real_numbers(which, dtype):
 def test_bytes_are_told_where_to_go():
     with pytest.raises(ValueError, match=r"got uint8; fm_jax.data.images.to_float brings pixels to \[-1, 1\]"):
         call("flow_matching", x1=np.ones((4, 2), np.uint8))
+
+
+@pytest.mark.parametrize("weight", [np.nan, np.inf])
+def test_weights_in_the_batch_that_are_not_finite(weight):
+    for name in contracts.LOSSES:
+        with pytest.raises(ValueError, match=r"^weight must be finite, got "):
+            call(name, weight=jnp.array([1.0, 1.0, 1.0, weight]))
+
+
+def test_a_condition_of_another_batch_than_that_of_a_bridge():
+    path, cond = paths.BrownianBridge(1.0), jnp.ones(1)
+    for make in (losses.bridge_velocity, losses.bridge_score):
+        v = make(lambda t, x, c: (c * x, x), path, cond)
+        with pytest.raises(ValueError, match=r"^cond must be \[batch, ...\] with batch = 4, got shape \(1,\)"):
+            v(0.5, jnp.ones((4, 2)))
+
+
+def test_a_path_of_ones_own_with_a_schedule_is_weighted_where_the_weight_is_finite():
+    class Own:
+        """A path that says of no weight where it is finite."""
+
+        def __init__(self):
+            self.inner = paths.AffinePath()
+            self.source, self.schedule, self.domain = self.inner.source, self.inner.schedule, self.inner.domain
+            self.kinds, self.sample, self.targets = self.inner.kinds, self.inner.sample, self.inner.targets
+
+        def target_domain(self, kind):
+            return self.inner.target_domain(kind)
+
+    options = {"kind": "noise", "weight": losses.EDMWeight()}
+    own, usual = (
+        losses.flow_matching(network, path, **options)(W, KEY, {"x1": Y})[0] for path in (Own(), paths.AffinePath())
+    )
+    assert own == usual
+    with pytest.raises(ValueError, match=r"^t must be within \[0.001, 1.0\]"):
+        losses.flow_matching(network, Own(), **options)(W, KEY, {"x1": Y, "t": jnp.zeros(4)})

@@ -70,8 +70,11 @@ def test_labels_are_rows_the_last_is_none_and_outside_is_nan():
     look_up = lambda labels: module.apply({"params": {"table": table}}, labels, 2, 4)  # noqa: E731
     np.testing.assert_array_equal(look_up(jnp.array([2, 0, 1, 3])), table[jnp.array([2, 0, 1, 3])])
     np.testing.assert_array_equal(look_up(None), jnp.broadcast_to(table[-1:], (4, 2)))
-    outside = look_up(jnp.array([-1, 4, 0, 1]))
+    outside = jax.jit(look_up)(jnp.array([-1, 4, 0, 1]))
     np.testing.assert_array_equal(jnp.isnan(outside).all(axis=1), [True, True, False, False])
+    for labels, got in (([-1, 0, 0, 1], "-1 to 1"), ([0, 4, 0, 1], "0 to 4")):
+        with pytest.raises(ValueError, match=f"cond must be from 0 to 3, got {got}"):
+            look_up(np.array(labels))
 
 
 @pytest.mark.parametrize("stddev", [1.0, 0.02])
@@ -110,7 +113,7 @@ def test_tokens_are_averaged_and_padding_is_not_read():
     expected = np.stack([table[each].mean(axis=0) for each in sets])
     np.testing.assert_allclose(module.apply({"params": params}, TOKENS, FEATURES, 4), expected, rtol=1e-5)
     unmasked = TOKENS | {"mask": jnp.ones((4, 3), bool)}
-    out = module.apply({"params": params}, unmasked, FEATURES, 4)
+    out = jax.jit(lambda cond: module.apply({"params": params}, cond, FEATURES, 4))(unmasked)
     np.testing.assert_array_equal(jnp.isnan(out).all(axis=1), [False, True, True, True])
 
 
@@ -118,7 +121,10 @@ def test_tokens_are_averaged_and_padding_is_not_read():
 def test_the_row_of_none_is_no_token(last):
     cond = {"tokens": jnp.array([[last]]), "mask": jnp.array([[True]])}
     module = TokenEmbedding(4)
-    assert jnp.isnan(module.apply({"params": random_params(module)}, cond, FEATURES, 1)).all()
+    params = random_params(module)
+    assert jnp.isnan(jax.jit(lambda cond: module.apply({"params": params}, cond, FEATURES, 1))(cond)).all()
+    with pytest.raises(ValueError, match=r"cond\['tokens'\] must be from 0 to 3, got "):
+        module.apply({"params": params}, cond, FEATURES, 1)
 
 
 @pytest.mark.parametrize(

@@ -150,15 +150,15 @@ def test_built_inside_jit(key):
             r"t must be a scalar or \[batch\]",
         ),
         (
-            lambda: flow_matching(lambda *_: 0, BrownianBridge(1.0), time_sampler=times.Uniform()),
+            lambda: flow_matching(lambda *_, **__: 0, BrownianBridge(1.0), time_sampler=times.Uniform()),
             r"is finite only on \[0.001, 0.999\]",
         ),
         (
-            lambda: flow_matching(lambda *_: 0, BrownianBridge(1.0), kind="data"),
+            lambda: flow_matching(lambda *_, **__: 0, BrownianBridge(1.0), kind="data"),
             "kind must be one of 'velocity', 'latent', 'drift', 'score', got 'data'",
         ),
         (
-            lambda: flow_matching(lambda *_: 0, BrownianBridge(1.0), weight=lambda *_: 1),
+            lambda: flow_matching(lambda *_, **__: 0, BrownianBridge(1.0), weight=lambda *_: 1),
             r"weight needs a path with a schedule, by which kinds convert; StochasticInterpolant.* has none",
         ),
         (

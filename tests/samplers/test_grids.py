@@ -151,7 +151,7 @@ def test_edm_on_every_schedule(schedule):
         (lambda: cosine(0), "num_steps must be at least 1, got 0."),
         (lambda: cosine(4, 0.5, 0.5), "t0 and t1 must differ, both are 0.5."),
         (lambda: edm(0, schedules.Linear()), "num_steps must be at least 1, got 0."),
-        (lambda: edm(4, schedules.Linear(), rho=0.0), r"rho must be in \(0, inf\], got 0.0."),
+        (lambda: edm(4, schedules.Linear(), rho=0.0), r"rho must be in \[0.1, inf\], got 0.0."),
         (
             lambda: edm(4, schedules.Linear(), sigma_min=1.0, sigma_max=0.5),
             "0 < sigma_min < sigma_max < inf must hold, got sigma_min=1.0 and sigma_max=0.5.",

@@ -119,3 +119,45 @@ def test_bad_input():
         make_step(quadratic, optimizer, accumulate=3, axis_name=None)(state, key, {"x1": X1})
     with pytest.raises(ValueError, match=r"target_ema=0.99 must be one of the state's averages, \['0.9'\]"):
         make_step(quadratic, optimizer, target_ema=0.99, axis_name=None)(state, key, {"x1": X1})
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (
+            lambda params, key, batch: params["w"].sum(),
+            r"^loss_fn must return \(loss, metrics\), a scalar and a dict, got",
+        ),
+        (lambda params, key, batch: None, r"^loss_fn must return \(loss, metrics\)"),
+        (lambda params, key, batch: (params["w"].sum(), [1]), r"^loss_fn must return \(loss, metrics\)"),
+        (lambda params, key, batch: (params["w"][0], {}), "^the loss must be a floating-point scalar, got "),
+        (lambda params, key, batch: (1 + 0 * params["w"].sum().astype(int), {}), "^the loss must be a floating-point"),
+        (lambda params, key, batch: (params["w"].sum() + 1j, {}), "^the loss must be a floating-point scalar"),
+        (lambda params, key: (params["w"].sum(), {}), r"^loss_fn must be a function .* got one with the arguments"),
+    ],
+)
+def test_what_is_no_loss(loss_fn, message):
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(ValueError, match=message):
+        jitted(loss_fn, optimizer)(create_state(PARAMS, optimizer), jax.random.key(0), {"x1": X1})
+
+
+@pytest.mark.parametrize(("made", "used"), [(optax.adam, optax.sgd), (optax.sgd, optax.adam)])
+def test_a_state_of_another_optimizer(made, used):
+    with pytest.raises(ValueError, match=r"^state must come from create_state with the optimizer of the step"):
+        jitted(quadratic, used(0.1))(create_state(PARAMS, made(0.1)), jax.random.key(0), {"x1": X1})
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (None, "^params must be a pytree of arrays, got None"),
+        ({}, "^params must be a pytree of arrays, got {}"),
+        ({"w": [1.0]}, r"^params\['w'\]\[0\] must be an array"),
+        ({"w": np.ones(2, int)}, r"^params\['w'\] must be floating point, to have a gradient, got int64"),
+        ({"w": np.ones(2, bool)}, r"^params\['w'\] must be floating point"),
+    ],
+)
+def test_what_are_no_parameters(params, message):
+    with pytest.raises(ValueError, match=message):
+        create_state(params, optax.sgd(0.1))
