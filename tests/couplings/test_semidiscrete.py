@@ -120,7 +120,7 @@ def test_bad_input(line, key):
         ValueError, match=r"Sampled\(moons\) draws must have the shape of like, \(256, 1\), got \(256, 2\)"
     ):
         fit_semidiscrete(key, x1, source=Sampled(moons))
-    with pytest.raises(ValueError, match=r"x1 must be \[batch, ...\] with at least one example, got shape \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"x1 must be \[batch, ...\], not empty, got shape \(0, 1\)"):
         fit_semidiscrete(key, jnp.ones((0, 1)))
     with pytest.raises(ValueError, match="must be finite"):
         fit_semidiscrete(key, x1.at[1].set(jnp.nan), num_iterations=2)

@@ -346,4 +346,4 @@ def test_bad_conditions_are_refused():
     with pytest.raises(ValueError, match="of one length, at least 1, got 2 conditions and 1 scales"):
         compose(v_cond, "velocity", LINEAR, [CLASSES] * 2, 0, [1.0])
     with pytest.raises(ValueError, match="kind must be one of"):
-        classifier_free_batched(v_cond, "x0", LINEAR, CLASSES, 0, 2.0)
+        classifier_free_batched(lambda t, x, cond: x, "x0", LINEAR, CLASSES, 0, 2.0)

@@ -121,7 +121,7 @@ def test_a_wider_source_is_a_wider_model():
 BITS = {"v": shrink, "key": KEY, "images": IMAGES, "levels": LEVELS}
 BAD = [
     ({"key": None}, "key must be one typed key"),
-    ({"levels": 1}, "levels must be at least 2, got 1."),
+    ({"levels": 1}, "levels must be from 2 to 65536, got 1."),
     ({"levels": 4}, r"images must be in 0 .. 3, got 0 .. 6."),
     ({"images": -1 * IMAGES.astype(int)}, r"images must be in 0 .. 7, got -6 .. 0."),
     ({"images": IMAGES / 2}, r"images must be integers in 0 .. 7, got float64"),

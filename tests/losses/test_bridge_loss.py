@@ -263,8 +263,8 @@ def test_targets_and_gradients_are_finite_up_to_the_ends(key):
     ("call", "message"),
     [
         (lambda: bridge_matching(heads, AffinePath()), "the path must be a StochasticInterpolant.*got AffinePath"),
-        (lambda: bridge_velocity(heads, AffinePath()), "the path must be a StochasticInterpolant"),
-        (lambda: bridge_score(heads, AffinePath()), "the path must be a StochasticInterpolant"),
+        (lambda: bridge_velocity(lambda t, x, cond: (x, x), AffinePath()), "the path must be a StochasticInterpolant"),
+        (lambda: bridge_score(lambda t, x, cond: (x, x), AffinePath()), "the path must be a StochasticInterpolant"),
         (
             lambda: bridge_matching(heads, BrownianBridge(1.0))(1.0, None, {"x1": jnp.ones((2, 2))}),
             "without a key the batch must hold 'x0' and 't'",

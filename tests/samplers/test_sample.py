@@ -162,7 +162,7 @@ def test_what_every_sampler_refuses(name):
             with pytest.raises(ValueError, match="key must be one typed key"):
                 sample(minus, X, sampler, key=key)
     else:
-        with pytest.raises(ValueError, match=r"key must be None for .*, which draws no noise, got Array"):
+        with pytest.raises(ValueError, match=r"key must be None for .*, which draws no noise, got key"):
             sample(minus, X, sampler, key=KEY)
 
 
