@@ -26,7 +26,7 @@ from experiments.lab.figures import save_density
 from experiments.lab.options import check_options
 from experiments.lab.smoke import smoke
 from experiments.lab.toys import Batches, Toy
-from experiments.lab.training import Training, check_batch, sampling_params, train, write_results
+from experiments.lab.training import Training, check_batch, check_run_dir, sampling_params, train, write_results
 from fm_jax.data.toy import make_toy
 from fm_jax.likelihood import log_prob
 from fm_jax.models import MLP, init_params, linen_apply
@@ -107,6 +107,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def _run(config: Config) -> dict[str, Any]:
     run_dir = config.training.run_dir
+    check_run_dir(config, ["density.png"])
     key_train, key_data, key_init, key_x0, key_x1 = jax.random.split(jax.random.key(config.training.seed), 5)
     model = MLP(features=(config.width,) * config.depth)
     apply_fn, untrained = linen_apply(model), init_params(model, key_init, (2,))

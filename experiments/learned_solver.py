@@ -17,12 +17,12 @@ import jax.numpy as jnp
 
 from experiments.lab import command_line
 from experiments.lab.experiment import restore_run
-from experiments.lab.options import SEED, check_options, check_some
+from experiments.lab.options import SEED, STEPS, check_options, check_some
 from experiments.lab.samplers import make_sampler, save_solver
 from experiments.lab.sampling import guided_velocity, sampled_times
 from fm_jax.paths import start
 from fm_jax.samplers import RungeKutta, grids, learned, sample
-from fm_jax.train.folder import make_folder, write_text
+from fm_jax.train.folder import check_places, make_folder, write_text
 from fm_jax.train.learned import fit_solver
 from fm_jax.types import Array, Sampler, VelocityFn
 
@@ -51,7 +51,7 @@ class Config:
     """Seed of noise and batches."""
 
     def __post_init__(self) -> None:
-        check_options(self, learning_rate="(0, inf)", seed=SEED)
+        check_options(self, calls=(1, 1000), iterations=STEPS, learning_rate="(0, inf)", seed=SEED)
         check_some("--calls", self.calls)
         if self.batch_size > self.num:
             raise ValueError(f"--batch-size must be at most --num, got {self.batch_size} and {self.num}.")
@@ -61,6 +61,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, judges on new noise, writes; returns what it prints, in decibels."""
     restored = restore_run(config.run)
     make_folder(config.run)  # found before the training: whether solvers can be written there
+    check_places(config.run, ["learned_solver.json", *(f"learned_solver_{calls}.npz" for calls in config.calls)])
     experiment, method, sampling = restored.experiment, restored.config.method, restored.config.sampling
     t0, t1 = sampled_times(method)
     key_train, key_judge, key_fit = jax.random.split(jax.random.key(config.seed), 3)

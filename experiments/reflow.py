@@ -39,7 +39,7 @@ from fm_jax.metrics import floor, straightness, wasserstein
 from fm_jax.models import init_params
 from fm_jax.parameterization import bind
 from fm_jax.samplers import RungeKutta, sample
-from fm_jax.train.folder import lock_folder, write_text
+from fm_jax.train.folder import check_places, lock_folder, write_text
 from fm_jax.types import Array, Batch, LossFn, Params, VelocityFn
 
 
@@ -97,6 +97,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, reflows, distils and judges; returns the numbers it prints."""
     config = smoke(config, recipe=SMOKE_RECIPE, num_test=64, rounds=1, floor_repeats=2)
     with lock_folder(config.run_dir):
+        check_places(config.run_dir, ["reflow.md", "reflow.png"])
         return _run(config)
 
 

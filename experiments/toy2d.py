@@ -18,14 +18,23 @@ import numpy as np
 
 from experiments.lab import command_line
 from experiments.lab.experiment import Experiment
-from experiments.lab.figures import save_loss_curve, save_scatter
+from experiments.lab.figures import save_scatter
 from experiments.lab.method import Method, couple_ahead, make_loss
 from experiments.lab.options import check_options
 from experiments.lab.samplers import needs_schedule
 from experiments.lab.sampling import Sampling, frame_times, make_generate, nfe_text
 from experiments.lab.smoke import smoke
 from experiments.lab.toys import Batches, Toy
-from experiments.lab.training import Training, check_batch, loss_curve, sampling_params, train, write_results
+from experiments.lab.training import (
+    Training,
+    check_batch,
+    check_run_dir,
+    draw_loss,
+    files_of,
+    sampling_params,
+    train,
+    write_results,
+)
 from fm_jax.data.toy import make_toy
 from fm_jax.metrics import Measured, floor, wasserstein
 from fm_jax.models import MLP, init_params, linen_apply
@@ -117,6 +126,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def _run(config: Config) -> dict[str, Any]:
     experiment, run_dir = build(config), config.training.run_dir
+    pictures = ("samples.png", "loss.png")
+    check_run_dir(config, pictures)
     keys = jax.random.split(jax.random.key(config.training.seed), 8)
     key_train, key_data, key_init, key_x0, key_x1, key_floor, key_sampler, key_pairs = keys
     loss_fn = make_loss(config.method, experiment)
@@ -150,9 +161,9 @@ def _run(config: Config) -> dict[str, Any]:
     }
     trajectory = np.asarray(animate(params, key_sampler, x0, None).trajectory)
     save_scatter(run_dir / "samples.png", np.asarray(x0), np.asarray(solution.x), trajectory, np.asarray(x1))
-    save_loss_curve(run_dir / "loss.png", *loss_curve(run_dir))
+    draw_loss(run_dir)
     write_results(run_dir, results)
-    print(f"\n{run_dir}: samples.png, loss.png, metrics.jsonl, config.json, results.json, checkpoints/")
+    print("\n" + files_of(run_dir, *pictures, "metrics.jsonl", "config.json", "results.json", "checkpoints/"))
     print(
         f"2-Wasserstein distance to {config.data}: {distance}; the floor is that of two draws of the data themselves. "
         f"NFE {nfe_text(results['nfe'])}"

@@ -15,6 +15,7 @@ from lab import BLUE, GREY, INK, ORANGE, RED, film
 from scipy import integrate, stats
 
 from fm_jax import oracles
+from fm_jax.nfe import Counted
 from fm_jax.samplers import EulerMaruyama, RungeKutta, grids, sample, sde_step
 from fm_jax.schedules import VP
 
@@ -233,7 +234,8 @@ plt.show()
 # %%
 thetas, num, h = np.repeat([0.5, 1.0, 2.0], 4000)[:, None], 4000, 1 / 16
 sde, times = EulerMaruyama(diffusion=1.0, score=no_score), grids.uniform(16 * 16, 0.0, 16.0)
-limit = sample(lambda t, x: -thetas * x, jnp.full((3 * num, 1), 5.0), sde, times=times, key=keys["limit"]).x
+long = Counted(lambda t, x: -thetas * x, None, domain=(0.0, 16.0))
+limit = sample(long, jnp.full((3 * num, 1), 5.0), sde, times=times, key=keys["limit"]).x
 for theta_k, ensemble in zip((0.5, 1.0, 2.0), np.split(np.asarray(limit), 3), strict=True):
     process, scheme = 1 / (2 * theta_k), 1 / (2 * theta_k - theta_k**2 * h)
     print(f"theta = {theta_k}, g = 1: variance {ensemble.var():.3f}; g^2 / (2 theta) = {process:.3f},", end=" ")
@@ -248,7 +250,8 @@ for theta_k, ensemble in zip((0.5, 1.0, 2.0), np.split(np.asarray(limit), 3), st
 # %%
 starts, span, num_steps = np.array([-2.0, 1.5]), 1.5, 96
 sde, times = EulerMaruyama(diffusion=g, score=no_score), np.asarray(grids.uniform(num_steps, 0.0, span))
-ensemble = sample(drift, jnp.repeat(starts, 2000)[:, None], sde, times=times, key=keys["ou"], trajectory=True)
+to_span = Counted(drift, None, domain=(0.0, span))
+ensemble = sample(to_span, jnp.repeat(starts, 2000)[:, None], sde, times=times, key=keys["ou"], trajectory=True)
 halves = np.asarray(ensemble.trajectory).reshape(num_steps + 1, 2, 2000)
 mean = np.exp(-theta * times)[:, None] * starts
 std = np.sqrt(g**2 / (2 * theta) * (1 - np.exp(-2 * theta * times)))

@@ -2,8 +2,11 @@
 
 import contextlib
 import errno
+import logging
 import os
+import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,9 +35,22 @@ def main(run: Callable[[Any], object], kind: type, default: Any = None, descript
         SystemExit: with one sentence for whatever a user can mend.
     """
     with told_in_a_sentence():
+        refuse_empty(sys.argv[1:])
         config = parse(kind, default, description)
         refuse_unused(config, default)
         run(config)
+
+
+def refuse_empty(arguments: list[str]) -> None:
+    """Refuses a command line with an option whose value is empty, which as a path would be the current folder."""
+    name = None
+    for each in arguments:
+        if each.startswith("--"):
+            name, equals, value = each.partition("=")
+        else:
+            equals, value = "=", each
+        if name is not None and equals and not value.strip():
+            raise ValueError(f"{name} must not be empty. Give a value, or leave it out.")
 
 
 @contextlib.contextmanager
@@ -45,15 +61,19 @@ def told_in_a_sentence() -> Iterator[None]:
     """
     hook = sys.unraisablehook
     sys.unraisablehook = _unraisablehook
+    for name in ("absl", "jax._src.callback"):
+        logging.getLogger(name).addFilter(_is_news)
     try:
         yield
     except KeyboardInterrupt:
         if os.environ.get(TRACEBACK):
             raise
         raise SystemExit(130) from None
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         if os.environ.get(TRACEBACK) or isinstance(error, NotImplementedError | RecursionError):
             raise
+        # Of saves that have failed, which is told; Python finds them when it ends.
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         raise SystemExit(_sentence(error)) from None
     finally:
         sys.unraisablehook = hook
@@ -65,6 +85,12 @@ def _unraisablehook(found: Any) -> None:
         sys.__unraisablehook__(found)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    # Not the warnings of TFDS about data that are not there, nor the pages about an adaptive solver: both are told.
+    of_tfds = "tensorflow_datasets" in record.pathname and record.levelno < logging.ERROR
+    return bool(os.environ.get(TRACEBACK)) or not (of_tfds or "callback failed" in record.getMessage())
+
+
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f" ({error.filename})"
@@ -72,8 +98,15 @@ def _sentence(error: Exception) -> str:
         advice = " Make room; the same command continues from the last checkpoint." if full else ""
         return f"{error.strerror}{where}.{advice}"
     told = " ".join(str(error).split()) or type(error).__name__
+    if re.search("maximum number of (solver )?steps|step size became too small", told):
+        return (
+            "An adaptive solver came to the end of its steps before that of the path: raise --tolerance, or take a "
+            "--solver with fixed steps, such as heun. Where training has diverged neither helps."
+        )
     if isinstance(error, CheckpointError | FolderInUseError | NonFiniteLossError | OSError) or _is_ours(error):
         return told
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in told:
+        return f"Not enough memory: lower what makes the arrays large, such as --batch-size. ({told[:300]})"
     return f"{type(error).__name__}: {told[:500]} ({TRACEBACK}=1 shows where.)"
 
 

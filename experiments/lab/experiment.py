@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from experiments.lab.training import CONFIG, from_json, restore, sampling_params
 from fm_jax.conditions import DropCondition
 from fm_jax.models import init_params
+from fm_jax.train.folder import why_no_folder
 from fm_jax.types import ApplyFn, Array, Key, Params, Source
 
 MODULES = {"images": "experiments.lab.images", "toy2d": "experiments.toy2d"}
@@ -49,7 +50,8 @@ def read_run(run_dir: Path, option: str = "--run") -> tuple[Any, Experiment]:
     """The configuration and the network of a run; `SystemExit` says what is wrong with the folder."""
     path = run_dir / CONFIG
     if not path.is_file():
-        wrong = f"it has no {CONFIG}" if run_dir.is_dir() else "there is no such folder"
+        no_config = f"its {CONFIG} is a folder" if path.is_dir() else f"it has no {CONFIG}"
+        wrong = no_config if run_dir.is_dir() else why_no_folder(run_dir) or "there is no such folder"
         raise SystemExit(f"{option} {run_dir} is not the folder of a run: {wrong}.")
     again = "The command that trained the run writes it anew."
     try:

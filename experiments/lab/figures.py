@@ -121,7 +121,7 @@ def save_animation(
         pictures.append(picture.quantize(256, dither=Image.Dither.NONE))
     # GIF counts in hundredths of a second, and browsers slow down anything below two.
     duration = [max(20, 10 * round(300 / len(frames)))] * (len(frames) - 1) + [round(1000 * hold)]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(exist_ok=True)  # that of a run which was removed is not made anew
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
 
 
@@ -294,5 +294,5 @@ def _montage(rows: Sequence[np.ndarray], columns: int, size: int = 72, gap: int 
 
 
 def _save(figure: Figure, path: PathLike) -> None:
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(exist_ok=True)  # that of a run which was removed is not made anew
     figure.savefig(path, dpi=_DPI, facecolor="white")

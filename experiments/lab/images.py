@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.lab import command_line
 from experiments.lab.experiment import Experiment
-from experiments.lab.figures import save_animation, save_grid, save_loss_curve
+from experiments.lab.figures import save_animation, save_grid
 from experiments.lab.judge import fit_classifier
 from experiments.lab.method import Method, couple_ahead, make_loss
 from experiments.lab.options import check_options
@@ -24,8 +24,11 @@ from experiments.lab.smoke import smoke
 from experiments.lab.training import (
     Training,
     check_batch,
+    check_run_dir,
+    draw_loss,
+    files_of,
     is_config_of_run,
-    loss_curve,
+    median_rate,
     read_results,
     sampling_params,
     train,
@@ -40,9 +43,9 @@ from fm_jax.models import Compute, LabelEmbedding, init_params, linen_apply, mak
 from fm_jax.sources import Normal
 from fm_jax.train import TrainState
 from fm_jax.train.folder import lock_folder
-from fm_jax.train.log import read_metrics
 
 NUM_CLASSES = 10
+PICTURES = ("samples.png", "animation.gif", "loss.png")
 _unet = partial(make_unet, embed=LabelEmbedding(NUM_CLASSES))
 _dit = partial(make_dit, embed=LabelEmbedding(NUM_CLASSES, stddev=0.02))
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
@@ -171,6 +174,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def _run(config: Config) -> dict[str, Any]:
     experiment, run_dir = build(config), config.training.run_dir
+    check_run_dir(config, PICTURES, folders=["samples"])
     found = read_results(run_dir) if is_config_of_run(config) else None
     if found is not None and (text := _report(config, found)):
         print(
@@ -210,9 +214,8 @@ def _run(config: Config) -> dict[str, Any]:
 
     state = train(config, key_train, params, loss_fn, data, draw)
     results = judge(config, experiment, sampling_params(state, config.training), key_judge, dataset, generate)
-    rates = [row["images_per_second"] for row in read_metrics(run_dir) if "images_per_second" in row]
-    results["training_images_per_second"] = float(np.median(rates)) if rates else None
-    save_loss_curve(run_dir / "loss.png", *loss_curve(run_dir))
+    results["training_images_per_second"] = median_rate(run_dir)
+    draw_loss(run_dir)
     write_results(run_dir, results)
     print(_report(config, results))
     return results
@@ -281,8 +284,7 @@ def _save_grid(path: Path, images: np.ndarray, labels: np.ndarray, dataset: Imag
 def _report(config: Config, results: dict[str, Any]) -> str | None:
     """The results in words; `None` for what are not the results of this experiment."""
     run_dir = config.training.run_dir
-    names = "samples.png, animation.gif, loss.png, metrics.jsonl, config.json, results.json, checkpoints/"
-    lines = [f"\n{run_dir}: {names}"]
+    lines = ["\n" + files_of(run_dir, *PICTURES, "metrics.jsonl", "config.json", "results.json", "checkpoints/")]
     try:
         guided, unguided, rate = results["guided"], results["unguided"], results["training_images_per_second"]
         if _has_judge(config):

@@ -11,6 +11,10 @@ from fm_jax.checks import check_bool, check_integer, check_member, check_number,
 Range = int | tuple[int, int] | str
 """The least of an integer, or the least and the most; of a real number the interval, as in `check_number`."""
 SEED = (0, 2**32 - 1)
+MOST = 10**6
+"""Of an integer whose most is not given: memory and time end before that."""
+STEPS = (1, 2**31 - 1)
+"""Of training, which cost no memory."""
 
 
 def option(path: str) -> str:
@@ -24,8 +28,8 @@ def check_options(config: Any, **ranges: Range) -> None:
 
     Args:
         config: a dataclass whose fields are booleans, numbers, strings, literals, paths, tuples of them, or None.
-        ranges: of the fields that are numbers, or tuples of them; by default integers are at least 1, and real numbers
-            finite.
+        ranges: of the fields that are numbers, or tuples of them; by default integers are from 1 to `MOST`, and real
+            numbers finite.
 
     Raises:
         ValueError: that names the option.
@@ -45,7 +49,7 @@ def _check(name: str, hint: Any, value: Any, allowed: Range | None) -> None:
     elif hint is bool:
         check_bool(name, value)
     elif hint is int:
-        least, most = allowed if isinstance(allowed, tuple) else (1 if allowed is None else int(allowed), None)
+        least, most = allowed if isinstance(allowed, tuple) else (1 if allowed is None else int(allowed), MOST)
         check_integer(name, value, least, most)
     elif hint is float:
         check_number(name, value, "(-inf, inf)" if allowed is None else str(allowed))

@@ -36,7 +36,7 @@ RuleName = Literal["extrapolate", "rescale", "zero_star", "projected"]
 OF_SOLVER = ("steps", "grid", "tolerance", "diffusion", "eta", "churn")
 """The options of `Sampling` that some samplers take."""
 RANGES: dict[str, Range] = {
-    "tolerance": "(0, inf)",
+    "tolerance": "[1e-7, inf)",  # float32 reaches no further
     "diffusion": "[0, inf)",
     "eta": "[0, 1]",
     "churn": "[0, inf)",

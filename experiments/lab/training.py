@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
-from experiments.lab.options import SEED, check_multiple, check_options
+from experiments.lab.figures import save_loss_curve
+from experiments.lab.options import SEED, STEPS, check_multiple, check_options, option
 from fm_jax.checks import shown
 from fm_jax.train import TrainState, create_state, make_optimizer, make_step
 from fm_jax.train.checkpoint import Checkpointer
-from fm_jax.train.folder import write_text
+from fm_jax.train.folder import check_places, write_text
 from fm_jax.train.log import MetricsWriter, read_metrics
 from fm_jax.train.loop import DataIterator, fit
 from fm_jax.train.parallel import pmap_step, split_batch
 from fm_jax.types import Key, LossFn, Params
 
-CONFIG, RESULTS = "config.json", "results.json"
+CONFIG, RESULTS, METRICS = "config.json", "results.json", "metrics.jsonl"
 _MAY_CHANGE: tuple[str, ...] = ("data_dir", "sampling", "num_samples", "frames", "floor_repeats")
 _MAY_CHANGE += tuple(f"training.{name}" for name in ("run_dir", "log_every", "save_every", "sample_every", "keep"))
 
@@ -49,7 +51,8 @@ class Training:
     accumulate: int = 1
     """Micro-batches a step."""
     ema_decays: tuple[float, ...] = (0.999,)
-    """One average of the parameters is kept for each; samples are drawn with the first."""
+    """One average of the parameters is kept for each; samples are drawn with the first, or, without any, with the
+    parameters themselves."""
     seed: int = 0
     """Seed of everything that is random."""
     log_every: int = 50
@@ -65,7 +68,8 @@ class Training:
         check_options(
             self,
             learning_rate="(0, inf)",
-            warmup_steps=0,
+            warmup_steps=(0, STEPS[1]),
+            **dict.fromkeys(("total_steps", "log_every", "save_every", "sample_every"), STEPS),
             clip_norm="(0, inf)",
             weight_decay="[0, inf)",
             ema_decays="(0, 1)",
@@ -86,6 +90,35 @@ def check_batch(training: Training) -> None:
         raise ValueError(
             f"--accumulate must divide the {share} examples that a step has for each device, got {training.accumulate}."
         )
+
+
+def check_run_dir(config: Any, files: Sequence[str], folders: Sequence[str] = ()) -> None:
+    """Refuses a run folder that holds the run of another experiment, or in which names are taken.
+
+    Args:
+        config: as in `train`.
+        files: what the experiment writes besides the files of every training.
+        folders: the folders that it makes, likewise.
+
+    Raises:
+        ValueError: if `config.json` is not of this experiment.
+        OSError: if a folder has the name of a file, or the other way round.
+    """
+    run_dir = config.training.run_dir
+    check_places(run_dir, [CONFIG, RESULTS, METRICS, *files], ["checkpoints", "tensorboard", *folders])
+    check_experiment(run_dir, config.EXPERIMENT)
+
+
+def check_experiment(run_dir: Path, name: str | None) -> None:
+    """Refuses a folder whose `config.json` is whole, and of another experiment; `None` for one without a name."""
+    try:
+        record = json.loads((run_dir / CONFIG).read_bytes())
+    except (FileNotFoundError, ValueError):  # one that is damaged is written anew
+        return
+    found = record.get("experiment") if isinstance(record, dict) else None
+    if found != name:
+        what = f"a {CONFIG} that is of no such run" if found is None else f"a run of {found}"
+        raise ValueError(f"{run_dir} holds {what}: give another --run-dir. Nothing was overwritten.")
 
 
 def train(
@@ -118,11 +151,13 @@ def train(
             state, key, position = restored
             data.set_state(position)
             print(f"Continuing {training.run_dir} from step {int(state.step):,}.")
+        writer = stack.enter_context(contextlib.closing(MetricsWriter(training.run_dir, start_step=int(state.step))))
+        if missing := _missing_lines(training, int(state.step)):
+            print(f"{training.run_dir / METRICS} has no lines of steps {missing}: loss.png goes without them.")
         # Accepted: from here on the results are those of another configuration.
         (training.run_dir / RESULTS).unlink(missing_ok=True)
         write_config(config)
         devices = jax.local_devices()
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(training.run_dir, start_step=int(state.step))))
         return fit(
             pmap_step(make_step(loss_fn, optimizer, accumulate=training.accumulate), devices),
             state,
@@ -180,6 +215,7 @@ def _checkpointer(config: Any) -> Checkpointer:
         keep=training.keep,
         save_every=training.save_every,
         allow_change=may_change,
+        name_of=option,
     )
 
 
@@ -213,10 +249,42 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
     return results if isinstance(results, dict) else None
 
 
-def loss_curve(run_dir: Path) -> tuple[list[int], list[float]]:
-    """The steps and the losses of `metrics.jsonl`."""
-    rows = [row for row in read_metrics(run_dir) if "loss" in row]
-    return [row["step"] for row in rows], [row["loss"] for row in rows]
+def draw_loss(run_dir: Path) -> None:
+    """Draws the losses of `metrics.jsonl` as `loss.png`, or says that there are none."""
+    if rows := [row for row in _metrics(run_dir) if "loss" in row]:
+        save_loss_curve(run_dir / "loss.png", [row["step"] for row in rows], [row["loss"] for row in rows])
+    else:
+        print(f"{run_dir / METRICS} has no losses: loss.png is left out.")
+
+
+def median_rate(run_dir: Path) -> float | None:
+    """The median of the images a second in `metrics.jsonl`, if there are any."""
+    rates = [row["images_per_second"] for row in _metrics(run_dir) if "images_per_second" in row]
+    return float(np.median(rates)) if rates else None
+
+
+def files_of(run_dir: Path, *names: str) -> str:
+    """Which of these a run folder holds, in words."""
+    return f"{run_dir}: {', '.join(name for name in names if (run_dir / name).exists())}"
+
+
+def _metrics(run_dir: Path) -> list[dict[str, Any]]:
+    try:
+        return read_metrics(run_dir)
+    except FileNotFoundError:
+        return []
+
+
+def _missing_lines(training: Training, step: int) -> str | None:
+    """Which steps before `step` have no lines in `metrics.jsonl` although they should; `None` if none lacks."""
+    steps = [row["step"] for row in _metrics(training.run_dir) if row["step"] <= step]
+    # Lines may have been further apart than they are now.
+    period = max([training.log_every, *np.diff(steps).tolist()])
+    if not steps:
+        return f"before {step + 1:,}" if period <= step else None
+    if steps[0] > period:
+        return f"before {steps[0]:,}"
+    return f"from {steps[-1] + 1:,} to {step:,}" if steps[-1] + period <= step else None
 
 
 def _config_text(config: Any) -> str:

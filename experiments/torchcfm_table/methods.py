@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab.options import check_multiple, check_options, option
+from experiments.lab.options import STEPS, check_multiple, check_options, option
 from experiments.torchcfm_table.problems import Splits, draws, draws_of_pairs, source_of
 from fm_jax.couplings import ExactOT, paired, schrodinger_bridge_ot
 from fm_jax.data.coupled import CoupledBatches
@@ -70,6 +70,8 @@ class Recipe:
     def __post_init__(self) -> None:
         check_options(
             self,
+            steps=STEPS,
+            ofm_steps=STEPS,
             learning_rate="(0, inf)",
             weight_decay="[0, inf)",
             ema_decay="(0, 1)",

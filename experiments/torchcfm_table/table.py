@@ -11,7 +11,6 @@ with its floor, the normalised path energy, network evaluations and training tim
 import dataclasses
 import json
 import re
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -31,12 +30,13 @@ from experiments.lab import command_line
 from experiments.lab.figures import save_trajectory_table
 from experiments.lab.options import SEED, check_options, check_some, option
 from experiments.lab.smoke import smoke
+from experiments.lab.training import check_experiment
 from experiments.torchcfm_table import peer
 from experiments.torchcfm_table.methods import METHODS, SMOKE_RECIPE, Recipe, Trained, by_flow, by_score_and_flow, train
 from experiments.torchcfm_table.problems import PROBLEMS, Splits, draw, make_splits
 from fm_jax.checks import check_member
 from fm_jax.metrics import floor, normalised_path_energy_floor, wasserstein
-from fm_jax.train.folder import lock_folder, make_folder, replacing, write_text
+from fm_jax.train.folder import check_places, lock_folder, make_folder, replacing, write_text
 
 COLUMNS = {
     "w2": "2-Wasserstein distance from {num} samples to as many test points",
@@ -80,8 +80,6 @@ class Config:
                 check_member(f"each of {option(name)}", each, allowed)
         if not any(cells(self, self.methods)):
             raise ValueError("--methods FM starts from noise and nothing else: --problems must have one that does.")
-        if self.peer_python is not None and shutil.which(self.peer_python) is None:
-            raise ValueError(f"--peer-python must be an interpreter that has torchcfm, got {self.peer_python}.")
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Options of no effect, and why."""
@@ -172,6 +170,22 @@ def _is_whole(path: Path, *names: str) -> bool:
         return False
 
 
+def check_peer(python: Path | None) -> None:
+    """Refuses what is not an interpreter that can import what `peer` does."""
+    wanted = f"--peer-python must be an interpreter that has torch and torchcfm, got {python}"
+    command = [str(python), "-c", "import numpy, torch, torchcfm; print(6 * 7)"]
+    try:
+        options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 300}
+        done = subprocess.run(command, text=True, errors="replace", check=False, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{wanted}: {getattr(error, 'strerror', None) or error}.") from None
+    except subprocess.TimeoutExpired:
+        raise ValueError(f"{wanted}: it did not import them within five minutes.") from None
+    if done.returncode or done.stdout.split()[-1:] != ["42"]:
+        said = (done.stderr.strip().splitlines() or ["it did not do what Python does"])[-1]
+        raise ValueError(f"{wanted}: {said[:200]}.")
+
+
 def start_peer(config: Config) -> tuple[list[dict[str, Any]], subprocess.Popen] | None:
     """Starts torchcfm's trainings in another process, if it is there."""
     python = config.peer_python or (Path(sys.executable) if find_spec("torchcfm") and find_spec("torch") else None)
@@ -221,6 +235,10 @@ def run(config: Config) -> dict[str, Any]:
         num_reference=64,
         floor_repeats=2,
     )
+    if (python := config.peer_python) is not None:
+        if python.exists():  # a path, though "./python" has lost what says so
+            config = dataclasses.replace(config, peer_python=python.absolute())
+        check_peer(config.peer_python)
     with lock_folder(config.run_dir):
         _prepare(config)
         started = start_peer(config)
@@ -332,6 +350,9 @@ def _figure(config: Config, done: list[Cell]) -> None:
 
 def _prepare(config: Config) -> None:
     """Makes the folder, or goes on in one that was made for the same table."""
+    files = ["config.json", "results.json", "table.md", "trajectories.png"]
+    check_places(config.run_dir, files, ["cells", "torchcfm"])
+    check_experiment(config.run_dir, None)
     text = json.dumps(dataclasses.asdict(dataclasses.replace(config, peer_python=None)), indent=2, default=str) + "\n"
     path = config.run_dir / "config.json"
     if path.exists() and (found := path.read_bytes()) != text.encode():

@@ -148,13 +148,17 @@ def _import_tfds(caller: str) -> ModuleType:
 
 def main() -> None:
     """Prepares one dataset from the command line."""
+    from fm_jax.train.folder import why_no_folder
+
     parser = argparse.ArgumentParser(prog="python -m fm_jax.data.images", description="Download and prepare a dataset.")
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--data-dir", help="default: TFDS_DATA_DIR, else ~/tensorflow_datasets")
     arguments = parser.parse_args()
+    if arguments.data_dir is not None and not arguments.data_dir.strip():
+        parser.error("--data-dir must not be empty. Give a value, or leave it out.")
     directory, origin = _find_data_dir(arguments.data_dir)
-    if file := next((each for each in (directory, *directory.parents) if each.exists() and not each.is_dir()), None):
-        raise SystemExit(f"{directory} ({origin}) cannot be a folder: {file} is a file. Give another --data-dir.")
+    if why := why_no_folder(directory):
+        raise SystemExit(f"{directory} ({origin}) cannot be a folder: {why}. Give another --data-dir.")
     print(f"Preparing {arguments.name} in {directory} ({origin}).")
     print("This needs the network and pip install 'fm_jax[data]' (tensorflow-datasets, array_record, pillow,")
     print("importlib_resources), but not TensorFlow.")

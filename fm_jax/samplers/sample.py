@@ -24,6 +24,7 @@ from fm_jax.types import Array, ArrayTree, Key, Sampler, Solution, State, Veloci
 DEFAULT_STEPS = 20
 TIMES = (0.0, 1.0)
 """From the source to the data."""
+SOURCE_TO_DATA = "from source to data unless nfe.Counted gives v another domain"
 _MIDPOINT = RungeKutta("midpoint")
 
 
@@ -61,8 +62,8 @@ def sample(
 
     Raises:
         ValueError: for what is no velocity function or no sampler; bad times or a bad state; times known to leave
-            [0, 1], or the domain that `v` carries; a key that is missing or not needed; and what the sampler refuses,
-            such as a start where its predictions are infinite.
+            [0, 1], or the domain that `v` carries (`nfe.Counted`); a key that is missing or not needed; and what the
+            sampler refuses, such as a start where its predictions are infinite.
         ImportError: if the sampler needs Diffrax and it is missing.
 
     Example:
@@ -103,7 +104,7 @@ def times_of(
         raise ValueError(f"sampler must go through any times, in either direction, got {sampler}, which has its own.")
     (low, high), allowed = sampler.domain, domain_of(v) or TIMES
     grid = time_grid(default if times is None else times, (max(low, allowed[0]), min(high, allowed[1])), x)
-    check_times("times", grid, allowed, "from source to data" if allowed == TIMES else "the domain of v")
+    check_times("times", grid, allowed, SOURCE_TO_DATA if allowed == TIMES else "the domain of v")
     return grid
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import traceback
 import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from fm_jax.checks import check_integer, check_key, shown
-from fm_jax.train.folder import is_at, make_folder
+from fm_jax.checks import check_function, check_integer, check_key, shown
+from fm_jax.train.folder import hold, is_at, make_folder
 from fm_jax.train.state import TrainState
 from fm_jax.types import Array, Key
 
@@ -26,6 +26,8 @@ ALLOW_CHANGE = frozenset({"total_steps", "num_steps", "log_every", "save_every",
 """Configuration fields that a resumed run may change."""
 _FORMAT = "fm_jax 1"
 _ABSENT = "absent"
+_NAMES = ("meta", "state", "_CHECKPOINT_METADATA", "commit_success.txt")
+"""What Orbax writes into a checkpoint of ours."""
 
 
 class CheckpointError(ValueError):
@@ -36,7 +38,8 @@ class Checkpointer:
     """Saves and restores the state, key, data position and configuration of a run in `run_dir/checkpoints/<step>`.
 
     Saving is asynchronous, and atomic: a checkpoint that a killed process left half-written does not count. Every
-    array carries a checksum, so a damaged checkpoint is refused rather than trained on.
+    array carries a checksum, so a damaged checkpoint is refused rather than trained on. In a folder that is removed
+    meanwhile nothing is written any more, on Linux not even by a save that has begun.
 
     Args:
         run_dir: folder of the run, created if absent.
@@ -45,6 +48,7 @@ class Checkpointer:
         save_every: the default of `fit`.
         allow_change: fields of `config` that may differ on resuming. Mind that `total_steps` also sets the
             length of a learning-rate decay.
+        name_of: a function of a field's path, "model.depth", to what refusals call it; by default the path itself.
 
     Raises:
         ValueError: if `keep` or `save_every` is less than 1, or `config` is not JSON.
@@ -59,6 +63,7 @@ class Checkpointer:
         keep: int = 3,
         save_every: int = 1000,
         allow_change: Collection[str] = ALLOW_CHANGE,
+        name_of: Callable[[str], str] | None = None,
     ):
         for name, value in (("keep", keep), ("save_every", save_every)):
             check_integer(name, value)
@@ -68,18 +73,22 @@ class Checkpointer:
             raise ValueError(f"config must be a dict, such as dataclasses.asdict makes, got {shown(config)}.")
         if isinstance(allow_change, str):
             raise ValueError(f"allow_change must be several names, such as {{{allow_change!r}}}, got one string.")
+        if name_of is not None:
+            check_function("name_of", name_of, "a function of a field's path", 1)
         _silence_orbax()
         self.directory = Path(run_dir).absolute() / "checkpoints"
         self.save_every = save_every
         self._config = _through_json("config", dict(config), exact=False)
         self._allow_change = frozenset(allow_change)
+        self._name_of = name_of or (lambda path: path)
         if self.directory.exists() and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory} is a file, not a folder. Nothing was overwritten.")
         make_folder(self.directory)
-        # Held open, so that a folder that is removed and made anew is known for another one.
-        self._folder = os.open(self.directory, os.O_RDONLY) if os.name == "posix" else None
+        self._folder = hold(self.directory)
+        # Orbax makes every folder above the one that it writes to. By this name there is none to make once it is gone.
+        held = Path(f"/proc/self/fd/{self._folder}")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_root_metadata=False)
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._manager = ocp.CheckpointManager(held if held.is_dir() else self.directory, options=options)
         self._started_from = self.latest_step()
         self._restored = False
 
@@ -101,7 +110,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: if the folder held checkpoints that this run did not restore, or was removed since; if this
-                checkpoint, or the one before it, cannot be written.
+                checkpoint, or the one before it, cannot be written, or someone else's has its name.
             ValueError: if `data_state` does not survive JSON.
         """
         _check_state("state", state)
@@ -128,6 +137,8 @@ class Checkpointer:
         meta = {"format": _FORMAT, "body": body, "crc32": _crc32_json(body)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(host), meta=ocp.args.JsonSave(meta))
         self._check_folder()
+        if self.path(step).exists():
+            raise CheckpointError(f"{self.path(step)} is there, and not of this run: move it away.")
         with self._writing():
             self._manager.save(step, args=args, force=True)
 
@@ -142,14 +153,15 @@ class Checkpointer:
             goes where the template's was committed, else to the default device.
 
         Raises:
-            CheckpointError: if the checkpoint is damaged, was not written by `Checkpointer`, has other
-                arrays than `template`, or comes from a run with another configuration.
+            CheckpointError: if the checkpoint is damaged, has other arrays than `template`, or comes from a run with
+                another configuration; if it, or another numbered folder beside it, was not written by `Checkpointer`.
         """
         _check_state("template", template)
         self.wait()
         step = self.latest_step()
         if step is None:
             return None
+        self._refuse_foreign()
         path = self.path(step)
         body = self._read_meta(step)
         self._check_config(path, body["config"])
@@ -159,10 +171,10 @@ class Checkpointer:
             host = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(zeros))).state
             found = _describe(host)
         except Exception as error:
-            raise _damaged(path, f"its arrays cannot be read ({_brief(error)})") from error
+            raise self._damaged(path, f"its arrays cannot be read ({_brief(error)})") from error
         wrong = [name for name, (_, _, crc32) in found.items() if crc32 != body["leaves"][name][2]]
         if wrong:
-            raise _damaged(path, f"the checksum of {_some(wrong)} does not match")
+            raise self._damaged(path, f"the checksum of {_some(wrong)} does not match")
         key = jax.random.wrap_key_data(jnp.array(body["key"]["data"], jnp.uint32), impl=body["key"]["impl"])
         self._restored = True
         return jax.tree.map(_place, host, template), key, body["data_state"]
@@ -178,13 +190,11 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits, then ends the background threads."""
-        try:
-            with self._writing():
-                self._manager.close()
-        finally:
-            if self._folder is not None:
-                os.close(self._folder)
-                self._folder = None
+        with self._writing():
+            self._manager.close()
+        if self._folder is not None:  # kept open after an error: what is still being written goes by its number
+            os.close(self._folder)
+            self._folder = None
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -192,9 +202,12 @@ class Checkpointer:
             yield
         except Exception as error:  # of Orbax and its storage, in many classes
             self._check_folder()
+            if any(_is_number(path.name) and _is_ours(path) for path in self.directory.iterdir()):
+                then = "Those before it are as they were: once this is mended, the same command continues from the last"
+            else:
+                then = "There is none before it: once this is mended, the same command begins anew"
             raise CheckpointError(
-                f"A checkpoint could not be written to {self.directory}: {_cause(error)}. Those before it are as they "
-                "were: once this is mended, the same command continues from the last of them."
+                f"A checkpoint could not be written to {self.directory}: {_cause(error)}. {then}."
             ) from error
 
     def _check_folder(self) -> None:
@@ -203,24 +216,46 @@ class Checkpointer:
                 f"{self.directory} was removed while the run was going on. Start the run again: it begins anew."
             )
 
+    def _refuse_foreign(self) -> None:
+        # Orbax takes every numbered folder for a checkpoint, and removes the older ones with all that is in them.
+        numbered = (each for each in self.directory.iterdir() if _is_number(each.name) and each.is_dir())
+        *older, latest = sorted(numbered, key=lambda path: int(path.name))
+        for path in (latest, *reversed(older)):
+            foreign = sorted(each.name for each in path.iterdir() if each.name not in _NAMES and each.name[0] != ".")
+            if foreign and _is_ours(path):
+                raise CheckpointError(
+                    f"{path} holds {_some(foreign)}, which fm_jax did not write and would remove with the checkpoint: "
+                    "move it out of that folder. Nothing was overwritten."
+                )
+            if foreign:
+                raise CheckpointError(
+                    f"{path} is not a checkpoint of fm_jax. Nothing was overwritten. Move it away, or take another "
+                    "--run-dir."
+                )
+        if not _is_ours(latest):  # an older one may be half removed
+            raise self._damaged(latest, "there is no checkpoint in it")
+
     def _read_meta(self, step: int) -> dict[str, Any]:
         path = self.path(step)
-        if not (path / "meta").exists() and not (path / "state" / "_METADATA").exists():
-            raise CheckpointError(
-                f"{path} is not a checkpoint of fm_jax. Take another --run-dir. Nothing was overwritten."
-            )
         try:
             meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
             written = meta["format"]
         except Exception as error:
-            raise _damaged(path, f"its description cannot be read ({_brief(error)})") from error
+            raise self._damaged(path, f"its description cannot be read ({_brief(error)})") from error
         if written != _FORMAT:
             raise CheckpointError(
                 f"{path} has format {written!r}, and this version reads {_FORMAT!r}. Nothing was overwritten."
             )
         if _crc32_json(meta["body"]) != meta["crc32"]:
-            raise _damaged(path, "the checksum of its description does not match")
+            raise self._damaged(path, "the checksum of its description does not match")
         return meta["body"]
+
+    def _damaged(self, path: Path, reason: str) -> CheckpointError:
+        before = [step for step in self._manager.all_steps() if self.path(step) != path]
+        then = "continue from the checkpoint before it" if before else "begin anew"
+        return CheckpointError(
+            f"{path} is damaged: {reason}. Nothing was overwritten. Move that folder away to {then}."
+        )
 
     def _check_config(self, path: Path, saved: Mapping[str, Any]) -> None:
         old, new = _flatten(saved), _flatten(self._config)
@@ -228,6 +263,7 @@ class Checkpointer:
             before, now = old.get(name, _ABSENT), new.get(name, _ABSENT)
             if before == now or name in self._allow_change or name.split(".")[0] in self._allow_change:
                 continue
+            name = self._name_of(name)
             raise CheckpointError(
                 f"{path} comes from a run with {name}={before}, and this run has {name}={now}. Restore the old "
                 "value, or start anew with another --run-dir. Nothing was overwritten."
@@ -276,11 +312,13 @@ def _place(host: np.ndarray, like: Array) -> Array:
     return jax.device_put(host, like.sharding) if getattr(like, "committed", False) else jnp.array(host)
 
 
-def _damaged(path: Path, reason: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is damaged: {reason}. Nothing was overwritten. Move that folder away to continue from the "
-        "checkpoint before it."
-    )
+def _is_number(name: str) -> bool:
+    return name.isascii() and name.isdecimal() and name == str(int(name))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether anything is left of what `Checkpointer.save` writes."""
+    return (path / "meta" / "metadata").is_file() or (path / "state" / "_METADATA").is_file()
 
 
 def _through_json(name: str, value: dict[str, Any], *, exact: bool) -> dict[str, Any]:
@@ -313,6 +351,8 @@ def _cause(error: Exception) -> str:
     """What the system said, which Orbax and its storage wrap in pages of their own."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
+    if str(error).startswith("NOT_FOUND: "):
+        return "what was written of it is gone"
     code = re.search(r"os_error_code='(\d+)'", str(error))
     return os.strerror(int(code[1])) if code else _brief(error)
 
@@ -322,7 +362,10 @@ def _some(names: list[str]) -> str:
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    files = [frame.filename for frame in traceback.extract_tb(record.exc_info[2])] if record.exc_info else []
+    error, trace = record.exc_info[1:] if record.exc_info else (None, None)
+    if record.name == "asyncio" and re.match("[A-Z_]+: ", str(error)):  # a status of TensorStore, without a traceback
+        return False
+    files = [frame.filename for frame in traceback.extract_tb(trace)]
     return not any("orbax" in file for file in (record.pathname, *files))
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 try:
@@ -20,6 +20,13 @@ LOCK = ".lock"
 
 class FolderInUseError(RuntimeError):
     """Another process writes to this folder. Nothing was overwritten."""
+
+
+class FolderRemovedError(OSError):
+    """The folder of a run was removed while it was going on."""
+
+    def __init__(self, folder: PathLike):
+        super().__init__(f"{folder} was removed while the run was going on. Start the run again: it begins anew.")
 
 
 @contextlib.contextmanager
@@ -37,6 +44,7 @@ def lock_folder(run_dir: PathLike) -> Iterator[Path]:
 
     Raises:
         FolderInUseError: at once, if another process has the folder; says which.
+        FolderRemovedError: in place of any other `OSError`, if the folder is no longer there.
         OSError: if the folder cannot be made or written to; says why.
 
     Example:
@@ -47,12 +55,20 @@ def lock_folder(run_dir: PathLike) -> Iterator[Path]:
     """
     folder = Path(run_dir)
     made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
-    lock = None
+    held = lock = None
     try:
         make_folder(folder)
+        check_places(folder, files=[LOCK])
+        held = hold(folder)
         lock = _take(folder)
         yield folder
+    except OSError as error:
+        if held is not None and not is_at(held, folder):
+            raise FolderRemovedError(folder) from error
+        raise
     finally:
+        if held is not None:
+            os.close(held)
         if lock is not None:
             _release(lock, folder / LOCK)
         with contextlib.suppress(OSError):  # not empty
@@ -69,13 +85,43 @@ def make_folder(folder: PathLike) -> None:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        file = next(each for each in (folder, *folder.parents) if os.path.exists(each))
-        raise NotADirectoryError(f"{folder} cannot be a folder: {file} is a file. Give another folder.") from None
     except OSError as error:
+        if why := why_no_folder(folder):
+            raise NotADirectoryError(f"{folder} cannot be a folder: {why}. Give another folder.") from None
         raise type(error)(f"{folder} cannot be made: {error.strerror}. Give another folder.") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} cannot be written to by this user. Give another folder.")
+
+
+def why_no_folder(folder: PathLike) -> str | None:
+    """What is in the way of a folder, in words: a file, or a link that leads nowhere; `None` if nothing is."""
+    for each in (Path(folder), *Path(folder).parents):
+        if os.path.exists(each):
+            return None if os.path.isdir(each) else f"{each} is a file"
+        if os.path.islink(each):
+            return f"{each} is a symbolic link to nothing"
+    return None
+
+
+def check_places(folder: PathLike, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
+    """Refuses a folder in which others have the names of what is going to be written.
+
+    Args:
+        folder: that is looked at, and not written to.
+        files: names of files; those that are there will be replaced.
+        folders: names of folders.
+
+    Raises:
+        IsADirectoryError: for a folder that has the name of a file.
+        NotADirectoryError: for a file, or a link that leads nowhere, that has the name of a folder.
+    """
+    for name in files:
+        if (path := Path(folder) / name).is_dir():
+            raise IsADirectoryError(f"{path} is a folder, and must be a file: move it away. Nothing was overwritten.")
+    for name in folders:
+        path = Path(folder) / name
+        if os.path.lexists(path) and (why := why_no_folder(path)):
+            raise NotADirectoryError(f"{why}, and must be a folder: move it away. Nothing was overwritten.")
 
 
 @contextlib.contextmanager
@@ -92,6 +138,7 @@ def replacing(path: PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     unfinished = path.with_name(f".unfinished-{path.name}")
+    check_places(path.parent, files=[path.name, unfinished.name])
     try:
         yield unfinished
         os.replace(unfinished, path)
@@ -107,8 +154,13 @@ def write_text(path: PathLike, text: str) -> None:
         unfinished.write_text(text, encoding="utf-8")
 
 
+def hold(folder: PathLike) -> int | None:
+    """Opens a folder, so that one that is removed and made anew is known for another one; `None` where none can be."""
+    return os.open(folder, os.O_RDONLY) if os.name == "posix" else None
+
+
 def is_at(opened: int, path: Path) -> bool:
-    """Whether an open file is still the one at that path, rather than removed or replaced."""
+    """Whether an open file or folder is still the one at that path, rather than removed or replaced."""
     try:
         return os.path.samestat(os.fstat(opened), path.stat())
     except OSError:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fm_jax.checks import check_integer
-from fm_jax.train.folder import is_at, make_folder, replacing
+from fm_jax.train.folder import FolderRemovedError, check_places, hold, is_at, make_folder, replacing
 
 TIMING_FIELDS = ("images_per_second",)
 """Fields in which a resumed run may differ from an unbroken one."""
@@ -40,6 +40,8 @@ class MetricsWriter:
         check_integer("start_step", start_step, least=0)
         self.path = Path(run_dir) / "metrics.jsonl"
         make_folder(self.path.parent)
+        check_places(self.path.parent, files=[self.path.name], folders=["tensorboard"] if tensorboard else [])
+        self._folder = hold(self.path.parent)
         _drop_after(self.path, start_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._events = _event_writer(self.path.parent / "tensorboard", start_step) if tensorboard else None
@@ -51,7 +53,12 @@ class MetricsWriter:
             OSError: if the line cannot be written, or the file was removed: what is written now would be lost.
         """
         if not is_at(self._file.fileno(), self.path):
-            raise FileNotFoundError(f"{self.path} was removed while the run was going on. Start the run again.")
+            if self._folder is not None and not is_at(self._folder, self.path.parent):
+                raise FolderRemovedError(self.path.parent)
+            raise FileNotFoundError(
+                f"{self.path} was removed while the run was going on. Start the run again: it continues from its last "
+                "checkpoint, without the lines that were lost."
+            )
         line = {"step": step, **{name: _to_json(float(value)) for name, value in values.items()}}
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
@@ -63,6 +70,9 @@ class MetricsWriter:
         try:
             self._file.close()
         finally:
+            if self._folder is not None:
+                os.close(self._folder)
+                self._folder = None
             if self._events is not None:
                 self._events.close()
 

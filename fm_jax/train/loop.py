@@ -92,6 +92,7 @@ def fit(
     counts |= {f"callbacks[{i}]'s period": every for i, (every, _) in enumerate(callbacks)}
     for name, value in counts.items():
         check_integer(name, value)
+    check_integer("num_steps", num_steps, most=2**31 - 1)  # which the step of the state can count to
     step = checked = int(state.step)
     if step >= num_steps:
         return state
@@ -148,14 +149,14 @@ def _check_arguments(
     callbacks: Any,
     progress: Any,
 ) -> None:
-    check_function("step_fn", step_fn, "a step, as from pmap_step or shard_map_step")
+    check_function("step_fn", step_fn, "a step, as from pmap_step or shard_map_step", 3)
     if not isinstance(state, TrainState):
         raise ValueError(f"state must be a TrainState, as create_state makes, got {shown(state)}.")
     check_key(key)
     # What is never saved needs no position.
     wanted = ("__next__",) if checkpointer is None else ("__next__", "get_state")
     check_has("data", data, wanted, "an iterator over batches with get_state, as from fm_jax.data.pipeline.batches")
-    check_function("batch_to_device", batch_to_device, "a function of a batch, such as `lambda batch: batch`")
+    check_function("batch_to_device", batch_to_device, "a function of a batch, such as `lambda batch: batch`", 1)
     if checkpointer is not None:
         check_has("checkpointer", checkpointer, ("save", "wait", "save_every"), "a Checkpointer or None")
     if writer is not None:
@@ -163,7 +164,7 @@ def _check_arguments(
     for i, pair in enumerate(callbacks):
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise ValueError(f"callbacks[{i}] must be a pair (every, function), got {shown(pair)}.")
-        check_function(f"callbacks[{i}]'s function", pair[1], "a function of the step and the state")
+        check_function(f"callbacks[{i}]'s function", pair[1], "a function of the step and the state", 2)
     if progress is not None:
         check_bool("progress", progress)
 

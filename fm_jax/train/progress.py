@@ -34,10 +34,15 @@ class Progress:
         elif self._lines:
             parts = [f"step {step}/{self._total}", f"loss {loss:.4f}"]
             if rate is not None and seconds_left is not None:
-                parts += [rate, f"{datetime.timedelta(seconds=round(seconds_left))} left"]
+                parts += [rate, f"{_duration(seconds_left)} left"]
             print("  ".join(parts), flush=True)
 
     def close(self) -> None:
         """Ends the bar."""
         if self._bar is not None:
             self._bar.close()
+
+
+def _duration(seconds: float) -> str:
+    days = seconds / 86400
+    return f"{days:,.0f} days" if not days < 1000 else str(datetime.timedelta(seconds=round(seconds)))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,12 +16,13 @@ pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiment
 from experiments import cifar10, digits, fashion_mnist, learned_solver, mnist, sample, toy2d
 from experiments.lab import images
 from experiments.lab.command_line import parse
+from experiments.lab.experiment import restore_run
 from experiments.lab.method import Method
 from experiments.lab.smoke import smoke as shrink
-from experiments.lab.training import config_to_json, from_json, write_config
+from experiments.lab.training import Training, _missing_lines, config_to_json, from_json, restore, write_config
 from fm_jax.train.checkpoint import CheckpointError
 from fm_jax.train.folder import FolderInUseError, lock_folder
-from fm_jax.train.log import read_metrics
+from fm_jax.train.log import MetricsWriter, read_metrics
 
 ROOT = Path(__file__).parents[2]
 
@@ -186,7 +188,7 @@ def test_a_longer_run_continues_bit_for_bit_and_another_config_is_refused(tmp_pa
     assert whole == parts
     before = (tmp_path / "parts" / "config.json").read_text()
     with pytest.raises(
-        CheckpointError, match=r"training.learning_rate=0.002, and this run has .*=0.1.*another --run-dir"
+        CheckpointError, match=r"--learning-rate=0.002, and this run has --learning-rate=0.1.*another --run-dir"
     ):
         toy2d.run(short(tmp_path / "parts", 6, learning_rate=0.1))
     assert (tmp_path / "parts" / "config.json").read_text() == before
@@ -297,7 +299,7 @@ def test_a_refused_run_leaves_the_results_of_a_finished_one(wrong, copied):
         (run_dir / "checkpoints" / "4" / "meta" / "metadata").write_text("{")
         config = dataclasses.replace(config, num_samples=10)
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"learning_rate=0.5|--batch-size must be at most 1500|4 is damaged"):
+    with pytest.raises(ValueError, match=r"--learning-rate=0.5|--batch-size must be at most 1500|4 is damaged"):
         images.run(config)
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
@@ -321,6 +323,70 @@ def test_results_of_an_older_configuration_are_not_taken_for_those_of_a_newer_on
         with pytest.raises(pytest.fail.Exception):
             images.run(config)
         assert not (config.training.run_dir / "results.json").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "loss.png", "results.json", "samples"])
+def test_a_name_that_is_taken_in_a_finished_run(name, copied):
+    config, _ = copied
+    run_dir = config.training.run_dir
+    shutil.rmtree(run_dir / name) if name == "samples" else (run_dir / name).unlink()
+    (run_dir / name).touch() if name == "samples" else (run_dir / name).mkdir()
+    before = {path: path.is_file() and path.read_bytes() for path in run_dir.rglob("*")}
+    wanted = "a file, and must be a folder" if name == "samples" else "a folder, and must be a file"
+    with pytest.raises(OSError, match=rf"{name} is {wanted}: move it away. Nothing was overwritten"):
+        images.run(config)
+    assert {path: path.is_file() and path.read_bytes() for path in run_dir.rglob("*")} == before
+
+
+@pytest.mark.parametrize("content", [None, b"", b"note\n"])
+def test_a_finished_run_without_its_metrics_is_judged_without_a_picture_of_them(content, copied, capsys):
+    config, whole = copied
+    run_dir = config.training.run_dir
+    for name in ("results.json", "metrics.jsonl", "loss.png"):
+        (run_dir / name).unlink()
+    if content is not None:
+        (run_dir / "metrics.jsonl").write_bytes(content)
+    results = images.run(config)
+    assert results["guided"]["agreement"] == json.loads(whole)["guided"]["agreement"]
+    assert results["training_images_per_second"] is None
+    out = capsys.readouterr().out
+    assert "metrics.jsonl has no lines of steps before 5: loss.png goes without them" in out
+    assert "metrics.jsonl has no losses: loss.png is left out" in out
+    assert f"{run_dir}: samples.png, animation.gif, metrics.jsonl, config.json, results.json, checkpoints/" in out
+    assert not (run_dir / "loss.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("steps", "reached", "missing"),
+    [
+        ([], 3, None),  # stopped before the first line
+        ([], 10, "before 11"),
+        ([10, 20, 30], 30, None),
+        ([10, 20, 30], 39, None),  # stopped by a signal
+        ([20, 30], 30, "before 20"),
+        ([10, 20], 40, "from 21 to 40"),
+        ([20, 40, 60], 75, None),  # lines were further apart
+        ([10, 20, 30, 40], 20, None),
+    ],
+)
+def test_lines_that_are_missing_on_resuming(steps, reached, missing, tmp_path):
+    writer = MetricsWriter(tmp_path, tensorboard=False)
+    for step in steps:
+        writer.write(step, {"loss": 1.0})
+    writer.close()
+    assert _missing_lines(Training(tmp_path, log_every=10), reached) == missing
+
+
+def test_without_an_average_samples_are_drawn_with_the_parameters(tmp_path):
+    config = short(tmp_path / "run", 3, ema_decays=())
+    assert np.isfinite(toy2d.run(config)["wasserstein2"])
+    restored = restore_run(tmp_path / "run")
+    state = restore(restored.config, restored.params)
+    assert state.ema == {}
+    for a, b in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(CheckpointError, match=r"with --ema-decays=\[\], and this run has --ema-decays=\[0.9\]"):
+        toy2d.run(short(tmp_path / "run", 3, ema_decays=(0.9,)))
 
 
 @pytest.mark.parametrize("run", [images.run, toy2d.run], ids=["images", "toy2d"])

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,6 +25,8 @@ from experiments.lab.experiment import Restored
 from experiments.lab.training import config_to_json
 from experiments.torchcfm_table import table
 from fm_jax.data import images as data_images
+from fm_jax.samplers import Adaptive
+from fm_jax.samplers import sample as fm_sample
 from fm_jax.train.checkpoint import CheckpointError
 from fm_jax.train.folder import lock_folder
 from fm_jax.train.loop import NonFiniteLossError
@@ -55,6 +59,7 @@ COUNTS = {
     "learned_solver --run toy": "num fine-steps iterations batch-size",
     "sample --run toy": "num steps",
 }
+HUGE = 99999999999999999999
 AT_LEAST_TWO = {"digits": ["frames"], "toy2d": ["frames", "floor-repeats"], "reflow": ["floor-repeats"]}
 NUMBERS = {
     "digits --learning-rate": [("nan", "positive and finite"), ("inf", "positive and finite"), ("0", "positive")],
@@ -63,7 +68,7 @@ NUMBERS = {
     "digits --dropout": [("1", r"in \[0, 1\)"), ("nan", r"in \[0, 1\)")],
     "mnist --label-dropout": [("1.5", r"in \[0, 1\)")],
     "digits --guidance": [("nan", "a finite number"), ("inf", "a finite number")],
-    "digits --tolerance": [("0", "positive and finite"), ("nan", "positive and finite")],
+    "digits --tolerance": [(value, r"in \[1e-7, inf\)") for value in ("0", "nan", "1e-300", "9e-8")],
     "digits --solver ddim --eta": [("2", r"in \[0, 1\]")],
     "digits --solver churn --churn": [("-1", "finite and not negative")],
     "digits --solver euler_maruyama --diffusion": [("-1", "finite and not negative"), ("inf", "finite")],
@@ -71,24 +76,50 @@ NUMBERS = {
     "torchcfm_table --bridge-sigma": [("0", "positive and finite")],
     "torchcfm_table --ema-decay": [("1", r"in \(0, 1\)")],
     "learned_solver --run toy --learning-rate": [("-1", "positive and finite")],
-    "sample --run toy --tolerance": [("-1", "positive and finite")],
+    "toy2d --tolerance": [("1e-300", r"in \[1e-7, inf\), got 1e-300")],
+    "sample --run toy --tolerance": [("-1", r"in \[1e-7, inf\)")],
     "sample --run toy --solver ddim --eta": [("nan", r"in \[0, 1\]")],
 }
 BEYOND = 2**32
+COMMON = "config.json results.json metrics.jsonl .lock"
+TAKEN = {
+    "digits": f"{COMMON} samples.png animation.gif loss.png",
+    "toy2d": "config.json samples.png loss.png",
+    "cnf": "results.json density.png",
+    "reflow": "reflow.md reflow.png",
+    "torchcfm_table": "config.json results.json table.md trajectories.png",
+}
 
 CASES: dict[str, list[tuple[str, str]]] = {
     "a count of 0": [
-        (f"{command} --{name} 0", f"--{name} must be at least 1, got 0")
+        (f"{command} --{name} 0", f"--{name} must be from 1 to [12][0-9]+, got 0")
         for command, names in COUNTS.items()
         for name in names.split()
     ]
-    + [(f"{command} --{name} 1", f"--{name} must be at least 2") for command, n in AT_LEAST_TWO.items() for name in n]
     + [
-        ("digits --warmup-steps -1", "--warmup-steps must be at least 0, got -1"),
-        ("digits --total-steps -5", "--total-steps must be at least 1, got -5"),
-        ("cnf --num-samples 3", "--num-samples must be at least 4, got 3"),
-        ("learned_solver --run toy --calls 5 0", "each of --calls must be at least 1, got 0"),
-        ("sample --run toy --class -1", "--class must be at least 0, got -1"),
+        (f"{command} --{name} 1", f"--{name} must be from 2 to 1000000, got 1")
+        for command, n in AT_LEAST_TWO.items()
+        for name in n
+    ]
+    + [
+        ("digits --warmup-steps -1", "--warmup-steps must be from 0 to 2147483647, got -1"),
+        ("digits --total-steps -5", "--total-steps must be from 1 to 2147483647, got -5"),
+        ("cnf --num-samples 3", "--num-samples must be from 4 to 1000000, got 3"),
+        ("learned_solver --run toy --calls 5 0", "each of --calls must be from 1 to 1000, got 0"),
+        ("sample --run toy --class -1", "--class must be from 0 to 1000000, got -1"),
+    ],
+    "a count that no machine can hold": [
+        (f"{command} --{name} {HUGE}", f"--{name} must be from [12] to [12][0-9]+, got {HUGE}")
+        for command, names in COUNTS.items()
+        for name in (*names.split(), *AT_LEAST_TWO.get(command, ()))
+    ]
+    + [
+        ("digits --warmup-steps 2147483648", "--warmup-steps must be from 0 to 2147483647"),
+        ("toy2d --total-steps 2147483648", "--total-steps must be from 1 to 2147483647"),
+        ("digits --batch-size 99999999999", "--batch-size must be from 1 to 1000000"),
+        ("toy2d --solver heun --steps 1000000000000", "--steps must be from 1 to 1000000"),
+        ("sample --run moons --solver heun --steps 1000000000000", "--steps must be from 1 to 1000000"),
+        ("learned_solver --run toy --calls 5 1001", "each of --calls must be from 1 to 1000, got 1001"),
     ],
     "a number out of range": [
         (f"{command} {value}", f"{command.split()[-1]} must be {wanted}")
@@ -208,7 +239,40 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("sample --run digits --learned-solver a.npz --steps 5", "--steps 5 would have no effect: --learned-solver"),
         ("sample --run digits --learned-solver a.npz --tolerance 1", "--tolerance 1.0 would have no effect"),
     ],
+    "an empty value": [
+        *((f"{name} --run-dir ''", "--run-dir must not be empty") for name in ("digits", "cnf", "reflow", "toy2d")),
+        ("torchcfm_table --run-dir=", "--run-dir must not be empty. Give a value, or leave it out"),
+        ("torchcfm_table --peer-python ' '", "--peer-python must not be empty"),
+        ("torchcfm_table --methods I-CFM ''", "--methods must not be empty"),
+        ("mnist --data-dir ''", "--data-dir must not be empty"),
+        ("data.images mnist --data-dir ''", "--data-dir must not be empty"),
+        ("sample --run ''", "--run must not be empty"),
+        ("sample --run toy --out ''", "--out must not be empty"),
+        ("sample --run toy --weak-run ''", "--weak-run must not be empty"),
+        ("sample --run toy --learned-solver ''", "--learned-solver must not be empty"),
+        ("learned_solver --run ''", "--run must not be empty"),
+        ("digits --batch-size ''", "--batch-size must not be empty"),
+    ],
     "a folder that cannot be the run's": [
+        *(
+            (f"{name} --run-dir {link}", f"{link.split('/')[0]} is a symbolic link to nothing. Give another folder")
+            for name, link in [("digits", "dang"), ("toy2d", "loop"), ("cnf", "dang/a/b"), ("reflow", "loop/a")]
+        ),
+        ("data.images mnist --data-dir dang/a", "dang is a symbolic link to nothing. Give another --data-dir"),
+        ("sample --run moons --out dang/a.png", "dang cannot be a folder: dang is a symbolic link to nothing"),
+        *(
+            (f"{name} --run-dir taken/{taken}", rf"taken/{taken}/{taken} is a folder, and must be a file: move it away")
+            for name, names in TAKEN.items()
+            for taken in names.split()
+        ),
+        ("digits --run-dir taken/samples", "taken/samples/samples is a file, and must be a folder: move it away"),
+        ("cnf --run-dir taken/checkpoints", "checkpoints is a file, and must be a folder: move it away"),
+        ("toy2d --run-dir taken/tensorboard", "tensorboard is a file, and must be a folder: move it away"),
+        ("torchcfm_table --run-dir taken/cells", "cells is a file, and must be a folder: move it away"),
+        ("cnf --run-dir toy", "toy holds a run of toy2d: give another --run-dir. Nothing was overwritten"),
+        ("toy2d --run-dir digits", "digits holds a run of images: give another --run-dir"),
+        ("digits --run-dir toy", "toy holds a run of toy2d: give another --run-dir"),
+        ("cnf --run-dir table", "table holds a config.json that is of no such run: give another --run-dir"),
         ("digits --run-dir file", "file cannot be a folder: file is a file"),
         ("digits --run-dir file/below/it", "file/below/it cannot be a folder: file is a file"),
         ("toy2d --run-dir file", "file cannot be a folder"),
@@ -230,7 +294,9 @@ CASES: dict[str, list[tuple[str, str]]] = {
     "a folder or file that is not what it should be": [
         ("sample --run nowhere", "--run nowhere is not the folder of a run: there is no such folder"),
         ("sample --run empty", "--run empty is not the folder of a run: it has no config.json"),
-        ("sample --run file", "--run file is not the folder of a run"),
+        ("sample --run file", "--run file is not the folder of a run: file is a file"),
+        ("sample --run dang", "--run dang is not the folder of a run: dang is a symbolic link to nothing"),
+        ("sample --run taken/config.json", "is not the folder of a run: its config.json is a folder"),
         ("sample --run moons --weak-run nowhere --guidance 2", "--weak-run nowhere is not the folder of a run"),
         ("learned_solver --run nowhere", "--run nowhere is not the folder of a run"),
         ("sample --run broken/empty", "broken/empty/config.json is damaged, it is not JSON"),
@@ -246,7 +312,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("sample --run toy", "toy holds no checkpoints"),
         ("learned_solver --run toy", "toy holds no checkpoints"),
         ("torchcfm_table --run-dir broken/half", "broken/half has a damaged config.json"),
-        ("torchcfm_table --run-dir toy", "toy holds another table"),
+        ("torchcfm_table --run-dir toy", "toy holds a run of toy2d: give another --run-dir"),
+        ("torchcfm_table --run-dir table", "table holds another table"),
         ("sample --run moons --learned-solver nowhere.npz", "nowhere.npz does not exist: python -m experiments"),
         ("sample --run moons --learned-solver file", "file is not a learned solver, or damaged"),
         ("sample --run moons --learned-solver other.npz", "other.npz is not a learned solver, or damaged"),
@@ -257,7 +324,16 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("sample --run moons --weak-run vp --guidance 2", "--weak-run vp was trained by another method than moons"),
         ("sample --run moons --class 3", "--class needs a run with classes"),
         ("sample --run toy --out a.jpg", "--out must end in .png or .npz, got a.jpg"),
-        ("torchcfm_table --peer-python nowhere", "--peer-python must be an interpreter that has torchcfm, got nowhere"),
+        *(
+            (f"torchcfm_table --peer-python {path}", f"must be an .* torch and torchcfm, got \\S*{path}: {why}")
+            for path, why in [
+                ("nowhere", "No such file or directory"),
+                ("file", "Permission denied"),
+                ("/bin/true", "it did not do what Python does"),
+                ("/bin/ls", ".+"),
+                ("bare-python", "ModuleNotFoundError: No module named"),
+            ]
+        ),
         ("mnist --data-dir empty", "mnist is not prepared in empty"),
         ("cifar10 --data-dir empty", "cifar10 is not prepared in empty"),
         ("data.images mnist --data-dir file", "cannot be a folder: file is a file. Give another --data-dir"),
@@ -286,6 +362,15 @@ def world(tmp_path_factory):
     (root / "toy.png").mkdir()
     write(root / "file", b"mine")
     write(root / "file-smoke", b"mine")
+    (root / "dang").symlink_to("gone")
+    (root / "loop").symlink_to("loop")
+    for name in {name for names in TAKEN.values() for name in names.split()}:
+        write(root / "taken" / name / name / "thesis.tex", b"mine")
+    for name in ("samples", "checkpoints", "tensorboard", "cells"):
+        write(root / "taken" / name / name, b"mine")
+    write(root / "table" / "config.json", {"seeds": [1]})
+    write(root / "bare-python", f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n'.encode())
+    (root / "bare-python").chmod(0o755)
     write(root / "theirs-smoke" / "thesis.tex", b"mine")
     np.savez(root / "other.npz", samples=np.zeros(3))
     whole = json.dumps(toy).encode()
@@ -387,7 +472,13 @@ def test_the_default_of_an_option_without_effect_is_no_mistake(world, monkeypatc
         (ImportError("x needs ott-jax: pip install 'fm_jax[ot]'."), "x needs ott-jax"),
         (CheckpointError("It is damaged."), "It is damaged."),
         (NonFiniteLossError("Not finite at step 3."), "Not finite at step 3."),
-        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "RuntimeError: RESOURCE_EXHAUSTED: Out of memory (FM_JAX"),
+        (RuntimeError("INTERNAL: what"), "RuntimeError: INTERNAL: what (FM_JAX"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "Not enough memory: lower what makes the arrays large"),
+        (MemoryError("Unable to allocate 9 TiB"), "as --batch-size. (Unable to allocate 9 TiB)"),
+        (
+            RuntimeError("x\nThe maximum number of solver steps was reached."),
+            "raise --tolerance, or take a --solver with",
+        ),
     ],
     ids=lambda x: type(x).__name__,
 )
@@ -404,6 +495,20 @@ def test_mistakes_found_while_running(error, message, world, monkeypatch):
     monkeypatch.setenv("FM_JAX_TRACEBACK", "1")
     with pytest.raises(type(error)):
         cnf.main()
+
+
+@pytest.mark.parametrize("solver", ["tsit5", "kvaerno3"])
+def test_a_solver_that_does_not_arrive(solver, world, monkeypatch, capfd, caplog):
+    """From within a jitted function, without the pages that JAX and Equinox have about it."""
+    sampler = Adaptive(solver, 1e-7, 1e-7, per_sample=solver == "kvaerno3", max_steps=3)
+    v = lambda t, x: 30 * jnp.sin(50 * x)  # noqa: E731
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(cnf, "run", lambda config: jax.jit(lambda x: fm_sample(v, x, sampler).x)(jnp.ones((3, 2))) + 1)
+    monkeypatch.setattr(sys, "argv", ["cnf"])
+    with pytest.raises(SystemExit, match="came to the end of its steps before that of the path: raise --tolerance"):
+        cnf.main()
+    assert capfd.readouterr().err == ""
+    assert caplog.records == []
 
 
 def test_an_error_in_the_code_is_no_mistake_of_the_user(monkeypatch):
@@ -437,11 +542,12 @@ def test_without_the_extra(monkeypatch):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("experiments.digits --batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("experiments.digits --batch-size 0", "--batch-size must be from 1 to 1000000, got 0"),
         ("experiments.torchcfm_table --methods OFM --steps 100", "--steps 100 would have no effect"),
         ("experiments.toy2d --run-dir file", "file cannot be a folder: file is a file"),
         ("experiments.sample --run broken/half", "is damaged, it is not JSON"),
         ("fm_jax.data.images mnist --data-dir file", "cannot be a folder: file is a file"),
+        ("experiments.mnist --data-dir nowhere", "mnist is not prepared in nowhere"),
     ],
 )
 def test_as_a_process(command, message, world):
@@ -451,4 +557,5 @@ def test_as_a_process(command, message, world):
     )
     assert done.returncode in (1, 2)
     assert "Traceback" not in done.stderr
+    assert "WARNING" not in done.stderr
     assert message in unboxed(done.stderr)

@@ -232,7 +232,7 @@ def test_twenty_steps_of_the_midpoint_rule_by_default():
         (
             Spy(),
             {"times": [0.0, 2.0]},
-            r"times must be within .*, from source to data, got times from 0 to 2.",
+            r"times must be within .*, from source to data .*, got times from 0 to 2.",
         ),
         (Spy(), {"times": [1.0, -1.0]}, r"times must be within \[0.0, 1.0\], .* got times from -1 to 1."),
         (Spy(), {"x0": None}, "x0 must be an array, as jnp.asarray makes, got None."),

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,7 +12,16 @@ import sys
 import pytest
 
 from fm_jax.train import folder as module
-from fm_jax.train.folder import LOCK, FolderInUseError, lock_folder, make_folder, replacing, write_text
+from fm_jax.train.folder import (
+    LOCK,
+    FolderInUseError,
+    FolderRemovedError,
+    check_places,
+    lock_folder,
+    make_folder,
+    replacing,
+    write_text,
+)
 
 HOLD = """
 import importlib.util, signal, sys
@@ -115,6 +125,51 @@ def test_what_cannot_be_a_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
     with pytest.raises(PermissionError, match="cannot be written to by this user"):
         make_folder(tmp_path)
+
+
+def test_links_that_lead_nowhere_are_no_folders(tmp_path):
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("dangling", "loop"):
+        for path in (tmp_path / name, tmp_path / name / "a" / "b"):
+            with pytest.raises(OSError, match=rf"cannot be a folder: \S+/{name} is a symbolic link to nothing"):
+                make_folder(path)
+            with pytest.raises(OSError, match="is a symbolic link to nothing"), lock_folder(path):
+                pass
+    assert sorted(os.listdir(tmp_path)) == ["dangling", "loop"]
+
+
+def test_places_that_others_have_taken(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    (tmp_path / "samples").write_text("mine")
+    check_places(tmp_path, files=["samples", "new"], folders=["config.json", "new"])
+    message = r"config\.json is a folder, and must be a file: move it away. Nothing was overwritten"
+    with pytest.raises(IsADirectoryError, match=message):
+        check_places(tmp_path, files=["config.json"])
+    with pytest.raises(IsADirectoryError, match=message):
+        write_text(tmp_path / "config.json", "new")
+    with pytest.raises(NotADirectoryError, match=r"samples is a file, and must be a folder: move it away"):
+        check_places(tmp_path, folders=["samples"])
+    assert (tmp_path / "samples").read_text() == "mine"
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(IsADirectoryError, match=r"\.lock is a folder"), lock_folder(tmp_path):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [LOCK, "config.json", "samples"]
+
+
+def test_a_folder_that_was_removed_is_said_to_be_whatever_fails(tmp_path):
+    message = "run was removed while the run was going on. Start the run again: it begins anew"
+
+    def work(last):
+        with lock_folder(tmp_path / "run") as folder:
+            shutil.rmtree(folder)
+            last(folder)
+
+    with pytest.raises(FolderRemovedError, match=message):
+        work(lambda folder: write_text(folder / "results.json", "new"))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ZeroDivisionError):
+        work(lambda folder: 1 / folder.exists())
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -1,11 +1,13 @@
 import json
 import math
+import shutil
 import struct
 import sys
 import time
 
 import pytest
 
+from fm_jax.train.folder import FolderRemovedError
 from fm_jax.train.log import MetricsWriter, read_metrics
 
 
@@ -158,6 +160,23 @@ def test_writing_to_a_file_that_was_removed_is_refused(tmp_path):
             writer.write(2, {"loss": 1.0})
         (tmp_path / "metrics.jsonl").write_text("another's")
     writer.close()
+
+
+def test_a_folder_that_was_removed(tmp_path):
+    writer = MetricsWriter(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(FolderRemovedError, match=r"run was removed .* Start the run again: it begins anew"):
+        writer.write(1, {"loss": 1.0})
+    writer.close()
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "tensorboard"])
+def test_places_that_others_have_taken(name, tmp_path):
+    (tmp_path / name).mkdir() if name == "metrics.jsonl" else (tmp_path / name).touch()
+    with pytest.raises(OSError, match=f"{name} is a .*, and must be a .*: move it away"):
+        MetricsWriter(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 @pytest.mark.parametrize("step", [-1, 2.5, "3", None, float("nan"), True])

@@ -1,3 +1,4 @@
+import math
 import os
 import re
 import signal
@@ -262,6 +263,7 @@ def test_runs_outside_the_main_thread(step_fn):
     ("options", "message"),
     [
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"num_steps": 2**31}, "num_steps must be from 1 to 2147483647, got 2147483648"),
         ({"log_every": 0}, "log_every must be at least 1, got 0"),
         ({"save_every": -1}, "save_every must be at least 1, got -1"),
         ({"images_per_batch": 0}, "images_per_batch must be at least 1, got 0"),
@@ -316,3 +318,12 @@ def test_data_without_a_position_are_refused_where_it_is_to_be_saved(step_fn, tm
 def test_data_that_end(step_fn):
     with pytest.raises(RuntimeError, match="The data ended after step 3"):
         run(step_fn, data=Counting(length=3))
+
+
+def test_however_long_it_takes_the_time_left_can_be_said(capsys):
+    progress = Progress(0, 10**20)
+    for seconds in (59.6, 86400 * 999, 86400 * 1e30, math.inf, math.nan):
+        progress.update(1, 0.5, 100.0, seconds)
+    said = [line.split("images/s  ")[1] for line in capsys.readouterr().out.splitlines()]
+    days = f"{1e30:,.0f} days left"
+    assert said == ["0:01:00 left", "999 days, 0:00:00 left", days, "inf days left", "nan days left"]

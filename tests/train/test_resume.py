@@ -203,6 +203,7 @@ def test_full_disk(options, batch, tmp_path, unbroken):
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 1
     assert "Traceback" not in output
+    assert "never" not in output, "retrieved, or awaited"
     last = output.splitlines()[-1]
     assert re.match(r"(A checkpoint could not be written to \S+: )?File too large", last), output
     before = committed(run_dir)
@@ -218,7 +219,7 @@ def test_folder_removed(tmp_path, unbroken):
     shutil.rmtree(tmp_path / "run")
     code, output = ended(process, hold)
     assert code == 1
-    assert "was removed while the run was going on. Start the run again" in output.splitlines()[-1]
+    assert "was removed while the run was going on. Start the run again: it begins anew." in output.splitlines()[-1]
     assert not (tmp_path / "run").exists()
     assert "step 5/240" in finish(tmp_path / "run", unbroken)
 
