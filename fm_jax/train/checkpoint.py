@@ -26,8 +26,8 @@ ALLOW_CHANGE = frozenset({"total_steps", "num_steps", "log_every", "save_every",
 """Configuration fields that a resumed run may change."""
 _FORMAT = "fm_jax 1"
 _ABSENT = "absent"
-_NAMES = ("meta", "state", "_CHECKPOINT_METADATA", "commit_success.txt")
-"""What Orbax writes into a checkpoint of ours."""
+_NAMES = ("meta", "state", "commit_success.txt", "descriptor", "metrics")
+"""What Orbax writes into a checkpoint of ours, besides what begins with an underscore."""
 
 
 class CheckpointError(ValueError):
@@ -86,9 +86,11 @@ class Checkpointer:
         make_folder(self.directory)
         self._folder = hold(self.directory)
         # Orbax makes every folder above the one that it writes to. By this name there is none to make once it is gone.
+        # Several processes agree on names, and these numbers are each one's own.
         held = Path(f"/proc/self/fd/{self._folder}")
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_root_metadata=False)
-        self._manager = ocp.CheckpointManager(held if held.is_dir() else self.directory, options=options)
+        by_number = jax.process_count() == 1 and held.is_dir()
+        self._manager = ocp.CheckpointManager(held if by_number else self.directory, options=options)
         self._started_from = self.latest_step()
         self._restored = False
 
@@ -219,9 +221,11 @@ class Checkpointer:
     def _refuse_foreign(self) -> None:
         # Orbax takes every numbered folder for a checkpoint, and removes the older ones with all that is in them.
         numbered = (each for each in self.directory.iterdir() if _is_number(each.name) and each.is_dir())
-        *older, latest = sorted(numbered, key=lambda path: int(path.name))
-        for path in (latest, *reversed(older)):
-            foreign = sorted(each.name for each in path.iterdir() if each.name not in _NAMES and each.name[0] != ".")
+        found = sorted(numbered, key=lambda path: int(path.name), reverse=True)
+        for path in found:
+            foreign = sorted(
+                each.name for each in path.iterdir() if each.name not in _NAMES and each.name[0] not in "._"
+            )
             if foreign and _is_ours(path):
                 raise CheckpointError(
                     f"{path} holds {_some(foreign)}, which fm_jax did not write and would remove with the checkpoint: "
@@ -232,8 +236,8 @@ class Checkpointer:
                     f"{path} is not a checkpoint of fm_jax. Nothing was overwritten. Move it away, or take another "
                     "--run-dir."
                 )
-        if not _is_ours(latest):  # an older one may be half removed
-            raise self._damaged(latest, "there is no checkpoint in it")
+        if found and not _is_ours(found[0]):  # an older one may be half removed
+            raise self._damaged(found[0], "there is no checkpoint in it")
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         path = self.path(step)
