@@ -6,8 +6,10 @@ They run when things are built or traced, never in a compiled step; a value that
 import importlib
 import inspect
 import math
+import os
 from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -375,6 +377,16 @@ def check_holds(batch: Any, *names: str) -> None:
     for name in names:
         if name not in batch:
             raise ValueError(f"the batch must hold {name!r}, got {sorted(map(str, batch))}.")
+
+
+def why_no_folder(folder: str | os.PathLike[str]) -> str | None:
+    """What is in the way of a folder, in words: a file, or a link that leads nowhere; `None` if nothing is."""
+    for each in (Path(folder), *Path(folder).parents):
+        if os.path.exists(each):
+            return None if os.path.isdir(each) else f"{each} is a file"
+        if os.path.islink(each):
+            return f"{each} is a symbolic link to nothing"
+    return None
 
 
 def imported(package: str, caller: str, install: str | None = None) -> Any:

@@ -20,8 +20,7 @@ import numpy as np
 import scipy.stats
 from lab import BLUE, GREY, INK, ORANGE, RED, film
 
-from fm_jax import likelihood, oracles, samplers, schedules
-from fm_jax.nfe import Counted
+from fm_jax import likelihood, nfe, oracles, samplers, schedules
 
 jax.config.update("jax_enable_x64", True)  # differences of densities need the digits
 prediction, log_prob, cdf = (jax.jit(f, static_argnums=1) for f in (oracles.prediction, oracles.log_prob, oracles.cdf))
@@ -464,7 +463,7 @@ def score_of_data(t, x):
 
 options["times"], left_mode = samplers.grids.uniform(1200, 0.0, 6.0), -1.6 + 0.3 * x0[:2000]
 langevin = samplers.StochasticHeun(diffusion=2.5, score=score_of_data)
-still = samplers.sample(Counted(zero, None, domain=(0.0, 6.0)), left_mode, langevin, key=key_langevin, **options)
+still = samplers.sample(nfe.Counted(zero, None, domain=(0.0, 6.0)), left_mode, langevin, key=key_langevin, **options)
 for t in (0, 1, 2, 6):
     x = np.array(still.trajectory[200 * t, :, 0])
     print(f"Langevin, t = {t}: share right of -0.7 {np.mean(x > -0.7):.2f}, KS distance {distance(1.0, x):.3f}")

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments.lab.training import CONFIG, from_json, restore, sampling_params
+from fm_jax.checks import why_no_folder
 from fm_jax.conditions import DropCondition
 from fm_jax.models import init_params
-from fm_jax.train.folder import why_no_folder
 from fm_jax.types import ApplyFn, Array, Key, Params, Source
 
 MODULES = {"images": "experiments.lab.images", "toy2d": "experiments.toy2d"}

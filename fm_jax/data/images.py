@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from fm_jax.checks import check_array, check_finite, check_member, shown
+from fm_jax.checks import check_array, check_finite, check_member, shown, why_no_folder
 
 Name = Literal["mnist", "fashion_mnist", "cifar10"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -148,8 +148,6 @@ def _import_tfds(caller: str) -> ModuleType:
 
 def main() -> None:
     """Prepares one dataset from the command line."""
-    from fm_jax.train.folder import why_no_folder
-
     parser = argparse.ArgumentParser(prog="python -m fm_jax.data.images", description="Download and prepare a dataset.")
     parser.add_argument("name", choices=NAMES)
     parser.add_argument("--data-dir", help="default: TFDS_DATA_DIR, else ~/tensorflow_datasets")

@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from fm_jax.checks import why_no_folder
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -91,16 +93,6 @@ def make_folder(folder: PathLike) -> None:
         raise type(error)(f"{folder} cannot be made: {error.strerror}. Give another folder.") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(f"{folder} cannot be written to by this user. Give another folder.")
-
-
-def why_no_folder(folder: PathLike) -> str | None:
-    """What is in the way of a folder, in words: a file, or a link that leads nowhere; `None` if nothing is."""
-    for each in (Path(folder), *Path(folder).parents):
-        if os.path.exists(each):
-            return None if os.path.isdir(each) else f"{each} is a file"
-        if os.path.islink(each):
-            return f"{each} is a symbolic link to nothing"
-    return None
 
 
 def check_places(folder: PathLike, files: Iterable[str] = (), folders: Iterable[str] = ()) -> None:
