@@ -451,7 +451,7 @@ key_x0, key_step, key_noise = jax.random.split(jax.random.key(3), 3)
 x0, grid = jax.random.normal(key_x0, (5000, 1)), np.linspace(0, 1, 101)
 v, v_linear = velocity(data, vp), velocity(data, Linear())
 alpha, rho = np.array(vp.alpha(grid)), np.array(vp.sigma(grid) / vp.alpha(grid))
-v_edm = reschedule(v, vp, EDM(float(rho[0])))
+v_edm = reschedule(v, vp, EDM(float(rho[0])), clip=True)  # no step begins at t = 1, where v is not defined
 
 
 @jax.jit
