@@ -448,6 +448,16 @@ def test_a_missing_package_is_named(monkeypatch):
         checks.imported("no_such_package", "Adaptive", "'fm-jax[ot]'")
 
 
+def test_what_is_in_the_way_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "gone")
+    for free in (tmp_path, tmp_path / "new", tmp_path / "new" / "below"):
+        assert checks.why_no_folder(free) is None
+    for name, why in {"file": "is a file", "dangling": "is a symbolic link to nothing"}.items():
+        for path in (tmp_path / name, tmp_path / name / "below"):
+            assert checks.why_no_folder(path) == f"{tmp_path / name} {why}"
+
+
 def test_every_check_is_tried_here():
     tried = inspect.getsource(inspect.getmodule(test_every_check_is_tried_here))
     public = [name for name, value in vars(checks).items() if inspect.isfunction(value) and not name.startswith("_")]
