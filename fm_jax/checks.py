@@ -239,7 +239,7 @@ def check_per_example(x: AnyArray, **values: AnyArray | None) -> None:
 
 def check_numbers_of(name: str, value: Any, x: AnyArray, *, scalar: bool = True) -> None:
     """Refuses what is not [batch], a real number for each example, or one for all where `scalar`."""
-    if scalar and not is_traced(value) and as_number(value) == as_number(value):
+    if scalar and not is_traced(value) and not math.isnan(as_number(value)):
         return
     check_array(name, value)
     if value.shape != x.shape[:1] and not (scalar and value.shape == ()):

@@ -43,6 +43,8 @@ from fm_jax.types import (
 PairModelFn: TypeAlias = Callable[[PerExample, State, Cond], tuple[State, State]]
 """`f(t, x, cond) -> (drift, latent)`: a network of two outputs whose parameters are bound."""
 
+PAIR_MODEL = "a function model_fn(t, x, cond) -> (drift, latent), as by bind(apply_fn, params)"
+
 
 @runtime_checkable
 class PairApplyFn(Protocol):
@@ -171,6 +173,13 @@ def two_heads(apply_drift: ApplyFn, apply_latent: ApplyFn) -> PairApplyFn:
     return both
 
 
+def _drift_and_latent(model_fn: PairModelFn, t: PerExample, x: State, cond: Cond) -> tuple[State, State]:
+    prediction = model_fn(t, x, cond)
+    check_two_outputs(prediction, x)
+    drift, latent = prediction
+    return drift, latent
+
+
 def bridge_velocity(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond = None) -> VelocityFn:
     """The velocity `drift + gamma' latent` of a network trained by `bridge_matching`.
 
@@ -185,16 +194,12 @@ def bridge_velocity(model_fn: PairModelFn, path: StochasticInterpolant, cond: Co
     Returns:
         `v(t, x)`; infinite or NaN outside `path.domain`, where gamma' is.
     """
-    check_function(
-        "model_fn", model_fn, "a function model_fn(t, x, cond) -> (drift, latent), as by bind(apply_fn, params)", 3
-    )
+    check_function("model_fn", model_fn, PAIR_MODEL, 3)
     check_latent(path)
 
     def velocity(t: Time, x: State) -> State:
         check_condition(x, cond)
-        prediction = model_fn(batch_time(t, x), x, cond)
-        check_two_outputs(prediction, x)
-        drift, latent = prediction
+        drift, latent = _drift_and_latent(model_fn, batch_time(t, x), x, cond)
         return drift + value_and_slope(path.gamma, time_of(t, x))[1] * latent
 
     return Counted(velocity, cost(model_fn))
@@ -219,9 +224,7 @@ def bridge_score(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond 
     Raises:
         ValueError: when called with a t known to have gamma = 0.
     """
-    check_function(
-        "model_fn", model_fn, "a function model_fn(t, x, cond) -> (drift, latent), as by bind(apply_fn, params)", 3
-    )
+    check_function("model_fn", model_fn, PAIR_MODEL, 3)
     check_latent(path)
 
     def score(t: Time, x: State) -> State:
@@ -230,9 +233,7 @@ def bridge_score(model_fn: PairModelFn, path: StochasticInterpolant, cond: Cond 
         gamma, _ = value_and_slope(path.gamma, t)
         if not is_traced(gamma) and bool((gamma == 0).any()):
             raise ValueError(f"the score is infinite where gamma = 0, at t = {t[gamma == 0].tolist()}.")
-        prediction = model_fn(t, x, cond)
-        check_two_outputs(prediction, x)
-        _, latent = prediction
+        _, latent = _drift_and_latent(model_fn, t, x, cond)
         return -latent / expand_time(gamma, x)
 
     return Counted(score, cost(model_fn))

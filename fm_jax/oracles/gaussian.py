@@ -282,12 +282,16 @@ def schroedinger_bridge(pair: GaussianPair, sigma: float) -> GaussianBridge:
     return GaussianBridge(entropic_plan(pair, sigma), Linear(), lambda t: sigma**2 * t * (1 - t))
 
 
+def _check_bridge(bridge: GaussianBridge) -> None:
+    check_has("bridge", bridge, ("pair", "interpolant", "variance"), "a GaussianBridge, as from schroedinger_bridge")
+
+
 def bridge_moments(bridge: GaussianBridge, t: Scalar | float) -> Moments:
     """Mean and covariance of x_t at one time.
 
     `alpha m1 + sigma m0` and `alpha^2 C1 + sigma^2 C0 + alpha sigma (K + K') + gamma^2 I` with K the cross-covariance.
     """
-    check_has("bridge", bridge, ("pair", "interpolant", "variance"), "a GaussianBridge, as from schroedinger_bridge")
+    _check_bridge(bridge)
     check_number("t", t, "[0, 1]")
     t = jnp.asarray(t)
     pair, alpha, sigma = bridge.pair, bridge.interpolant.alpha(t), bridge.interpolant.sigma(t)
@@ -311,7 +315,7 @@ def bridge_prediction(bridge: GaussianBridge, t: Time, x: Points) -> BridgePredi
     Returns:
         `BridgePrediction`.
     """
-    check_has("bridge", bridge, ("pair", "interpolant", "variance"), "a GaussianBridge, as from schroedinger_bridge")
+    _check_bridge(bridge)
     pair = bridge.pair
     check_points("x", x, len(pair.mean0))
 
@@ -340,7 +344,7 @@ def bridge_drift(bridge: GaussianBridge, diffusion: float, direction: int = 1) -
     Returns:
         `drift(t, x)`, as a dx/dt in either direction.
     """
-    check_has("bridge", bridge, ("pair", "interpolant", "variance"), "a GaussianBridge, as from schroedinger_bridge")
+    _check_bridge(bridge)
     check_number("diffusion", diffusion, "[0, inf)")
     if not is_traced(direction) and (isinstance(direction, bool) or direction not in (1, -1)):
         raise ValueError(f"direction must be 1 or -1, got {shown(direction)}.")

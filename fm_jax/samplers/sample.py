@@ -85,7 +85,7 @@ def sample(
     if own is not None:
         if times is not None:
             raise ValueError(f"times must be None: {sampler} has its own, got {shown(times)}.")
-        check_times("the sampler's times", own, domain_of(v) or TIMES, "the domain of v")
+        _check_domain("the sampler's times", own, v)
         return sampler.solve(v, key, own, x0, trajectory)
     return sampler.solve(v, key, times_of(v, sampler, times, x0), x0, trajectory)
 
@@ -104,8 +104,13 @@ def times_of(
         raise ValueError(f"sampler must go through any times, in either direction, got {sampler}, which has its own.")
     (low, high), allowed = sampler.domain, domain_of(v) or TIMES
     grid = time_grid(default if times is None else times, (max(low, allowed[0]), min(high, allowed[1])), x)
-    check_times("times", grid, allowed, SOURCE_TO_DATA if allowed == TIMES else "the domain of v")
+    _check_domain("times", grid, v)
     return grid
+
+
+def _check_domain(name: str, times: ArrayTree, v: VelocityFn) -> None:
+    allowed = domain_of(v) or TIMES
+    check_times(name, times, allowed, SOURCE_TO_DATA if allowed == TIMES else "the domain of v")
 
 
 def as_state(name: str, x: ArrayTree) -> Array:

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 
 from fm_jax.checks import check_function, check_integer, check_key, shown
 from fm_jax.train.folder import hold, is_at, make_folder
-from fm_jax.train.state import TrainState
+from fm_jax.train.state import TrainState, check_train_state
 from fm_jax.types import Array, Key
 
 ALLOW_CHANGE = frozenset({"total_steps", "num_steps", "log_every", "save_every", "sample_every"})
@@ -115,7 +115,7 @@ class Checkpointer:
                 checkpoint, or the one before it, cannot be written, or someone else's has its name.
             ValueError: if `data_state` does not survive JSON.
         """
-        _check_state("state", state)
+        check_train_state("state", state)
         check_key(key)
         if not isinstance(data_state, Mapping):
             raise ValueError(f"data_state must be a dict, as from data.get_state(), got {shown(data_state)}.")
@@ -158,7 +158,7 @@ class Checkpointer:
             CheckpointError: if the checkpoint is damaged, has other arrays than `template`, or comes from a run with
                 another configuration; if it, or another numbered folder beside it, was not written by `Checkpointer`.
         """
-        _check_state("template", template)
+        check_train_state("template", template)
         self.wait()
         step = self.latest_step()
         if step is None:
@@ -272,11 +272,6 @@ class Checkpointer:
                 f"{path} comes from a run with {name}={before}, and this run has {name}={now}. Restore the old "
                 "value, or start anew with another --run-dir. Nothing was overwritten."
             )
-
-
-def _check_state(name: str, state: Any) -> None:
-    if not isinstance(state, TrainState):
-        raise ValueError(f"{name} must be a TrainState, as create_state makes, got {shown(state)}.")
 
 
 def _describe(tree: TrainState) -> dict[str, list]:

@@ -13,7 +13,7 @@ from fm_jax.train.checkpoint import Checkpointer
 from fm_jax.train.interrupts import deferred_signals
 from fm_jax.train.log import MetricsWriter
 from fm_jax.train.progress import Progress
-from fm_jax.train.state import TrainState
+from fm_jax.train.state import TrainState, check_train_state
 from fm_jax.train.step import Step
 from fm_jax.types import Batch, Key
 
@@ -150,8 +150,7 @@ def _check_arguments(
     progress: Any,
 ) -> None:
     check_function("step_fn", step_fn, "a step, as from pmap_step or shard_map_step", 3)
-    if not isinstance(state, TrainState):
-        raise ValueError(f"state must be a TrainState, as create_state makes, got {shown(state)}.")
+    check_train_state("state", state)
     check_key(key)
     # What is never saved needs no position.
     wanted = ("__next__",) if checkpointer is None else ("__next__", "get_state")

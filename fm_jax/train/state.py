@@ -1,7 +1,7 @@
 """What a training step reads and writes."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,12 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     ema: dict[str, Params]
+
+
+def check_train_state(name: str, state: Any) -> None:
+    """Raises `ValueError` for what is no `TrainState`."""
+    if not isinstance(state, TrainState):
+        raise ValueError(f"{name} must be a TrainState, as create_state makes, got {shown(state)}.")
 
 
 def create_state(
