@@ -726,6 +726,7 @@ ELSEWHERE = {
             "fm_jax.samplers.step_noise",
             "fm_jax.samplers.LearnedSolver",
             "fm_jax.train.ema.check_decay",
+            "fm_jax.train.state.check_train_state",
             "fm_jax.train.step.split_leading",
             "fm_jax.train.progress.Progress",
             "fm_jax.train.interrupts.deferred_signals",
