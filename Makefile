@@ -19,7 +19,7 @@ test: .venv/.test-stamp  ## Runs the tests and the examples in the docstrings, t
 	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-all: test  ## Runs the heavy tests too: trainings, experiments from end to end.
-	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist load -m slow $(ARGS)
+	@$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup -m slow $(ARGS)
 
 lint: .venv/.dev-stamp  ## Checks style, formatting and types.
 	@$(BIN)/ruff check

@@ -4,10 +4,11 @@ Command: `python -m benchmarks.couplings`; `--peer-python` names an interpreter 
 step is then timed as well; POT is timed if it is installed.
 
 `step`: TorchCFM's two-dimensional set-up, moons to eight Gaussians with its 3 x 64 network and AdamW, in alternation
-with independent pairs (I-CFM) and with pairs of exact transport made ahead in a thread (OT-CFM), each pair used `reuse`
-times. `mnist`: the same for the 1.1M U-Net on MNIST's shape. `couplings`: one batch at a time of two Gaussians, in 2
-and in 784 dimensions, float32, compilation left out; POT gets float64, as its solvers want, and the same costs,
-regularisation and, as nearly as its criteria allow, stopping threshold.
+with independent pairs (I-CFM) and with pairs of exact transport made ahead in threads (OT-CFM), each pair used `reuse`
+times, beside SciPy's assignment alone, the least that one thread could take. `mnist`: the same for the 1.1M U-Net on
+MNIST's shape. `couplings`: one batch at a time of two Gaussians, in 2 and in 784 dimensions, float32, compilation left
+out; POT gets float64, as its solvers want, and the same costs, regularisation and, as nearly as its criteria allow,
+stopping threshold. `draws`: the plan of `EntropicOT` and a permutation drawn from it, in alternation.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.optimize import linear_sum_assignment
 
 from experiments.lab import command_line, images
 from experiments.lab.method import Method, make_loss
@@ -34,7 +36,7 @@ from experiments.torchcfm_table import peer
 from experiments.torchcfm_table.methods import NETWORK, Recipe, conditional, fit
 from experiments.torchcfm_table.problems import Splits, draws
 from fm_jax import couplings
-from fm_jax.couplings.costs import squared_euclidean
+from fm_jax.couplings.costs import cost_matrix, squared_euclidean
 from fm_jax.data.coupled import CoupledBatches
 from fm_jax.data.toy import eight_gaussians, moons
 from fm_jax.models import init_params, num_params
@@ -44,7 +46,7 @@ from fm_jax.types import Array, Batch, Coupling
 
 GROMOV_EPSILON = 0.1
 """Below this POT's solver, which leaves the log domain, fails on these batches."""
-Part = Literal["step", "mnist", "couplings"]
+Part = Literal["step", "mnist", "couplings", "draws"]
 
 
 @dataclass(frozen=True)
@@ -53,10 +55,12 @@ class Config:
 
     out: Path = Path("runs/benchmark_couplings")
     """Where the results go."""
-    parts: tuple[Part, ...] = ("step", "mnist", "couplings")
+    parts: tuple[Part, ...] = ("step", "mnist", "couplings", "draws")
     """What to measure."""
     steps: int = 6000
     """Steps of one timing in two dimensions."""
+    workers: int = 2
+    """Threads that couple batches ahead of a step in two dimensions."""
     repeats: int = 5
     """Timings, whose median counts."""
     mnist_steps: int = 4
@@ -79,11 +83,14 @@ def toy_step(config: Config) -> list[dict[str, Any]]:
         def seconds(reuse: int | None, recipe: Recipe = recipe) -> float:
             batches: Iterator[Batch] = draws(splits, recipe.batch_size, 0)
             if reuse is not None:
-                batches = CoupledBatches(batches, couplings.ExactOT(), keys[3], reuse=reuse)
+                batches = CoupledBatches(batches, couplings.ExactOT(), keys[3], reuse=reuse, workers=config.workers)
             num_steps = config.steps if reuse != 1 else config.steps // 10
             return fit(conditional, recipe, params, keys[3], batches, num_steps)[1] / num_steps
 
-        times = [{reuse: seconds(reuse) for reuse in (None, *reuses)} for _ in range(config.repeats)]
+        times, assignments = [], []
+        for _ in range(config.repeats):
+            times.append({reuse: seconds(reuse) for reuse in (None, *reuses)})
+            assignments.append(_assignment_ms(splits, batch_size))
         peer = _peer_steps(config, recipe, splits) if config.peer_python else {}
         for reuse in reuses:
             rows.append(
@@ -94,10 +101,21 @@ def toy_step(config: Config) -> list[dict[str, Any]]:
                     "ot_cfm_ms": 1e3 * statistics.median(each[reuse] for each in times),
                     "ratio": statistics.median(each[reuse] / each[None] for each in times),
                     "ratios": [each[reuse] / each[None] for each in times],
+                    "assignment_ms": statistics.median(assignments),
                 }
                 | peer
             )
     return rows
+
+
+def _assignment_ms(splits: Splits, batch_size: int, num: int = 100) -> float:
+    """Milliseconds of SciPy's assignment alone, on cost matrices that are already there."""
+    batches: Iterator[Batch] = itertools.islice(draws(splits, batch_size, 0), num)
+    costs = [np.asarray(cost_matrix(squared_euclidean, each["x0"], each["x1"])) for each in batches]
+    start = time.perf_counter()
+    for each in costs:
+        linear_sum_assignment(each)
+    return 1e3 * (time.perf_counter() - start) / num
 
 
 def _peer_steps(config: Config, recipe: Recipe, splits: Splits) -> dict[str, float]:
@@ -246,6 +264,32 @@ def each_coupling(config: Config) -> list[dict[str, Any]]:
     return rows
 
 
+def each_draw(config: Config) -> list[dict[str, Any]]:
+    """Milliseconds of Sinkhorn's plan and of a permutation drawn from it, in alternation."""
+    make_plan = jax.jit(couplings.EntropicOT(0.05, relative=True).plan)
+    draw = jax.jit(couplings.sample_permutation)
+    rows = []
+    for dim, num in itertools.product((2, 784), config.sizes):
+        rng = np.random.default_rng(0)
+        x0, x1 = (jnp.asarray(rng.standard_normal((num, dim), dtype=np.float32)) for _ in range(2))
+        plan = make_plan(x0, x1 + 1)
+        calls = {"plan": partial(make_plan, x0, x1 + 1), "draw": partial(draw, jax.random.key(0), plan)}
+        for call in calls.values():
+            jax.block_until_ready(call())  # compiles
+        times = [
+            {name: _best_ms(call, 0, compiles=False) for name, call in calls.items()} for _ in range(config.repeats)
+        ]
+        row: dict[str, Any] = {"dim": dim, "num": num}
+        for name in calls:
+            values = [each[name] for each in times]
+            row |= {f"{name}_ms": min(values), f"{name}_median_ms": statistics.median(values)}
+        row["ratio"] = row["draw_ms"] / row["plan_ms"]
+        row["median_ratio"] = statistics.median(each["draw"] / each["plan"] for each in times)
+        rows.append(row)
+        print(row, flush=True)
+    return rows
+
+
 def _index0(coupling: Coupling, x0: Any, x1: Any, cond: Any = None) -> Array:
     return coupling(jax.random.key(0), x0, x1, cond).index0
 
@@ -255,9 +299,9 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [f"Device: {results['device']}, jax {results['jax']}."]
     if "step" in results:
         peer = "torchcfm_ratio" in results["step"][0]
-        head = ["batch", "each pair used", "I-CFM, ms", "OT-CFM, ms", "ratio"]
+        head = ["batch", "each pair used", "I-CFM, ms", "OT-CFM, ms", "ratio", "SciPy's assignment, ms"]
         head += ["torchcfm I-CFM, ms", "torchcfm OT-CFM, ms", "ratio"] if peer else []
-        columns = ["batch_size", "reuse", "i_cfm_ms", "ot_cfm_ms", "ratio"]
+        columns = ["batch_size", "reuse", "i_cfm_ms", "ot_cfm_ms", "ratio", "assignment_ms"]
         columns += ["torchcfm_I-CFM_ms", "torchcfm_OT-CFM_ms", "torchcfm_ratio"] if peer else []
         parts += ["### A step in two dimensions", _lines(head, [[r[c] for c in columns] for r in results["step"]])]
     if "mnist" in results:
@@ -278,6 +322,19 @@ def markdown(results: dict[str, Any]) -> str:
             ]
             title = f"### Milliseconds a batch in {dim} dimensions, ours / POT"
             parts += [title, _lines(["coupling", *map(str, sizes)], body)]
+    if "draws" in results:
+        columns = ["dim", "num", "plan_ms", "draw_ms", "ratio", "plan_median_ms", "draw_median_ms", "median_ratio"]
+        head = [
+            "dimensions",
+            "points",
+            "plan, ms",
+            "draw, ms",
+            "ratio",
+            "plan, median",
+            "draw, median",
+            "ratio, median",
+        ]
+        parts += ["### A plan and a draw", _lines(head, [[r[c] for c in columns] for r in results["draws"]])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -298,7 +355,12 @@ def run(config: Config) -> dict[str, Any]:
     path = config.out / "couplings.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     results |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-    parts: dict[Part, Callable[[Config], Any]] = {"step": toy_step, "mnist": mnist_step, "couplings": each_coupling}
+    parts: dict[Part, Callable[[Config], Any]] = {
+        "step": toy_step,
+        "mnist": mnist_step,
+        "couplings": each_coupling,
+        "draws": each_draw,
+    }
     for part in config.parts:
         results[part] = parts[part](config)
         path.write_text(json.dumps(results, indent=1) + "\n")

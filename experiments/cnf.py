@@ -24,6 +24,7 @@ import numpy as np
 from experiments.lab import command_line
 from experiments.lab.figures import save_density
 from experiments.lab.options import check_options
+from experiments.lab.processes import everywhere, gathered, own_folder, spread
 from experiments.lab.smoke import smoke
 from experiments.lab.toys import Batches, Toy
 from experiments.lab.training import Training, check_batch, check_run_dir, sampling_params, train, write_results
@@ -33,7 +34,6 @@ from fm_jax.models import MLP, init_params, linen_apply
 from fm_jax.parameterization import bind
 from fm_jax.samplers import RungeKutta, sample
 from fm_jax.sources import Normal
-from fm_jax.train.folder import lock_folder
 from fm_jax.types import ApplyFn, Array, Batch, Key, LossFn, Metrics, Params
 
 
@@ -63,6 +63,7 @@ class Config:
     def unused(self) -> Iterator[tuple[str, str]]:
         """Options of no effect, and why."""
         yield "training.sample_every", "cnf draws nothing while it trains; the experiments on images do"
+        yield from self.training.unused()
 
 
 CONFIG = Config(
@@ -101,7 +102,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, judges, draws; returns the numbers it prints."""
     config = smoke(config, steps=2, width=8, depth=1, num_samples=64)
     check_batch(config.training)
-    with lock_folder(config.training.run_dir):
+    with own_folder(config.training.run_dir):
         return _run(config)
 
 
@@ -117,10 +118,11 @@ def _run(config: Config) -> dict[str, Any]:
     log_density = jax.jit(lambda params, x: log_prob(bind(apply_fn, params), x))
     results = {"nll_untrained": -float(log_density(untrained, x1).mean())}
     loss_fn = negative_log_likelihood(apply_fn, config.steps)
-    data = Batches(key_data, Normal(), config.data, config.training.batch_size)
+    data = Batches(key_data, Normal(), config.data, config.training.batch_size // jax.process_count())
     state = train(config, key_train, untrained, loss_fn, data)
-    params = sampling_params(state, config.training)
-    values = -np.asarray(log_density(params, x1))
+    params = everywhere(sampling_params(state, config.training))
+    values = -gathered(log_density(params, spread(x1)))[: config.num_samples]
+    params = jax.device_get(params)
     results |= {
         "nll": float(values.mean()),
         "nll_standard_error": float(values.std() / np.sqrt(len(values))),

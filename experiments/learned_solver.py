@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from experiments.lab import command_line
 from experiments.lab.experiment import restore_run
 from experiments.lab.options import SEED, STEPS, check_options, check_some
+from experiments.lab.processes import is_first
 from experiments.lab.samplers import make_sampler, save_solver
 from experiments.lab.sampling import guided_velocity, sampled_times
 from fm_jax.paths import start
@@ -110,11 +111,13 @@ def run(config: Config) -> dict[str, Any]:
             if num_steps:
                 found[name] = decibels(make_sampler(name, method.schedule), grids.uniform(num_steps, t0, t1))
         path = config.run / f"learned_solver_{calls}.npz"
-        save_solver(path, solver)
+        if is_first():
+            save_solver(path, solver)
         print(f"{path}: {calls} calls, trained in {seconds:.0f} s; PSNR to the fine solution in dB:")
         print("  " + ", ".join(f"{name} {value:.1f}" for name, value in found.items()), flush=True)
         results[str(calls)] = found | {"seconds": seconds}
-    write_text(config.run / "learned_solver.json", json.dumps(results, indent=2) + "\n")
+    if is_first():
+        write_text(config.run / "learned_solver.json", json.dumps(results, indent=2) + "\n")
     return results
 
 

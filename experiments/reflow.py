@@ -21,6 +21,7 @@ import numpy as np
 from experiments.lab import command_line
 from experiments.lab.figures import save_trajectory_table
 from experiments.lab.options import SEED, check_options
+from experiments.lab.processes import is_first, own_folder
 from experiments.lab.smoke import smoke
 from experiments.torchcfm_table.methods import (
     APPLY,
@@ -39,7 +40,7 @@ from fm_jax.metrics import floor, straightness, wasserstein
 from fm_jax.models import init_params
 from fm_jax.parameterization import bind
 from fm_jax.samplers import RungeKutta, sample
-from fm_jax.train.folder import check_places, lock_folder, write_text
+from fm_jax.train.folder import check_places, write_text
 from fm_jax.types import Array, Batch, LossFn, Params, VelocityFn
 
 
@@ -96,7 +97,7 @@ def measure(params: Params, x0: Array) -> dict[str, Any]:
 def run(config: Config) -> dict[str, Any]:
     """Trains, reflows, distils and judges; returns the numbers it prints."""
     config = smoke(config, recipe=SMOKE_RECIPE, num_test=64, rounds=1, floor_repeats=2)
-    with lock_folder(config.run_dir):
+    with own_folder(config.run_dir):
         check_places(config.run_dir, ["reflow.md", "reflow.png"])
         return _run(config)
 
@@ -139,7 +140,8 @@ def _run(config: Config) -> dict[str, Any]:
         for name, found in measured.items()
     }
     text = _table(results, f"{config.problem}, {config.num_test:,} points; floor {real}")
-    write_text(config.run_dir / "reflow.md", text)
+    if is_first():
+        write_text(config.run_dir / "reflow.md", text)
     ways = {
         name: {config.problem: found["trajectory"][:, :200]} for name, found in measured.items() if name != "distilled"
     }

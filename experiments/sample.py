@@ -21,6 +21,7 @@ import tyro
 from experiments.lab import command_line, figures
 from experiments.lab.experiment import read_run, restore_run
 from experiments.lab.options import SEED, check_options
+from experiments.lab.processes import by_first
 from experiments.lab.samplers import SAMPLERS, load_solver
 from experiments.lab.sampling import (
     OF_SOLVER,
@@ -159,7 +160,7 @@ def run(config: Config) -> None:
         samples, nfe = generate_many(generate, restored.params, key, experiment, labels, size)
     except ValueError as error:  # what a sampler or a rule of guidance refuses
         raise SystemExit(str(error)) from error
-    _write(config, np.asarray(samples), labels)
+    _write(config, samples, labels)
     solver = config.learned_solver or sampling.solver
     print(f"{config.out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe_text(nfe)}")
 
@@ -178,6 +179,7 @@ def _labels(config: Config, num_classes: int | None) -> np.ndarray:
     return np.full(config.num, _label("--class", config.label, num_classes))
 
 
+@by_first
 def _write(config: Config, samples: np.ndarray, labels: np.ndarray) -> None:
     with replacing(config.out) as unfinished:
         if config.out.suffix == ".npz":

@@ -21,8 +21,9 @@ from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_scatter
 from experiments.lab.method import Method, couple_ahead, make_loss
 from experiments.lab.options import check_options
+from experiments.lab.processes import own_folder
 from experiments.lab.samplers import needs_schedule
-from experiments.lab.sampling import Sampling, frame_times, make_generate, nfe_text
+from experiments.lab.sampling import Sampling, frame_times, generate_together, make_generate, nfe_text
 from experiments.lab.smoke import smoke
 from experiments.lab.toys import Batches, Toy
 from experiments.lab.training import (
@@ -39,7 +40,6 @@ from fm_jax.data.toy import make_toy
 from fm_jax.metrics import Measured, floor, wasserstein
 from fm_jax.models import MLP, init_params, linen_apply
 from fm_jax.sources import Normal, Sampled
-from fm_jax.train.folder import lock_folder
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,12 @@ class Config:
         yield "sampling.sample_batch", "toy2d draws its --num-samples at once"
         for name in ("guidance", "guidance_interval", "guidance_rule"):
             yield f"sampling.{name}", "the points have no classes; the experiments on images are guided"
+        yield from self.training.unused()
         yield from self.method.unused()
         yield from self.sampling.unused()
 
 
+STEPS_PER_CALL = 100
 CONFIG = Config(
     training=Training(
         run_dir=Path("runs/toy2d"),
@@ -120,7 +122,7 @@ def run(config: Config) -> dict[str, Any]:
         floor_repeats=2,
     )
     check_batch(config.training)
-    with lock_folder(config.training.run_dir):
+    with own_folder(config.training.run_dir):
         return _run(config)
 
 
@@ -132,8 +134,12 @@ def _run(config: Config) -> dict[str, Any]:
     key_train, key_data, key_init, key_x0, key_x1, key_floor, key_sampler, key_pairs = keys
     loss_fn = make_loss(config.method, experiment)
     params = init_params(experiment.model, key_init, (2,))
-    data = Batches(key_data, experiment.source, config.data, config.training.batch_size)
-    paired = couple_ahead(config.method, data, key_pairs, experiment.source)
+
+    def data_of(index: int, count: int) -> Batches:
+        size = config.training.batch_size // count
+        return Batches(key_data, experiment.source, config.data, size, process_index=index, process_count=count)
+
+    paired = couple_ahead(config.method, data_of, key_pairs, experiment.source)
     times = frame_times(config.method, config.frames)
     generate = make_generate(config.sampling, config.method, experiment.apply_fn, null_label=None)
     animate = make_generate(config.sampling, config.method, experiment.apply_fn, null_label=None, frames=times)
@@ -141,12 +147,13 @@ def _run(config: Config) -> dict[str, Any]:
     # Traced now, so that what cannot be sampled is not found after the training.
     for each in (generate, animate):
         jax.eval_shape(each, params, key_sampler, x0, None)
-    state = train(config, key_train, params, loss_fn, paired)
+    # A step takes a fraction of a millisecond, less than to dispatch it.
+    state = train(config, key_train, params, loss_fn, paired, steps_per_call=STEPS_PER_CALL)
     params = sampling_params(state, config.training)
 
-    generate(params, key_sampler, x0, None).x.block_until_ready()  # compiles
+    generate_together(generate, params, key_sampler, x0, None)  # compiles
     start = time.perf_counter()
-    solution = jax.block_until_ready(generate(params, key_sampler, x0, None))
+    solution = generate_together(generate, params, key_sampler, x0, None)
     seconds = time.perf_counter() - start
     x1 = make_toy(config.data)(key_x1, config.num_samples)
     distance = Measured(
@@ -156,10 +163,10 @@ def _run(config: Config) -> dict[str, Any]:
     results = {
         "wasserstein2": distance.value,
         "wasserstein2_floor": distance.floor.mean,
-        "nfe": None if solution.nfe is None else float(solution.nfe),
+        "nfe": None if solution.nfe is None else float(np.mean(solution.nfe)),
         "seconds_per_sample": seconds / config.num_samples,
     }
-    trajectory = np.asarray(animate(params, key_sampler, x0, None).trajectory)
+    trajectory = np.asarray(generate_together(animate, params, key_sampler, x0, None).trajectory)
     save_scatter(run_dir / "samples.png", np.asarray(x0), np.asarray(solution.x), trajectory, np.asarray(x1))
     draw_loss(run_dir)
     write_results(run_dir, results)

@@ -46,7 +46,9 @@ from fm_jax.samplers import grids, learned
 from fm_jax.samplers.churn import churn_step, renoise
 from fm_jax.train.learned import fit_solver
 from fm_jax.train.optim import make_optimizer, make_schedule
-from fm_jax.train.parallel import pmap_step, shard_map_step, split_batch
+from fm_jax.train.parallel import fsdp_step, pmap_step, shard_map_step, split_batch
+from fm_jax.train.sharding import fsdp_mesh
+from fm_jax.train.step import scan_steps
 
 NAN, INF = float("nan"), float("inf")
 KEY = jax.random.key(0)
@@ -571,6 +573,7 @@ FUNCTIONS: dict[str, Call] = {
             "group": 1,
             "reuse": 1,
             "ahead": 2,
+            "workers": 1,
         },
     ),
     "CoupledBatches, of data": Call(
@@ -620,6 +623,15 @@ FUNCTIONS: dict[str, Call] = {
             "step": train.make_step(squared_loss, OPTIMIZER),
             "mesh": jax.sharding.Mesh(np.array(jax.devices()), ("data",)),
         },
+    ),
+    "fsdp_step": Call(
+        lambda step, mesh: fsdp_step(step, mesh)(new_state(), KEY, {"x1": X})[0].params,
+        {"step": train.make_step(squared_loss, OPTIMIZER, axis_name=None), "mesh": fsdp_mesh()},
+    ),
+    "fsdp_mesh": Call(lambda shards: fsdp_mesh(shards).devices.shape, {"shards": 1}),
+    "scan_steps": Call(
+        lambda step: scan_steps(step)(new_state(), KEY, {"x1": X[None]})[0].params,
+        {"step": train.make_step(squared_loss, OPTIMIZER, axis_name=None)},
     ),
     "split_batch": Call(split_batch, {"batch": {"x1": X}, "num_devices": 2}),
     # models
@@ -711,8 +723,11 @@ ELSEWHERE = {
     "fm_jax.metrics.sinkhorn_divergence": "tests/metrics, which need the extra",
     "fm_jax.models.from_nnx": "tests/test_network_libraries.py",
     "fm_jax.models.from_equinox": "tests/test_network_libraries.py",
+    "fm_jax.models.stack_layers": "tests/models/test_scan_layers.py",
+    "fm_jax.models.unstack_layers": "tests/models/test_scan_layers.py",
     "fm_jax.train.loop": "tests/train",
     "fm_jax.train.checkpoint": "tests/train",
+    "fm_jax.train.checksum": "tests/train",
     "fm_jax.train.folder": "tests/train",
     "fm_jax.train.log": "tests/train",
     **dict.fromkeys(
@@ -729,7 +744,11 @@ ELSEWHERE = {
             "fm_jax.train.state.check_train_state",
             "fm_jax.train.step.split_leading",
             "fm_jax.train.progress.Progress",
-            "fm_jax.train.interrupts.deferred_signals",
+            "fm_jax.train.profile",
+            "fm_jax.train.parallel.ParallelStep",
+            "fm_jax.train.sharding.data_mesh",
+            "fm_jax.train.sharding.fsdp_sharding",
+            "fm_jax.train.interrupts",
             "fm_jax.shapes.time_dtype",
             "fm_jax.couplings.SemidiscreteOT",
             "fm_jax.metrics.linear",
@@ -878,7 +897,7 @@ def cases() -> Iterator[Case]:
 
 OPAQUE = ("params",)
 """Arguments that the library hands on as they are."""
-NONE_IS_RIGHT = {"cond", "weight", "x0", "t", "nfe", "clip_norm", "source", "axis_name"}
+NONE_IS_RIGHT = {"shards", "cond", "weight", "x0", "t", "nfe", "clip_norm", "source", "axis_name"}
 """Arguments that may be left out, where a call of the table does not say so."""
 RIGHT: dict[tuple[str, str], tuple[str, ...]] = {
     **{("", name): ("scalar",) for name in ("t", "t_next", "step_size", "scale", "scales")},  # [batch], or one for all

@@ -1,6 +1,7 @@
 """Command lines made from frozen dataclasses, and mistakes on them told in one sentence."""
 
 import contextlib
+import dataclasses
 import errno
 import logging
 import os
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 
 from experiments.lab.options import refuse_unused
+from experiments.lab.processes import Processes, connect, ending_all
 from fm_jax.train.checkpoint import CheckpointError
 from fm_jax.train.folder import FolderInUseError
 from fm_jax.train.loop import NonFiniteLossError
@@ -36,9 +38,20 @@ def main(run: Callable[[Any], object], kind: type, default: Any = None, descript
     """
     with told_in_a_sentence():
         refuse_empty(sys.argv[1:])
-        config = parse(kind, default, description)
-        refuse_unused(config, default)
-        run(config)
+        both = dataclasses.make_dataclass(
+            "Both",
+            [("config", kind, *_default(default)), ("processes", Processes, *_default(Processes()))],
+            frozen=True,
+        )
+        parsed = parse(both, description=description)
+        refuse_unused(parsed.config, default)
+        connect(parsed.processes)
+        with ending_all(), told_in_a_sentence():
+            run(parsed.config)
+
+
+def _default(value: Any) -> tuple[Any, ...]:
+    return () if value is None else (dataclasses.field(default_factory=lambda: value),)
 
 
 def refuse_empty(arguments: list[str]) -> None:

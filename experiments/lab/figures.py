@@ -15,6 +15,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from experiments.lab.processes import by_first
 from fm_jax.data.images import to_uint8
 
 # Okabe and Ito's palette; these also differ in lightness, so they survive a grey printer.
@@ -27,6 +28,7 @@ _DPI = 220
 PathLike = str | os.PathLike
 
 
+@by_first
 def save_grid(
     path: PathLike,
     images: np.ndarray,
@@ -77,12 +79,14 @@ def save_grid(
         _save(figure, path)
 
 
+@by_first
 def save_sheet(path: PathLike, images: np.ndarray, *, columns: int = 8) -> None:
     """Draws images [n, h, w, c] in [-1, 1], row by row and nothing else."""
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     Image.fromarray(_montage(rows, min(columns, len(images)))).save(path)
 
 
+@by_first
 def save_points(path: PathLike, points: np.ndarray) -> None:
     """Draws points [n, 2]."""
     with mpl.rc_context(_STYLE):
@@ -94,6 +98,7 @@ def save_points(path: PathLike, points: np.ndarray) -> None:
         _save(figure, path)
 
 
+@by_first
 def save_animation(
     path: PathLike, frames: np.ndarray, *, times: np.ndarray | None = None, columns: int = 10, hold: float = 2.0
 ) -> None:
@@ -125,6 +130,7 @@ def save_animation(
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
 
 
+@by_first
 def save_loss_curve(
     path: PathLike, steps: Sequence[int], losses: Sequence[float], *, label: str = "loss", title: str | None = None
 ) -> None:
@@ -159,6 +165,7 @@ def save_loss_curve(
         _save(figure, path)
 
 
+@by_first
 def save_scatter(
     path: PathLike,
     source: np.ndarray,
@@ -198,6 +205,7 @@ def save_scatter(
         _save(figure, path)
 
 
+@by_first
 def save_trajectory_table(path: PathLike, panels: dict[str, dict[str, np.ndarray]], rows: Sequence[str]) -> None:
     """Draws two-dimensional flows side by side: a column a method, a row a pair of distributions.
 
@@ -229,6 +237,7 @@ def save_trajectory_table(path: PathLike, panels: dict[str, dict[str, np.ndarray
         _save(figure, path)
 
 
+@by_first
 def save_density(path: PathLike, data: np.ndarray, density: np.ndarray, samples: np.ndarray, limit: float) -> None:
     """Draws two-dimensional data, the density of a model and its samples, side by side.
 
@@ -252,6 +261,7 @@ def save_density(path: PathLike, data: np.ndarray, density: np.ndarray, samples:
         _save(figure, path)
 
 
+@by_first
 def save_error_curves(path: PathLike, panels: dict[str, dict[str, dict[int, float]]]) -> None:
     """Draws error against network evaluations, both on logarithmic axes, a panel for each problem.
 

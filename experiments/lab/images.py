@@ -19,7 +19,15 @@ from experiments.lab.figures import save_animation, save_grid
 from experiments.lab.judge import fit_classifier
 from experiments.lab.method import Method, couple_ahead, make_loss
 from experiments.lab.options import check_options
-from experiments.lab.sampling import Sampling, frame_times, generate_many, make_generate, nfe_text
+from experiments.lab.processes import from_first, mean_of_shares, own_folder
+from experiments.lab.sampling import (
+    Sampling,
+    frame_times,
+    generate_many,
+    generate_together,
+    make_generate,
+    nfe_text,
+)
 from experiments.lab.smoke import smoke
 from experiments.lab.training import (
     Training,
@@ -42,7 +50,7 @@ from fm_jax.data.pipeline import batches
 from fm_jax.models import Compute, LabelEmbedding, init_params, linen_apply, make_dit, make_unet, num_params
 from fm_jax.sources import Normal
 from fm_jax.train import TrainState
-from fm_jax.train.folder import lock_folder
+from fm_jax.train.loop import DataIterator
 
 NUM_CLASSES = 10
 PICTURES = ("samples.png", "animation.gif", "loss.png")
@@ -50,7 +58,7 @@ _unet = partial(make_unet, embed=LabelEmbedding(NUM_CLASSES))
 _dit = partial(make_dit, embed=LabelEmbedding(NUM_CLASSES, stddev=0.02))
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(_unet, name) for name in ("tiny", "mnist_fast", "mnist", "cifar10", "cifar10_edm")},
-    **{f"dit_{name.lower()}": partial(_dit, name) for name in ("tiny", "S/2", "S/4", "B/2", "B/4")},
+    **{f"dit_{name.lower()}": partial(_dit, name) for name in ("tiny", "S/2", "S/4", "B/2", "B/4", "XL/2")},
     "smoke_unet": partial(
         _unet,
         "tiny",
@@ -88,6 +96,7 @@ class Config:
         "dit_s/4",
         "dit_b/2",
         "dit_b/4",
+        "dit_xl/2",
         "smoke_unet",
         "smoke_dit",
     ] = "tiny"
@@ -96,6 +105,8 @@ class Config:
     """Compute dtype; parameters are float32."""
     remat: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    scan_layers: bool = False
+    """Compile one block of a transformer for all: a fraction of the time to compile; the parameters are stacked."""
     dropout: float = 0.0
     """Dropout rate."""
     label_dropout: float = 0.1
@@ -120,8 +131,11 @@ class Config:
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Options of no effect, and why."""
+        yield from self.training.unused()
         yield from self.method.unused()
         yield from self.sampling.unused()
+        if "dit" not in self.model:
+            yield "scan_layers", "only a transformer, such as --model dit_tiny, has equal blocks"
         if self.dataset == "digits":
             yield "data_dir", "the digits come inside scikit-learn; the other data sets are read from there"
 
@@ -129,7 +143,8 @@ class Config:
 def build(config: Config) -> Experiment:
     """The network and the shape of its images, without reading any data."""
     event_shape = {"digits": (8, 8, 1), "cifar10": (32, 32, 3)}.get(config.dataset, (28, 28, 1))
-    model = NETWORKS[config.model](dropout=config.dropout, compute=Compute(config.dtype, config.remat))
+    scan_layers = {"scan_layers": True} if config.scan_layers else {}
+    model = NETWORKS[config.model](dropout=config.dropout, compute=Compute(config.dtype, config.remat), **scan_layers)
     try:
         jax.eval_shape(lambda key: init_params(model, key, event_shape), jax.random.key(0))
     except ValueError as error:
@@ -168,14 +183,19 @@ def run(config: Config) -> dict[str, Any]:
         frames=3,
     )
     check_batch(config.training)
-    with lock_folder(config.training.run_dir):
+    if (config.training.steps_per_call or 1) > 1 and jax.default_backend() == "cpu" and "dit" not in config.model:
+        raise ValueError(
+            f"--steps-per-call must be 1 for --model {config.model} on CPU, where gradients of convolutions within a "
+            f"loop are some 50 times slower, got {config.training.steps_per_call}."
+        )
+    with own_folder(config.training.run_dir):
         return _run(config)
 
 
 def _run(config: Config) -> dict[str, Any]:
     experiment, run_dir = build(config), config.training.run_dir
     check_run_dir(config, PICTURES, folders=["samples"])
-    found = read_results(run_dir) if is_config_of_run(config) else None
+    found = from_first(lambda: read_results(run_dir) if is_config_of_run(config) else None)
     if found is not None and (text := _report(config, found)):
         print(
             f"{run_dir} is finished: these are its results. Remove the folder, or give another --run-dir, to run anew."
@@ -189,16 +209,21 @@ def _run(config: Config) -> dict[str, Any]:
     params = init_params(experiment.model, key_init, experiment.event_shape)
     print(
         f"{config.dataset}: {len(dataset.images):,} images, {config.model} with {num_params(params):,} parameters, "
-        f"{jax.local_device_count()} {jax.default_backend()} device(s)"
+        f"{jax.device_count()} {jax.default_backend()} device(s)"
     )
-    data = batches(
-        dataset,
-        batch_size=config.training.batch_size,
-        seed=config.training.seed,
-        flip=config.flip,
-        dequantize=config.dequantize,
-    )
-    data = couple_ahead(config.method, data, key_pairs, experiment.source)
+
+    def data_of(index: int, count: int) -> DataIterator:
+        return batches(
+            dataset,
+            batch_size=config.training.batch_size // count,
+            seed=config.training.seed,
+            flip=config.flip,
+            dequantize=config.dequantize,
+            process_index=index,
+            process_count=count,
+        )
+
+    data = couple_ahead(config.method, data_of, key_pairs, experiment.source)
     loss_fn = make_loss(config.method, experiment)
     generate = _generator(config, experiment)
     # Traced now, so that what cannot be sampled is not found after the training.
@@ -210,7 +235,7 @@ def _run(config: Config) -> dict[str, Any]:
         labels = np.arange(config.sampling.sample_batch) % NUM_CLASSES
         params = sampling_params(state, config.training)
         images, _ = generate_many(generate, params, key_draw, experiment, labels, len(labels))
-        _save_grid(run_dir / "samples" / f"step_{step:06d}.png", np.asarray(images), labels, dataset)
+        _save_grid(run_dir / "samples" / f"step_{step:06d}.png", images, labels, dataset)
 
     state = train(config, key_train, params, loss_fn, data, draw)
     results = judge(config, experiment, sampling_params(state, config.training), key_judge, dataset, generate)
@@ -249,30 +274,28 @@ def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDat
     if _has_judge(config):
         test = load(config, "test")
         classify = fit_classifier(in_unit_range(dataset.images), dataset.labels)
-        results["classifier_accuracy_on_real"] = _share(classify(in_unit_range(test.images)), test.labels)
+        results["classifier_accuracy_on_real"] = mean_of_shares(
+            lambda x, y: classify(x) == y, in_unit_range(test.images), test.labels
+        )
     unguided = dataclasses.replace(config, sampling=dataclasses.replace(sampling, guidance=1.0))
     labels = np.arange(config.num_samples) % NUM_CLASSES
     for name, function in (("guided", generate), ("unguided", _generator(unguided, experiment))):
-        generate_many(function, params, key, experiment, labels[:size], size)[0].block_until_ready()  # compiles
+        generate_many(function, params, key, experiment, labels[:size], size)  # compiles
         start = time.perf_counter()
-        samples, nfe = generate_many(function, params, key, experiment, labels, size)
-        images = np.asarray(samples)
+        images, nfe = generate_many(function, params, key, experiment, labels, size)
         drawn = -(-config.num_samples // size) * size
         results[name] = {"seconds_per_image": (time.perf_counter() - start) / drawn, "nfe": nfe}
         if classify is not None:
-            results[name]["agreement"] = _share(classify(images), labels)
+            results[name]["agreement"] = mean_of_shares(lambda x, y: classify(x) == y, images, labels)
         if name == "guided":
             _save_grid(run_dir / "samples.png", images, labels, dataset)
     times = frame_times(config.method, config.frames)
     animate = _generator(config, experiment, frames=times)
     labels = np.repeat(np.arange(NUM_CLASSES), 5)
-    frames = animate(params, key, experiment.draw_x0(jax.random.fold_in(key, 1), len(labels)), labels).trajectory
+    x0 = experiment.draw_x0(jax.random.fold_in(key, 1), len(labels))
+    frames = generate_together(animate, params, key, x0, labels).trajectory
     save_animation(run_dir / "animation.gif", np.asarray(frames), times=times, columns=10)
     return results
-
-
-def _share(predicted: np.ndarray, labels: np.ndarray) -> float:
-    return float(np.mean(predicted == labels))
 
 
 def _save_grid(path: Path, images: np.ndarray, labels: np.ndarray, dataset: ImageDataset) -> None:

@@ -1,11 +1,14 @@
 """The method of an experiment: path, coupling, prediction, times and weight, each one option."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import jax
+
 from experiments.lab.experiment import Experiment
 from experiments.lab.options import check_options
+from experiments.lab.processes import Share
 from fm_jax import couplings, losses, schedules, times
 from fm_jax.data.coupled import CoupledBatches
 from fm_jax.losses import flow_matching
@@ -87,18 +90,29 @@ class Method:
                 return times.Rescale(TIMES[name], low, high)
 
 
-def couple_ahead(method: Method, data: DataIterator, key: Key, source: Source) -> DataIterator:
-    """The data with their `x0`, paired in a thread ahead of the training; as they are, if nothing is to be paired."""
+def couple_ahead(method: Method, data_of: Callable[[int, int], DataIterator], key: Key, source: Source) -> DataIterator:
+    """This process's share of the data, with their `x0` paired in a thread ahead of the training if need be.
+
+    A batch is paired as a whole, by every process alike, so that the pairs do not depend on how many there are.
+
+    Args:
+        method: whose coupling it is.
+        data_of: `data_of(index, count)`, the share of one of so many processes.
+        key: of the coupling.
+        source: of x0.
+    """
+    index, count = jax.process_index(), jax.process_count()
     if method.coupling == "independent":
-        return data
-    return CoupledBatches(
-        data,
+        return data_of(index, count)
+    whole = CoupledBatches(
+        data_of(0, 1),
         COUPLINGS[method.coupling],
         key,
         source=source,
         group=method.coupled_batches,
         reuse=method.reuse_pairs,
     )
+    return Share(whole) if count > 1 else whole
 
 
 def make_loss(method: Method, experiment: Experiment) -> LossFn:

@@ -12,6 +12,7 @@ import tyro
 from experiments.lab.experiment import Experiment
 from experiments.lab.method import Method
 from experiments.lab.options import Range, check_options
+from experiments.lab.processes import everywhere, gathered, spread
 from experiments.lab.samplers import SAMPLERS, make_sampler, options_of, table, takers_of
 from fm_jax.checks import check_member
 from fm_jax.guidance import (
@@ -245,8 +246,10 @@ def make_generate(
 
 def generate_many(
     generate: Generate, params: Params, key: Key, experiment: Experiment, labels: Array | np.ndarray, batch_size: int
-) -> tuple[Array, float | None]:
+) -> tuple[np.ndarray, float | None]:
     """Draws a sample for every label, in batches of one size so that all share one compilation.
+
+    All devices of all processes share a batch; it is filled up where they do not divide it.
 
     Args:
         generate: from `make_generate`.
@@ -257,18 +260,31 @@ def generate_many(
         batch_size: samples drawn at once.
 
     Returns:
-        Samples [num, ...], and the mean number of network evaluations an example, `None` if a sampler does not say.
+        Samples [num, ...] in each process, and the mean number of network evaluations an example, `None` if a sampler
+        does not say.
     """
-    num = len(labels)
-    padded = jnp.resize(labels, (-(-num // batch_size) * batch_size,))
+    num, params = len(labels), everywhere(params)
+    padded = np.resize(labels, (-(-num // batch_size) * batch_size,))
     samples, nfe = [], []
     for i, part in enumerate(padded.reshape(-1, batch_size)):
         key_x0, key_sampler = jax.random.split(jax.random.fold_in(key, i))
-        solution = generate(params, key_sampler, experiment.draw_x0(key_x0, batch_size), part)
-        samples.append(solution.x)
-        nfe.append(solution.nfe)
-    mean_nfe = None if None in nfe else float(jnp.mean(jnp.asarray(nfe)))
-    return jnp.concatenate(samples)[:num], mean_nfe
+        found = generate_together(generate, params, key_sampler, experiment.draw_x0(key_x0, batch_size), part)
+        samples.append(found.x)
+        nfe.append(found.nfe)
+    mean_nfe = None if None in nfe else float(np.mean(np.asarray(nfe)))
+    return np.concatenate(samples)[:num], mean_nfe
+
+
+def generate_together(generate: Generate, params: Params, key: Key, x0: Array, labels: Cond) -> Solution:
+    """One call of `generate`, of which every device of every process has a share; the solution is on each host.
+
+    The arguments are the same in all processes.
+    """
+    num, labels = len(x0), None if labels is None else spread(labels)
+    solution = jax.block_until_ready(generate(everywhere(params), key, spread(x0), labels))
+    trajectory = None if solution.trajectory is None else gathered(solution.trajectory)[:, :num]
+    nfe = None if solution.nfe is None else gathered(solution.nfe)
+    return Solution(gathered(solution.x)[:num], None, nfe[:num] if nfe is not None and nfe.ndim else nfe, trajectory)
 
 
 def nfe_text(nfe: float | None) -> str:

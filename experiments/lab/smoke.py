@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from experiments.lab.processes import by_first, wait_for_all
 from fm_jax.train.folder import LOCK, lock_folder
 
 TRAINING = {"total_steps": 4, "warmup_steps": 0, "log_every": 2, "save_every": 2, "sample_every": 4}
@@ -33,7 +34,7 @@ def smoke(config: Any, **smaller: Any) -> Any:
     jax.config.update("jax_disable_most_optimizations", True)
     if hasattr(config, "training"):
         folder = {"run_dir": _afresh(config.training.run_dir)}
-        batch_size = 8 * jax.local_device_count() * config.training.accumulate
+        batch_size = 8 * jax.device_count() * config.training.accumulate
         smaller["training"] = TRAINING | {"batch_size": batch_size} | folder
     else:
         smaller["run_dir"] = _afresh(config.run_dir)
@@ -48,6 +49,13 @@ def _replace(config: Any, values: dict[str, Any]) -> Any:
 def _afresh(run_dir: Path) -> Path:
     run_dir = run_dir if run_dir.name not in ("", "..") else run_dir.resolve()
     folder = run_dir.with_name(run_dir.name + "-smoke")
+    _clear(folder)
+    wait_for_all("the folder of the smoke run")
+    return folder
+
+
+@by_first
+def _clear(folder: Path) -> None:
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
         raise ValueError(f"{folder}, where --smoke would put its results, is not a folder: give another --run-dir.")
     with lock_folder(folder):
@@ -59,7 +67,6 @@ def _afresh(run_dir: Path) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(parents=True)
     (folder / MARK).touch()
-    return folder
 
 
 def _is_ours(folder: Path) -> bool:

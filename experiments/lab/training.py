@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import json
+import signal
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,18 +15,22 @@ import numpy as np
 
 from experiments.lab.figures import save_loss_curve
 from experiments.lab.options import SEED, STEPS, check_multiple, check_options, option
+from experiments.lab.processes import by_first, is_first
 from fm_jax.checks import shown
 from fm_jax.train import TrainState, create_state, make_optimizer, make_step
 from fm_jax.train.checkpoint import Checkpointer
 from fm_jax.train.folder import check_places, write_text
 from fm_jax.train.log import MetricsWriter, read_metrics
 from fm_jax.train.loop import DataIterator, fit
-from fm_jax.train.parallel import pmap_step, split_batch
+from fm_jax.train.parallel import ParallelStep, fsdp_step, pmap_step, shard_map_step
+from fm_jax.train.sharding import data_mesh, fsdp_mesh
+from fm_jax.train.step import AXIS
 from fm_jax.types import Key, LossFn, Params
 
-CONFIG, RESULTS, METRICS = "config.json", "results.json", "metrics.jsonl"
+CONFIG, RESULTS, METRICS, PROFILE = "config.json", "results.json", "metrics.jsonl", "profile"
 _MAY_CHANGE: tuple[str, ...] = ("data_dir", "sampling", "num_samples", "frames", "floor_repeats")
 _MAY_CHANGE += tuple(f"training.{name}" for name in ("run_dir", "log_every", "save_every", "sample_every", "keep"))
+_MAY_CHANGE += tuple(f"training.{name}" for name in ("parallel", "shards", "steps_per_call", "profile"))
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Training:
     total_steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 128
-    """Examples a step, over all devices of this process."""
+    """Examples a step, over all devices of all processes."""
     learning_rate: float = 1e-3
     """Peak learning rate of Adam."""
     warmup_steps: int = 0
@@ -63,6 +68,16 @@ class Training:
     """Checkpoints kept."""
     sample_every: int = 500
     """Steps between two pictures of samples drawn during training."""
+    parallel: Literal["pmap", "shard_map", "fsdp"] | None = None
+    """How devices share a step: each computes its share of the batch, under pmap in one process or shard_map in any
+    number, the same bits; or the compiler divides the whole batch and the state is cut over devices (fsdp), with the
+    same noise on any number of them. By default pmap, or shard_map in several processes."""
+    shards: int | None = None
+    """Devices that one copy of the state is cut over under fsdp; by default all."""
+    steps_per_call: int | None = None
+    """Steps in one call of the devices; by default what was the quickest for the network."""
+    profile: bool = False
+    """Trace some of the first steps to the folder profile of the run, for TensorBoard and Perfetto."""
 
     def __post_init__(self) -> None:
         check_options(
@@ -80,18 +95,52 @@ class Training:
                 f"--warmup-steps must be less than --total-steps, got {self.warmup_steps} and {self.total_steps}."
             )
 
+    def unused(self, prefix: str = "training.") -> Iterator[tuple[str, str]]:
+        """Options of no effect, and why."""
+        if self.parallel != "fsdp":
+            yield prefix + "shards", "only --parallel fsdp cuts the state"
+
 
 def check_batch(training: Training) -> None:
-    """Refuses a batch that the devices of this process, or the micro-batches of each, do not share evenly."""
-    devices = jax.local_device_count()
-    check_multiple("--batch-size", training.batch_size, devices, "the devices of this process")
-    share = training.batch_size // devices
+    """Refuses a batch that the devices of all processes, or the micro-batches of each, do not share evenly."""
+    devices, processes = jax.device_count(), jax.process_count()
+    if devices % processes or jax.local_device_count() * processes != devices:
+        raise ValueError(f"All processes must have as many devices, got {jax.local_device_count()} of {devices} here.")
+    check_multiple("--batch-size", training.batch_size, devices, "the devices of " + _all_of(processes))
+    share = training.batch_size // (1 if training.parallel == "fsdp" else devices)
     if share % training.accumulate:
+        whose = "of the batch" if training.parallel == "fsdp" else "that a step has for each device"
+        raise ValueError(f"--accumulate must divide the {share} examples {whose}, got {training.accumulate}.")
+    micro = training.batch_size // training.accumulate
+    if training.parallel == "fsdp":
+        check_multiple("--batch-size over --accumulate", micro, devices, "the devices of " + _all_of(processes))
+    if training.parallel == "pmap" and processes > 1:
         raise ValueError(
-            f"--accumulate must divide the {share} examples that a step has for each device, got {training.accumulate}."
+            f"--parallel pmap joins the devices of one process, got {processes} processes: --parallel shard_map gives "
+            "the same bits."
         )
+    if training.shards is not None and devices % training.shards:
+        raise ValueError(f"--shards must divide the {devices} devices, got {training.shards}.")
 
 
+def _all_of(processes: int) -> str:
+    return "this process" if processes == 1 else f"the {processes} processes"
+
+
+def make_parallel(training: Training, loss_fn: LossFn, optimizer: Any, steps_per_call: int) -> ParallelStep:
+    """The training step on all devices of all processes."""
+    parallel = training.parallel or ("pmap" if jax.process_count() == 1 else "shard_map")
+    step = make_step(loss_fn, optimizer, accumulate=training.accumulate, axis_name=None if parallel == "fsdp" else AXIS)
+    stacked = steps_per_call > 1
+    match parallel:
+        case "pmap":
+            return pmap_step(step, stacked=stacked)
+        case "shard_map":
+            return shard_map_step(step, data_mesh(), stacked=stacked)
+    return fsdp_step(step, fsdp_mesh(training.shards), stacked=stacked)
+
+
+@by_first
 def check_run_dir(config: Any, files: Sequence[str], folders: Sequence[str] = ()) -> None:
     """Refuses a run folder that holds the run of another experiment, or in which names are taken.
 
@@ -105,7 +154,7 @@ def check_run_dir(config: Any, files: Sequence[str], folders: Sequence[str] = ()
         OSError: if a folder has the name of a file, or the other way round.
     """
     run_dir = config.training.run_dir
-    check_places(run_dir, [CONFIG, RESULTS, METRICS, *files], ["checkpoints", "tensorboard", *folders])
+    check_places(run_dir, [CONFIG, RESULTS, METRICS, *files], ["checkpoints", "tensorboard", PROFILE, *folders])
     check_experiment(run_dir, config.EXPERIMENT)
 
 
@@ -128,49 +177,79 @@ def train(
     loss_fn: LossFn,
     data: DataIterator,
     draw: Callable[[int, TrainState], None] | None = None,
+    steps_per_call: int = 1,
 ) -> TrainState:
-    """Trains to the end, from wherever the run folder is, on all local devices under `pmap`.
+    """Trains to the end, from wherever the run folder is, on all devices of all processes.
 
     Args:
         config: dataclass with a `training: Training` and the name of its module, `EXPERIMENT`.
         key: what the loss draws with.
-        params: initial parameters.
+        params: initial parameters, the same in all processes.
         loss_fn: from `fm_jax.losses`.
-        data: batches, with a position that can be saved.
+        data: this process's share of the batches, with a position that can be saved.
         draw: called every `sample_every` steps with the step and the state.
+        steps_per_call: that are the quickest, where the configuration does not say.
 
     Returns:
         The state at `total_steps`.
     """
-    training = config.training
-    optimizer = _optimizer(training)
-    state = create_state(params, optimizer, training.ema_decays)
+    training, several = config.training, jax.process_count() > 1
+    optimizer, steps_per_call = _optimizer(training), training.steps_per_call or steps_per_call
+    step_fn = make_parallel(training, loss_fn, optimizer, steps_per_call)
+
+    def create(params: Params) -> TrainState:
+        return create_state(params, optimizer, training.ema_decays)
+
+    shapes = jax.eval_shape(create, params)
+    shardings = step_fn.shardings(shapes)
     with contextlib.ExitStack() as stack:
         checkpointer = stack.enter_context(contextlib.closing(_checkpointer(config)))
-        if (restored := checkpointer.restore(state)) is not None:
+        template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+        if (restored := checkpointer.restore(template)) is not None:
             state, key, position = restored
             data.set_state(position)
-            print(f"Continuing {training.run_dir} from step {int(state.step):,}.")
-        writer = stack.enter_context(contextlib.closing(MetricsWriter(training.run_dir, start_step=int(state.step))))
-        if missing := _missing_lines(training, int(state.step)):
-            print(f"{training.run_dir / METRICS} has no lines of steps {missing}: loss.png goes without them.")
-        # Accepted: from here on the results are those of another configuration.
-        (training.run_dir / RESULTS).unlink(missing_ok=True)
-        write_config(config)
-        devices = jax.local_devices()
-        return fit(
-            pmap_step(make_step(loss_fn, optimizer, accumulate=training.accumulate), devices),
+            print(f"Continuing {training.run_dir} from step {int(state.step):,}.{_other_noise(training, checkpointer)}")
+        elif several or training.parallel == "fsdp":  # no device holds a whole state
+            state = jax.jit(create, out_shardings=shardings)(jax.device_get(params))
+        else:
+            state = create(params)
+        step, writer = int(state.step), None
+        if is_first():
+            writer = stack.enter_context(contextlib.closing(MetricsWriter(training.run_dir, start_step=step)))
+            if missing := _missing_lines(training, step):
+                print(f"{training.run_dir / METRICS} has no lines of steps {missing}: loss.png goes without them.")
+            # Accepted: from here on the results are those of another configuration.
+            (training.run_dir / RESULTS).unlink(missing_ok=True)
+            write_config(config)
+        state = fit(
+            step_fn,
             state,
             key,
             data,
             num_steps=training.total_steps,
-            batch_to_device=lambda batch: split_batch(batch, len(devices)),
             images_per_batch=training.batch_size,
+            steps_per_call=steps_per_call,
             checkpointer=checkpointer,
             writer=writer,
             log_every=training.log_every,
             callbacks=[] if draw is None else [(training.sample_every, draw)],
+            progress=None if is_first() else False,
+            profile_dir=training.run_dir / PROFILE if training.profile and is_first() else None,
         )
+    if several:  # all is saved: SIGTERM, which JAX has put off since the processes met, ends them again
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return state
+
+
+def _other_noise(training: Training, checkpointer: Checkpointer) -> str:
+    """What there is to say of a run that continues on other devices."""
+    before, now = checkpointer.restored_devices, jax.device_count()
+    if before in (None, now) or training.parallel == "fsdp":
+        return ""
+    return (
+        f" It was saved on {before} device(s) and continues on {now}: each draws noise of its own, so that the numbers "
+        "are other ones from here on. --parallel fsdp draws the same on any number."
+    )
 
 
 def restore(config: Any, params: Params) -> TrainState:
@@ -224,6 +303,7 @@ def config_to_json(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
+@by_first
 def write_config(config: Any) -> None:
     """Writes `config.json`, with the module that can read it back."""
     write_text(config.training.run_dir / CONFIG, _config_text(config))
@@ -235,6 +315,7 @@ def is_config_of_run(config: Any) -> bool:
     return path.is_file() and path.read_bytes() == _config_text(config).encode()
 
 
+@by_first
 def write_results(run_dir: Path, results: dict[str, Any]) -> None:
     """Writes `results.json`."""
     write_text(run_dir / RESULTS, json.dumps(results, indent=2) + "\n")
@@ -249,6 +330,7 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
     return results if isinstance(results, dict) else None
 
 
+@by_first
 def draw_loss(run_dir: Path) -> None:
     """Draws the losses of `metrics.jsonl` as `loss.png`, or says that there are none."""
     if rows := [row for row in _metrics(run_dir) if "loss" in row]:

@@ -29,6 +29,7 @@ import numpy as np
 from experiments.lab import command_line
 from experiments.lab.figures import save_trajectory_table
 from experiments.lab.options import SEED, check_options, check_some, option
+from experiments.lab.processes import by_first, is_first, own_folder, wait_for_all
 from experiments.lab.smoke import smoke
 from experiments.lab.training import check_experiment
 from experiments.torchcfm_table import peer
@@ -36,7 +37,7 @@ from experiments.torchcfm_table.methods import METHODS, SMOKE_RECIPE, Recipe, Tr
 from experiments.torchcfm_table.problems import PROBLEMS, Splits, draw, make_splits
 from fm_jax.checks import check_member
 from fm_jax.metrics import floor, normalised_path_energy_floor, wasserstein
-from fm_jax.train.folder import check_places, lock_folder, make_folder, replacing, write_text
+from fm_jax.train.folder import check_places, make_folder, replacing, write_text
 
 COLUMNS = {
     "w2": "2-Wasserstein distance from {num} samples to as many test points",
@@ -225,7 +226,7 @@ def load_peer(job: dict[str, Any]) -> Trained:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Trains, judges and writes the table; returns the results."""
+    """Trains, judges and writes the table; returns the results, in the first process."""
     config = smoke(
         config,
         recipe=SMOKE_RECIPE,
@@ -239,9 +240,10 @@ def run(config: Config) -> dict[str, Any]:
         if python.exists():  # a path, though "./python" has lost what says so
             config = dataclasses.replace(config, peer_python=python.absolute())
         check_peer(config.peer_python)
-    with lock_folder(config.run_dir):
+    with own_folder(config.run_dir):
         _prepare(config)
-        started = start_peer(config)
+        wait_for_all("the folder of the cells")
+        started = start_peer(config) if is_first() else None
         try:
             return _run(config, started)
         finally:
@@ -252,12 +254,15 @@ def run(config: Config) -> dict[str, Any]:
 def _run(config: Config, started: tuple[list[dict[str, Any]], subprocess.Popen] | None) -> dict[str, Any]:
     reference = references(config)
     done = [*cells(config, config.methods)]
-    for cell in done:
+    for cell in done[jax.process_index() :: jax.process_count()]:  # each process trains its part of them
         if not _is_whole(_path(config, cell), *COLUMNS, "trajectory"):
             splits = _splits(config, cell)
             trained = train(cell.method, config.recipe, splits, cell.seed)
             judge(config, cell, trained, splits, reference[cell.problem]["energy"])
             print(f"{cell.method}, {cell.problem}, seed {cell.seed}: {trained.seconds:.1f} s", flush=True)
+    wait_for_all("the end of the trainings")
+    if not is_first():
+        return {}
     if started is not None:
         jobs, process = started
         if process.wait():
@@ -348,6 +353,7 @@ def _figure(config: Config, done: list[Cell]) -> None:
     save_trajectory_table(config.run_dir / "trajectories.png", panels, config.problems)
 
 
+@by_first
 def _prepare(config: Config) -> None:
     """Makes the folder, or goes on in one that was made for the same table."""
     files = ["config.json", "results.json", "table.md", "trajectories.png"]

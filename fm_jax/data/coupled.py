@@ -1,11 +1,13 @@
-"""Batches that are paired ahead of time: a coupling's host work runs in a thread while the device trains."""
+"""Batches that are paired ahead of time: a coupling's host work runs in threads while the device trains."""
 
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fm_jax.checks import (
@@ -25,13 +27,13 @@ from fm_jax.types import Batch, Coupling, Key, Source
 
 
 class CoupledBatches:
-    """Batches of `data` with `x0` paired to their `x1`, computed a few blocks ahead in a thread.
+    """Batches of `data` with `x0` paired to their `x1`, computed a few blocks ahead in a thread, or several.
 
     `group` successive batches are coupled as one: transport over more examples than a device trains on at once, or over
     the shares of all devices. With `reuse` above 1, the pairs of as many groups form a block, which is handed out that
     many times, after the first time cut into batches in another order; the loss draws other times for them. So solving
     costs `reuse` times less, and neighbouring steps still see different pairs. The n-th batch is a function of `key`,
-    the data and n alone, however fast the thread is.
+    the data and n alone, however fast the threads are.
 
     Train on them with `coupling=paired`: the pairs are final. Weights of pairs travel as `weight`.
 
@@ -47,10 +49,12 @@ class CoupledBatches:
         reuse: how often each pair is trained on. 1 gives every step new pairs; more where solving takes longer than a
             step.
         ahead: blocks prepared in advance.
+        workers: threads that couple, each a block of its own; of use up to `ahead + 1` and the cores that are free. The
+            data are read by one thread, in their order.
 
     Raises:
-        ValueError: if `group`, `reuse` or `ahead` is less than 1, or for what is no iterator, coupling, key or source.
-            What goes wrong in the thread, as with batches that lack `x1`, is raised by `next`.
+        ValueError: if `group`, `reuse`, `ahead` or `workers` is less than 1, or for what is no iterator, coupling, key
+            or source. What goes wrong in the threads, as with batches that lack `x1`, is raised by `next`.
 
     Example:
         >>> from fm_jax.couplings import minibatch_ot
@@ -72,8 +76,9 @@ class CoupledBatches:
         group: int = 1,
         reuse: int = 1,
         ahead: int = 2,
+        workers: int = 1,
     ):
-        for name, value in (("group", group), ("reuse", reuse), ("ahead", ahead)):
+        for name, value in (("group", group), ("reuse", reuse), ("ahead", ahead), ("workers", workers)):
             check_integer(name, value)
         check_has("data", data, ("__next__",), "an iterator of batches, such as iter(...)")
         check_coupling(coupling)
@@ -83,7 +88,8 @@ class CoupledBatches:
         self._data, self._coupling, self._key, self._source = data, coupling, key, source
         self._group, self._reuse, self._num_ahead = group, reuse, ahead
         self._seed = [int(word) for word in np.asarray(jax.random.key_data(key)).ravel()]
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="coupling")
+        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="reading")
+        self._workers = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="coupling")
         self._ahead: deque[Future] = deque()
         self._next_block = 0
         self._block: tuple[dict[str, Any], deque[Batch]] = ({}, deque())
@@ -112,7 +118,7 @@ class CoupledBatches:
             raise ValueError(f"state must be a position, as get_state gives, got {shown(state)}.")
         for future in self._ahead:
             future.cancel()
-        self._thread.submit(lambda: None).result()  # the block in the making reads the data until then
+        self._reader.submit(lambda: None).result()  # the data are read until then
         self._ahead.clear()
         self._data.set_state(state["data"])
         self._next_block = state["block"]
@@ -122,21 +128,25 @@ class CoupledBatches:
 
     def _advance(self) -> None:
         while len(self._ahead) < self._num_ahead + 1:
-            self._ahead.append(self._thread.submit(self._make, self._next_block))
+            read = self._reader.submit(self._read, self._next_block)
+            self._ahead.append(self._workers.submit(self._make, self._next_block, read))
             self._next_block += 1
         self._block = self._ahead.popleft().result()
 
-    def _make(self, number: int) -> tuple[dict[str, Any], deque[Batch]]:
+    def _read(self, number: int) -> tuple[dict[str, Any], list[Batch]]:
         state: dict[str, Any] = {"block": number}
         if hasattr(self._data, "get_state"):
             state["data"] = self._data.get_state()
-        rng = np.random.default_rng([*self._seed, number])
-        key = jax.random.fold_in(self._key, number)
-        parts = self._parts()
+        return state, self._parts()
+
+    def _make(self, number: int, read: Future) -> tuple[dict[str, Any], deque[Batch]]:
+        state, parts = read.result()
         if not parts:
             return state | {"size": 0}, deque()
+        rng = np.random.default_rng([*self._seed, number])
         groups = [parts[i : i + self._group] for i in range(0, len(parts), self._group)]
-        pairs = _joined([self._couple(_joined(g), jax.random.fold_in(key, i), rng) for i, g in enumerate(groups)])
+        keys = _keys(self._key, np.uint32(number), len(groups))
+        pairs = _joined([self._couple(_joined(g), each, rng) for g, each in zip(groups, keys, strict=True)])
         ends = np.cumsum([len(part["x1"]) for part in parts])
         batches: deque[Batch] = deque()
         for used in range(self._reuse):
@@ -162,8 +172,8 @@ class CoupledBatches:
             parts.append(batch)
         return parts
 
-    def _couple(self, batch: Batch, key: Key, rng: np.random.Generator) -> Batch:
-        key_x0, key_coupling = jax.random.split(key)
+    def _couple(self, batch: Batch, keys: tuple[Key, Key], rng: np.random.Generator) -> Batch:
+        key_x0, key_coupling = keys
         x1 = batch["x1"]
         if batch.get("x0") is not None:
             x0 = batch["x0"]
@@ -178,6 +188,14 @@ class CoupledBatches:
             own = batch.get("weight")
             batch["weight"] = np.asarray(pairing.weight) * (1 if own is None else own)
         return batch
+
+
+@partial(jax.jit, static_argnames="num")
+def _keys(key: Key, number: Any, num: int) -> list[tuple[Key, Key]]:
+    """Keys of the x0 and of the coupling of the groups of a block, in one dispatch: on small batches each counts."""
+    block = jax.random.fold_in(key, number)
+    pairs = jax.lax.map(lambda i: jax.random.split(jax.random.fold_in(block, i)), jnp.arange(num))
+    return [(pairs[i, 0], pairs[i, 1]) for i in range(num)]
 
 
 def _check_alike(batch: Batch, first: Batch) -> None:

@@ -5,10 +5,12 @@ The losses and samplers see any network as a function (`fm_jax.types.ApplyFn`); 
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from fm_jax.checks import check_integer, check_key, is_traced, shown
 from fm_jax.models.adapters import check_kind, from_equinox, from_nnx, linen_apply
@@ -17,6 +19,7 @@ from fm_jax.models.dit import DiT, make_dit
 from fm_jax.models.embed import LabelEmbedding, TokenEmbedding, VectorEmbedding
 from fm_jax.models.icnn import ICNN, linen_potential
 from fm_jax.models.mlp import MLP, PlainMLP
+from fm_jax.models.stack import stack_layers, unstack_layers
 from fm_jax.models.unet import UNet, make_unet
 from fm_jax.types import Key, Params
 
@@ -39,6 +42,8 @@ __all__ = [
     "make_dit",
     "make_unet",
     "num_params",
+    "stack_layers",
+    "unstack_layers",
 ]
 
 
@@ -83,7 +88,8 @@ def num_params(params: Params) -> int:
 def forward_flops(module: nn.Module, event_shape: tuple[int, ...]) -> float:
     """Counts the floating-point operations of one evaluation on one example, as XLA counts them before optimising.
 
-    A multiplication and the addition that follows are two. Nothing is computed and nothing compiled.
+    A multiplication and the addition that follows are two, and what is in a `jax.lax.scan` counts as often as it runs;
+    in a loop of unknown length, once. Nothing is computed and nothing compiled.
 
     Args:
         module: called as `module(t, x)`.
@@ -93,7 +99,23 @@ def forward_flops(module: nn.Module, event_shape: tuple[int, ...]) -> float:
     _check_event_shape(event_shape)
     t, x = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, *event_shape), jnp.float32)
     variables = jax.eval_shape(module.init, jax.random.key(0), t, x)
-    return jax.jit(module.apply).lower(variables, t, x).cost_analysis()["flops"]
+    program = _unrolled(jax.make_jaxpr(module.apply)(variables, t, x))
+    return jax.jit(jaxpr_as_fun(program)).lower(*jax.tree.leaves((variables, t, x))).cost_analysis()["flops"]
+
+
+def _unrolled(value: Any) -> Any:
+    """A program, or what a parameter of its equations holds, with every `scan` written out: XLA counts a body once."""
+    if type(value) is tuple:
+        return tuple(map(_unrolled, value))
+    if isinstance(value, ClosedJaxpr):
+        return value.replace(jaxpr=_unrolled(value.jaxpr))
+    if not isinstance(value, Jaxpr):
+        return value
+    eqns = []
+    for eqn in value.eqns:
+        params = {name: _unrolled(each) for name, each in eqn.params.items()}
+        eqns.append(eqn.replace(params=params | ({"unroll": params["length"]} if eqn.primitive.name == "scan" else {})))
+    return value.replace(eqns=eqns)
 
 
 def _check_event_shape(event_shape: tuple[int, ...]) -> None:

@@ -3,13 +3,15 @@
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_integer, check_member, check_real, check_setting
+from fm_jax.checks import check_bool, check_integer, check_member, check_real, check_setting
 from fm_jax.models.compute import Compute, Dtype
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import SelfAttention, TimeEmbedding, check_image, check_options, zeros
+from fm_jax.models.stack import STACKED
 from fm_jax.shapes import batch_time
 from fm_jax.types import Array, Cond
 
@@ -136,6 +138,10 @@ class DiT(nn.Module):
         embed: module from a condition to a vector, see `fm_jax.models.embed`; `None` for an unconditional field.
             The paper's is `LabelEmbedding(1000, stddev=0.02)`.
         compute: dtype, attention and rematerialisation.
+        scan_layers: trace and compile one block and loop over it, for a program whose size does not grow with
+            `num_layers`. The parameters of the blocks are stacked on a first axis: `fm_jax.models.stack_layers` makes
+            them of those of the unrolled network, and the outputs are the same up to rounding. Initial parameters and
+            dropout have the same law, and other draws.
 
     References:
         Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", section 3.2 and figure 3.
@@ -150,9 +156,11 @@ class DiT(nn.Module):
     dropout: float = 0.0
     embed: nn.Module | None = None
     compute: Compute = Compute()
+    scan_layers: bool = False
 
     def __post_init__(self) -> None:
         check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
+        check_bool("scan_layers", self.scan_layers)
         for name in ("patch_size", "hidden", "num_layers", "num_heads"):
             check_integer(name, getattr(self, name))
         if self.out_channels is not None:
@@ -192,9 +200,7 @@ class DiT(nn.Module):
         position = position_features(height // self.patch_size, width // self.patch_size, self.hidden)
         h = h + jnp.asarray(position, dtype=dtype)[None]
 
-        block = nn.remat(DiTBlock, static_argnums=(3,)) if self.compute.remat else DiTBlock
-        for i in range(self.num_layers):
-            h = block(self.num_heads, self.mlp_ratio, self.dropout, self.compute, name=f"block_{i}")(h, emb, train)
+        h = self._blocks(h, emb, train)
 
         shift, scale = jnp.split(
             nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(nn.silu(emb))[:, None, :], 2, axis=-1
@@ -202,6 +208,33 @@ class DiT(nn.Module):
         h = modulate(layer_norm(jnp.float32, "norm")(h), shift, scale)
         h = nn.Dense(self.patch_size**2 * (self.out_channels or channels), kernel_init=zeros, name="out")(h)
         return unpatchify(h, self.patch_size, height, width)
+
+    def _blocks(self, h: Array, emb: Array, train: bool) -> Array:
+        block = DiTBlock
+        if self.scan_layers:
+            # A loop keeps for its backward pass whatever that wants, where unrolled blocks fuse some of it away again:
+            # keep products alone. And it tells the passes apart by itself.
+            policy = None if self.compute.remat else jax.checkpoint_policies.dots_saveable
+            block = nn.remat(DiTBlock, static_argnums=(3,), prevent_cse=False, policy=policy)
+        elif self.compute.remat:
+            block = nn.remat(DiTBlock, static_argnums=(3,))
+        options = (self.num_heads, self.mlp_ratio, self.dropout, self.compute)
+        if not self.scan_layers:
+            for i in range(self.num_layers):
+                h = block(*options, name=f"block_{i}")(h, emb, train)
+            return h
+
+        def layer(block: nn.Module, h: Array, emb: Array) -> tuple[Array, None]:
+            return block(h, emb, train), None
+
+        layers = nn.scan(
+            layer,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=self.num_layers,
+        )
+        return layers(block(*options, name=STACKED), h, emb)[0]
 
 
 # Peebles & Xie 2022, table 1.

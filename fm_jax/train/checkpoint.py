@@ -5,9 +5,10 @@ import json
 import logging
 import os
 import re
+import time
 import traceback
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from fm_jax.checks import check_function, check_integer, check_key, shown
+from fm_jax.train.checksum import shard_sum
 from fm_jax.train.folder import hold, is_at, make_folder
 from fm_jax.train.state import TrainState, check_train_state
 from fm_jax.types import Array, Key
 
 ALLOW_CHANGE = frozenset({"total_steps", "num_steps", "log_every", "save_every", "sample_every"})
 """Configuration fields that a resumed run may change."""
-_FORMAT = "fm_jax 1"
+_FORMAT, _WHOLE = "fm_jax 2", "fm_jax 1"  # the latter has a CRC-32 of each whole array
+_CHUNK, _FILE = 2**26, 2**27  # bytes that are compressed at a time, and that are gathered before they are written
+_PIECE = 2**21  # elements whose checksum is taken at a time
+_AT_A_TIME = 2**28  # bytes that are read, or twice the largest array where that is more
+_SECONDS = 600  # in which all of several processes must have written their files
 _ABSENT = "absent"
 _NAMES = ("meta", "state", "commit_success.txt", "descriptor", "metrics")
 """What Orbax writes into a checkpoint of ours, besides what begins with an underscore."""
@@ -41,8 +48,17 @@ class Checkpointer:
     array carries a checksum, so a damaged checkpoint is refused rather than trained on. In a folder that is removed
     meanwhile nothing is written any more, on Linux not even by a save that has begun.
 
+    Arrays that are spread over devices are saved and restored shard by shard, onto whatever devices the template names.
+    Several processes write one checkpoint together, each the shards that lie with it. All of them have to make the
+    `Checkpointer`, and to call `save`, `restore` and `wait` alike; what one of them raises, all raise.
+
+    Attributes:
+        restored_devices: how many devices held the state that `restore` returned when it was saved; `None` before, and
+            for a checkpoint of a version that did not say.
+        restored_processes: how many processes there were then, likewise.
+
     Args:
-        run_dir: folder of the run, created if absent.
+        run_dir: folder of the run, created if absent; in several processes, one that all of them see.
         config: what determines the run; a JSON-like dict, such as `dataclasses.asdict` makes.
         keep: how many checkpoints to keep, the latest ones.
         save_every: the default of `fit`.
@@ -81,16 +97,31 @@ class Checkpointer:
         self._config = _through_json("config", dict(config), exact=False)
         self._allow_change = frozenset(allow_change)
         self._name_of = name_of or (lambda path: path)
-        if self.directory.exists() and not self.directory.is_dir():
-            raise CheckpointError(f"{self.directory} is a file, not a folder. Nothing was overwritten.")
-        make_folder(self.directory)
-        self._folder = hold(self.directory)
+        self.restored_devices: int | None = None
+        self.restored_processes: int | None = None
+        with _one_verdict():
+            if self.directory.exists() and not self.directory.is_dir():
+                raise CheckpointError(f"{self.directory} is a file, not a folder. Nothing was overwritten.")
+            if jax.process_index() == 0:
+                make_folder(self.directory)
+        with _one_verdict():
+            _wait_for(self.directory)
+            self._folder = hold(self.directory)
         # Orbax makes every folder above the one that it writes to. By this name there is none to make once it is gone.
         # Several processes agree on names, and these numbers are each one's own.
         held = Path(f"/proc/self/fd/{self._folder}")
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, save_root_metadata=False)
-        by_number = jax.process_count() == 1 and held.is_dir()
-        self._manager = ocp.CheckpointManager(held if by_number else self.directory, options=options)
+        alone = jax.process_count() == 1
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            save_root_metadata=False,
+            single_host_load_and_broadcast=not alone,  # the steps that process 0 sees
+            async_options=ocp.AsyncOptions() if alone else ocp.AsyncOptions(timeout_secs=_SECONDS),
+        )
+        self._manager = ocp.CheckpointManager(
+            held if alone and held.is_dir() else self.directory,
+            options=options,
+            item_handlers={"state": _handler(), "meta": ocp.JsonCheckpointHandler()},
+        )
         self._started_from = self.latest_step()
         self._restored = False
 
@@ -106,7 +137,8 @@ class Checkpointer:
         """Copies the state to the host and writes it in the background; a step already saved is left alone.
 
         Args:
-            state: as it comes from the step.
+            state: as it comes from the step. In several processes its arrays are global; one that each process holds
+                for itself is saved by the first.
             key: the key of the run.
             data_state: position in the data; must survive JSON.
 
@@ -115,44 +147,60 @@ class Checkpointer:
                 checkpoint, or the one before it, cannot be written, or someone else's has its name.
             ValueError: if `data_state` does not survive JSON.
         """
-        check_train_state("state", state)
-        check_key(key)
-        if not isinstance(data_state, Mapping):
-            raise ValueError(f"data_state must be a dict, as from data.get_state(), got {shown(data_state)}.")
-        step = int(state.step)
-        if self._started_from is not None and not self._restored:
-            raise CheckpointError(
-                f"{self.directory} already holds checkpoints, up to step {self._started_from}, that this run was not "
-                "restored from. Call restore first, or take another --run-dir. Nothing was overwritten."
-            )
-        if step == self.latest_step():
+        with _one_verdict():
+            check_train_state("state", state)
+            check_key(key)
+            if not isinstance(data_state, Mapping):
+                raise ValueError(f"data_state must be a dict, as from data.get_state(), got {shown(data_state)}.")
+            step = int(state.step)
+            if self._started_from is not None and not self._restored:
+                raise CheckpointError(
+                    f"{self.directory} already holds checkpoints, up to step {self._started_from}, that this run was "
+                    "not restored from. Call restore first, or take another --run-dir. Nothing was overwritten."
+                )
+            if saved := step == self.latest_step():
+                position = {}
+            else:
+                position = _through_json("data_state", dict(data_state), exact=True)
+                self._check_folder()
+                if jax.process_index() == 0 and self.path(step).exists():
+                    raise CheckpointError(f"{self.path(step)} is there, and not of this run: move it away.")
+        if saved:
             return
-        # A copy, because the next step is given the state's memory.
-        host = jax.tree.map(lambda x: np.array(x), state)
+        held = jax.tree.map(_held, state)
+        names, leaves = _named_leaves(held)
+        sums = _over_processes(_sums(leaves), leaves)
         body = {
             "step": step,
             "key": {"impl": str(jax.random.key_impl(key)), "data": np.asarray(jax.random.key_data(key)).tolist()},
-            "data_state": _through_json("data_state", dict(data_state), exact=True),
+            "data_state": position,
             "config": self._config,
-            "leaves": _describe(host),
+            "devices": len(state.step.sharding.device_set) if isinstance(state.step, jax.Array) else 1,
+            "processes": jax.process_count(),
+            "leaves": {
+                name: [list(x.shape), str(x.dtype), int(each)]
+                for name, x, each in zip(names, leaves, sums, strict=True)
+            },
         }
         meta = {"format": _FORMAT, "body": body, "crc32": _crc32_json(body)}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(host), meta=ocp.args.JsonSave(meta))
-        self._check_folder()
-        if self.path(step).exists():
-            raise CheckpointError(f"{self.path(step)} is there, and not of this run: move it away.")
-        with self._writing():
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK), held)
+        args = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(held, save_args=chunks, ocdbt_target_data_file_size=_FILE),
+            meta=ocp.args.JsonSave(meta),
+        )
+        with _one_verdict(), self._writing():
             self._manager.save(step, args=args, force=True)
 
     def restore(self, template: TrainState) -> tuple[TrainState, Key, dict[str, Any]] | None:
-        """Reads the latest checkpoint.
+        """Reads the latest checkpoint, each process what goes to its devices.
 
         Args:
-            template: a state of this run's shapes, from `create_state`.
+            template: a state of this run's shapes, from `create_state`, or `jax.ShapeDtypeStruct`s in its place.
 
         Returns:
             The state, the key and the data position as they were saved, or `None` if there is no checkpoint. A leaf
-            goes where the template's was committed, else to the default device.
+            goes where the template's was committed or where its `sharding` says, on whatever mesh, else to the default
+            device.
 
         Raises:
             CheckpointError: if the checkpoint is damaged, has other arrays than `template`, or comes from a run with
@@ -163,23 +211,28 @@ class Checkpointer:
         step = self.latest_step()
         if step is None:
             return None
-        self._refuse_foreign()
         path = self.path(step)
-        body = self._read_meta(step)
-        self._check_config(path, body["config"])
-        _check_leaves(path, body["leaves"], template)
-        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), template)
-        try:
-            host = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(zeros))).state
-            found = _describe(host)
-        except Exception as error:
-            raise self._damaged(path, f"its arrays cannot be read ({_brief(error)})") from error
-        wrong = [name for name, (_, _, crc32) in found.items() if crc32 != body["leaves"][name][2]]
-        if wrong:
-            raise self._damaged(path, f"the checksum of {_some(wrong)} does not match")
+        with _one_verdict():
+            if jax.process_index() == 0:
+                self._refuse_foreign()
+            written, body = self._read_meta(step)
+            self._check_config(path, body["config"])
+            _check_leaves(path, body["leaves"], template)
+        with _one_verdict():
+            state = self._read_state(path, template)
+        names, leaves = _named_leaves(state)
+        if written == _WHOLE:
+            sums = [_crc32(x) for x in leaves]
+        else:
+            sums = _over_processes(_sums(leaves), leaves).tolist()
+        with _one_verdict():
+            found = [[list(x.shape), str(x.dtype), each] for x, each in zip(leaves, sums, strict=True)]
+            if wrong := [name for name, each in zip(names, found, strict=True) if each != body["leaves"][name]]:
+                raise self._damaged(path, f"the checksum of {_some(wrong)} does not match")
         key = jax.random.wrap_key_data(jnp.array(body["key"]["data"], jnp.uint32), impl=body["key"]["impl"])
         self._restored = True
-        return jax.tree.map(_place, host, template), key, body["data_state"]
+        self.restored_devices, self.restored_processes = body.get("devices"), body.get("processes")
+        return jax.tree.map(_anew, state), key, body["data_state"]
 
     def wait(self) -> None:
         """Returns once the last checkpoint is on disk.
@@ -187,7 +240,7 @@ class Checkpointer:
         Raises:
             CheckpointError: if it could not be written.
         """
-        with self._writing():
+        with _one_verdict(), self._writing():
             self._manager.wait_until_finished()
 
     def close(self) -> None:
@@ -239,20 +292,36 @@ class Checkpointer:
         if found and not _is_ours(found[0]):  # an older one may be half removed
             raise self._damaged(found[0], "there is no checkpoint in it")
 
-    def _read_meta(self, step: int) -> dict[str, Any]:
+    def _read_meta(self, step: int) -> tuple[str, dict[str, Any]]:
         path = self.path(step)
         try:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+            meta = json.loads((path / "meta" / "metadata").read_bytes())
             written = meta["format"]
         except Exception as error:
             raise self._damaged(path, f"its description cannot be read ({_brief(error)})") from error
-        if written != _FORMAT:
+        if written not in (_FORMAT, _WHOLE):
             raise CheckpointError(
-                f"{path} has format {written!r}, and this version reads {_FORMAT!r}. Nothing was overwritten."
+                f"{path} has format {written!r}, and this version reads {_WHOLE!r} and {_FORMAT!r}. "
+                "Nothing was overwritten."
             )
         if _crc32_json(meta["body"]) != meta["crc32"]:
             raise self._damaged(path, "the checksum of its description does not match")
-        return meta["body"]
+        if written == _WHOLE and jax.process_count() > 1:
+            raise CheckpointError(
+                f"{path} has format {written!r}, whose checksums one process has to read, and there are "
+                f"{jax.process_count()}: restore it in one process and save it there. Nothing was overwritten."
+            )
+        return written, meta["body"]
+
+    def _read_state(self, path: Path, template: TrainState) -> TrainState:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), template)
+        largest = max(np.prod(x.shape, dtype=int) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        args = ocp.args.PyTreeRestore(item=shapes, restore_args=jax.tree.map(_whereto, template))
+        # Not by the manager, which waits for the other processes where one of them has raised an error.
+        try:
+            return _handler(max(_AT_A_TIME, 2 * largest + 1)).restore(path / "state", args=args)
+        except Exception as error:
+            raise self._damaged(path, f"its arrays cannot be read ({_brief(error)})") from error
 
     def _damaged(self, path: Path, reason: str) -> CheckpointError:
         before = [step for step in self._manager.all_steps() if self.path(step) != path]
@@ -274,12 +343,129 @@ class Checkpointer:
             )
 
 
-def _describe(tree: TrainState) -> dict[str, list]:
-    """Name of each leaf -> [shape, dtype, CRC-32 of its bytes]."""
-    names, leaves = _named_leaves(tree)
-    with ThreadPoolExecutor() as pool:  # zlib lets go of the interpreter lock
-        sums = pool.map(lambda x: zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data), leaves)
-        return {name: [list(x.shape), str(x.dtype), crc32] for name, x, crc32 in zip(names, leaves, sums, strict=True)}
+def _handler(at_a_time: int = _AT_A_TIME) -> ocp.PyTreeCheckpointHandler:
+    """Orbax's handler of pytrees, which reads less than so many bytes at a time."""
+    registry = ocp.type_handlers.create_type_handler_registry(
+        # Replica 0 of each shard, as it lies on its device: a part of every replica would have to be cut out there.
+        (jax.Array, ocp.type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)),
+        (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    )
+    return ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry,
+        handler_impl=ocp.BasePyTreeCheckpointHandler(
+            type_handler_registry=registry,
+            restore_concurrent_bytes=at_a_time,
+            # What the checksum was taken of is written: to pinned memory it would be transferred once more.
+            enable_pinned_host_transfer=False,
+        ),
+    )
+
+
+def _held(x: Array) -> Array | np.ndarray:
+    """What stays as it is while it is written, although the next step is given the state's memory."""
+    alone = jax.process_count() == 1
+    if not isinstance(x, jax.Array) or (x.is_fully_addressable and not alone):
+        return np.array(x)
+    if alone and x.is_fully_replicated:
+        x = x.addressable_data(0)
+    if x.sharding.memory_kind == "device" and next(iter(x.devices())).platform != "cpu":
+        # Orbax has copied it to the host when its `save` returns: `transfer_arrays_to_host` comes before the first
+        # thing that it does in the background.
+        return _anew(x)
+    return jax.device_put(x, x.sharding, may_alias=False)  # here NumPy and Orbax read the very memory of the device
+
+
+def _anew(x: Array) -> Array:
+    """The same memory under a new object, free of the host's copy or view that the old one keeps once it was read."""
+    if not isinstance(x, jax.Array):
+        return jnp.array(x)  # a copy: memory that NumPy still owns could not be donated
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, [each.data for each in x.addressable_shards])
+
+
+def _whereto(like: Any) -> ocp.RestoreArgs:
+    """How Orbax is to read a leaf: into a sharding, or to the host, from where it goes to the default device."""
+    named = isinstance(like, jax.ShapeDtypeStruct) or getattr(like, "committed", False)
+    if named and like.sharding is not None:
+        return ocp.ArrayRestoreArgs(sharding=like.sharding, global_shape=like.shape, dtype=like.dtype)
+    return ocp.RestoreArgs(restore_type=np.ndarray)
+
+
+def _sums(leaves: Sequence[Array]) -> np.ndarray:
+    """[leaves] uint64, the sums over the shards of this process; each shard counts once, whatever its replicas."""
+    shards = []
+    for i, x in enumerate(leaves):
+        if not isinstance(x, jax.Array):
+            shards.append((i, x, (0,) * x.ndim))
+            continue
+        for each in x.addressable_shards:
+            if each.replica_id == 0:
+                each.data.copy_to_host_async()
+                shards.append((i, each.data, tuple(part.start or 0 for part in each.index)))
+    pieces = [(i, *each) for i, shard, start in shards for each in _pieces(np.asarray(shard), start)]
+    sums = np.zeros(len(leaves), np.uint64)
+    with ThreadPoolExecutor() as pool:  # NumPy lets go of the interpreter lock
+        parts = pool.map(lambda i, piece, start: shard_sum(piece, start, leaves[i].shape), *zip(*pieces, strict=True))
+        np.add.at(sums, [i for i, _, _ in pieces], np.array(list(parts), np.uint64))
+    return sums
+
+
+def _pieces(shard: np.ndarray, start: tuple[int, ...]) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+    """A shard in pieces, each with the place of its first element."""
+    if shard.size <= _PIECE:
+        yield shard, start
+        return
+    axis = next(axis for axis, n in enumerate(shard.shape) if n > 1)
+    for part, offset in zip(np.split(shard, [shard.shape[axis] // 2], axis), (0, shard.shape[axis] // 2), strict=True):
+        yield from _pieces(part, (*start[:axis], start[axis] + offset, *start[axis + 1 :]))
+
+
+def _over_processes(sums: np.ndarray, leaves: Sequence[Array]) -> np.ndarray:
+    """[leaves] uint64, the sums over all shards: those of the other processes are added where an array is global."""
+    if jax.process_count() == 1:
+        return sums
+    own = np.array([not isinstance(x, jax.Array) or x.is_fully_addressable for x in leaves])
+    # Without jax_enable_x64 there are no integers of 64 bits.
+    gathered = np.ascontiguousarray(multihost_utils.process_allgather(sums.view(np.uint32)))
+    return np.where(own, sums, gathered.view(np.uint64).sum(axis=0))
+
+
+def _crc32(x: Array) -> int:
+    return zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data)
+
+
+@contextlib.contextmanager
+def _one_verdict() -> Iterator[None]:
+    """What one process raises in here, all raise; nothing in here may wait for another process."""
+    if jax.process_count() == 1:
+        yield
+        return
+    raised = None
+    try:
+        yield
+    except Exception as error:
+        raised = error
+    said = np.zeros(2000, np.uint8)
+    if raised is not None:
+        text = (str(raised) or _brief(raised)).encode()[: said.size]
+        said[: len(text)] = list(text)
+    texts = multihost_utils.process_allgather(said)
+    if raised is not None:
+        raise raised
+    for process, text in enumerate(texts):
+        if text.any():
+            raise CheckpointError(f"Process {process}: {bytes(text).rstrip(bytes(1)).decode(errors='replace')}")
+
+
+def _wait_for(folder: Path, seconds: float = 10) -> None:
+    """Returns once a folder that another process has made is seen here too."""
+    end = time.monotonic() + seconds
+    while not folder.is_dir():
+        if time.monotonic() > end:
+            raise CheckpointError(
+                f"{folder} was made by process 0, and process {jax.process_index()} does not see it: give a --run-dir "
+                "that all processes share."
+            )
+        time.sleep(0.1)
 
 
 def _named_leaves(tree: TrainState) -> tuple[list[str], list[Array]]:
@@ -304,11 +490,6 @@ def _check_leaves(path: Path, saved: Mapping[str, list], template: TrainState) -
             f"{path} is a checkpoint of another model or optimiser: {'; '.join(complaints)}. Restore the old "
             "settings, or start anew with another --run-dir. Nothing was overwritten."
         )
-
-
-def _place(host: np.ndarray, like: Array) -> Array:
-    # jnp.array copies: memory that NumPy still owns could not be donated.
-    return jax.device_put(host, like.sharding) if getattr(like, "committed", False) else jnp.array(host)
 
 
 def _is_number(name: str) -> bool:

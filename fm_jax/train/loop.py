@@ -1,17 +1,21 @@
 """The training loop: everything around the step that touches the outside world."""
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import numpy as np
 
 from fm_jax.checks import check_bool, check_function, check_has, check_integer, check_key, shown
 from fm_jax.train.checkpoint import Checkpointer
-from fm_jax.train.interrupts import deferred_signals
+from fm_jax.train.interrupts import stop_requests
 from fm_jax.train.log import MetricsWriter
+from fm_jax.train.parallel import ParallelStep
+from fm_jax.train.profile import Profile, named
 from fm_jax.train.progress import Progress
 from fm_jax.train.state import TrainState, check_train_state
 from fm_jax.train.step import Step
@@ -41,30 +45,38 @@ def fit(
     data: DataIterator,
     *,
     num_steps: int,
-    batch_to_device: Callable[[Any], Batch],
     images_per_batch: int,
+    batch_to_device: Callable[[Any], Batch] | None = None,
+    steps_per_call: int = 1,
     checkpointer: Checkpointer | None = None,
     writer: MetricsWriter | None = None,
     log_every: int = 50,
     save_every: int | None = None,
     callbacks: Sequence[tuple[int, Callable[[int, TrainState], None]]] = (),
     progress: bool | None = None,
+    profile_dir: str | os.PathLike[str] | None = None,
 ) -> TrainState:
     """Trains from `state.step` to `num_steps`.
 
     The host waits for the device after the first step, and where something is logged, saved or called back; in
-    between it only dispatches. What is logged are the metrics of that step alone, so that a resumed run logs the
-    same. On SIGTERM, SIGHUP or Ctrl-C the running step is finished and saved, and the process left with status
-    128 + signal, at the end of the run too; a second Ctrl-C leaves at once.
+    between it only dispatches, so that the next batch is made and sent while the device computes. What is logged are
+    the metrics of that step alone, so that a resumed run logs the same. On SIGTERM, SIGHUP or Ctrl-C the running step
+    is finished and saved, and the process left with status 128 + signal, at the end of the run too; a second Ctrl-C
+    leaves at once. Several processes stop together, at the same step, when any one of them is sent SIGTERM.
 
     Args:
-        step_fn: from `pmap_step` or `shard_map_step`, or a jitted step.
+        step_fn: from `pmap_step`, `shard_map_step` or `fsdp_step`, or a jitted step.
         state: new or restored. It is donated: use the state returned.
         key: the key of the run, the same for every step.
         data: its position is saved with each checkpoint; put it where the state is before calling.
         num_steps: the step to end at, counted from the beginning of the run, not from `state.step`.
-        batch_to_device: what makes `step_fn`'s batch of `data`'s, such as `lambda b: split_batch(b, 8)`.
         images_per_batch: examples in a global batch, for the throughput shown.
+        batch_to_device: what makes `step_fn`'s batch of `data`'s; by default `step_fn.batch_to_device`, and for a plain
+            jitted step nothing.
+        steps_per_call: with more than 1 `step_fn` takes as many steps in one call, as from `pmap_step(stacked=True)` or
+            `scan_steps`, on batches stacked along a new first axis; `data.take(num)`, if there is such a function,
+            gives them stacked. Calls are shorter where something is to be logged, saved or called back, which happens
+            at the same steps with any number. A signal waits for the end of the call.
         checkpointer: saves every `save_every` steps, at the end, and before leaving on a signal.
         writer: receives the metrics and `images_per_second`, in which compilation, callbacks and saving do
             not count.
@@ -73,6 +85,8 @@ def fit(
         callbacks: pairs (every, function); `function(step, state)` is called every so many steps, to draw samples,
             say. It must not keep the state, whose memory the next step reuses.
         progress: `None` for a bar on a terminal and lines elsewhere, `False` for neither.
+        profile_dir: if given, some calls after the first are traced to this folder; TensorBoard opens it, and Perfetto
+            its `perfetto_trace.json.gz`.
 
     Returns:
         The state at `num_steps`.
@@ -81,59 +95,77 @@ def fit(
         NonFiniteLossError: if a logged or saved step has a non-finite loss or norm. Such a state is never saved.
         RuntimeError: if the data end.
         SystemExit: after a signal.
-        ValueError: if a number is less than 1, or an argument is not what its name says.
+        ValueError: if a number is less than 1, or an argument is not what its name says; if `step_fn` takes one step a
+            call and `steps_per_call` asks for several, or the other way round.
         CheckpointError: if a checkpoint cannot be written.
     """
-    _check_arguments(step_fn, state, key, data, batch_to_device, checkpointer, writer, callbacks, progress)
+    to_device: Any = batch_to_device or getattr(step_fn, "batch_to_device", lambda batch: batch)
+    _check_arguments(step_fn, state, key, data, to_device, checkpointer, writer, callbacks, progress)
     if save_every is None:
         save_every = num_steps if checkpointer is None else checkpointer.save_every
     counts = {"num_steps": num_steps, "log_every": log_every, "save_every": save_every}
-    counts |= {"images_per_batch": images_per_batch}
+    counts |= {"images_per_batch": images_per_batch, "steps_per_call": steps_per_call}
     counts |= {f"callbacks[{i}]'s period": every for i, (every, _) in enumerate(callbacks)}
     for name, value in counts.items():
         check_integer(name, value)
     check_integer("num_steps", num_steps, most=2**31 - 1)  # which the step of the state can count to
+    if isinstance(step_fn, ParallelStep) and step_fn.stacked != (steps_per_call > 1):
+        raise ValueError(
+            f"step_fn must be made with stacked={steps_per_call > 1} for steps_per_call={steps_per_call}, got "
+            f"stacked={step_fn.stacked}."
+        )
     step = checked = int(state.step)
     if step >= num_steps:
         return state
-    bar, clock = Progress(step, num_steps, progress), _Clock()
+    periods = [log_every, save_every, *(every for every, _ in callbacks)]
+    bar, clock, profile = Progress(step, num_steps, progress), _Clock(), Profile(profile_dir)
     try:
-        with deferred_signals() as caught:
+        with stop_requests() as asked:
             while step < num_steps:
-                state, metrics = _checked(step_fn(state, key, batch_to_device(_next(data, step))))
-                step += 1
+                num = min(steps_per_call, num_steps - step, *(every - step % every for every in periods))
+                with named("data"):
+                    batch = to_device(_next(data, step, num if steps_per_call > 1 else None))
+                with named("step", step_num=step):
+                    state, metrics = _checked(step_fn(state, key, batch))
+                step += num
                 last = step == num_steps
-                log, save = last or step % log_every == 0, last or step % save_every == 0
+                log, save, stop = last or step % log_every == 0, last or step % save_every == 0, asked()
                 due = [function for every, function in callbacks if step % every == 0]
-                if not (log or save or due or caught):
+                if not (log or save or due or stop):
                     if not clock.running:
                         jax.block_until_ready(metrics)
                         clock.start(step)
+                    profile.after_call(metrics)
                     continue
-                metrics = jax.device_get(metrics)
-                values = {name: float(metrics[name]) for name in ["loss", *sorted(metrics.keys() - {"loss"})]}
-                clock.stop(step)
-                _check_finite(values, checked, step, checkpointer)
-                checked = step
-                if log:
-                    rate = clock.steps_per_second()
-                    images = None if rate is None else rate * images_per_batch
-                    if writer is not None:
-                        writer.write(step, values if images is None else {**values, "images_per_second": images})
-                    bar.update(step, values["loss"], images, None if rate is None else (num_steps - step) / rate)
+                with named("log"):
+                    metrics = jax.device_get(metrics)
+                    values = {name: float(metrics[name]) for name in ["loss", *sorted(metrics.keys() - {"loss"})]}
+                    clock.stop(step)
+                    _check_finite(values, checked, step, checkpointer)
+                    checked = step
+                    if log:
+                        rate = clock.steps_per_second()
+                        images = None if rate is None else rate * images_per_batch
+                        if writer is not None:
+                            writer.write(step, values if images is None else {**values, "images_per_second": images})
+                        bar.update(step, values["loss"], images, None if rate is None else (num_steps - step) / rate)
                 # Before saving: a run killed in between repeats them rather than going without.
                 for function in due:
                     function(step, state)
-                if checkpointer is not None and (save or caught):
-                    checkpointer.save(state, key, data.get_state())
-                if caught:
-                    _leave(caught[0], step, checkpointer)
+                if checkpointer is not None and (save or stop):
+                    with named("save"):
+                        checkpointer.save(state, key, data.get_state())
+                if stop:
+                    _leave(stop, step, checkpointer)
                 clock.start(step)
+                profile.after_call(metrics)
             if checkpointer is not None:
                 checkpointer.wait()
-        if caught:  # during the last save
-            _leave(caught[0], step, checkpointer)
+            stop = None if jax.process_count() > 1 else asked()
+        if stop:  # during the last save
+            _leave(stop, step, checkpointer)
     finally:
+        profile.close()
         bar.close()
     return state
 
@@ -197,9 +229,13 @@ class _Clock:
         return rate
 
 
-def _next(data: DataIterator, step: int) -> Any:
+def _next(data: DataIterator, step: int, num: int | None) -> Any:
+    """A batch, or a stack of `num`."""
     try:
-        return next(data)
+        if num is None:
+            return next(data)
+        take = getattr(data, "take", None)
+        return take(num) if take else jax.tree.map(lambda *xs: np.stack(xs), *(next(data) for _ in range(num)))
     except StopIteration:
         raise RuntimeError(f"The data ended after step {step}: fit needs an iterator that repeats them.") from None
 

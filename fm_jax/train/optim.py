@@ -1,6 +1,6 @@
 """Learning-rate schedules and the default optimiser."""
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -99,4 +99,7 @@ def make_optimizer(
 
 
 def _matrices(params: Params) -> Params:
-    return jax.tree.map(lambda x: jnp.ndim(x) > 1, params)
+    def is_matrix(path: tuple, x: Any) -> bool:  # stacked blocks have an axis of layers, which is none of their own
+        return jnp.ndim(x) - any(getattr(key, "key", None) == "blocks" for key in path) > 1
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -1,40 +1,89 @@
-"""The per-device step on many devices. This is the only file that names `pmap`.
+"""The training step on many devices. This is the only file that names `pmap`.
 
-`pmap_step` and `shard_map_step` run the same function on the same shares of the batch and give the same parameters,
-bit for bit. Their state is replicated without an extra axis: it can be saved, sampled from and passed back as it is.
+`pmap_step` and `shard_map_step` run the same per-device step on the same shares of the batch and give the same
+parameters, bit for bit, with the state on every device. `fsdp_step` runs the step of the whole batch and leaves its
+division to the compiler, with the state cut over devices; it draws the same noise on any number of them. No state has
+an extra axis: it can be saved, sampled from and passed back as it is.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fm_jax.checks import check_function, check_has, check_holds, check_integer, shown
+from fm_jax.checks import check_bool, check_function, check_has, check_holds, check_integer, shown
+from fm_jax.train.sharding import FSDP, fsdp_sharding
 from fm_jax.train.state import TrainState
-from fm_jax.train.step import AXIS, Step, split_leading
+from fm_jax.train.step import AXIS, Step, scan_steps, split_leading
 from fm_jax.types import Batch, Key, Metrics
 
 STEP = "a step(state, key, batch), as from make_step"
+WHOLE = PartitionSpec()
 
 
-def pmap_step(step: Step, devices: Sequence[jax.Device] | None = None) -> Step:
+@dataclass(frozen=True)
+class ParallelStep:
+    """A step on many devices: `step(state, key, batch) -> (state, metrics)`, which donates the state.
+
+    A new or restored state is placed as it is needed; one that comes from the step stays where it is.
+
+    Attributes:
+        run: the step, compiled; it expects its arguments in place.
+        mesh: the devices.
+        stacked: whether a batch has a leading axis of steps, to be taken in one call.
+        shardings: `shardings(state)`, where each leaf of a state, or of shapes, belongs.
+        batch_to_device: makes the step's batch of this process's share of the global batch, [batch, ...], or
+            [steps, batch, ...] if stacked, and sends it to the devices.
+        check_batch: refuses a batch that is not the step's.
+    """
+
+    run: Any
+    mesh: Mesh
+    stacked: bool
+    shardings: Callable[[Any], Any]
+    batch_to_device: Callable[[Batch], Batch]
+    check_batch: Callable[[Batch], None]
+
+    def place(self, state: TrainState) -> TrainState:
+        """Sends a state to where the step wants it."""
+        check_has("state", state, ("step", "params", "opt_state", "ema"), "a TrainState, as from create_state")
+        return jax.device_put(state, self.shardings(state))
+
+    def __call__(self, state: TrainState, key: Key, batch: Batch) -> tuple[TrainState, Metrics]:
+        """Takes one step, or a stack of them; the metrics are scalars, of the last."""
+        # A new or restored state lies on one device; passed as it is, it would compile the step a second time.
+        if getattr(getattr(state, "step", None), "sharding", None) != NamedSharding(self.mesh, WHOLE):
+            state = self.place(state)
+            self.check_batch(batch)
+        state, metrics = self.run(state, key, batch)
+        # XLA's collectives on simulated CPU devices deadlock when several steps are in flight on fewer cores.
+        lockstep = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
+        return state, jax.block_until_ready(metrics) if lockstep else metrics
+
+
+def pmap_step(step: Step, devices: Sequence[jax.Device] | None = None, *, stacked: bool = False) -> ParallelStep:
     """Runs a per-device step under `jax.pmap`, with the state replicated and donated.
 
     Args:
         step: from `make_step` with its default `axis_name`.
         devices: all local devices by default.
+        stacked: if so, a call takes as many steps as the leading axis of its batch is long, in one `lax.scan`, with
+            the same bits as one by one. On CPU gradients of convolutions are some 50 times slower in there.
 
     Returns:
         `step(state, key, batch)` where the leaves of `batch` are [devices, batch per device, ...], as from
-        `split_batch`; `state` comes back replicated, the metrics as scalars.
+        `split_batch`, after the axis of steps if stacked; `state` comes back replicated, the metrics as scalars.
 
     Raises:
         ValueError: if `step` was made for another axis, or for none; if there are several processes, each of which
             would train a model of its own (`shard_map_step` joins them); when called, for a batch that is not split.
     """
     check_function("step", step, STEP, 3)
-    _check_axis(step)
+    check_bool("stacked", stacked)
+    _check_axis(step, AXIS)
     if devices is not None and not (
         isinstance(devices, Sequence) and devices and all(isinstance(each, jax.Device) for each in devices)
     ):
@@ -45,37 +94,101 @@ def pmap_step(step: Step, devices: Sequence[jax.Device] | None = None) -> Step:
             f"Mesh(jax.devices(), ({AXIS!r},))."
         )
     devices = jax.local_devices() if devices is None else list(devices)
-    mapped = jax.pmap(
-        step, axis_name=AXIS, in_axes=(None, None, 0), out_axes=(None, None), donate_argnums=(0,), devices=devices
+    mesh, axis = Mesh(np.array(devices), (AXIS,)), int(stacked)
+    run = jax.pmap(
+        scan_steps(step) if stacked else step,
+        axis_name=AXIS,
+        in_axes=(None, None, axis),
+        out_axes=(None, None),
+        donate_argnums=(0,),
+        devices=devices,
     )
-    return _replicating(mapped, Mesh(np.array(devices), (AXIS,)), _check_split)
+    split = NamedSharding(mesh, _batch_spec(mesh, stacked))
+
+    def batch_to_device(batch: Batch) -> Batch:
+        check_holds(batch)
+        return jax.device_put(split_leading(batch, len(devices), "the number of devices", axis=axis), split)
+
+    def check_batch(batch: Batch) -> None:
+        check_holds(batch)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+            if np.shape(leaf)[axis : axis + 1] != (len(devices),):
+                shares = f"{'steps, ' if stacked else ''}{len(devices)}"
+                raise ValueError(
+                    f"the batch must be [{shares}, batch per device, ...], a share for each device: "
+                    f"split_batch(batch, {len(devices)}) makes it so, got {jax.tree_util.keystr(path)} of shape "
+                    f"{np.shape(leaf)}."
+                )
+
+    return ParallelStep(run, mesh, stacked, _replicated(mesh), batch_to_device, check_batch)
 
 
-def shard_map_step(step: Step, mesh: Mesh) -> Step:
+def shard_map_step(step: Step, mesh: Mesh, *, stacked: bool = False) -> ParallelStep:
     """Runs the same per-device step under `jax.jit(jax.shard_map(...))`, the form that JAX develops further.
 
     Args:
         step: from `make_step` with its default `axis_name`.
-        mesh: of one axis, named `"data"`.
+        mesh: of one axis, named `"data"`, as from `data_mesh`; of the devices of several processes too.
+        stacked: as in `pmap_step`.
 
     Returns:
-        `step(state, key, batch)` where the leaves of `batch` are [global batch, ...].
+        `step(state, key, batch)` where the leaves of `batch` are [global batch, ...], after the axis of steps if
+        stacked.
 
     Raises:
         ValueError: if `step` or `mesh` has another axis; when called, if the devices do not divide the batch.
     """
-    check_function("step", step, STEP, 3)
-    check_has("mesh", mesh, ("axis_names", "devices"), f"a mesh, such as Mesh(jax.devices(), ({AXIS!r},))")
-    _check_axis(step)
-    if mesh.axis_names != (AXIS,):
-        raise ValueError(f"mesh must have the one axis {AXIS!r}, got {mesh.axis_names}.")
-    # A mesh from jax.make_mesh has explicit axes, which would put the sharding into the type of every input.
-    mesh = Mesh(mesh.devices, mesh.axis_names)
-    whole, split = PartitionSpec(), PartitionSpec(AXIS)
+    mesh = _checked(step, AXIS, mesh, (AXIS,), stacked)
+    split = _batch_spec(mesh, stacked)
     # The step averages its gradients itself; under check_vma JAX would already have summed them.
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=(whole, whole, split), out_specs=(whole, whole), check_vma=False)
-    shardings = (NamedSharding(mesh, whole), NamedSharding(mesh, whole), NamedSharding(mesh, split))
-    return _replicating(jax.jit(mapped, in_shardings=shardings, donate_argnums=(0,)), mesh, _check_divisible)
+    mapped = jax.shard_map(
+        scan_steps(step) if stacked else step,
+        mesh=mesh,
+        in_specs=(WHOLE, WHOLE, split),
+        out_specs=(WHOLE, WHOLE),
+        check_vma=False,
+    )
+    shardings = tuple(NamedSharding(mesh, spec) for spec in (WHOLE, WHOLE, split))
+    return _on_mesh(jax.jit(mapped, in_shardings=shardings, donate_argnums=(0,)), mesh, stacked, _replicated(mesh))
+
+
+def fsdp_step(step: Step, mesh: Mesh, *, stacked: bool = False) -> ParallelStep:
+    """Runs the step of the whole batch under `jax.jit`, with parameters, optimiser state and averages cut over devices.
+
+    Cut by the rule of `fsdp_sharding`. Each step gathers the parameters and reduces the gradients, of which each device
+    updates its part. The batch is divided over all devices of the mesh. With one device along `"fsdp"` the state is
+    replicated, and this is data parallelism by the compiler.
+
+    Whatever is random is drawn for the whole batch, by JAX's partitionable generator: a run continues on another number
+    of devices with the same noise. Couplings within the loss pair the whole batch.
+
+    Args:
+        step: from `make_step` with `axis_name=None`.
+        mesh: of the axes `("data", "fsdp")`, as from `fsdp_mesh`.
+        stacked: as in `pmap_step`.
+
+    Returns:
+        As `shard_map_step`; `state` comes back cut.
+
+    Raises:
+        ValueError: if `step` was made for a device axis, or `mesh` has other axes; when called, if the devices do not
+            divide the batch.
+
+    References:
+        Rajbhandari et al. 2019, "ZeRO" (arXiv:1910.02054).
+    """
+    mesh = _checked(step, None, mesh, (AXIS, FSDP), stacked)
+    whole = NamedSharding(mesh, WHOLE)
+
+    def cut(state: TrainState, key: Key, batch: Batch) -> tuple[TrainState, Metrics]:
+        # Left to itself the partitioner would move activations where they are smaller than parameters.
+        params = jax.lax.with_sharding_constraint(state.params, whole)
+        new, metrics = step(state._replace(params=params), key, batch)
+        return jax.lax.with_sharding_constraint(new, fsdp_sharding(new, mesh)), metrics
+
+    shardings = (None, whole, NamedSharding(mesh, _batch_spec(mesh, stacked)))
+    run = jax.jit(scan_steps(cut) if stacked else cut, in_shardings=shardings, donate_argnums=(0,))
+    return _on_mesh(run, mesh, stacked, lambda state: fsdp_sharding(state, mesh))
 
 
 def split_batch(batch: Batch, num_devices: int) -> Batch:
@@ -100,42 +213,49 @@ def split_batch(batch: Batch, num_devices: int) -> Batch:
     return split_leading(batch, num_devices, "num_devices")
 
 
-def _check_split(batch: Batch, num_devices: int) -> None:
-    """Raises `ValueError` unless every leaf has one share for each device, as from `split_batch`."""
-    check_holds(batch)
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if np.shape(leaf)[:1] != (num_devices,):
-            raise ValueError(
-                f"the batch must be [{num_devices}, batch per device, ...], a share for each device: "
-                f"split_batch(batch, {num_devices}) makes it so, got {jax.tree_util.keystr(path)} of shape "
-                f"{np.shape(leaf)}."
-            )
+def _on_mesh(run: Any, mesh: Mesh, stacked: bool, shardings: Callable[[Any], Any]) -> ParallelStep:
+    """A step whose batches are global arrays."""
+    split, axis = NamedSharding(mesh, _batch_spec(mesh, stacked)), int(stacked)
+    local_devices = len(mesh.local_devices)
+
+    def batch_to_device(batch: Batch) -> Batch:
+        check_holds(batch)
+        split_leading(batch, local_devices, "the number of devices of this process", axis=axis)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split, x), batch)
+
+    def check_batch(batch: Batch) -> None:
+        check_holds(batch)
+        split_leading(batch, mesh.size, "the number of devices", axis=axis)
+
+    return ParallelStep(run, mesh, stacked, shardings, batch_to_device, check_batch)
 
 
-def _check_divisible(batch: Batch, num_devices: int) -> None:
-    """Raises `ValueError` unless every leaf can be cut into equal shares for the devices."""
-    check_holds(batch)
-    split_leading(batch, num_devices, "the number of devices")
+def _replicated(mesh: Mesh) -> Callable[[Any], Any]:
+    whole = NamedSharding(mesh, WHOLE)
+    return lambda state: jax.tree.map(lambda _: whole, state)
 
 
-def _replicating(mapped: Step, mesh: Mesh, check_batch: Callable[[Batch, int], None]) -> Step:
-    replicated = NamedSharding(mesh, PartitionSpec())
-    # XLA's collectives on simulated CPU devices deadlock when several steps are in flight on fewer cores.
-    lockstep = mesh.size > 1 and mesh.devices.flat[0].platform == "cpu"
-
-    def step(state: TrainState, key: Key, batch: Batch) -> tuple[TrainState, Metrics]:
-        # A new or restored state lies on one device; passed as it is, it would compile the step a second time.
-        if getattr(getattr(state, "step", None), "sharding", None) != replicated:
-            check_has("state", state, ("step", "params", "opt_state", "ema"), "a TrainState, as from create_state")
-            check_batch(batch, mesh.size)
-            state = jax.device_put(state, replicated)
-        state, metrics = mapped(state, key, batch)
-        return state, jax.block_until_ready(metrics) if lockstep else metrics
-
-    return step
+def _batch_spec(mesh: Mesh, stacked: bool) -> PartitionSpec:
+    """The batch axis goes over all devices; of stacked batches it is the second."""
+    axes = mesh.axis_names if len(mesh.axis_names) > 1 else mesh.axis_names[0]
+    return PartitionSpec(None, axes) if stacked else PartitionSpec(axes)
 
 
-def _check_axis(step: Step) -> None:
-    axis_name = getattr(step, "axis_name", AXIS)
-    if axis_name != AXIS:
-        raise ValueError(f"step must be made with axis_name={AXIS!r} to average over devices, got {axis_name!r}.")
+def _checked(step: Any, axis_name: str | None, mesh: Any, axes: tuple[str, ...], stacked: bool) -> Mesh:
+    check_function("step", step, STEP, 3)
+    check_has("mesh", mesh, ("axis_names", "devices"), f"a mesh, such as Mesh(jax.devices(), ({AXIS!r},))")
+    check_bool("stacked", stacked)
+    _check_axis(step, axis_name)
+    if mesh.axis_names != axes:
+        what = f"the one axis {axes[0]!r}" if len(axes) == 1 else f"the axes {axes}"
+        raise ValueError(f"mesh must have {what}, got {mesh.axis_names}.")
+    # A mesh from jax.make_mesh has explicit axes, which would put the sharding into the type of every input.
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def _check_axis(step: Any, wanted: str | None) -> None:
+    axis_name = getattr(step, "axis_name", wanted)
+    if axis_name != wanted and wanted is None:
+        raise ValueError(f"step must be made with axis_name=None, as it sees the whole batch, got {axis_name!r}.")
+    if axis_name != wanted:
+        raise ValueError(f"step must be made with axis_name={wanted!r} to average over devices, got {axis_name!r}.")

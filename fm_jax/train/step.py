@@ -147,15 +147,51 @@ def _device_of(axis_name: str) -> Array:
         ) from None
 
 
-def split_leading(batch: Batch, parts: int, name: str) -> Batch:
-    """Reshapes every leaf [b, ...] to [parts, b / parts, ...]; `name` says in the error what `parts` is."""
+def scan_steps(step: Step) -> Step:
+    """Several steps in one `lax.scan`: each leaf of a batch has a leading axis of steps.
+
+    The bits are those of one step at a time. It saves the dispatching, which is most of the time of a small network; on
+    CPU gradients of convolutions are some 50 times slower in there.
+
+    Args:
+        step: from `make_step`.
+
+    Returns:
+        `steps(state, key, batches) -> (state, metrics)`, the metrics those of the last step.
+
+    Example:
+        >>> from fm_jax.train.state import create_state
+        >>> def loss_fn(params, key, batch):
+        ...     return jnp.mean((batch["x1"] - params) ** 2), {}
+        >>> optimizer = optax.sgd(0.25)
+        >>> steps = jax.jit(scan_steps(make_step(loss_fn, optimizer, axis_name=None)))
+        >>> state, _ = steps(create_state(jnp.zeros(()), optimizer), jax.random.key(0), {"x1": jnp.ones((3, 8))})
+        >>> int(state.step), float(state.params)
+        (3, 0.875)
+    """
+    check_function("step", step, "a step(state, key, batch), as from make_step", 3)
+
+    def steps(state: TrainState, key: Key, batches: Batch) -> tuple[TrainState, Metrics]:
+        check_holds(batches)
+        state, metrics = jax.lax.scan(lambda state, batch: step(state, key, batch), state, batches)
+        return state, jax.tree.map(lambda x: x[-1], metrics)
+
+    steps.axis_name = getattr(step, "axis_name", None)  # type: ignore[attr-defined]
+    return steps
+
+
+def split_leading(batch: Batch, parts: int, name: str, axis: int = 0) -> Batch:
+    """Reshapes every leaf [b, ...] to [parts, b / parts, ...]; `name` says in the error what `parts` is.
+
+    With `axis=1` it is [steps, b, ...] that becomes [steps, parts, b / parts, ...].
+    """
 
     def split(path, x):
         check_array(f"{jax.tree_util.keystr(path, simple=True, separator='.')!r} of the batch", x)
-        if not x.shape or x.shape[0] % parts:
+        if x.ndim <= axis or x.shape[axis] % parts:
             leaf = jax.tree_util.keystr(path, simple=True, separator=".")
             raise ValueError(f"{name}={parts} must divide the batch axis of {leaf!r}, which has shape {x.shape}.")
-        return x.reshape(parts, x.shape[0] // parts, *x.shape[1:])
+        return x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
 
     return jax.tree_util.tree_map_with_path(split, batch)
 

@@ -1,6 +1,7 @@
 import itertools
 import json
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -114,6 +115,28 @@ def test_goes_on_from_a_saved_position(taken):
     for a, b in zip(expected, take(resumed, 9), strict=True):
         np.testing.assert_array_equal(a["x0"], b["x0"])
         np.testing.assert_array_equal(a["x1"], b["x1"])
+
+
+def test_several_workers_make_the_same_batches():
+    """Also where the first blocks take longest, up to the end of the data, and after a saved position."""
+    waits = itertools.count(3, -1)
+
+    def slow_first(key, x0, x1, cond=None):
+        time.sleep(0.02 * max(next(waits), 0))
+        return minibatch_ot(key, x0, x1, cond)
+
+    options = {"group": 2, "reuse": 2}
+    expected = list(CoupledBatches(Numbered(stop=21), minibatch_ot, KEY, **options))
+    batches = CoupledBatches(Numbered(stop=21), slow_first, KEY, workers=3, ahead=4, **options)
+    found = take(batches, 5)
+    state = batches.get_state()
+    found += list(batches)
+    assert len(found) == len(expected) == 42
+    for a, b in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(a["x0"], b["x0"])
+        np.testing.assert_array_equal(a["x1"], b["x1"])
+    batches.set_state(state)
+    np.testing.assert_array_equal(rows(batches), rows(expected[5:]))
 
 
 def test_weights_and_drawn_sources_travel():

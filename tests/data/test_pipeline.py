@@ -99,11 +99,50 @@ def test_processes_are_disjoint_and_complete():
         np.testing.assert_array_equal(np.sort(together), np.arange(24))
 
 
-def test_processes_see_together_what_one_sees():
-    options = {"batch_size": 5, "seed": 5, "flip": True, "dequantize": True}
-    pair = [_take(batches(_dataset(), process_index=p, process_count=2, **options), 8) for p in range(2)]
-    interleaved = [batch for both in zip(*pair, strict=True) for batch in both]
-    _assert_equal(interleaved, _take(batches(_dataset(), **options, **ONE), 16))
+def _shares(dataset, batch_size, process_count, **options):
+    """The iterators of all processes that train on `batch_size` examples together."""
+    options = {"batch_size": batch_size // process_count, "seed": 5, "process_count": process_count} | options
+    return [batches(dataset, process_index=p, **options) for p in range(process_count)]
+
+
+def _together(shares, num):
+    """The next `num` steps, each the rows of all processes one after the other."""
+    steps = zip(*(_take(share, num) for share in shares), strict=True)
+    return [{name: np.concatenate([part[name] for part in parts]) for name in parts[0]} for parts in steps]
+
+
+OPTIONS = [{"flip": flip, "dequantize": dequantize} for flip in (False, True) for dequantize in (False, True)]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_rows_of_all_processes_are_those_of_one(process_count, options):
+    """Also in batches of 20 that run across the borders of epochs of 24, within a process's rows and between them."""
+    expected = _together(_shares(_dataset(), 20, 1, **options), 12)
+    _assert_equal(_together(_shares(_dataset(), 20, process_count, **options), 12), expected)
+    epochs = np.concatenate([step["cond"] for step in expected]).reshape(10, 24)
+    np.testing.assert_array_equal(np.sort(epochs, axis=1), np.tile(np.arange(24), (10, 1)))
+
+
+def test_an_example_of_the_order_does_not_depend_on_the_batch_size():
+    options = {"flip": True, "dequantize": True}
+    by_twenty, by_three = (_together(_shares(_dataset(), size, 1, **options), 60 // size) for size in (20, 3))
+    for name in ("x1", "cond"):
+        np.testing.assert_array_equal(*(np.concatenate([b[name] for b in each]) for each in (by_twenty, by_three)))
+
+
+@pytest.mark.parametrize("before", [1, 2, 4])
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_a_position_is_that_of_any_number_of_processes(before, after):
+    options = {"flip": True, "dequantize": True}
+    shares = _shares(_dataset(), 20, before, **options)
+    _together(shares, 7)
+    states = [json.dumps(share.get_state()) for share in shares]
+    assert set(states) == {json.dumps({"next_index": 7})}
+    resumed = _shares(_dataset(), 20, after, **options)
+    for share in resumed:
+        share.set_state(json.loads(states[0]))
+    _assert_equal(_together(resumed, 6), _together(_shares(_dataset(), 20, 1, **options), 13)[7:])
 
 
 def test_processes_default_to_jax(monkeypatch):
@@ -115,19 +154,33 @@ def test_processes_default_to_jax(monkeypatch):
     _assert_equal(_take(batches(_dataset(), batch_size=5, seed=5), 3), _take(expected, 3))
 
 
-def test_flip_mirrors_half_of_the_images():
-    dataset = _dataset()
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kind", [np.uint8, np.float32])
+def test_flip_mirrors_half_of_the_images(channels, kind):
+    dataset = _dataset(shape=(2, 4, channels))
+    plain = to_float(dataset.images)
+    flipped = dataset._replace(images=dataset.images if kind == np.uint8 else plain.copy())
     flips = []
-    for batch in _take(batches(dataset, batch_size=24, seed=0, flip=True, **ONE), 50):
-        plain = to_float(dataset.images[batch["cond"]])
-        is_plain = (batch["x1"] == plain).all(axis=(1, 2, 3))
-        is_mirrored = (batch["x1"] == plain[:, :, ::-1]).all(axis=(1, 2, 3))
+    for batch in _take(batches(flipped, batch_size=24, seed=0, flip=True, **ONE), 50):
+        expected = plain[batch["cond"]]
+        is_plain = (batch["x1"] == expected).all(axis=(1, 2, 3))
+        is_mirrored = (batch["x1"] == expected[:, :, ::-1]).all(axis=(1, 2, 3))
         assert (is_plain ^ is_mirrored).all()
         flips.append(is_mirrored)
-    # 1,200 fair coins: five standard deviations.
-    assert abs(np.mean(flips) - 0.5) < 5 * 0.5 / np.sqrt(1200)
-    assert np.std(np.mean(flips, axis=0)) > 0
-    np.testing.assert_array_equal(dataset.images, _dataset().images)
+    # 1,200 fair coins: five standard deviations; so are neighbours, of the order and of an epoch.
+    flips = np.array(flips) - 0.5
+    assert abs(flips.mean()) < 5 * 0.5 / np.sqrt(1200)
+    order = flips.ravel()
+    for neighbours in (order[1:] * order[:-1], flips[1:] * flips[:-1]):
+        assert abs(neighbours.mean()) < 5 * 0.25 / np.sqrt(neighbours.size)
+    np.testing.assert_array_equal(flipped.images, dataset.images if kind == np.uint8 else plain)
+
+
+def test_images_may_be_a_transposed_view():
+    images = np.random.default_rng(0).integers(0, 256, (24, 3, 4, 2), dtype=np.uint8).transpose(0, 2, 3, 1)
+    options = {"batch_size": 7, "seed": 0, "flip": True, "dequantize": True, **ONE}
+    view, copy = (_dataset()._replace(images=each) for each in (images, np.ascontiguousarray(images)))
+    _assert_equal(*(_take(batches(each, **options), 5) for each in (view, copy)))
 
 
 def test_dequantisation_fills_each_bin_uniformly():
@@ -140,11 +193,31 @@ def test_dequantisation_fills_each_bin_uniformly():
         np.testing.assert_array_equal(np.floor(position), dataset.images[batch["cond"]])
         noise.append(position % 1)
     u = np.stack(noise).ravel()
+    assert abs(u.mean() - 0.5) < 5 / np.sqrt(12 * len(u))
     counts, _ = np.histogram(u, bins=16, range=(0, 1))
     # Chi-square with 15 degrees of freedom: above 44.3 with probability 1e-4.
     assert ((counts - len(u) / 16) ** 2 / (len(u) / 16)).sum() < 44.3
-    assert abs(np.corrcoef(noise[0].ravel(), noise[1].ravel())[0, 1]) < 5 / np.sqrt(noise[0].size)
-    assert abs(np.corrcoef(noise[0][0].ravel(), noise[0][1].ravel())[0, 1]) < 5 / np.sqrt(noise[0][0].size)
+    # Neighbouring batches, examples, channels, and pixels.
+    for axis in range(5):
+        a, b = (np.delete(np.stack(noise), end, axis=axis).ravel() for end in (0, -1))
+        assert abs(np.corrcoef(a, b)[0, 1]) < 5 / np.sqrt(a.size)
+
+
+def test_flips_and_noise_are_independent():
+    options = {"batch_size": 64, "seed": 0, "flip": True, **ONE}
+    flipped, noise = [], []
+    dataset = _dataset(num=64, shape=(2, 4, 1))
+    for plain, batch in zip(
+        *(_take(batches(dataset, dequantize=on, **options), 40) for on in (False, True)), strict=True
+    ):
+        flipped.append((plain["x1"] != to_float(dataset.images[plain["cond"]])).any(axis=(1, 2, 3)))
+        noise.append((batch["x1"].astype(np.float64) + 1) * 128 % 1)
+    flips, u = np.concatenate(flipped), np.concatenate(noise).reshape(-1, 8)
+    # Of each of the 8 pixels: five standard deviations.
+    assert (np.abs(np.corrcoef(flips, u, rowvar=False)[0, 1:]) < 5 / np.sqrt(len(u))).all()
+    # Nor are they two readings of the same random bytes, of which a flip takes one and a pixel two.
+    odd = flips[1::2]
+    assert abs(np.corrcoef(odd, u.ravel()[: len(odd)])[0, 1]) < 5 / np.sqrt(len(odd))
 
 
 def test_float_images_pass_unchanged_and_dequantise_by_their_levels():

@@ -1,3 +1,5 @@
+import gzip
+import json
 import math
 import os
 import re
@@ -15,9 +17,11 @@ from fm_jax.train.checkpoint import Checkpointer
 from fm_jax.train.interrupts import deferred_signals
 from fm_jax.train.log import MetricsWriter, read_metrics
 from fm_jax.train.loop import NonFiniteLossError, fit
+from fm_jax.train.parallel import pmap_step
+from fm_jax.train.profile import NUM
 from fm_jax.train.progress import Progress
 from fm_jax.train.state import create_state
-from fm_jax.train.step import make_step
+from fm_jax.train.step import make_step, scan_steps
 
 OPTIMIZER = optax.sgd(0.1)
 KEY = jax.random.key(0)
@@ -94,6 +98,72 @@ def test_steps_logs_saves_and_calls_back_where_it_should(step_fn, tmp_path):
     assert data_state == {"position": 10}
     assert run(step_fn, restored, checkpointer=checkpointer) is restored
     checkpointer.close()
+
+
+class Taking(Counting):
+    """Gives stacks by itself, and notes how long they were."""
+
+    taken = None
+
+    def take(self, num):
+        self.taken = [*(self.taken or []), num]
+        return jax.tree.map(lambda *xs: np.stack(xs), *(next(self) for _ in range(num)))
+
+
+@pytest.mark.parametrize("kind", [Counting, Taking])
+def test_several_steps_a_call_log_save_and_call_back_at_the_same_places(step_fn, tmp_path, kind):
+    def trained(folder, step_fn, **options):
+        calls, data = [], kind()
+        checkpointer, writer = Checkpointer(folder, {}, keep=9), MetricsWriter(folder, tensorboard=False)
+        callbacks = [(5, lambda step, _: calls.append(step))]
+        options |= {"checkpointer": checkpointer, "writer": writer, "log_every": 6, "save_every": 8, "num_steps": 17}
+        state = run(step_fn, data=data, callbacks=callbacks, **options)
+        writer.close()
+        checkpointer.close()
+        rows = [{k: v for k, v in row.items() if k != "images_per_second"} for row in read_metrics(folder)]
+        saved = {each: json.loads((folder / "checkpoints" / each / "meta" / "metadata").read_text()) for each in "8"}
+        return calls, rows, sorted(os.listdir(folder / "checkpoints")), jax.device_get(state), saved, data
+
+    *wanted, _ = trained(tmp_path / "one", step_fn)
+    steps = jax.jit(scan_steps(make_step(loss_fn, OPTIMIZER, axis_name=None)), donate_argnums=0)
+    *found, data = trained(tmp_path / "four", steps, steps_per_call=4)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+    if kind is Taking:
+        assert data.taken == [4, 1, 1, 2, 2, 2, 3, 1, 1]
+
+
+def test_a_signal_waits_for_the_end_of_the_call(tmp_path):
+    steps = jax.jit(scan_steps(make_step(loss_fn, OPTIMIZER, axis_name=None)), donate_argnums=0)
+    data = Counting(at={5: lambda: signal.raise_signal(signal.SIGTERM)})
+    checkpointer = Checkpointer(tmp_path, {})
+    with pytest.raises(SystemExit) as exit_info:
+        run(steps, data=data, checkpointer=checkpointer, num_steps=100, log_every=50, steps_per_call=4)
+    assert exit_info.value.code == 128 + signal.SIGTERM
+    assert checkpointer.latest_step() == 8
+    checkpointer.close()
+
+
+def test_a_step_that_takes_one_at_a_time_is_not_given_several():
+    step = make_step(loss_fn, OPTIMIZER)
+    for stacked, num in ((False, 2), (True, 1)):
+        with pytest.raises(ValueError, match=f"step_fn must be made with stacked={num > 1} for steps_per_call={num}"):
+            run(pmap_step(step, stacked=stacked), steps_per_call=num)
+
+
+def test_the_batch_is_the_parallel_steps_own_affair():
+    step = pmap_step(make_step(loss_fn, OPTIMIZER), jax.devices()[:2])
+    state = fit(step, new_state(), KEY, Counting(), num_steps=2, images_per_batch=4, progress=False)
+    np.testing.assert_allclose(state.params["w"], np.full(2, 0.64), rtol=1e-5)
+
+
+def test_profile_leaves_a_trace_of_named_steps(step_fn, tmp_path):
+    run(step_fn, num_steps=20, log_every=3, profile_dir=tmp_path)
+    (trace,) = tmp_path.rglob("perfetto_trace.json.gz")
+    names = [event.get("name") for event in json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]]
+    assert names.count("data") == NUM
+    assert names.count("step") == NUM
+    assert "log" in names
+    assert [*tmp_path.rglob("*.xplane.pb")]  # TensorBoard's
 
 
 def test_host_waits_only_where_something_is_due(step_fn, monkeypatch):
@@ -282,7 +352,7 @@ def test_runs_outside_the_main_thread(step_fn):
         ({"state": {"w": 1}}, r"state must be a TrainState, as create_state makes, got \{'w': 1\}"),
         ({"data": [1, 2]}, r"data must be an iterator .*, got \[1, 2\], which has no '__next__'"),
         ({"data": 3}, "data must be an iterator .*, got 3, which has no '__next__'"),
-        ({"batch_to_device": None}, "batch_to_device must be a function of a batch, such as .*, got None"),
+        ({"batch_to_device": 3}, "batch_to_device must be a function of a batch, such as .*, got 3"),
         ({"checkpointer": "runs/a"}, "checkpointer must be a Checkpointer or None, got 'runs/a'"),
         ({"writer": "runs/a"}, "writer must be a MetricsWriter or None, got 'runs/a'"),
         ({"progress": "yes"}, "progress must be True or False, got 'yes'"),

@@ -4,6 +4,7 @@ import numpy as np
 import optax
 import pytest
 
+from fm_jax.models import stack_layers
 from fm_jax.train.optim import make_optimizer, make_schedule
 
 
@@ -86,3 +87,17 @@ def test_clipping_scales_by_the_global_norm():
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         make_optimizer(**{"learning_rate": 0.1, "total_steps": 10, **options})
+
+
+def test_stacked_blocks_are_decayed_as_single_ones_are():
+    """Biases are not decayed, nor are stacked ones, which have two axes."""
+    blocks = {f"block_{i}": {"kernel": jnp.full((2, 3), 1.0 + i), "bias": jnp.full(3, 2.0 + i)} for i in range(2)}
+    params = {**blocks, "out": {"bias": jnp.ones(2)}}
+    optimizer = make_optimizer(0.1, total_steps=5, weight_decay=0.5, clip_norm=None)
+
+    def stepped(params):
+        grads = jax.tree.map(lambda x: 0.1 * x, params)
+        return optax.apply_updates(params, optimizer.update(grads, optimizer.init(params), params)[0])
+
+    found, wanted = stepped(stack_layers(params)), stack_layers(stepped(params))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted)

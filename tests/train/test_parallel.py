@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,9 +10,10 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-from fm_jax.train.parallel import pmap_step, shard_map_step, split_batch
+from fm_jax.train.parallel import fsdp_step, pmap_step, shard_map_step, split_batch
+from fm_jax.train.sharding import data_mesh, fsdp_mesh
 from fm_jax.train.state import create_state
-from fm_jax.train.step import make_step
+from fm_jax.train.step import make_step, scan_steps
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs four (simulated) devices")
 
@@ -121,3 +127,133 @@ def test_bad_input():
         shard_map_step(make_step(given, OPTIMIZER, axis_name="batch"), mesh(4))
     with pytest.raises(ValueError, match=r"one axis 'data', got \('model',\)"):
         shard_map_step(make_step(given, OPTIMIZER), Mesh(np.array(jax.devices()), ("model",)))
+    with pytest.raises(ValueError, match=r"axis_name=None, as it sees the whole batch, got 'data'"):
+        fsdp_step(make_step(given, OPTIMIZER), fsdp_mesh())
+    with pytest.raises(ValueError, match=r"axes \('data', 'fsdp'\), got \('data',\)"):
+        fsdp_step(make_step(given, OPTIMIZER, axis_name=None), mesh(4))
+    with pytest.raises(ValueError, match="shards must divide the 4 devices, got 3"):
+        fsdp_mesh(3)
+    with pytest.raises(ValueError, match="stacked must be True or False, got 3"):
+        pmap_step(make_step(given, OPTIMIZER), stacked=3)
+    whole = make_step(given, OPTIMIZER, axis_name=None)
+    for step in (fsdp_step(whole, fsdp_mesh()), shard_map_step(make_step(given, OPTIMIZER), mesh(4))):
+        with pytest.raises(ValueError, match=r"the number of devices of this process=4 must divide .* \(6, 3\)"):
+            step.batch_to_device({"x1": BATCH["x1"][:6]})
+        with pytest.raises(ValueError, match=r"the number of devices=4 must divide .* \(6, 3\)"):
+            step(create_state(PARAMS, OPTIMIZER), jax.random.key(0), {"x1": BATCH["x1"][:6]})
+    stacked = pmap_step(make_step(given, OPTIMIZER), stacked=True)
+    with pytest.raises(ValueError, match=r"must be \[steps, 4, batch per device"):
+        stacked(create_state(PARAMS, OPTIMIZER), jax.random.key(0), split_batch(BATCH, 2))
+    with pytest.raises(ValueError, match="state must be a TrainState"):
+        stacked({"w": 1}, jax.random.key(0), BATCH)
+
+
+# ---- The state cut over devices.
+
+WIDE = {"w1": RNG.normal(size=(3, 8192)).astype(np.float32), "w2": RNG.normal(size=(8192, 3)).astype(np.float32)}
+
+
+def train_wide(step, num_steps=3):
+    state = create_state(WIDE, OPTIMIZER, (0.9,))
+    for _ in range(num_steps):
+        state, metrics = step(state, jax.random.key(1), BATCH)
+    return state, metrics
+
+
+@pytest.fixture(scope="module")
+def on_one():
+    """A step that draws its noise, on one device."""
+    return train_wide(jax.jit(make_step(drawn, OPTIMIZER, axis_name=None)))
+
+
+@pytest.mark.parametrize(("devices", "shards"), [(1, 1), (2, 2), (4, 4), (4, 2), (4, 1)])
+def test_a_cut_state_draws_and_learns_the_same_on_any_number_of_devices(on_one, devices, shards):
+    step = fsdp_step(make_step(drawn, OPTIMIZER, axis_name=None), fsdp_mesh(shards, jax.devices()[:devices]))
+    state, metrics = train_wide(step)
+    for name, axis in (("w1", 1), ("w2", 0)):
+        for leaf in (state.params[name], state.ema["0.9"][name], state.opt_state[1][0].mu[name]):
+            held = leaf.addressable_shards[0].data.shape
+            assert held[axis] == 8192 // shards, name
+            assert held[1 - axis] == 3
+    found, wanted = jax.device_get((state, metrics)), jax.device_get(on_one)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-4, atol=2e-6), found, wanted)
+
+
+def test_a_cut_step_donates_and_is_traced_once():
+    traces = []
+
+    def counted(params, key, batch):
+        traces.append(1)
+        return given(params, key, batch)
+
+    step, key = fsdp_step(make_step(counted, OPTIMIZER, axis_name=None), fsdp_mesh()), jax.random.key(0)
+    state, _ = step(create_state(WIDE, OPTIMIZER, (0.9,)), key, step.batch_to_device(BATCH))
+    before, num = state, len(traces)
+    for _ in range(2):
+        state, metrics = step(state, key, step.batch_to_device(BATCH))
+    assert len(traces) == num
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert metrics["loss"].shape == ()
+
+
+# ---- Several steps in a call.
+
+STACK = jax.tree.map(lambda x: np.stack([x, x[::-1], 0.5 * x, -x]), BATCH)
+
+
+@pytest.mark.parametrize("kind", ["pmap", "shard_map", "fsdp"])
+def test_a_stack_of_steps_has_the_bits_of_one_at_a_time(kind):
+    def make(stacked):
+        if kind == "fsdp":
+            return fsdp_step(make_step(drawn, OPTIMIZER, axis_name=None), fsdp_mesh(), stacked=stacked)
+        step = make_step(drawn, OPTIMIZER)
+        return pmap_step(step, stacked=stacked) if kind == "pmap" else shard_map_step(step, mesh(4), stacked=stacked)
+
+    one, key = make(False), jax.random.key(3)
+    state = create_state(PARAMS, OPTIMIZER, (0.9,))
+    for i in range(4):
+        batch = jax.tree.map(lambda x: x[i], STACK)  # noqa: B023
+        state, metrics = one(state, key, one.batch_to_device(batch))
+    many = make(True)
+    found = many(create_state(PARAMS, OPTIMIZER, (0.9,)), key, many.batch_to_device(STACK))
+    jax.tree.map(np.testing.assert_array_equal, found, (state, metrics))
+
+
+def test_a_mesh_of_all_devices_is_the_default():
+    assert data_mesh().shape == {"data": jax.device_count()}
+    assert fsdp_mesh().shape == {"data": 1, "fsdp": jax.device_count()}
+
+
+def test_a_stack_must_hold_batches():
+    with pytest.raises(ValueError, match="step must be a step"):
+        scan_steps(3)
+
+
+EIGHT = """
+import jax, numpy as np, test_parallel as t
+from fm_jax.train.parallel import fsdp_step, pmap_step, shard_map_step, split_batch
+from fm_jax.train.sharding import data_mesh, fsdp_mesh
+from fm_jax.train.step import make_step
+assert jax.device_count() == 8
+per_device, whole = make_step(t.given, t.OPTIMIZER), make_step(t.given, t.OPTIMIZER, axis_name=None)
+plain = jax.device_get(t.train(jax.jit(whole), t.BATCH))
+for n in (1, 2, 4, 8):
+    devices = jax.devices()[:n]
+    for step, batch in (
+        (pmap_step(per_device, devices), split_batch(t.BATCH, n)),
+        (shard_map_step(per_device, data_mesh(devices)), t.BATCH),
+        (fsdp_step(whole, fsdp_mesh(devices=devices)), t.BATCH),
+    ):
+        found = jax.device_get(t.train(step, batch))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-5, atol=1e-7), found, plain)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_one_two_four_and_eight_devices_are_equal_under_all_three():
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", EIGHT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.stdout == "equal\n", done.stderr
