@@ -122,6 +122,10 @@ def test_the_same_checksums_whatever_the_cut(saved):
     assert len(found) == 1
 
 
+DAMAGED = r"is damaged: (the checksum of params/[a-z]+ does not match|its arrays cannot be read)"
+"""Leaves that are compressed are found out by decompressing them, where the bit that is flipped lies in one."""
+
+
 def damage(folder):
     """Flips one bit among the numbers."""
     files = [path for path in (folder / "checkpoints" / "7" / "state").rglob("*") if path.is_file()]
@@ -136,7 +140,7 @@ def test_damage_is_noticed_whatever_the_cut(saver, tmp_path):
     save(tmp_path, placed(LAYOUTS[saver](), width=6000))
     damage(tmp_path)
     for name in ("4", "2x2", "one device"):
-        with pytest.raises(CheckpointError, match=r"is damaged: the checksum of params/[a-z]+ does not match"):
+        with pytest.raises(CheckpointError, match=DAMAGED):
             restore(tmp_path, described(LAYOUTS[name](), width=6000))
 
 
@@ -187,7 +191,7 @@ def test_the_first_format_is_read(tmp_path):
         assert same(state, make_state(width=6000))
         assert checkpointer.restored_devices is checkpointer.restored_processes is None
     damage(tmp_path)
-    with pytest.raises(CheckpointError, match=r"is damaged: the checksum of params/[a-z]+ does not match"):
+    with pytest.raises(CheckpointError, match=DAMAGED):
         restore(tmp_path, make_state(width=6000))
     assert os.listdir(tmp_path / "checkpoints") == ["7"]
 
