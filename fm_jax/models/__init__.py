@@ -107,9 +107,9 @@ def _unrolled(value: Any) -> Any:
     """A program, or what a parameter of its equations holds, with every `scan` written out: XLA counts a body once."""
     if type(value) is tuple:
         return tuple(map(_unrolled, value))
-    if isinstance(value, ClosedJaxpr):
+    if isinstance(value, ClosedJaxpr) and value.jaxpr is not value:  # from jax 0.11 on the two are one
         return value.replace(jaxpr=_unrolled(value.jaxpr))
-    if not isinstance(value, Jaxpr):
+    if not isinstance(value, Jaxpr | ClosedJaxpr):
         return value
     eqns = []
     for eqn in value.eqns:
