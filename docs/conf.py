@@ -19,7 +19,14 @@ project_copyright = "The fm_jax authors, Apache-2.0"
 language = "en-GB"
 extensions = ["myst_nb", "sphinx.ext.viewcode", "sphinx_copybutton", "sphinx_codeautolink"]
 root_doc = "docs/index"
-include_patterns = ["docs/**", "notebooks/*.ipynb", "experiments/README.md", "benchmarks/README.md", "CHANGELOG.md", "CONTRIBUTING.md"]
+include_patterns = [
+    "docs/**",
+    "notebooks/*.ipynb",
+    "experiments/README.md",
+    "benchmarks/README.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+]
 exclude_patterns = [".*", "build", "site", "runs"]
 nitpicky = True
 suppress_warnings = ["codeautolink"]  # names in code that cannot be linked stay as they are

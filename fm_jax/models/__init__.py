@@ -109,7 +109,8 @@ def _unrolled(value: Any) -> Any:
         return tuple(map(_unrolled, value))
     if isinstance(value, ClosedJaxpr) and value.jaxpr is not value:  # from jax 0.11 on the two are one
         return value.replace(jaxpr=_unrolled(value.jaxpr))
-    if not isinstance(value, Jaxpr | ClosedJaxpr):
+    kinds: Any = (Jaxpr, ClosedJaxpr)
+    if not isinstance(value, kinds):
         return value
     eqns = []
     for eqn in value.eqns:

@@ -156,9 +156,11 @@ def test_what_is_written_is_a_copy(tmp_path):
         restored = checkpointer.restore(state)[0]
         checkpointer.close()
         np.testing.assert_array_equal(restored.params["w"], bits)
-        state = jax.block_until_ready(jax.jit(lambda s: s, donate_argnums=0)(restored))
-        assert restored.params["w"].is_deleted()
-        np.testing.assert_array_equal(state.params["w"], bits)
+        step = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+        state = jax.block_until_ready(step(restored))
+        if jax.__version_info__ < (0, 11):  # later ones copy shards that the host has looked at: more memory, once
+            assert restored.params["w"].is_deleted()
+        np.testing.assert_array_equal(state.params["w"], bits + np.uint32(1))
 
 
 def save_in_the_first_format(folder, state):
