@@ -13,11 +13,9 @@ Writes `compile_time.json` and a table as `compile_time.md` into `--out`.
 
 import datetime
 import itertools
-import json
 import multiprocessing
 import resource
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -30,6 +28,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from benchmarks.lab import commit, lines, write_both
 from experiments.lab import command_line
 from fm_jax.conditions import DropCondition
 from fm_jax.losses import flow_matching
@@ -150,25 +149,20 @@ def markdown(results: dict[str, Any]) -> str:
     """The results as a table; seconds are minima, ratios medians of neighbours."""
     head = ["network", "blocks", "trace, s", "lower, s", "compile, s", "total, s", "processor, s", "scanned/unrolled"]
     head += ["of the processor", "lines", "peak GiB", "GiB of a step"]
-    lines = [head, ["---"] * len(head)]
+    body = []
     for row in results["rows"]:
         ratio = row.get("ratio", {})
         cells = [row["model"], row["layout"], *(f"{row[key]['min']:.2f}" for key in SECONDS)]
         cells += [f"{ratio[key]:.2f}" if ratio else "" for key in ("total", "processor")]
         memory = row["temporary_gib"]
         cells += [f"{row['program_lines']:,}", f"{row['peak_gib']:.2f}", "" if memory is None else f"{memory:.2f}"]
-        lines.append(cells)
+        body.append(cells)
     about = (
         f"jax {results['jax']} on {results['device']}, {results['date']}, commit {results['commit']}; "
         f"{results['dtype']}{', remat' if results['remat'] else ''}, batch {results['batch_size']}, minimum of "
         f"{results['repeats']}, ratios are medians."
     )
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{about}\n"
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    return f"{lines(head, body)}\n\n{about}\n"
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -177,7 +171,7 @@ def run(config: Config) -> dict[str, Any]:
     results: dict[str, Any] = {
         "jax": jax.__version__,
         "date": datetime.date.today().isoformat(),
-        "commit": _commit(),
+        "commit": commit(),
         "dtype": config.dtype,
         "remat": config.remat,
         "batch_size": config.batch_size,
@@ -187,8 +181,7 @@ def run(config: Config) -> dict[str, Any]:
     for name in config.models:
         results["rows"] += rows_of(config, name)
         results["device"] = results["rows"][0]["device"]
-        (config.out / "compile_time.json").write_text(json.dumps(results, indent=1) + "\n")
-        (config.out / "compile_time.md").write_text(markdown(results))
+        write_both(config.out, "compile_time", results, markdown(results))
     print(markdown(results))
     return results
 

@@ -26,13 +26,12 @@ import optax
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.targets import OPTIONS, Target, devices
 from experiments.lab import command_line
+from experiments.lab.training import Parallel, make_parallel
 from fm_jax.models import Compute, init_params, num_params
-from fm_jax.train import TrainState, create_state, make_optimizer, make_step
-from fm_jax.train.parallel import fsdp_step, pmap_step, shard_map_step, split_batch
-from fm_jax.train.sharding import data_mesh, fsdp_mesh
+from fm_jax.train import TrainState, create_state, make_optimizer
+from fm_jax.train.parallel import split_batch
 from fm_jax.types import Batch, LossFn
 
-Parallel = Literal["pmap", "shard_map", "fsdp"]
 Model = Literal["mnist", "cifar10", "dit_s/2", "dit_b/2", "dit_l/2", "dit_xl/2", "small_unet", "small_dit"]
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4} | {
@@ -104,13 +103,9 @@ def lower_step(
 ) -> jax.stages.Lowered:
     """Lowers the step of a loss on these devices; state and batch, that of all devices, may be shapes alone."""
     key = jax.eval_shape(lambda: jax.random.key(0))
+    step = make_parallel(parallel, loss_fn, optimizer, list(on))
     if parallel == "pmap":
-        pmapped = pmap_step(make_step(loss_fn, optimizer), list(on))
-        return pmapped.run.lower(state, key, jax.eval_shape(lambda whole: split_batch(whole, len(on)), batch))
-    if parallel == "shard_map":
-        step = shard_map_step(make_step(loss_fn, optimizer), data_mesh(on))
-    else:
-        step = fsdp_step(make_step(loss_fn, optimizer, axis_name=None), fsdp_mesh(devices=on))
+        return step.run.lower(state, key, jax.eval_shape(lambda whole: split_batch(whole, len(on)), batch))
     placed = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state, step.shardings(state)
     )

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
+from benchmarks.lab import lines
 from experiments.lab import command_line, images
 from experiments.lab.method import Method, make_loss
 from experiments.lab.training import Training
@@ -303,7 +304,7 @@ def markdown(results: dict[str, Any]) -> str:
         head += ["torchcfm I-CFM, ms", "torchcfm OT-CFM, ms", "ratio"] if peer else []
         columns = ["batch_size", "reuse", "i_cfm_ms", "ot_cfm_ms", "ratio", "assignment_ms"]
         columns += ["torchcfm_I-CFM_ms", "torchcfm_OT-CFM_ms", "torchcfm_ratio"] if peer else []
-        parts += ["### A step in two dimensions", _lines(head, [[r[c] for c in columns] for r in results["step"]])]
+        parts += ["### A step in two dimensions", lines(head, [[r[c] for c in columns] for r in results["step"]])]
     if "mnist" in results:
         found = results["mnist"]
         parts += [
@@ -321,7 +322,7 @@ def markdown(results: dict[str, Any]) -> str:
                 for name in dict.fromkeys(r["coupling"] for r in rows)
             ]
             title = f"### Milliseconds a batch in {dim} dimensions, ours / POT"
-            parts += [title, _lines(["coupling", *map(str, sizes)], body)]
+            parts += [title, lines(["coupling", *map(str, sizes)], body)]
     if "draws" in results:
         columns = ["dim", "num", "plan_ms", "draw_ms", "ratio", "plan_median_ms", "draw_median_ms", "median_ratio"]
         head = [
@@ -334,7 +335,7 @@ def markdown(results: dict[str, Any]) -> str:
             "draw, median",
             "ratio, median",
         ]
-        parts += ["### A plan and a draw", _lines(head, [[r[c] for c in columns] for r in results["draws"]])]
+        parts += ["### A plan and a draw", lines(head, [[r[c] for c in columns] for r in results["draws"]])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -342,11 +343,6 @@ def _pair(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
     return f"{row['ms']:.3g} / {row['pot_ms']:.3g}" if "pot_ms" in row else f"{row['ms']:.3g}"
-
-
-def _lines(head: list[str], rows: list[list[Any]]) -> str:
-    text = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *text])
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.lab import commit, lines, write_both
 from experiments.lab import command_line
 from fm_jax.data.images import ImageDataset, to_float
 from fm_jax.data.pipeline import batches
@@ -148,11 +149,9 @@ def _peer(python: Path | None) -> Iterator[tuple[dict[str, Any], tuple[Ask, Path
 
 def machine() -> dict[str, Any]:
     """Where, when and with what."""
-    root = Path(__file__).parents[1]
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=root, capture_output=True, text=True)
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("numpy", "grain", "jax")},
@@ -164,10 +163,10 @@ def markdown(results: dict[str, Any]) -> str:
     rows = results["rows"]
     peers = list(rows[0]["contestants"])[2:]
     head = ["images", "flips", "noise", "batches/s", "images/s", "ms, min", "ms, median", "over the limit", *peers]
-    lines = [head, ["---"] * len(head)]
+    body = []
     for row in rows:
         ours = row["contestants"]["fm_jax"]
-        lines.append(
+        body.append(
             [row["images"], *("yes" if row[name] else "no" for name in ("flip", "dequantize"))]
             + [f"{ours['batches_per_second']:,.0f}", f"{ours['images_per_second']:,.0f}"]
             + [f"{ours['min_ms']:.3f}", f"{ours['median_ms']:.3f}", f"{row['over_limit']:.2f}"]
@@ -175,7 +174,7 @@ def markdown(results: dict[str, Any]) -> str:
         )
     about = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
     title = f"Batches of {results['batch_size']}; of a DataLoader, how many times as long it takes. {about}."
-    return title + "\n\n" + "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+    return f"{title}\n\n{lines(head, body)}\n"
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -185,8 +184,7 @@ def run(config: Config) -> dict[str, Any]:
     with _peer(config.peer_python) as (versions, peer):
         rows = [measure(config, *case, peer) for case in cases]
     results = {"batch_size": config.batch_size, "machine": machine() | versions, "rows": rows}
-    (config.out / "data_loading.json").write_text(json.dumps(results, indent=1) + "\n")
-    (config.out / "data_loading.md").write_text(markdown(results))
+    write_both(config.out, "data_loading", results, markdown(results))
     print(markdown(results))
     return results
 

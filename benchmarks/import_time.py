@@ -7,7 +7,6 @@ left out; wall-clock and processor time. The first round, which fills the file c
 median, over the rounds, of what an import took longer than `import jax` in the same round.
 """
 
-import json
 import os
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.lab import lines, write_both
 from experiments.lab import command_line
 
 IMPORTS = {
@@ -69,10 +69,8 @@ def run(config: Config) -> dict[str, Any]:
             row |= {f"{clock}_over_jax": statistics.median(over)}
         rows.append(row)
     results = {"jax": jax.__version__, "repeats": config.repeats, "limit": LIMIT, "rows": rows}
-    config.out.mkdir(parents=True, exist_ok=True)
-    (config.out / "import_time.json").write_text(json.dumps(results, indent=1) + "\n")
     text = markdown(results)
-    (config.out / "import_time.md").write_text(text)
+    write_both(config.out, "import_time", results, text)
     print(text)
     return results
 
@@ -80,9 +78,8 @@ def run(config: Config) -> dict[str, Any]:
 def markdown(results: dict[str, Any]) -> str:
     """The results as a table, in seconds."""
     head = ["import", "min", "median", "over jax", "processor, min", "processor, median", "processor, over jax"]
-    lines = [head, ["---"] * len(head)]
-    lines += [[cell if isinstance(cell, str) else f"{cell:.3f}" for cell in row.values()] for row in results["rows"]]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    body = [[cell if isinstance(cell, str) else f"{cell:.3f}" for cell in row.values()] for row in results["rows"]]
+    return lines(head, body) + "\n"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -142,17 +143,32 @@ def in_torch(
     return found
 
 
-def record(peer: Peer | None) -> dict[str, Any]:
-    """When, from what and on what this was measured."""
+@contextmanager
+def asking(python: Path | None) -> Iterator[Peer | None]:
+    """The peer of an interpreter for as long as it is wanted; `None` without one."""
+    if python is None:
+        yield None
+        return
+    with Peer(python) as peer:
+        yield peer
+
+
+def commit() -> str:
+    """The commit that this is, and whether the library was changed since."""
     git = ["git", "-C", str(Path(__file__).parent)]
-    commit, changed = (
+    found, changed = (
         subprocess.run([*git, *args], capture_output=True, text=True).stdout.strip()
         for args in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "--", "../fm_jax"])
     )
+    return (found or "unknown") + ("+changes" if changed else "")
+
+
+def record(peer: Peer | None) -> dict[str, Any]:
+    """When, from what and on what this was measured."""
     cpu = [line.split(":")[1].strip() for line in _lines_of("/proc/cpuinfo") if line.startswith("model name")]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "commit": commit + ("+changes" if changed else ""),
+        "commit": commit(),
         "jax": jax.__version__,
         "device": jax.devices()[0].device_kind,
         "processor": cpu[0] if cpu else None,
@@ -172,14 +188,19 @@ def table(title: str, rows: list[dict[str, Any]]) -> str:
     extra += ["losses"] if any("losses" in row for row in rows) else []
     numbers = [f"{key}{over}" for over in ("", "_over_first") for key in ("min", "median", "cpu_min")]
     head = ["", "least, s", "median, s", "processor, s", "over the first: least", "median", "processor", *extra]
-    lines = [head, ["---"] * len(head)]
+    body: list[list[Any]] = []
     for row in rows:
         if "error" in row:
-            lines.append([row["name"], f"not available: {row['error'][:120]}", *[""] * (len(head) - 2)])
+            body.append([row["name"], f"not available: {row['error'][:120]}", *[""] * (len(head) - 2)])
             continue
-        cells = [row[key] for key in numbers] + [row.get(key, "") for key in extra]
-        lines.append([row["name"], *map(_text, cells)])
-    return f"### {title}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        body.append([row["name"], *(row[key] for key in numbers), *(row.get(key, "") for key in extra)])
+    return f"### {title}\n\n{lines(head, body)}"
+
+
+def lines(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; numbers that are no integers have three digits."""
+    cells = [list(head), ["---"] * len(head), *([_text(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def _text(value: Any) -> str:
@@ -188,14 +209,43 @@ def _text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def write(out: Path, name: str, results: dict[str, Any], tables: list[str]) -> None:
-    """Writes `name.json` and `name.md`, and prints the last table."""
+def write_both(out: Path, name: str, results: dict[str, Any], text: str) -> None:
+    """Writes `name.json`, and the text as `name.md`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / f"{name}.md").write_text(text)
+
+
+def write(out: Path, name: str, results: dict[str, Any], tables: list[str]) -> None:
+    """Writes `name.json` and `name.md`, and prints the last table."""
     at = results["record"]
     where = ", ".join(f"{k} {v}" for k, v in at.items() if not isinstance(v, dict) and v is not None)
     if at["peer"]:
         where += "; " + ", ".join(f"{k} {v}" for k, v in at["peer"].items())
-    text = "\n\n".join([f"Measured: {where}.", *tables]) + "\n"
-    (out / f"{name}.md").write_text(text)
+    write_both(out, name, results, "\n\n".join([f"Measured: {where}.", *tables]) + "\n")
     print(tables[-1] + "\n", flush=True)
+
+
+def compared(
+    out: Path, name: str, peer: Peer | None, parts: Iterable[tuple[str, str, int, Mapping[str, Run]]], repeats: int
+) -> dict[str, Any]:
+    """Runs parts one after the other, and writes after each; milliseconds an evaluation where a run says its `nfe`.
+
+    Args:
+        out: where to.
+        name: of the benchmark.
+        peer: for the record.
+        parts: name, title, batch size and runs of each, made when it is its turn.
+        repeats: as in `in_turns`.
+    """
+    results: dict[str, Any] = {"record": record(peer)}
+    tables = []
+    for part, title, num, runs in parts:
+        rows = in_turns(runs, repeats)
+        for row in rows:
+            if row.get("nfe"):
+                row["ms_per_nfe"] = 1e3 * row["min"] / row["nfe"]
+        results[part] = {"batch_size": num, "rows": rows}
+        tables.append(table(f"{title}, batch {num}", rows))
+        write(out, name, results, tables)
+    return results

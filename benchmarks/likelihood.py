@@ -7,6 +7,7 @@ where the steps depend on the random weights; compare the time over the evaluati
 MNIST U-Net, Euler's method. All in float32.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from benchmarks.lab import Peer, Run, clocked, in_torch, in_turns, record, table, write
+from benchmarks.lab import Peer, Run, asking, clocked, compared, in_torch
 from benchmarks.networks import NETWORKS
 from benchmarks.sampling import perturbed
 from experiments.lab import command_line
@@ -95,21 +96,14 @@ def theirs(config: Config, part: Part, peer: Peer | None) -> dict[str, Run]:
 
 def run(config: Config) -> dict[str, Any]:
     """Measures, writes and returns what was asked for."""
-    peer = Peer(config.peer_python) if config.peer_python else None
-    results: dict[str, Any] = {"record": record(peer)}
-    tables = []
-    for part in config.parts:
-        rows = in_turns({"fm_jax": ours(config, part)} | theirs(config, part, peer), config.repeats)
-        for row in rows:
-            if row.get("nfe"):
-                row["ms_per_nfe"] = 1e3 * row["min"] / row["nfe"]
-        num = config.num_images if part == "hutchinson" else config.num_points
-        results[part] = {"batch_size": num, "rows": rows}
-        tables.append(table(f"{part}, batch {num}", rows))
-        write(config.out, "likelihood", results, tables)
-    if peer is not None:
-        peer.close()
-    return results
+    with asking(config.peer_python) as peer:
+
+        def parts() -> Iterator[tuple[str, str, int, dict[str, Run]]]:
+            for part in config.parts:
+                num = config.num_images if part == "hutchinson" else config.num_points
+                yield part, part, num, {"fm_jax": ours(config, part)} | theirs(config, part, peer)
+
+        return compared(config.out, "likelihood", peer, parts(), config.repeats)
 
 
 if __name__ == "__main__":

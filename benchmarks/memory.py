@@ -19,7 +19,6 @@ import dataclasses
 import datetime
 import json
 import math
-import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from typing import Any
 import jax
 
 from benchmarks.compiled import Model, Program, collectives, memory
+from benchmarks.lab import commit, lines
 from benchmarks.targets import BYTES, OPTIONS, Target, compute_on_cpu, devices
 from experiments.lab import command_line
 from fm_jax.models import num_params
@@ -146,7 +146,7 @@ def markdown(results: dict[str, Any]) -> str:
         head = ["network", "parameters", "remat", "parallel", "devices", "state, GB (exact)", "of a device, GB"]
         head += ["without images, GB", "an image, MB", *(f"{kind}, {BYTES[kind] / GIGA:.0f} GB" for kind in kinds)]
         body = [_cells(each, kinds) for each in found]
-        parts += [f"### Planned by the compiler for {target}", _lines(head, body)]
+        parts += [f"### Planned by the compiler for {target}", lines(head, body)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -167,18 +167,9 @@ def _cells(each: dict[str, Any], kinds: list[str]) -> list[str]:
     ]
 
 
-def _lines(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
-
-
 def _bytes(tree: Any) -> int:
     # A key, which no state has, would have no itemsize.
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -187,7 +178,7 @@ def run(config: Config) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     path, end = config.out / "memory.json", time.perf_counter() + 60 * config.minutes
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-    results |= {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "commit": _commit()}
+    results |= {"date": datetime.date.today().isoformat(), "jax": jax.__version__, "commit": commit()}
     for row in rows(config):
         each = results["rows"].setdefault(row.key, {"row": dataclasses.asdict(row), "compiled": []})
         each["exact"] = exact(row)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from benchmarks.lab import Peer, record, write
+from benchmarks.lab import Peer, lines, record, write
 from benchmarks.networks import NETWORKS
 from benchmarks.train_step import BATCH_SIZES
 from experiments.lab import command_line
@@ -90,12 +90,12 @@ def run(config: Config) -> dict[str, Any]:
         if config.peer_python is not None:
             rows[name]["torch_peak"] = theirs(name, config.peer_python)
     head = ["network, batch", "planned by XLA, MB", "peak of the process, MB", "PyTorch's, MB"]
-    lines = [head, ["---"] * len(head)]
+    body = []
     for each, row in rows.items():
         cells = [f"{row[key] / 1e6:,.0f}" if key in row else "" for key in ("planned", "peak", "torch_peak")]
-        lines.append([f"{each}, {BATCH_SIZES[each]}", *cells])
+        body.append([f"{each}, {BATCH_SIZES[each]}", *cells])
     results = {"record": record(None), "rows": rows}
-    write(config.out, "peak_memory", results, ["\n".join("| " + " | ".join(line) + " |" for line in lines)])
+    write(config.out, "peak_memory", results, [lines(head, body)])
     return results
 
 

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.lab import lines
 from experiments.lab import command_line, images
 from experiments.lab.experiment import restore_run
 from experiments.lab.figures import save_error_curves
@@ -312,7 +313,7 @@ def markdown(results: dict[str, Any]) -> str:
             [r["sampler"], str(r["nfe"]), f"{r['overhead']:.3f}", f"{r['compile_over_bare_loop']:.2f}"]
             for r in found["rows"]
         ]
-        parts += [f"### Overhead: {found['problem']}", _lines(head, rows)]
+        parts += [f"### Overhead: {found['problem']}", lines(head, rows)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -334,11 +335,7 @@ def _table(rows: list[dict[str, Any]], quantity: str) -> str:
 
     names = dict.fromkeys(row["sampler"] for row in rows)
     body = [[name, *(text(name, budget) for budget in BUDGETS)] for name in names]
-    return _lines(["sampler", *(f"{budget} NFE" for budget in BUDGETS)], body)
-
-
-def _lines(head: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *rows])
+    return lines(["sampler", *(f"{budget} NFE" for budget in BUDGETS)], body)
 
 
 def figure(results: dict[str, Any], path: Path) -> None:

@@ -8,7 +8,7 @@ method (`loop`) and `flow_matching`'s solver on `torchdiffeq`, both without grad
 weights: there the seconds over the network evaluations (NFE) are to be compared.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.lab import Peer, Run, clocked, in_torch, in_turns, record, table, write
+from benchmarks.lab import Peer, Run, asking, clocked, compared, in_torch
 from benchmarks.networks import NETWORKS
 from experiments.lab import command_line
 from fm_jax.guidance import classifier_free_batched
@@ -117,21 +117,14 @@ def theirs(config: Config, part: Part, peer: Peer | None) -> dict[str, Run]:
 
 def run(config: Config) -> dict[str, Any]:
     """Measures, writes and returns what was asked for."""
-    peer = Peer(config.peer_python) if config.peer_python else None
-    results: dict[str, Any] = {"record": record(peer)}
-    tables = []
-    for part in config.parts:
-        rows = in_turns({"fm_jax": ours(config, part)} | theirs(config, part, peer), config.repeats)
-        for row in rows:
-            if row.get("nfe"):
-                row["ms_per_nfe"] = 1e3 * row["min"] / row["nfe"]
-        num = config.forward_batch_size if part == "forward" else config.batch_size
-        results[part] = {"batch_size": num, "rows": rows}
-        tables.append(table(f"{part}, MNIST U-Net, batch {num}", rows))
-        write(config.out, "sampling", results, tables)
-    if peer is not None:
-        peer.close()
-    return results
+    with asking(config.peer_python) as peer:
+
+        def parts() -> Iterator[tuple[str, str, int, dict[str, Run]]]:
+            for part in config.parts:
+                num = config.forward_batch_size if part == "forward" else config.batch_size
+                yield part, f"{part}, MNIST U-Net", num, {"fm_jax": ours(config, part)} | theirs(config, part, peer)
+
+        return compared(config.out, "sampling", peer, parts(), config.repeats)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lab import lines
 from experiments.lab import command_line
 
 
@@ -129,7 +130,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return "\n".join("| " + " | ".join(each) + " |" for each in [head, ["---"] * len(head), *cells])
+    return lines(head, cells)
 
 
 def run(config: Config) -> list[dict[str, Any]]:

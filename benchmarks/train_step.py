@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.flops import by_hand
-from benchmarks.lab import Peer, Run, clocked, in_torch, in_turns, record, table, write
+from benchmarks.lab import Peer, Run, asking, clocked, in_torch, in_turns, record, table, write
 from benchmarks.networks import NETWORKS, Network
 from experiments.lab import command_line
 from experiments.lab.toys import Batches, Toy
@@ -233,20 +233,18 @@ def _table(name: str, found: dict[str, Any]) -> str:
 
 def run(config: Config) -> dict[str, Any]:
     """Measures, writes and returns what was asked for."""
-    peer = Peer(config.peer_python) if config.peer_python else None
-    results: dict[str, Any] = {"record": record(peer)}
-    for name in config.models:
-        if name == "points":
-            results[name] = points(config, peer)
-        elif name == "toy2d":
-            results[name] = toy2d(config)
-        else:
-            results[name] = images(config, name, peer)
-        tables = [_table(each, results[each]) for each in results if each != "record"]
-        write(config.out, "train_step", results, tables)
-    if peer is not None:
-        peer.close()
-    return results
+    with asking(config.peer_python) as peer:
+        results: dict[str, Any] = {"record": record(peer)}
+        for name in config.models:
+            if name == "points":
+                results[name] = points(config, peer)
+            elif name == "toy2d":
+                results[name] = toy2d(config)
+            else:
+                results[name] = images(config, name, peer)
+            tables = [_table(each, results[each]) for each in results if each != "record"]
+            write(config.out, "train_step", results, tables)
+        return results
 
 
 if __name__ == "__main__":

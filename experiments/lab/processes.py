@@ -196,7 +196,7 @@ def spread(x: Array | np.ndarray) -> Array:
 
 def everywhere(tree: Params) -> Params:
     """Arrays, of this process or of all, cut or not, whole on every device."""
-    return jax.tree.map(lambda x: _placed(x, PartitionSpec()), tree)
+    return _placed(tree, PartitionSpec())
 
 
 def gathered(x: Array) -> Any:
@@ -206,10 +206,12 @@ def gathered(x: Array) -> Any:
     return np.asarray(x)
 
 
-def _placed(x: Any, spec: PartitionSpec) -> Array:
+def _placed(tree: Any, spec: PartitionSpec) -> Any:
     if jax.device_count() == 1:
-        return x
-    sharding = NamedSharding(data_mesh(), spec)
-    if isinstance(x, jax.Array) and len(x.sharding.device_set) == jax.device_count():
-        return x if x.sharding == sharding else jax.jit(lambda x: x, out_shardings=sharding)(x)
-    return jax.device_put(np.asarray(x), sharding)
+        return tree
+
+    def of_all(x: Any) -> Array | np.ndarray:
+        there = isinstance(x, jax.Array) and len(x.sharding.device_set) == jax.device_count()
+        return x if there else np.asarray(x)
+
+    return jax.device_put(jax.tree.map(of_all, tree), NamedSharding(data_mesh(), spec))

@@ -27,6 +27,7 @@ from fm_jax.train.sharding import data_mesh, fsdp_mesh
 from fm_jax.train.step import AXIS
 from fm_jax.types import Key, LossFn, Params
 
+Parallel = Literal["pmap", "shard_map", "fsdp"]
 CONFIG, RESULTS, METRICS, PROFILE = "config.json", "results.json", "metrics.jsonl", "profile"
 _MAY_CHANGE: tuple[str, ...] = ("data_dir", "sampling", "num_samples", "frames", "floor_repeats")
 _MAY_CHANGE += tuple(f"training.{name}" for name in ("run_dir", "log_every", "save_every", "sample_every", "keep"))
@@ -68,7 +69,7 @@ class Training:
     """Checkpoints kept."""
     sample_every: int = 500
     """Steps between two pictures of samples drawn during training."""
-    parallel: Literal["pmap", "shard_map", "fsdp"] | None = None
+    parallel: Parallel | None = None
     """How devices share a step: each computes its share of the batch, under pmap in one process or shard_map in any
     number, the same bits; or the compiler divides the whole batch and the state is cut over devices (fsdp), with the
     same noise on any number of them. By default pmap, or shard_map in several processes."""
@@ -104,7 +105,7 @@ class Training:
 def check_batch(training: Training) -> None:
     """Refuses a batch that the devices of all processes, or the micro-batches of each, do not share evenly."""
     devices, processes = jax.device_count(), jax.process_count()
-    if devices % processes or jax.local_device_count() * processes != devices:
+    if jax.local_device_count() * processes != devices:
         raise ValueError(f"All processes must have as many devices, got {jax.local_device_count()} of {devices} here.")
     check_multiple("--batch-size", training.batch_size, devices, "the devices of " + _all_of(processes))
     share = training.batch_size // (1 if training.parallel == "fsdp" else devices)
@@ -127,17 +128,25 @@ def _all_of(processes: int) -> str:
     return "this process" if processes == 1 else f"the {processes} processes"
 
 
-def make_parallel(training: Training, loss_fn: LossFn, optimizer: Any, steps_per_call: int) -> ParallelStep:
-    """The training step on all devices of all processes."""
-    parallel = training.parallel or ("pmap" if jax.process_count() == 1 else "shard_map")
-    step = make_step(loss_fn, optimizer, accumulate=training.accumulate, axis_name=None if parallel == "fsdp" else AXIS)
-    stacked = steps_per_call > 1
+def make_parallel(
+    parallel: Parallel,
+    loss_fn: LossFn,
+    optimizer: Any,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    accumulate: int = 1,
+    shards: int | None = None,
+    stacked: bool = False,
+) -> ParallelStep:
+    """The training step on these devices, by default all that `parallel` can join."""
+    axis_name = None if parallel == "fsdp" else AXIS
+    step = make_step(loss_fn, optimizer, accumulate=accumulate, axis_name=axis_name)
     match parallel:
         case "pmap":
-            return pmap_step(step, stacked=stacked)
+            return pmap_step(step, devices, stacked=stacked)
         case "shard_map":
-            return shard_map_step(step, data_mesh(), stacked=stacked)
-    return fsdp_step(step, fsdp_mesh(training.shards), stacked=stacked)
+            return shard_map_step(step, data_mesh(devices), stacked=stacked)
+    return fsdp_step(step, fsdp_mesh(shards, devices), stacked=stacked)
 
 
 @by_first
@@ -195,7 +204,14 @@ def train(
     """
     training, several = config.training, jax.process_count() > 1
     optimizer, steps_per_call = _optimizer(training), training.steps_per_call or steps_per_call
-    step_fn = make_parallel(training, loss_fn, optimizer, steps_per_call)
+    step_fn = make_parallel(
+        training.parallel or ("shard_map" if several else "pmap"),
+        loss_fn,
+        optimizer,
+        accumulate=training.accumulate,
+        shards=training.shards,
+        stacked=steps_per_call > 1,
+    )
 
     def create(params: Params) -> TrainState:
         return create_state(params, optimizer, training.ema_decays)

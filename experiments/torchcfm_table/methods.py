@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.lab.options import STEPS, check_multiple, check_options, option
+from experiments.lab.training import Parallel, make_parallel
 from experiments.torchcfm_table.problems import Splits, draws, draws_of_pairs, source_of
 from fm_jax.couplings import ExactOT, paired, schrodinger_bridge_ot
 from fm_jax.data.coupled import CoupledBatches
@@ -32,9 +33,7 @@ from fm_jax.samplers import Adaptive, EulerMaruyama, RungeKutta, grids, sample
 from fm_jax.schedules import Cosine, Linear
 from fm_jax.times import Stratified
 from fm_jax.train import TrainState, create_state, make_optimizer, make_step
-from fm_jax.train.parallel import fsdp_step, pmap_step, shard_map_step
-from fm_jax.train.sharding import data_mesh, fsdp_mesh
-from fm_jax.train.step import AXIS
+from fm_jax.train.step import scan_steps
 from fm_jax.types import Array, Batch, Cond, Coupling, Key, LossFn, Params, VelocityFn
 
 CHUNK = 100
@@ -69,7 +68,7 @@ class Recipe:
     """Times that OFM trains on each pair."""
     reflow_pairs: int = 20_000
     """Pairs that a flow generates for the one that is fitted to them, by 20 steps of rk4."""
-    parallel: Literal["pmap", "shard_map", "fsdp"] | None = None
+    parallel: Parallel | None = None
     """How the devices of a process share a step; by default one of them trains."""
 
     def __post_init__(self) -> None:
@@ -123,23 +122,13 @@ def _trainer(loss: Callable[[Recipe], LossFn], recipe: Recipe, num_steps: int):
     optimizer = make_optimizer(
         recipe.learning_rate, total_steps=num_steps, decay="cosine", weight_decay=recipe.weight_decay, clip_norm=None
     )
-    step = make_step(loss(recipe), optimizer, axis_name=AXIS if recipe.parallel in ("pmap", "shard_map") else None)
-    if recipe.parallel is not None:
-        devices = jax.local_devices()
-        check_multiple("--batch-size", recipe.batch_size, len(devices), "the devices of this process")
-        match recipe.parallel:
-            case "pmap":
-                shared = pmap_step(step, devices, stacked=True)
-            case "shard_map":
-                shared = shard_map_step(step, data_mesh(devices), stacked=True)
-            case "fsdp":
-                shared = fsdp_step(step, fsdp_mesh(devices=devices), stacked=True)
-        return optimizer, lambda state, key, batches: shared(state, key, shared.batch_to_device(batches))[0]
-
-    def run(state: TrainState, key: Key, batches: Batch) -> TrainState:
-        return jax.lax.scan(lambda state, batch: (step(state, key, batch)[0], None), state, batches)[0]
-
-    return optimizer, jax.jit(run, donate_argnums=0)
+    if recipe.parallel is None:
+        steps = scan_steps(make_step(loss(recipe), optimizer, axis_name=None))
+        return optimizer, jax.jit(lambda state, key, batches: steps(state, key, batches)[0], donate_argnums=0)
+    devices = jax.local_devices()
+    check_multiple("--batch-size", recipe.batch_size, len(devices), "the devices of this process")
+    shared = make_parallel(recipe.parallel, loss(recipe), optimizer, devices, stacked=True)
+    return optimizer, lambda state, key, batches: shared(state, key, shared.batch_to_device(batches))[0]
 
 
 def fit(

@@ -6,6 +6,7 @@ division to the compiler, with the state cut over devices; it draws the same noi
 an extra axis: it can be saved, sampled from and passed back as it is.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,13 +56,20 @@ class ParallelStep:
     def __call__(self, state: TrainState, key: Key, batch: Batch) -> tuple[TrainState, Metrics]:
         """Takes one step, or a stack of them; the metrics are scalars, of the last."""
         # A new or restored state lies on one device; passed as it is, it would compile the step a second time.
-        if getattr(getattr(state, "step", None), "sharding", None) != NamedSharding(self.mesh, WHOLE):
+        if getattr(getattr(state, "step", None), "sharding", None) != self._whole:
             state = self.place(state)
             self.check_batch(batch)
         state, metrics = self.run(state, key, batch)
+        return state, jax.block_until_ready(metrics) if self._lockstep else metrics
+
+    @functools.cached_property
+    def _whole(self) -> NamedSharding:
+        return NamedSharding(self.mesh, WHOLE)
+
+    @functools.cached_property
+    def _lockstep(self) -> bool:
         # XLA's collectives on simulated CPU devices deadlock when several steps are in flight on fewer cores.
-        lockstep = self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
-        return state, jax.block_until_ready(metrics) if lockstep else metrics
+        return self.mesh.size > 1 and self.mesh.devices.flat[0].platform == "cpu"
 
 
 def pmap_step(step: Step, devices: Sequence[jax.Device] | None = None, *, stacked: bool = False) -> ParallelStep:
