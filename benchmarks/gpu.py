@@ -28,7 +28,7 @@ FLAGS = {
     "no command buffers": "--xla_gpu_enable_command_buffer=",
     "exhaustive tiling": "--xla_gpu_exhaustive_tiling_search=true",
 }
-"""Candidates, each tried alone on DiT-B/2. None is used elsewhere: not yet measured."""
+"""Candidates for `experiments/lab/xla.py`, each tried alone on DiT-B/2. None is used elsewhere: not yet measured."""
 DATA_SHEET_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.4, "NVIDIA H200": 989.4}
 """Dense bfloat16 products."""
 TRAIN = {"dit_xl/2 scan": 128, "cifar10": 512, "dit_b/2": 256, "dit_s/2": 512, "dit_xl/2": 128}

@@ -16,6 +16,7 @@ import jax
 
 from experiments.lab.options import refuse_unused
 from experiments.lab.processes import Processes, connect, ending_all
+from experiments.lab.xla import use_flags
 from fm_jax.train.checkpoint import CheckpointError
 from fm_jax.train.folder import FolderInUseError
 from fm_jax.train.loop import NonFiniteLossError
@@ -45,6 +46,7 @@ def main(run: Callable[[Any], object], kind: type, default: Any = None, descript
         )
         parsed = parse(both, description=description)
         refuse_unused(parsed.config, default)
+        use_flags()
         connect(parsed.processes)
         with ending_all(), told_in_a_sentence():
             run(parsed.config)
