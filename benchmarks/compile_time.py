@@ -28,7 +28,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.lab import commit, lines, write_both
+from benchmarks.lab import commit, lines, peak_bytes, write_both
 from experiments.lab import command_line
 from fm_jax.conditions import DropCondition
 from fm_jax.losses import flow_matching
@@ -109,7 +109,7 @@ def measure(config: Config, name: str, layout: Layout) -> dict[str, Any]:
     memory = compiled.memory_analysis()
     return {
         **dict(zip(SECONDS, [*seconds, sum(seconds), _processor_seconds() - processor], strict=True)),
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,  # of the process
+        "peak_gib": peak_bytes() / 2**30,  # of the process
         "temporary_gib": None if memory is None else memory.temp_size_in_bytes / 2**30,  # of the step that runs
         "program_lines": lowered.as_text().count("\n"),
         "parameters": num_params(state.params),

@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import os
+import resource
 import statistics
 import subprocess
 import time
@@ -176,6 +177,14 @@ def record(peer: Peer | None) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "peer": None if peer is None else peer.ask(do="record"),
     }
+
+
+def peak_bytes() -> int:
+    """The most bytes that this process has had in memory; on Linux not those of the process that started it."""
+    for line in _lines_of("/proc/self/status"):
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _lines_of(path: str) -> list[str]:

@@ -8,7 +8,6 @@ counts for ours. What fits on an accelerator is in `benchmarks.memory`.
 """
 
 import json
-import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from benchmarks.lab import Peer, lines, record, write
+from benchmarks.lab import Peer, lines, peak_bytes, record, write
 from benchmarks.networks import NETWORKS
 from benchmarks.train_step import BATCH_SIZES
 from experiments.lab import command_line
@@ -43,15 +42,10 @@ class Config:
     """Print the numbers of the first network, and start no other process."""
 
 
-def resident() -> int:
-    """The most bytes that this process has had in memory."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def ours(name: Model) -> dict[str, int]:
     """Bytes of this process, which should be fresh."""
     jax.block_until_ready(jnp.ones(1))
-    before, network = resident(), NETWORKS[name]
+    before, network = peak_bytes(), NETWORKS[name]
     model, num = network.make(Compute()), BATCH_SIZES[name]
     optimizer = make_optimizer(1e-3, total_steps=1000)
     step = jax.jit(make_step(network.loss(model), optimizer, axis_name=None), donate_argnums=0)
@@ -65,7 +59,7 @@ def ours(name: Model) -> dict[str, int]:
         state, _ = compiled(state, key, batch)
     jax.block_until_ready(state)
     total = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    return {"planned": total + plan.temp_size_in_bytes, "peak": resident() - before}
+    return {"planned": total + plan.temp_size_in_bytes, "peak": peak_bytes() - before}
 
 
 def theirs(name: Model, python: Path) -> int:

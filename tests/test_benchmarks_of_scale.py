@@ -1,6 +1,7 @@
 """The benchmarks of speed and scale: their arithmetic, and that they run through where there is nothing to measure."""
 
 import dataclasses
+import gzip
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import memory, scaling
+from benchmarks import host_work, memory, scaling
 from benchmarks.compiled import Program
 from benchmarks.networks import NETWORKS
 from fm_jax.models import Compute, num_params
@@ -52,6 +53,23 @@ def test_state_of_the_networks():
     assert num_params(state.params) == 35_746_307 + labels
     model = NETWORKS["dit_xl/2"].make(Compute(), scan_layers=True)
     assert (model.hidden, model.num_layers, model.num_heads) == (1152, 28, 16)
+
+
+def test_seconds_of_the_host_are_those_of_the_thread_of_the_loop(tmp_path):
+    spans = [("data", 1, 0, 10), ("step", 1, 10, 60), ("wait", 1, 70, 20), ("log", 1, 90, 5), ("save", 1, 95, 5)]
+    spans += [("data", 1, 100, 10), ("other", 1, 0, 500), ("save", 2, 0, 500)]
+    events = [{"ph": "X", "name": n, "tid": tid, "ts": ts, "dur": dur} for n, tid, ts, dur in spans]
+    with gzip.open(tmp_path / "vm.trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": [*events, {"ph": "M", "name": "process_name"}]}, file)
+    expected = {"data": 20e-6, "step": 60e-6, "wait": 20e-6, "log": 5e-6, "save": 5e-6, "whole": 110e-6}
+    assert host_work.seconds(tmp_path) == pytest.approx(expected)
+
+
+@pytest.mark.slow
+def test_host_work_is_found_in_the_trace_of_a_run(tmp_path):
+    (row,) = host_work.run(host_work.Config(tmp_path, ("small_unet",), batch_size=8))["rows"]
+    assert 0 < row["busy"] < 1
+    assert all(row[part] > 0 for part in ("data", "step", "wait", "log", "save"))
 
 
 @pytest.mark.slow

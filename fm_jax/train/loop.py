@@ -137,8 +137,9 @@ def fit(
                         clock.start(step)
                     profile.after_call(metrics)
                     continue
-                with named("log"):
+                with named("wait"):
                     metrics = jax.device_get(metrics)
+                with named("log"):
                     values = {name: float(metrics[name]) for name in ["loss", *sorted(metrics.keys() - {"loss"})]}
                     clock.stop(step)
                     _check_finite(values, checked, step, checkpointer)
