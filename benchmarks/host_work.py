@@ -3,15 +3,13 @@
 Command: `python -m benchmarks.host_work`
 
 `fm_jax.train.loop.fit` trains a network on random images of its data's shape, as the experiments do: batches from
-`fm_jax.data.pipeline`, a `Checkpointer`, a `MetricsWriter`, and a trace of ten calls, the one that `--profile` writes.
-Within these there are a line of metrics and a checkpoint every `every` steps, far more than in an experiment. `busy` is
-the share of the time between the first and the last of the traced steps that the host spent on anything but waiting for
-the device or calling it; what it does while the device computes is counted too, so that it bounds what a step loses.
+`fm_jax.data.pipeline`, a `Checkpointer`, a `MetricsWriter`, and a trace of ten calls, the one that `--profile` writes,
+with a line of metrics and a checkpoint every `every` steps. `share` is what the host does for a step, but for calling
+the device and waiting for it, at the experiments' own periods of lines and checkpoints, over the time of a step. What
+it does while the device computes is counted too, so that it bounds what a step loses.
 """
 
 import collections
-import gzip
-import json
 import tempfile
 from contextlib import closing
 from dataclasses import dataclass
@@ -24,6 +22,7 @@ import numpy as np
 from benchmarks.lab import lines, record, write
 from benchmarks.networks import NETWORKS
 from experiments.lab import command_line
+from experiments.lab.training import Training
 from fm_jax.data.images import ImageDataset
 from fm_jax.data.pipeline import batches
 from fm_jax.models import Compute, init_params
@@ -36,7 +35,7 @@ from fm_jax.train.profile import FIRST, NUM
 
 Model = Literal["mnist", "cifar10", "small_unet"]
 BUSY = ("data", "log", "save")
-"""Names in the trace; the others are `step`, the call, and `wait`, for its results."""
+"""What the host does, by its names in the trace; the others are `step`, the call, and `wait`, for its results."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +58,20 @@ def seconds(folder: Path) -> dict[str, float]:
     Raises:
         ValueError: if they are not there.
     """
-    (path,) = folder.rglob("*.trace.json.gz") if folder.exists() else (folder,)
-    with gzip.open(path) as file:
-        events = [e for e in json.load(file)["traceEvents"] if e.get("ph") == "X"]
-    threads = {e["tid"] for e in events if e["name"] == "data"}
-    if len(threads) != 1:
-        raise ValueError(f"one thread of the trace must have the loop's parts, got {len(threads)}.")
-    mine = [e for e in events if e["tid"] in threads and e["name"] in (*BUSY, "step", "wait")]
-    found = collections.Counter[str]()
-    for event in mine:
-        found[event["name"]] += event["dur"] / 1e6
-    whole = max(e["ts"] + e["dur"] for e in mine) - min(e["ts"] for e in mine)
-    return {**found, "whole": whole / 1e6}
+    (path,) = folder.rglob("*.xplane.pb")
+    parts = (*BUSY, "step", "wait")
+    found, ends = collections.Counter[str](), list[float]()
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+        for line in plane.lines if plane.name.startswith("/host") else ():
+            events = [event for event in line.events if event.name in parts]
+            if not any(event.name == "data" for event in events):  # another thread
+                continue
+            for event in events:
+                found[event.name] += event.duration_ns / 1e9
+                ends += [event.start_ns / 1e9, event.start_ns / 1e9 + event.duration_ns / 1e9]
+    if not ends:
+        raise ValueError(f"a trace of {', '.join(parts)} was expected in {path}.")
+    return {**found, "whole": max(ends) - min(ends)}
 
 
 def measure(config: Config, name: Model, folder: Path) -> dict[str, Any]:
@@ -101,7 +102,11 @@ def measure(config: Config, name: Model, folder: Path) -> dict[str, Any]:
         )
         checkpointer.close()
     found = seconds(folder / "profile")
-    return {"model": name, **found, "busy": sum(found.get(each, 0.0) for each in BUSY) / found["whole"]}
+    times = sum((FIRST + i + 1) % config.every == 0 for i in range(NUM))
+    each = {"data": found["data"] / NUM, "log": found["log"] / times, "save": found["save"] / times}
+    step_seconds = (found["whole"] - found["log"] - found["save"]) / NUM
+    host = each["data"] + each["log"] / Training.log_every + each["save"] / Training.save_every
+    return {"model": name, **each, "step": step_seconds, "share": host / step_seconds, "traced": found}
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -110,9 +115,8 @@ def run(config: Config) -> dict[str, Any]:
     for name in config.models:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(config, name, Path(folder)))
-    parts = [*BUSY, "step", "wait", "whole"]
-    head = ["network", *(f"{part}, s" for part in parts), "busy"]
-    body = [[r["model"], *(r.get(part, 0.0) for part in parts), f"{r['busy']:.1%}"] for r in rows]
+    head = ["network", "a step, s", "its batch, s", "a line of metrics, s", "a checkpoint, s", "share"]
+    body = [[r["model"], *(r[part] for part in ("step", *BUSY)), f"{r['share']:.2%}"] for r in rows]
     results = {"record": record(None), "batch_size": config.batch_size, "every": config.every, "rows": rows}
     write(config.out, "host_work", results, [lines(head, body)])
     return results
