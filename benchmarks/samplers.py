@@ -54,6 +54,10 @@ GRIDS = ("uniform", "edm")
 FIGURE = ("euler", "heun", "rk4", "ab2", "ab4", "dpm_solver++_2m", "unipc_3", "learned")
 
 
+PAIRS = 10
+"""Timings of each sampler and of the bare loop, in turns, whose least make the overhead."""
+
+
 @dataclass(frozen=True)
 class Config:
     """What to measure."""
@@ -257,8 +261,8 @@ def overhead() -> dict[str, Any]:
             key,
             x0,
         )
-        # In turns, so that both see the same machine; the least of a few, so that neighbours count least.
-        pairs = [(timed(run) / nfe, timed(bare) / (2 * num_steps)) for _ in range(4)]
+        # In turns, so that both see the same machine; the least of some, so that neighbours count least.
+        pairs = [(timed(run) / nfe, timed(bare) / (2 * num_steps)) for _ in range(PAIRS)]
         ratio = min(p for p, _ in pairs) / min(q for _, q in pairs)
         rows.append(
             {
