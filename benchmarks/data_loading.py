@@ -8,18 +8,11 @@ noise, labels or a position that can be saved. All take turns, in one thread eac
 ratio is the median of those of the turns. Images are random, in the shapes of MNIST and CIFAR-10.
 """
 
-import datetime
-import importlib.metadata
 import itertools
-import json
-import os
-import platform
 import statistics
-import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,14 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.lab import commit, lines, write_both
+from benchmarks.lab import Peer, Run, asking, lines, record, write
 from experiments.lab import command_line
 from fm_jax.data.images import ImageDataset, to_float
 from fm_jax.data.pipeline import batches
 
 SHAPES = {"mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
-PEER = Path(__file__).with_name("data_loading_peer.py")
-Ask = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -57,12 +48,12 @@ class Config:
     """Worker processes of the peer's loader."""
 
 
-def measure(config: Config, name: str, flip: bool, dequantize: bool, peer: tuple[Ask, Path] | None) -> dict[str, Any]:
+def measure(config: Config, name: str, flip: bool, dequantize: bool, peer: Peer | None, folder: Path) -> dict[str, Any]:
     """Milliseconds a batch of ours, of the limit, and of the peer's loaders."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (config.num_images, *SHAPES[name]), dtype=np.uint8)
     dataset = ImageDataset(images, np.arange(len(images), dtype=np.int32), ("the label is the index",))
-    options = {"flip": flip, "dequantize": dequantize}
+    options: dict[str, Any] = {"flip": flip, "dequantize": dequantize}
     iterator = batches(dataset, batch_size=config.batch_size, seed=0, process_index=0, process_count=1, **options)
     indices: list[np.ndarray] = []
 
@@ -81,17 +72,13 @@ def measure(config: Config, name: str, flip: bool, dequantize: bool, peer: tuple
 
     contestants: dict[str, Callable[[], float]] = {"fm_jax": ours, "limit": limit}
     if peer is not None:
-        ask, path = peer
-
-        def seconds_of(request: dict[str, Any]) -> float:
-            return ask(request)["seconds"]
-
+        path = folder / f"{name}.npy"
         np.save(path, images)
-        request = {"path": str(path), "batch_size": config.batch_size, "num": config.num_batches, **options}
+        options |= {"path": str(path), "batch_size": config.batch_size, "num": config.num_batches, "threads": 1}
         for batched, workers in itertools.product((False, True), config.workers):
+            loader = peer.run("batches", batched=batched, workers=workers, **options)
             how = "batches" if batched else "images"
-            each = {**request, "batched": batched, "workers": workers}
-            contestants[f"DataLoader, {how}, {workers} workers"] = partial(seconds_of, each)
+            contestants[f"DataLoader, {how}, {workers} workers"] = partial(_seconds, loader)
     times: dict[str, list[float]] = {contestant: [] for contestant in contestants}
     for turn in range(1 + config.repeats):
         for contestant, timed in contestants.items():
@@ -100,7 +87,8 @@ def measure(config: Config, name: str, flip: bool, dequantize: bool, peer: tuple
                 times[contestant].append(1e3 * seconds / config.num_batches)
     return {
         "images": name,
-        **options,
+        "flip": flip,
+        "dequantize": dequantize,
         "contestants": {
             contestant: {
                 "min_ms": min(each),
@@ -115,47 +103,12 @@ def measure(config: Config, name: str, flip: bool, dequantize: bool, peer: tuple
     }
 
 
+def _seconds(run: Run) -> float:
+    return run()["seconds"]
+
+
 def _ratio(times: list[float], others: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
-
-
-@contextmanager
-def _peer(python: Path | None) -> Iterator[tuple[dict[str, Any], tuple[Ask, Path] | None]]:
-    """The peer's versions, and what to ask it with: a request as JSON in, its answer out."""
-    if python is None:
-        yield {}, None
-        return
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        subprocess.Popen([python, PEER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process,
-    ):
-        reader, writer = process.stdout, process.stdin
-        assert reader is not None
-        assert writer is not None
-
-        def answer() -> dict[str, Any]:
-            if not (line := reader.readline()):
-                raise ChildProcessError(f"{python} ended with status {process.wait()}: see what it printed.")
-            return json.loads(line)
-
-        def ask(request: dict[str, Any]) -> dict[str, Any]:
-            writer.write(json.dumps(request) + "\n")
-            writer.flush()
-            return answer()
-
-        yield answer(), (ask, Path(folder) / "images.npy")
-        writer.close()
-
-
-def machine() -> dict[str, Any]:
-    """Where, when and with what."""
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in ("numpy", "grain", "jax")},
-    }
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -172,20 +125,18 @@ def markdown(results: dict[str, Any]) -> str:
             + [f"{ours['min_ms']:.3f}", f"{ours['median_ms']:.3f}", f"{row['over_limit']:.2f}"]
             + [f"{row['contestants'][name]['over_fm_jax']:.1f}" for name in peers]
         )
-    about = ", ".join(f"{name} {value}" for name, value in results["machine"].items())
-    title = f"Batches of {results['batch_size']}; of a DataLoader, how many times as long it takes. {about}."
-    return f"{title}\n\n{lines(head, body)}\n"
+    title = f"Batches of {results['batch_size']}; of a DataLoader, how many times as long it takes."
+    return f"{title}\n\n{lines(head, body)}"
 
 
 def run(config: Config) -> dict[str, Any]:
     """Measures; writes, prints and returns the results."""
     config.out.mkdir(parents=True, exist_ok=True)
     cases = list(itertools.product(SHAPES, (False, True), (False, True)))
-    with _peer(config.peer_python) as (versions, peer):
-        rows = [measure(config, *case, peer) for case in cases]
-    results = {"batch_size": config.batch_size, "machine": machine() | versions, "rows": rows}
-    write_both(config.out, "data_loading", results, markdown(results))
-    print(markdown(results))
+    with asking(config.peer_python) as peer, tempfile.TemporaryDirectory() as folder:
+        rows = [measure(config, *case, peer, Path(folder)) for case in cases]
+        results = {"batch_size": config.batch_size, "record": record(peer), "rows": rows}
+    write(config.out, "data_loading", results, [markdown(results)])
     return results
 
 

@@ -5,6 +5,7 @@ JSON object a line and answers with one. `{"do": NAME, "name": ..., "threads": n
 NAME of this file, `{"do": "run", "name": ...}` calls it and says the seconds.
 """
 
+import itertools
 import json
 import os
 import shutil
@@ -16,8 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 Once = Callable[[], dict[str, Any]]
 
@@ -247,6 +250,48 @@ def load(numbers: int, folder: str) -> Once:
     return once
 
 
+class Images(Dataset):
+    """One image at an index, or a batch at a list of them: float32 in [-1, 1], mirrored or dequantised."""
+
+    def __init__(self, path: str, flip: bool, dequantize: bool):
+        self._images = torch.from_numpy(np.load(path))
+        self._flip, self._dequantize = flip, dequantize
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: Any) -> tuple[torch.Tensor, Any]:
+        x = self._images[index]
+        if self._flip:
+            if x.ndim == 3:
+                x = x.flip(1) if torch.rand(()) < 0.5 else x
+            else:
+                x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(2), x)
+        x = x.float()
+        if self._dequantize:
+            return x.add_(torch.rand_like(x)).mul_(2 / 256).sub_(1), index
+        return x.div_(127.5).sub_(1), index
+
+
+def batches(path: str, flip: bool, dequantize: bool, batch_size: int, num: int, workers: int, batched: bool) -> Once:
+    """`num` more batches of a `DataLoader` whose workers live on; `batched` asks the data for whole batches."""
+    data = Images(path, flip, dequantize)
+    options: dict[str, Any] = {"num_workers": workers, "persistent_workers": workers > 0}
+    if batched:
+        options |= {"sampler": BatchSampler(RandomSampler(data), batch_size, drop_last=True), "batch_size": None}
+    else:
+        options |= {"batch_size": batch_size, "shuffle": True, "drop_last": True}
+    loader = DataLoader(data, **options)
+    endless = itertools.chain.from_iterable(itertools.repeat(loader))
+
+    def once() -> dict[str, Any]:
+        for _ in range(num):
+            x, _ = next(endless)
+        return {"shape": list(x.shape), "dtype": str(x.dtype)}
+
+    return once
+
+
 def record() -> dict[str, Any]:
     """Versions of what is installed, and the most memory taken until now."""
     packages = {name: version(name) for name in ("torch", "torchcfm", "flow_matching", "torchdiffeq")}
@@ -260,7 +305,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     torch.manual_seed(0)
-    makers = {f.__name__: f for f in (train, forward, sample, likelihood, save, load)}
+    makers = {f.__name__: f for f in (train, forward, sample, likelihood, save, load, batches)}
     made: dict[str, tuple[int, Once]] = {}
     for line in sys.stdin:
         question = json.loads(line)
