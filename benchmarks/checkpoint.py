@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks.lab import Peer, Run, clocked, in_turns, record, table, write
 from benchmarks.networks import NETWORKS
 from experiments.lab import command_line
+from experiments.lab.options import check_options
 from fm_jax.models import Compute, init_params
 from fm_jax.train import create_state, make_optimizer
 from fm_jax.train.checkpoint import Checkpointer
@@ -39,6 +40,9 @@ class Config:
     """Interpreter of the peers; without it there are ours and the limit."""
     repeats: int = 5
     """Timings of each."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def run(config: Config) -> dict[str, Any]:

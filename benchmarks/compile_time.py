@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from benchmarks.lab import commit, lines, peak_bytes, write_both
 from experiments.lab import command_line
+from experiments.lab.options import check_options
 from fm_jax.conditions import DropCondition
 from fm_jax.losses import flow_matching
 from fm_jax.models import MLP, Compute, LabelEmbedding, linen_apply, make_dit, make_unet, num_params
@@ -73,6 +74,9 @@ class Config:
     """Examples a step."""
     repeats: int = 3
     """Measurements of each row, whose minimum and median are told."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def _processor_seconds() -> float:

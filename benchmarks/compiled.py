@@ -26,6 +26,7 @@ import optax
 from benchmarks.networks import NETWORKS, Network
 from benchmarks.targets import OPTIONS, Target, devices
 from experiments.lab import command_line
+from experiments.lab.options import check_options
 from experiments.lab.training import Parallel, make_parallel
 from fm_jax.models import Compute, init_params, num_params
 from fm_jax.train import TrainState, create_state, make_optimizer
@@ -270,6 +271,9 @@ class Config:
     """Which compiler, see `benchmarks/targets.py`."""
     out: Path | None = None
     """Where the JSON goes; it is printed anyway."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def run(config: Config) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from scipy.optimize import linear_sum_assignment
 from benchmarks.lab import lines
 from experiments.lab import command_line, images
 from experiments.lab.method import Method, make_loss
+from experiments.lab.options import check_options
 from experiments.lab.training import Training
 from experiments.torchcfm_table import peer
 from experiments.torchcfm_table.methods import NETWORK, Recipe, conditional, fit
@@ -71,6 +72,9 @@ class Config:
     """Points of a batch."""
     peer_python: Path | None = None
     """Interpreter that has torchcfm."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def toy_step(config: Config) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from benchmarks.lab import Peer, Run, asking, lines, record, write
 from experiments.lab import command_line
+from experiments.lab.options import check_options
 from fm_jax.data.images import ImageDataset, to_float
 from fm_jax.data.pipeline import batches
 
@@ -46,6 +47,9 @@ class Config:
     """Interpreter that has torch."""
     workers: tuple[int, ...] = (0, 2)
     """Worker processes of the peer's loader."""
+
+    def __post_init__(self) -> None:
+        check_options(self, workers=0)
 
 
 def measure(config: Config, name: str, flip: bool, dequantize: bool, peer: Peer | None, folder: Path) -> dict[str, Any]:

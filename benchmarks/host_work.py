@@ -4,12 +4,12 @@ Command: `python -m benchmarks.host_work`
 
 `fm_jax.train.loop.fit` trains a network on random images of its data's shape, as the experiments do: batches from
 `fm_jax.data.pipeline`, a `Checkpointer`, a `MetricsWriter`, and a trace of ten calls, the one that `--profile` writes,
-with a line of metrics and a checkpoint every `every` steps. `share` is what the host does for a step, but for calling
-the device and waiting for it, at the experiments' own periods of lines and checkpoints, over the time of a step. What
-it does while the device computes is counted too, so that it bounds what a step loses.
+with a line of metrics and a checkpoint every `every` steps and at the end. `share` is what the host does for a step,
+but for calling the device and waiting for it, at the experiments' own periods of lines and checkpoints, over the time
+of a step. What it does while the device computes is counted too, so that it bounds what a step loses.
 """
 
-import collections
+import itertools
 import tempfile
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ import numpy as np
 from benchmarks.lab import lines, record, write
 from benchmarks.networks import NETWORKS
 from experiments.lab import command_line
+from experiments.lab.options import check_options
 from experiments.lab.training import Training
 from fm_jax.data.images import ImageDataset
 from fm_jax.data.pipeline import batches
@@ -51,27 +52,29 @@ class Config:
     every: int = 5
     """Steps between two lines of metrics, and between two checkpoints."""
 
+    def __post_init__(self) -> None:
+        check_options(self)
 
-def seconds(folder: Path) -> dict[str, float]:
-    """Seconds of the loop's named parts in the trace, and of the `whole` from the first to the last.
+
+def spans(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Begin and end, in seconds, of every one of the loop's named parts in the trace.
 
     Raises:
-        ValueError: if they are not there.
+        ValueError: if there are none.
     """
     (path,) = folder.rglob("*.xplane.pb")
     parts = (*BUSY, "step", "wait")
-    found, ends = collections.Counter[str](), list[float]()
+    found: dict[str, list[tuple[float, float]]] = {part: [] for part in parts}
     for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
         for line in plane.lines if plane.name.startswith("/host") else ():
             events = [event for event in line.events if event.name in parts]
-            if not any(event.name == "data" for event in events):  # another thread
-                continue
-            for event in events:
-                found[event.name] += event.duration_ns / 1e9
-                ends += [event.start_ns / 1e9, event.start_ns / 1e9 + event.duration_ns / 1e9]
-    if not ends:
+            if any(event.name == "data" for event in events):  # the loop's thread
+                for event in events:
+                    start = event.start_ns / 1e9
+                    found[event.name].append((start, start + event.duration_ns / 1e9))
+    if not found["data"]:
         raise ValueError(f"a trace of {', '.join(parts)} was expected in {path}.")
-    return {**found, "whole": max(ends) - min(ends)}
+    return found
 
 
 def measure(config: Config, name: Model, folder: Path) -> dict[str, Any]:
@@ -101,12 +104,13 @@ def measure(config: Config, name: Model, folder: Path) -> dict[str, Any]:
             **every,
         )
         checkpointer.close()
-    found = seconds(folder / "profile")
-    times = sum((FIRST + i + 1) % config.every == 0 for i in range(NUM))
-    each = {"data": found["data"] / NUM, "log": found["log"] / times, "save": found["save"] / times}
-    step_seconds = (found["whole"] - found["log"] - found["save"]) / NUM
-    host = each["data"] + each["log"] / Training.log_every + each["save"] / Training.save_every
-    return {"model": name, **each, "step": step_seconds, "share": host / step_seconds, "traced": found}
+    found = spans(folder / "profile")
+    total = {part: sum(end - start for start, end in each) for part, each in found.items()}
+    mean = {part: total[part] / len(found[part]) for part in BUSY}
+    ends = list(itertools.chain.from_iterable(itertools.chain.from_iterable(found.values())))
+    step_seconds = (max(ends) - min(ends) - total["log"] - total["save"]) / NUM
+    host = mean["data"] + mean["log"] / Training.log_every + mean["save"] / Training.save_every
+    return {"model": name, **mean, "step": step_seconds, "share": host / step_seconds, "traced": total}
 
 
 def run(config: Config) -> dict[str, Any]:

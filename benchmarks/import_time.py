@@ -19,6 +19,7 @@ import jax
 
 from benchmarks.lab import lines, write_both
 from experiments.lab import command_line
+from experiments.lab.options import check_options
 
 IMPORTS = {
     "jax": "import jax",
@@ -45,6 +46,9 @@ class Config:
     """Where the results go."""
     repeats: int = 10
     """Processes of each import."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def seconds(statement: str) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from benchmarks.lab import Peer, Run, asking, clocked, compared, in_torch
 from benchmarks.networks import NETWORKS
 from benchmarks.sampling import perturbed
 from experiments.lab import command_line
+from experiments.lab.options import check_options
 from fm_jax.likelihood import Exact, Hutchinson, encode_and_log_prob
 from fm_jax.models import Compute, PlainMLP, init_params, linen_apply
 from fm_jax.parameterization import bind, velocity_fn
@@ -49,6 +50,9 @@ class Config:
     """Midpoint steps on points; Euler steps on images are half as many."""
     repeats: int = 5
     """Timings of each."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def ours(config: Config, part: Part) -> Run:

@@ -31,6 +31,7 @@ from benchmarks.compiled import Model, Program, collectives, memory
 from benchmarks.lab import commit, lines
 from benchmarks.targets import BYTES, OPTIONS, Target, compute_on_cpu, devices
 from experiments.lab import command_line
+from experiments.lab.options import check_options
 from fm_jax.models import num_params
 
 MARGIN = 0.9
@@ -57,6 +58,9 @@ class Config:
     optimiser, decide the most that is in memory at once."""
     minutes: float = 60.0
     """After these no further program is compiled; what is missing is left out."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 @dataclass(frozen=True)

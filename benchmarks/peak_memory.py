@@ -21,6 +21,7 @@ from benchmarks.lab import Peer, lines, peak_bytes, record, write
 from benchmarks.networks import NETWORKS
 from benchmarks.train_step import BATCH_SIZES
 from experiments.lab import command_line
+from experiments.lab.options import check_options
 from fm_jax.models import Compute, init_params
 from fm_jax.train import create_state, make_optimizer, make_step
 
@@ -40,6 +41,9 @@ class Config:
     """Interpreter of the peers; without it ours are measured alone."""
     alone: bool = False
     """Print the numbers of the first network, and start no other process."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def ours(name: Model) -> dict[str, int]:

@@ -34,6 +34,7 @@ from benchmarks.lab import lines
 from experiments.lab import command_line, images
 from experiments.lab.experiment import restore_run
 from experiments.lab.figures import save_error_curves
+from experiments.lab.options import check_options
 from experiments.lab.samplers import SAMPLERS, make_sampler
 from fm_jax import oracles
 from fm_jax.models import forward_flops, init_params, linen_apply, make_dit
@@ -73,6 +74,9 @@ class Config:
     """Samples on the trained network."""
     learned_iterations: int = 150
     """Training steps of a learned solver for the network; ten times as many for the closed form."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 class Problem(NamedTuple):

@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.lab import Peer, Run, asking, clocked, compared, in_torch
 from benchmarks.networks import NETWORKS
 from experiments.lab import command_line
+from experiments.lab.options import check_options
 from fm_jax.guidance import classifier_free_batched
 from fm_jax.models import Compute, init_params, linen_apply
 from fm_jax.parameterization import bind, velocity_fn
@@ -57,6 +58,9 @@ class Config:
     """Absolute and relative, of adaptive steps; `flow_matching`'s default."""
     repeats: int = 5
     """Timings of each."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def perturbed(params: Params) -> Params:

@@ -23,6 +23,7 @@ from typing import Any
 
 from benchmarks.lab import lines
 from experiments.lab import command_line
+from experiments.lab.options import check_options
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ class Config:
     """Numbers of chips."""
     out: Path | None = None
     """Where the JSON goes, if anywhere."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def compute_seconds(config: Config, fabric: Fabric) -> float:

@@ -28,6 +28,7 @@ from benchmarks.flops import by_hand
 from benchmarks.lab import Peer, Run, asking, clocked, in_torch, in_turns, record, table, write
 from benchmarks.networks import NETWORKS, Network
 from experiments.lab import command_line
+from experiments.lab.options import check_options
 from experiments.lab.toys import Batches, Toy
 from fm_jax.data.toy import make_toy
 from fm_jax.losses import flow_matching
@@ -73,6 +74,9 @@ class Config:
     """Timings of each."""
     steps_per_call: int = 100
     """Steps that `fit` dispatches at once, in two dimensions."""
+
+    def __post_init__(self) -> None:
+        check_options(self)
 
 
 def images(config: Config, name: Model, peer: Peer | None) -> dict[str, Any]:

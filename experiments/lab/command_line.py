@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from experiments.lab.options import refuse_unused
-from experiments.lab.processes import Processes, connect, ending_all
+from experiments.lab.processes import Processes, check_same, connect, end_by_sigterm, ending_all
 from experiments.lab.xla import use_flags
 from fm_jax.train.checkpoint import CheckpointError
 from fm_jax.train.folder import FolderInUseError
@@ -49,6 +49,9 @@ def main(run: Callable[[Any], object], kind: type, default: Any = None, descript
         use_flags()
         connect(parsed.processes)
         with ending_all(), told_in_a_sentence():
+            check_same(parsed.config)
+            if not hasattr(parsed.config, "training"):  # which alone can end all at the same step
+                end_by_sigterm()
             run(parsed.config)
 
 

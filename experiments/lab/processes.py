@@ -1,6 +1,7 @@
 """The processes of one run: how they find each other, which of them writes, and what they compute together."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -19,7 +20,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.lab.options import check_options
+from experiments.lab.options import check_options, option
+from fm_jax import __version__
 from fm_jax.train.folder import lock_folder
 from fm_jax.train.loop import DataIterator
 from fm_jax.train.sharding import data_mesh
@@ -59,7 +61,8 @@ class Processes:
         given = [self.coordinator, self.num_processes, self.process_id]
         if any(each is not None for each in given) and None in given:
             raise ValueError("--coordinator, --num-processes and --process-id go together: give all three, or none.")
-        if self.coordinator is not None and not re.fullmatch(r"\S+:\d{1,5}", self.coordinator):
+        port = re.fullmatch(r"\S+:(\d{1,5})", self.coordinator or "a:1")
+        if port is None or not 0 < int(port[1]) < 2**16:
             raise ValueError(f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234, got {self.coordinator}.")
         if self.process_id is not None and self.process_id >= self.num_processes:
             raise ValueError(
@@ -102,6 +105,46 @@ def connect(processes: Processes) -> None:
     )
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def check_same(config: Any) -> None:
+    """Refuses processes with other options, other versions, or unequal numbers of devices.
+
+    Raises:
+        ValueError: in every process; it names what differs where it does.
+    """
+    count, here = jax.process_count(), jax.local_device_count()
+    if count == 1:
+        return
+    if here * count != jax.device_count():
+        raise ValueError(f"All processes must have as many devices, got {here} of {jax.device_count()} here.")
+    own = {"jax": jax.__version__, "fm_jax": __version__} | _leaves(dataclasses.asdict(config))
+    first = from_first(lambda: own)
+    other = [name for name in {**first, **own} if own.get(name) != first.get(name)]
+    differs = multihost_utils.process_allgather(np.int32(bool(other)))
+    if differs.any():
+        which = ", ".join(map(str, np.flatnonzero(differs)))
+        told = f"which process {which} was not, and says so" if is_first() else "as others were not"
+        if other:
+            told = "got " + ", ".join(f"{name} {own.get(name)} in place of {first.get(name)}" for name in other)
+        raise ValueError(f"All processes must be given the same options as process 0, {told}.")
+
+
+def _leaves(tree: dict[str, Any], within: str = "") -> dict[str, str]:
+    """The values of nested options, as they are typed; not where the data are, which may differ."""
+    found: dict[str, str] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found |= _leaves(value, f"{within}{name} ")
+        elif name != "data_dir":
+            found[f"{within}{option(name)}"] = str(value)
+    return found
+
+
+def end_by_sigterm() -> None:
+    """SIGTERM, which JAX has put off since the processes met, ends this one from here on, and the others follow."""
+    if jax.process_count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

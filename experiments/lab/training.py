@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import signal
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 
 from experiments.lab.figures import save_loss_curve
 from experiments.lab.options import SEED, STEPS, check_multiple, check_options, option
-from experiments.lab.processes import by_first, is_first
+from experiments.lab.processes import by_first, end_by_sigterm, is_first
 from fm_jax.checks import shown
 from fm_jax.train import TrainState, create_state, make_optimizer, make_step
 from fm_jax.train.checkpoint import Checkpointer
@@ -105,8 +104,6 @@ class Training:
 def check_batch(training: Training) -> None:
     """Refuses a batch that the devices of all processes, or the micro-batches of each, do not share evenly."""
     devices, processes = jax.device_count(), jax.process_count()
-    if jax.local_device_count() * processes != devices:
-        raise ValueError(f"All processes must have as many devices, got {jax.local_device_count()} of {devices} here.")
     check_multiple("--batch-size", training.batch_size, devices, "the devices of " + _all_of(processes))
     share = training.batch_size // (1 if training.parallel == "fsdp" else devices)
     if share % training.accumulate:
@@ -252,14 +249,22 @@ def train(
             progress=None if is_first() else False,
             profile_dir=training.run_dir / PROFILE if training.profile and is_first() else None,
         )
-    if several:  # all is saved: SIGTERM, which JAX has put off since the processes met, ends them again
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_by_sigterm()  # all is saved
     return state
 
 
 def _other_noise(training: Training, checkpointer: Checkpointer) -> str:
-    """What there is to say of a run that continues on other devices."""
+    """What there is to say of a run that continues with noise that is drawn otherwise."""
+    try:
+        saved = json.loads((training.run_dir / CONFIG).read_bytes())["training"]["parallel"]
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: it is written anew
+        saved = training.parallel
     before, now = checkpointer.restored_devices, jax.device_count()
+    if (saved == "fsdp") != (training.parallel == "fsdp"):
+        how = "for the whole batch, and is drawn by each device"
+        if training.parallel == "fsdp":
+            how = "by each device, and is drawn for the whole batch"
+        return f" Its noise was drawn {how} from here on, so that the numbers are other ones (--parallel)."
     if before in (None, now) or training.parallel == "fsdp":
         return ""
     return (

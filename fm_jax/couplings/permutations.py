@@ -41,7 +41,8 @@ def sample_permutation(key: Key, plan: Real[AnyArray, "n n"], *, bits: int = 20)
     Args:
         key: PRNG key.
         plan: with x0 in rows and x1 in columns; rows and columns sum to 1, that is n times the joint
-            distribution. Sums off by less than 1% on average, as Sinkhorn's are, are evened out.
+            distribution. Sums off by less than 1% on average, as Sinkhorn's are, are evened out, whereby a pair of
+            probability 0 may be drawn, as seldom as the sums are wrong.
         bits: precision, 1 to 24.
 
     Returns:

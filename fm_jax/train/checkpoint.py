@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import time
 import traceback
 import zlib
@@ -104,8 +105,8 @@ class Checkpointer:
                 raise CheckpointError(f"{self.directory} is a file, not a folder. Nothing was overwritten.")
             if jax.process_index() == 0:
                 make_folder(self.directory)
+        _check_shared(self.directory)
         with _one_verdict():
-            _wait_for(self.directory)
             self._folder = hold(self.directory)
         # Orbax makes every folder above the one that it writes to. By this name there is none to make once it is gone.
         # Several processes agree on names, and these numbers are each one's own.
@@ -456,16 +457,26 @@ def _one_verdict() -> Iterator[None]:
             raise CheckpointError(f"Process {process}: {bytes(text).rstrip(bytes(1)).decode(errors='replace')}")
 
 
-def _wait_for(folder: Path, seconds: float = 10) -> None:
-    """Returns once a folder that another process has made is seen here too."""
-    end = time.monotonic() + seconds
-    while not folder.is_dir():
-        if time.monotonic() > end:
-            raise CheckpointError(
-                f"{folder} was made by process 0, and process {jax.process_index()} does not see it: give a --run-dir "
-                "that all processes share."
-            )
-        time.sleep(0.1)
+def _check_shared(folder: Path, seconds: float = 10) -> None:
+    """Refuses a folder that the processes do not share: one of the same name may be there, of another machine."""
+    if jax.process_count() == 1:
+        return
+    number, first = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))), jax.process_index() == 0
+    sign, end = folder / f".shared_{int(number):08x}", time.monotonic() + seconds
+    with _one_verdict():
+        if first:
+            sign.touch()
+    try:
+        with _one_verdict():
+            while not sign.exists():
+                if time.monotonic() > end:
+                    raise CheckpointError(
+                        f"this is not the {folder} that process 0 writes to: give a --run-dir that all processes share."
+                    )
+                time.sleep(0.1)
+    finally:
+        if first:
+            sign.unlink(missing_ok=True)
 
 
 def _named_leaves(tree: TrainState) -> tuple[list[str], list[Array]]:

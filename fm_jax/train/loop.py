@@ -133,11 +133,12 @@ def fit(
                 due = [function for every, function in callbacks if step % every == 0]
                 if not (log or save or due or stop):
                     if not clock.running:
-                        jax.block_until_ready(metrics)
+                        _check_count(state, step)
                         clock.start(step)
                     profile.after_call(metrics)
                     continue
                 with named("wait"):
+                    _check_count(state, step)
                     metrics = jax.device_get(metrics)
                 with named("log"):
                     values = {name: float(metrics[name]) for name in ["loss", *sorted(metrics.keys() - {"loss"})]}
@@ -232,13 +233,47 @@ class _Clock:
 
 def _next(data: DataIterator, step: int, num: int | None) -> Any:
     """A batch, or a stack of `num`."""
+    taken = 0
     try:
         if num is None:
             return next(data)
-        take = getattr(data, "take", None)
-        return take(num) if take else jax.tree.map(lambda *xs: np.stack(xs), *(next(data) for _ in range(num)))
+        if take := getattr(data, "take", None):
+            batch, whose = take(num), "data.take(num)"
+        else:
+            each = []
+            for taken in range(num):  # noqa: B007
+                each.append(jax.tree.map(np.array, next(data)))  # a copy: an iterator may use its arrays again
+            batch, whose = _stacked(each, step), "the stack of data's batches"
     except StopIteration:
-        raise RuntimeError(f"The data ended after step {step}: fit needs an iterator that repeats them.") from None
+        raise RuntimeError(
+            f"The data ended after step {step + taken}: fit needs an iterator that repeats them."
+        ) from None
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if np.shape(leaf)[:1] != (num,):
+            name = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"{whose} must be [{num}, batch, ...] for {num} steps, got {name} of shape {np.shape(leaf)}."
+            )
+    return batch
+
+
+def _stacked(batches: list[Any], step: int) -> Any:
+    try:
+        return jax.tree.map(lambda *xs: np.stack(xs), *batches)
+    except ValueError as error:
+        raise ValueError(
+            f"the batches of steps {step + 1} to {step + len(batches)} must have the same entries and shapes to be "
+            f"taken in one call: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def _check_count(state: TrainState, step: int) -> None:
+    """Waits for the device, and refuses a state that is not where the loop is."""
+    if (found := int(state.step)) != step:
+        raise ValueError(
+            f"step_fn must add the steps that it takes to state.step, which is {found} after {step}: for more than 1 "
+            "of steps_per_call it is made by pmap_step(..., stacked=True) or scan_steps, for 1 it is not."
+        )
 
 
 def _check_finite(values: Mapping[str, float], checked: int, step: int, checkpointer: Checkpointer | None) -> None:

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fm_jax.checks import check_bool, check_function, check_has, check_holds, check_integer, shown
-from fm_jax.train.sharding import FSDP, fsdp_sharding
+from fm_jax.checks import check_bool, check_function, check_has, check_holds, check_integer
+from fm_jax.train.sharding import FSDP, data_mesh, fsdp_sharding
 from fm_jax.train.state import TrainState
 from fm_jax.train.step import AXIS, Step, scan_steps, split_leading
 from fm_jax.types import Batch, Key, Metrics
@@ -58,9 +58,17 @@ class ParallelStep:
         # A new or restored state lies on one device; passed as it is, it would compile the step a second time.
         if getattr(getattr(state, "step", None), "sharding", None) != self._whole:
             state = self.place(state)
+        shapes = [np.shape(leaf) for leaf in jax.tree.leaves(batch)]
+        if shapes != self._seen:
             self.check_batch(batch)
+            self._seen[:] = shapes
         state, metrics = self.run(state, key, batch)
         return state, jax.block_until_ready(metrics) if self._lockstep else metrics
+
+    @functools.cached_property
+    def _seen(self) -> list[tuple[int, ...]]:
+        """Shapes of the last batch, which was right."""
+        return []
 
     @functools.cached_property
     def _whole(self) -> NamedSharding:
@@ -92,17 +100,13 @@ def pmap_step(step: Step, devices: Sequence[jax.Device] | None = None, *, stacke
     check_function("step", step, STEP, 3)
     check_bool("stacked", stacked)
     _check_axis(step, AXIS)
-    if devices is not None and not (
-        isinstance(devices, Sequence) and devices and all(isinstance(each, jax.Device) for each in devices)
-    ):
-        raise ValueError(f"devices must be a list of devices, such as jax.local_devices(), got {shown(devices)}.")
     if jax.process_count() > 1:
         raise ValueError(
             f"pmap_step joins the devices of one process, got {jax.process_count()} processes: use shard_map_step with "
             f"Mesh(jax.devices(), ({AXIS!r},))."
         )
-    devices = jax.local_devices() if devices is None else list(devices)
-    mesh, axis = Mesh(np.array(devices), (AXIS,)), int(stacked)
+    mesh, axis = data_mesh(jax.local_devices() if devices is None else devices), int(stacked)
+    devices = list(mesh.devices)
     run = jax.pmap(
         scan_steps(step) if stacked else step,
         axis_name=AXIS,

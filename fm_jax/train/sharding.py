@@ -1,12 +1,13 @@
 """Which device holds which part of a training state."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from fm_jax.checks import check_has, check_integer
+from fm_jax.checks import check_has, check_integer, shown
 from fm_jax.train.step import AXIS
 
 FSDP = "fsdp"
@@ -18,11 +19,14 @@ MIN_SIZE = 2**14
 def data_mesh(devices: Any = None) -> Mesh:
     """The mesh of one axis, `"data"`, over all devices of all processes, or over those given.
 
+    Raises:
+        ValueError: if `devices` are not devices, at least one, each once.
+
     Example:
         >>> data_mesh(jax.devices()[:1]).axis_names
         ('data',)
     """
-    return Mesh(np.array(jax.devices() if devices is None else devices), (AXIS,))
+    return Mesh(_array(devices), (AXIS,))
 
 
 def fsdp_mesh(shards: int | None = None, devices: Any = None) -> Mesh:
@@ -33,18 +37,29 @@ def fsdp_mesh(shards: int | None = None, devices: Any = None) -> Mesh:
         devices: all devices of all processes by default.
 
     Raises:
-        ValueError: if `shards` does not divide the devices.
+        ValueError: if `shards` does not divide the devices, or `devices` are not devices, each once.
 
     Example:
         >>> fsdp_mesh(1, jax.devices()[:1]).devices.shape
         (1, 1)
     """
-    devices = np.array(jax.devices() if devices is None else devices)
+    devices = _array(devices)
     shards = devices.size if shards is None else shards
     check_integer("shards", shards)
     if devices.size % shards:
         raise ValueError(f"shards must divide the {devices.size} devices, got {shards}.")
     return Mesh(devices.reshape(-1, shards), (AXIS, FSDP))
+
+
+def _array(devices: Any) -> np.ndarray:
+    if devices is None:
+        return np.array(jax.devices())
+    given = list(devices) if isinstance(devices, Sequence) else None
+    if not given or not all(isinstance(each, jax.Device) for each in given) or len(set(given)) < len(given):
+        raise ValueError(
+            f"devices must be a list of devices, each once, such as jax.local_devices(), got {shown(devices)}."
+        )
+    return np.array(given)
 
 
 def fsdp_sharding(tree: Any, mesh: Mesh, *, min_size: int = MIN_SIZE) -> Any:
@@ -62,7 +77,7 @@ def fsdp_sharding(tree: Any, mesh: Mesh, *, min_size: int = MIN_SIZE) -> Any:
         The same pytree of `NamedSharding`s.
 
     Raises:
-        ValueError: if the mesh has no such axis.
+        ValueError: if the mesh has no such axis, or a leaf is no array.
 
     References:
         Rajbhandari et al. 2019, "ZeRO" (arXiv:1910.02054).
@@ -73,11 +88,12 @@ def fsdp_sharding(tree: Any, mesh: Mesh, *, min_size: int = MIN_SIZE) -> Any:
     check_integer("min_size", min_size, least=0)
     shards = mesh.shape[FSDP]
 
-    def rule(x: Any) -> NamedSharding:
+    def rule(path: Any, x: Any) -> NamedSharding:
+        check_has(f"the leaf {jax.tree_util.keystr(path)!r}", x, ("shape",), "an array or a jax.ShapeDtypeStruct")
         axes = [i for i, length in enumerate(x.shape) if length and length % shards == 0]
         if shards == 1 or not axes or np.prod(x.shape) < min_size:
             return NamedSharding(mesh, PartitionSpec())
         longest = max(axes, key=lambda i: x.shape[i])
         return NamedSharding(mesh, PartitionSpec(*[None] * longest, FSDP))
 
-    return jax.tree.map(rule, tree)
+    return jax.tree_util.tree_map_with_path(rule, tree)

@@ -26,8 +26,10 @@ DIGITS = (
 TOY = ("experiments.toy2d", "--width", "128", "--num-samples", "50", "--frames", "3", "--batch-size", "24")
 
 
-def start(arguments: tuple[str, ...], run_dir: Path, processes: int = 1, devices: int = 1) -> list[subprocess.Popen]:
-    """Starts every process of a run; what each says goes to a file beside the run folder."""
+def start(
+    arguments: tuple[str, ...], run_dir: Path, processes: int = 1, devices: int = 1, last: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
+    """Starts every process of a run, the last with more options; what each says is in a file beside the run folder."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -42,6 +44,7 @@ def start(arguments: tuple[str, ...], run_dir: Path, processes: int = 1, devices
     for index in range(processes):
         with open(f"{run_dir}.{index}", "w") as said:
             which = ["--process-id", str(index)] if processes > 1 else []
+            which += last if index == processes - 1 else ()
             options = {"cwd": ROOT, "env": environment, "stdout": said, "stderr": subprocess.STDOUT}
             started.append(subprocess.Popen([*command, *which], **options))
     return started
@@ -170,6 +173,8 @@ def test_what_does_not_divide_is_refused_by_all(tmp_path, arguments, message):
         ({"num_processes": 2}, "go together"),
         ({"process_id": 1}, "go together"),
         ({"coordinator": "10.0.0.1", "num_processes": 2, "process_id": 0}, "must be HOST:PORT, .*, got 10.0.0.1"),
+        ({"coordinator": "a:0", "num_processes": 2, "process_id": 0}, "must be HOST:PORT, .*, got a:0"),
+        ({"coordinator": "a:99999", "num_processes": 2, "process_id": 0}, "must be HOST:PORT, .*, got a:99999"),
         ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "--process-id must be from 0 to 1, .*, got 2"),
         (
             {"coordinator": "a:1", "num_processes": 0, "process_id": 0},
@@ -207,3 +212,45 @@ def test_alone_everything_is_as_it_is():
     assert len(spread(x)) == 4  # of the four devices of the tests
     assert from_first(lambda: {"a": [1, None]}) == {"a": [1, None]}
     assert mean_of_shares(lambda x: x[:, 0], x) == 2.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--learning-rate 0.01", "--total-steps 60", "--seed 1"])
+def test_other_options_in_one_process_are_refused_before_anything_starts(tmp_path, option):
+    begun = time.monotonic()
+    started = start((*TOY, "--total-steps", "40"), tmp_path / "run", 2, last=tuple(option.split()))
+    assert [process.wait(timeout=100) for process in started] == [1, 1]
+    assert time.monotonic() - begun < 100
+    said = [Path(f"{tmp_path / 'run'}.{index}").read_text() for index in (0, 1)]
+    assert f"got training {option} in place of" in said[1] or f"got {option} in place of" in said[1]
+    assert "which process 1 was not" in said[0]
+    assert not any("Traceback" in each for each in said)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_ends_what_does_not_save(tmp_path):
+    """Without a checkpoint to make there is nothing to wait for: JAX puts SIGTERM off, and nobody would ask for it."""
+    arguments = ("experiments.reflow", "--steps", "1000000", "--batch-size", "64")
+    started = start(arguments, tmp_path / "run", 2)
+    time.sleep(20)
+    assert all(process.poll() is None for process in started), Path(f"{tmp_path / 'run'}.0").read_text()
+    begun = time.monotonic()
+    started[1].send_signal(signal.SIGTERM)
+    codes = [process.wait(timeout=60) for process in started]
+    assert codes[1] == -signal.SIGTERM
+    assert codes[0] != 0
+    assert time.monotonic() - begun < 60
+
+
+@pytest.mark.slow
+def test_a_run_says_when_its_noise_is_drawn_otherwise(tmp_path):
+    arguments = (*TOY, "--decay", "constant", "--save-every", "2")
+    run((*arguments, "--total-steps", "2"), tmp_path / "run", devices=2)
+    said = run((*arguments, "--total-steps", "4", "--parallel", "fsdp"), tmp_path / "run", devices=2)
+    assert "Its noise was drawn by each device, and is drawn for the whole batch from here on" in said
+    said = run((*arguments, "--total-steps", "6", "--parallel", "fsdp"), tmp_path / "run", devices=1)
+    assert "from step 4" in said
+    assert "Its noise" not in said
+    said = run((*arguments, "--total-steps", "8", "--parallel", "shard_map"), tmp_path / "run", devices=2)
+    assert "Its noise was drawn for the whole batch, and is drawn by each device from here on" in said

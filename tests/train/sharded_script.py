@@ -17,7 +17,7 @@ from pathlib import Path
 def parse():
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("actions", nargs="+", choices=("save", "save_local", "save_bad", "restore", "other"))
+    parser.add_argument("actions", nargs="+", choices=("save", "save_local", "save_bad", "restore", "other", "apart"))
     parser.add_argument("--address", required=True)
     parser.add_argument("--processes", type=int, required=True)
     parser.add_argument("--process", type=int, required=True)
@@ -74,6 +74,14 @@ def run(options):
     options.run_dir.mkdir(exist_ok=True)
     key = jax.random.key(3)
     for action in options.actions:
+        if action == "apart":  # a folder of the same name, as it were, on each machine
+            own = options.run_dir / str(options.process)
+            (own / "checkpoints").mkdir(parents=True)
+            try:
+                Checkpointer(own, {})
+            except CheckpointError as error:
+                report(refused=str(error), left=[path.name for path in (own / "checkpoints").iterdir()])
+            continue
         checkpointer = Checkpointer(options.run_dir, {"a": 2 if (action, options.process) == ("other", 1) else 1})
         try:
             if action.startswith("save"):

@@ -150,6 +150,66 @@ def test_a_step_that_takes_one_at_a_time_is_not_given_several():
             run(pmap_step(step, stacked=stacked), steps_per_call=num)
 
 
+class OneBuffer(Counting):
+    """Hands out the same array each time, with other numbers in it."""
+
+    buffer = np.zeros((4, 2), np.float32)
+
+    def __next__(self):
+        self.buffer[:] = super().__next__()["x1"]
+        return {"x1": self.buffer}
+
+
+def test_a_stack_holds_the_batches_as_they_were_when_read():
+    def follow(params, key, batch):
+        return jnp.mean((batch["x1"] - params["w"][None]) ** 2), {}
+
+    one = make_step(follow, OPTIMIZER, axis_name=None)
+    copied = {"batch_to_device": lambda batch: jax.tree.map(jnp.array, batch)}
+    wanted = run(jax.jit(one), data=OneBuffer(), **copied)
+    found = run(jax.jit(scan_steps(one)), data=OneBuffer(), steps_per_call=4, **copied)
+    np.testing.assert_array_equal(found.params["w"], wanted.params["w"])
+
+
+@pytest.mark.parametrize("log_every", [1, 5, 50])
+def test_a_step_must_take_as_many_steps_as_it_is_asked_for(step_fn, log_every):
+    options = {"log_every": log_every, "num_steps": 10}
+    many = jax.jit(scan_steps(make_step(loss_fn, OPTIMIZER, axis_name=None)))
+    with pytest.raises(ValueError, match=r"must add the steps that it takes to state\.step, which is 4 after 1"):
+        run(many, **options)
+    if log_every > 1:
+        with pytest.raises(ValueError, match=r"state\.step, which is 1 after [45]: .* of steps_per_call"):
+            run(step_fn, steps_per_call=5 if log_every == 5 else 4, **options)
+
+
+@pytest.mark.parametrize("extra", [-1, 1])
+def test_take_must_give_as_many_batches_as_it_is_asked_for(extra):
+    class Wrong(Taking):
+        def take(self, num):
+            return super().take(num + extra)
+
+    many = jax.jit(scan_steps(make_step(loss_fn, OPTIMIZER, axis_name=None)))
+    shape = rf"\({4 + extra}, 4, 2\)"
+    with pytest.raises(ValueError, match=rf"data.take\(num\) must be \[4, batch, ...\] .* of shape {shape}"):
+        run(many, data=Wrong(), steps_per_call=4)
+
+
+def test_batches_of_one_call_must_be_alike():
+    class Ragged(Counting):
+        def __next__(self):
+            return {"x1": super().__next__()["x1"][: 4 if self.position < 3 else 2]}
+
+    many = jax.jit(scan_steps(make_step(loss_fn, OPTIMIZER, axis_name=None)))
+    with pytest.raises(ValueError, match="the batches of steps 1 to 4 must have the same entries and shapes"):
+        run(many, data=Ragged(), steps_per_call=4)
+
+
+def test_data_that_end_within_a_stack_are_named():
+    many = jax.jit(scan_steps(make_step(loss_fn, OPTIMIZER, axis_name=None)))
+    with pytest.raises(RuntimeError, match="The data ended after step 6: fit needs an iterator that repeats them"):
+        run(many, data=Counting(length=6), steps_per_call=4)
+
+
 def test_the_batch_is_the_parallel_steps_own_affair():
     step = pmap_step(make_step(loss_fn, OPTIMIZER), jax.devices()[:2])
     state = fit(step, new_state(), KEY, Counting(), num_steps=2, images_per_batch=4, progress=False)

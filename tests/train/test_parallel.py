@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import Mesh
 
 from fm_jax.train.parallel import fsdp_step, pmap_step, shard_map_step, split_batch
-from fm_jax.train.sharding import data_mesh, fsdp_mesh
+from fm_jax.train.sharding import data_mesh, fsdp_mesh, fsdp_sharding
 from fm_jax.train.state import create_state
 from fm_jax.train.step import make_step, scan_steps
 
@@ -219,6 +219,38 @@ def test_a_stack_of_steps_has_the_bits_of_one_at_a_time(kind):
     jax.tree.map(np.testing.assert_array_equal, found, (state, metrics))
 
 
+@pytest.mark.parametrize("make", [data_mesh, lambda devices: fsdp_mesh(1, devices)], ids=["data", "fsdp"])
+@pytest.mark.parametrize("devices", [[], ["cpu"], 2, [*jax.devices()[:1]] * 2], ids=["none", "name", "number", "twice"])
+def test_a_mesh_is_of_devices_each_once(make, devices):
+    with pytest.raises(ValueError, match="devices must be a list of devices, each once"):
+        make(devices)
+
+
+def test_only_arrays_are_cut():
+    with pytest.raises(ValueError, match=r"the leaf \"\['a'\]\" must be an array"):
+        fsdp_sharding({"a": 3.0}, fsdp_mesh())
+
+
+@pytest.mark.parametrize("make", ["pmap", "shard_map", "fsdp"])
+def test_every_batch_is_checked_not_the_first_alone(make, key):
+    step = {
+        "pmap": lambda: pmap_step(make_step(given, OPTIMIZER)),
+        "shard_map": lambda: shard_map_step(make_step(given, OPTIMIZER), data_mesh()),
+        "fsdp": lambda: fsdp_step(make_step(given, OPTIMIZER, axis_name=None), fsdp_mesh()),
+    }[make]()
+    state, _ = step(create_state(PARAMS, OPTIMIZER), key, step.batch_to_device(BATCH))
+    if make == "pmap":
+        wrong = [split_batch(BATCH, 2), BATCH]
+        message = r"the batch must be \[4, batch per device, ...\]"
+    else:
+        wrong = [jax.tree.map(lambda x: x[:15], BATCH)]
+        message = "the number of devices=4 must divide the batch axis"
+    for each in wrong:
+        with pytest.raises(ValueError, match=message):
+            step(state, key, each)
+    step(state, key, step.batch_to_device(BATCH))
+
+
 def test_a_mesh_of_all_devices_is_the_default():
     assert data_mesh().shape == {"data": jax.device_count()}
     assert fsdp_mesh().shape == {"data": 1, "fsdp": jax.device_count()}
@@ -232,7 +264,7 @@ def test_a_stack_must_hold_batches():
 EIGHT = """
 import jax, numpy as np, test_parallel as t
 from fm_jax.train.parallel import fsdp_step, pmap_step, shard_map_step, split_batch
-from fm_jax.train.sharding import data_mesh, fsdp_mesh
+from fm_jax.train.sharding import data_mesh, fsdp_mesh, fsdp_sharding
 from fm_jax.train.step import make_step
 assert jax.device_count() == 8
 per_device, whole = make_step(t.given, t.OPTIMIZER), make_step(t.given, t.OPTIMIZER, axis_name=None)

@@ -227,6 +227,15 @@ def together(processes, run_dir, *options, limit=None):
 
 
 @pytest.mark.slow
+def test_a_folder_that_is_not_shared_is_refused(tmp_path):
+    """It is there for each of the processes, and not the same: their parts would be lost."""
+    for refused, _ in together(2, tmp_path, "apart", "--mesh", "2", "--spec", "a,None"):
+        assert re.search("this is not the .* that process 0 writes to", refused["refused"])
+        assert "give a --run-dir that all processes share" in refused["refused"]
+        assert refused["left"] == []
+
+
+@pytest.mark.slow
 def test_no_process_ever_holds_the_whole_state(tmp_path):
     """1200 MB by processes that may have 1100 MB each; restored by fewer, with the arrays cut the other way."""
     size, limit = 1200, 1100
