@@ -27,7 +27,7 @@ from benchmarks.networks import NETWORKS, Network
 from benchmarks.targets import OPTIONS, Target, devices
 from experiments.lab import command_line
 from experiments.lab.options import check_options
-from experiments.lab.training import Parallel, make_parallel
+from experiments.lab.parallel import Parallel, make_parallel
 from fm_jax.models import Compute, init_params, num_params
 from fm_jax.train import TrainState, create_state, make_optimizer
 from fm_jax.train.parallel import split_batch

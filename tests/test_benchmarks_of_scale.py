@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import data_loading, host_work, import_time, memory, scaling, train_step
+from benchmarks import memory, scaling
 from benchmarks.compiled import Program
 from benchmarks.networks import NETWORKS
 from fm_jax.models import Compute, num_params
@@ -57,13 +57,19 @@ def test_state_of_the_networks():
     assert (model.hidden, model.num_layers, model.num_heads) == (1152, 28, 16)
 
 
-@pytest.mark.parametrize("benchmark", [train_step, data_loading, import_time])
-def test_no_runs_are_refused_before_anything_is_measured(benchmark):
+@pytest.mark.parametrize("name", ["train_step", "data_loading", "import_time"])
+def test_no_runs_are_refused_before_anything_is_measured(name):
+    benchmark = pytest.importorskip(f"benchmarks.{name}", reason="needs the experiments' extra")
     with pytest.raises(ValueError, match=r"--repeats must be from 1 to .*, got 0"):
         benchmark.Config(repeats=0)
 
 
-def test_what_the_host_does_is_found_in_the_trace(tmp_path):
+@pytest.fixture
+def host_work():
+    return pytest.importorskip("benchmarks.host_work", reason="needs the experiments' extra")
+
+
+def test_what_the_host_does_is_found_in_the_trace(tmp_path, host_work):
     jax.block_until_ready(jax.numpy.ones(1))
     jax.profiler.start_trace(tmp_path)
     start = time.perf_counter()
@@ -83,7 +89,7 @@ def test_what_the_host_does_is_found_in_the_trace(tmp_path):
 
 
 @pytest.mark.slow
-def test_host_work_is_found_in_the_trace_of_a_run(tmp_path):
+def test_host_work_is_found_in_the_trace_of_a_run(tmp_path, host_work):
     (row,) = host_work.run(host_work.Config(tmp_path, ("small_unet",), batch_size=8, every=50))["rows"]
     assert all(row[part] > 0 for part in ("step", "data", "log", "save"))
     host = row["data"] + row["log"] / 50 + row["save"] / 500

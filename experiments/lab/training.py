@@ -14,19 +14,16 @@ import numpy as np
 
 from experiments.lab.figures import save_loss_curve
 from experiments.lab.options import SEED, STEPS, check_multiple, check_options, option
+from experiments.lab.parallel import Parallel, make_parallel
 from experiments.lab.processes import by_first, end_by_sigterm, is_first
 from fm_jax.checks import shown
-from fm_jax.train import TrainState, create_state, make_optimizer, make_step
+from fm_jax.train import TrainState, create_state, make_optimizer
 from fm_jax.train.checkpoint import Checkpointer
 from fm_jax.train.folder import check_places, write_text
 from fm_jax.train.log import MetricsWriter, read_metrics
 from fm_jax.train.loop import DataIterator, fit
-from fm_jax.train.parallel import ParallelStep, fsdp_step, pmap_step, shard_map_step
-from fm_jax.train.sharding import data_mesh, fsdp_mesh
-from fm_jax.train.step import AXIS
 from fm_jax.types import Key, LossFn, Params
 
-Parallel = Literal["pmap", "shard_map", "fsdp"]
 CONFIG, RESULTS, METRICS, PROFILE = "config.json", "results.json", "metrics.jsonl", "profile"
 _MAY_CHANGE: tuple[str, ...] = ("data_dir", "sampling", "num_samples", "frames", "floor_repeats")
 _MAY_CHANGE += tuple(f"training.{name}" for name in ("run_dir", "log_every", "save_every", "sample_every", "keep"))
@@ -123,27 +120,6 @@ def check_batch(training: Training) -> None:
 
 def _all_of(processes: int) -> str:
     return "this process" if processes == 1 else f"the {processes} processes"
-
-
-def make_parallel(
-    parallel: Parallel,
-    loss_fn: LossFn,
-    optimizer: Any,
-    devices: Sequence[jax.Device] | None = None,
-    *,
-    accumulate: int = 1,
-    shards: int | None = None,
-    stacked: bool = False,
-) -> ParallelStep:
-    """The training step on these devices, by default all that `parallel` can join."""
-    axis_name = None if parallel == "fsdp" else AXIS
-    step = make_step(loss_fn, optimizer, accumulate=accumulate, axis_name=axis_name)
-    match parallel:
-        case "pmap":
-            return pmap_step(step, devices, stacked=stacked)
-        case "shard_map":
-            return shard_map_step(step, data_mesh(devices), stacked=stacked)
-    return fsdp_step(step, fsdp_mesh(shards, devices), stacked=stacked)
 
 
 @by_first

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.lab.options import STEPS, check_multiple, check_options, option
-from experiments.lab.training import Parallel, make_parallel
+from experiments.lab.parallel import Parallel, make_parallel
 from experiments.torchcfm_table.problems import Splits, draws, draws_of_pairs, source_of
 from fm_jax.couplings import ExactOT, paired, schrodinger_bridge_ot
 from fm_jax.data.coupled import CoupledBatches
