@@ -9,7 +9,6 @@ Reading finds the pages in memory on all sides. A `Checkpointer` computes the ch
 
 import itertools
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.lab import Peer, Run, clocked, in_turns, record, table, write
+from benchmarks.lab import Run, asking, clocked, in_turns, record, table, write
 from benchmarks.networks import NETWORKS
 from experiments.lab import command_line
 from experiments.lab.options import check_options
@@ -47,14 +46,13 @@ class Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Measures, writes and returns what was asked for."""
-    peer = Peer(config.peer_python) if config.peer_python else None
     network = NETWORKS[config.model]
     params = init_params(network.make(Compute()), jax.random.key(0), network.event_shape)
     state = create_state(params, make_optimizer(1e-3, total_steps=1000), (0.999,))
     numbers = sum(leaf.size for leaf in jax.tree.leaves(state))
     config.out.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=config.out))
-    try:
+    with asking(config.peer_python) as peer, tempfile.TemporaryDirectory(dir=config.out) as name:
+        folder = Path(name)
         checkpointer = Checkpointer(folder / "ours", {}, keep=1)
         steps, blocked = itertools.count(1), dict[str, Any]()
         values, file = np.ones(numbers, np.float32), folder / "limit.npy"
@@ -95,12 +93,8 @@ def run(config: Config) -> dict[str, Any]:
             "restore": in_turns(loads, config.repeats),
         }
         checkpointer.close()
-    finally:
-        shutil.rmtree(folder)
-        if peer is not None:
-            peer.close()
     size = f"{config.model}, {4 * numbers / 1e6:,.0f} MB"
-    tables = [table(f"{name}, {size}", results[name]) for name in ("save", "restore")]  # type: ignore[arg-type]
+    tables = [table(f"{part}, {size}", results[part]) for part in ("save", "restore")]  # type: ignore[arg-type]
     write(config.out, "checkpoint", results, tables)
     return results
 

@@ -8,6 +8,7 @@ NAME of this file, `{"do": "run", "name": ...}` calls it and says the seconds.
 import itertools
 import json
 import os
+import resource
 import shutil
 import sys
 import tempfile
@@ -295,9 +296,10 @@ def batches(path: str, flip: bool, dequantize: bool, batch_size: int, num: int, 
 def record() -> dict[str, Any]:
     """Versions of what is installed, and the most memory taken until now."""
     packages = {name: version(name) for name in ("torch", "torchcfm", "flow_matching", "torchdiffeq")}
-    status = Path("/proc/self/status").read_text()
-    peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
-    return {**packages, "peak_rss_bytes": peak, "compiler": shutil.which("g++")}
+    peak, status = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, Path("/proc/self/status")
+    if status.exists():  # what getrusage says begins, on Linux, at the size of the process that started this one
+        peak = int(status.read_text().split("VmHWM:")[1].split()[0])
+    return {**packages, "peak_rss_bytes": 1024 * peak, "compiler": shutil.which("g++")}
 
 
 def main() -> None:

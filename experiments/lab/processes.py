@@ -61,9 +61,10 @@ class Processes:
         given = [self.coordinator, self.num_processes, self.process_id]
         if any(each is not None for each in given) and None in given:
             raise ValueError("--coordinator, --num-processes and --process-id go together: give all three, or none.")
-        port = re.fullmatch(r"\S+:(\d{1,5})", self.coordinator or "a:1")
-        if port is None or not 0 < int(port[1]) < 2**16:
-            raise ValueError(f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234, got {self.coordinator}.")
+        if self.coordinator is not None:
+            port = re.fullmatch(r"\S+:(\d{1,5})", self.coordinator)
+            if port is None or not 0 < int(port[1]) < 2**16:
+                raise ValueError(f"--coordinator must be HOST:PORT, such as 10.0.0.1:1234, got {self.coordinator}.")
         if self.process_id is not None and self.process_id >= self.num_processes:
             raise ValueError(
                 f"--process-id must be from 0 to {self.num_processes - 1}, one of --num-processes, got "

@@ -233,21 +233,19 @@ class _Clock:
 
 def _next(data: DataIterator, step: int, num: int | None) -> Any:
     """A batch, or a stack of `num`."""
-    taken = 0
+    each: list[Any] = []
     try:
         if num is None:
             return next(data)
         if take := getattr(data, "take", None):
             batch, whose = take(num), "data.take(num)"
         else:
-            each = []
-            for taken in range(num):  # noqa: B007
+            for _ in range(num):
                 each.append(jax.tree.map(np.array, next(data)))  # a copy: an iterator may use its arrays again
             batch, whose = _stacked(each, step), "the stack of data's batches"
     except StopIteration:
-        raise RuntimeError(
-            f"The data ended after step {step + taken}: fit needs an iterator that repeats them."
-        ) from None
+        ended = step + len(each)
+        raise RuntimeError(f"The data ended after step {ended}: fit needs an iterator that repeats them.") from None
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         if np.shape(leaf)[:1] != (num,):
             name = jax.tree_util.keystr(path)
