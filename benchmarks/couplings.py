@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from benchmarks.lab import lines
+from benchmarks.lab import lines, record
 from experiments.lab import command_line, images
 from experiments.lab.method import Method, make_loss
 from experiments.lab.options import check_options
@@ -319,7 +319,7 @@ def _index0(coupling: Coupling, x0: Any, x1: Any, cond: Any = None) -> Array:
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as tables."""
-    parts = [f"Device: {results['device']}, jax {results['jax']}."]
+    parts = [f"Device: {results['device']}, jax {results['jax']}, {results['date']}, commit {results['commit']}."]
     if "step" in results:
         peer = "torchcfm_ratio" in results["step"][0]
         head = ["batch", "each pair used", "I-CFM, ms", "OT-CFM, ms", "ratio", "SciPy's assignment, ms"]
@@ -373,7 +373,7 @@ def run(config: Config) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "couplings.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    results |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    results |= record(None)
     parts: dict[Part, Callable[[Config], Any]] = {
         "step": toy_step,
         "mnist": mnist_step,

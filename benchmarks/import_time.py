@@ -15,9 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from benchmarks.lab import lines, write_both
+from benchmarks.lab import lines, record, write_both
 from experiments.lab import command_line
 from experiments.lab.options import check_options
 
@@ -72,7 +70,7 @@ def run(config: Config) -> dict[str, Any]:
             row |= {f"{clock}_min": min(times), f"{clock}_median": statistics.median(times)}
             row |= {f"{clock}_over_jax": statistics.median(over)}
         rows.append(row)
-    results = {"jax": jax.__version__, "repeats": config.repeats, "limit": LIMIT, "rows": rows}
+    results = record(None) | {"repeats": config.repeats, "limit": LIMIT, "rows": rows}
     text = markdown(results)
     write_both(config.out, "import_time", results, text)
     print(text)
@@ -83,7 +81,8 @@ def markdown(results: dict[str, Any]) -> str:
     """The results as a table, in seconds."""
     head = ["import", "min", "median", "over jax", "processor, min", "processor, median", "processor, over jax"]
     body = [[cell if isinstance(cell, str) else f"{cell:.3f}" for cell in row.values()] for row in results["rows"]]
-    return lines(head, body) + "\n"
+    about = f"jax {results['jax']}, {results['date']}, commit {results['commit']}, median of {results['repeats']}."
+    return f"{lines(head, body)}\n\n{about}\n"
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from benchmarks.lab import lines
+from benchmarks.lab import lines, record
 from experiments.lab import command_line, images
 from experiments.lab.experiment import restore_run
 from experiments.lab.figures import save_error_curves
@@ -302,7 +302,7 @@ PARTS = ("linear", "vp", "network")
 
 def markdown(results: dict[str, Any]) -> str:
     """The results as tables."""
-    parts = [f"Device: {results['device']}, jax {results['jax']}."]
+    parts = [f"Device: {results['device']}, jax {results['jax']}, {results['date']}, commit {results['commit']}."]
     for part in PARTS:
         if part not in results:
             continue
@@ -367,7 +367,7 @@ def run(config: Config) -> dict[str, Any]:
     config.out.mkdir(parents=True, exist_ok=True)
     path = config.out / "samplers.json"
     results = json.loads(path.read_text()) if path.exists() else {}
-    results |= {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+    results |= record(None)
     parts = {
         "linear": lambda: oracle(config, Linear()),
         "vp": lambda: oracle(config, VP()),
