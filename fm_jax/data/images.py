@@ -1,4 +1,4 @@
-"""MNIST, Fashion-MNIST and CIFAR-10 in memory, through TFDS and array_record, without TensorFlow.
+"""Images with or without labels, and those of TFDS: MNIST, Fashion-MNIST, CIFAR-10 and any other, without TensorFlow.
 
 Prepare a dataset once, which downloads it: `python -m fm_jax.data.images mnist --data-dir DIR`.
 """
@@ -8,11 +8,12 @@ import os
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
 from fm_jax.checks import check_array, check_finite, check_member, shown, why_no_folder
+from fm_jax.data.lazy import LazyImages
 
 Name = Literal["mnist", "fashion_mnist", "cifar10"]
 NAMES: tuple[Name, ...] = get_args(Name)
@@ -20,20 +21,38 @@ _CHUNK = 1000
 
 
 class ImageDataset(NamedTuple):
-    """Labelled images in memory.
+    """Images, with labels or without.
 
-    `images` [n, h, w, c] are uint8, or float32 in [-1, 1]; `labels` [n] int32 index `class_names`. Pixels take `levels`
-    evenly spaced values (256; digits 17), so that one is `2 / (levels - 1)` from the next in [-1, 1].
+    Attributes:
+        images: [n, h, w, c], uint8 or float32; an array, a memory-mapped one, or `LazyImages`, read when drawn.
+        labels: [n] integers that index `class_names`; `None` without labels.
+        class_names: a name for every class; empty without labels.
+        levels: pixels take so many evenly spaced values (256; digits 17), so that in [-1, 1] one is `2 / (levels - 1)`
+            from the next.
+        value_range: of float images, (low, high), which become -1 and 1; (-inf, inf) for what is used as it is, such as
+            latents. It has to be said unless there are negative values, and all lie in [-1, 1].
+        fingerprint: of the data where they come from; by default it is computed of the arrays, see
+            `fm_jax.data.arrays.fingerprint`.
     """
 
-    images: np.ndarray
-    labels: np.ndarray
-    class_names: tuple[str, ...]
+    images: Any
+    labels: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
     levels: int = 256
+    value_range: tuple[float, float] | None = None
+    fingerprint: str | None = None
 
     @property
     def num_classes(self) -> int:
+        """0 without labels."""
         return len(self.class_names)
+
+    def subset(self, indices: np.ndarray) -> "ImageDataset":
+        """Some of the examples, by their numbers."""
+        lazy = isinstance(self.images, LazyImages)
+        images = self.images.subset(indices) if lazy else self.images[indices]
+        labels = None if self.labels is None else self.labels[indices]
+        return self._replace(images=images, labels=labels, fingerprint=None if not lazy else self.fingerprint)
 
 
 def to_float(images: np.ndarray) -> np.ndarray:
