@@ -66,9 +66,12 @@ class Checkpointer:
         allow_change: fields of `config` that may differ on resuming. Mind that `total_steps` also sets the
             length of a learning-rate decay.
         name_of: a function of a field's path, "model.depth", to what refusals call it; by default the path itself.
+        data: what the data of the run are, such as {"num_images": 200, "classes": ["a", "b"], "checksum": "9f3a"}; a
+            JSON-like dict. A checkpoint of other data is refused. `None`, like a checkpoint in which nothing is said of
+            them, leaves nothing to compare.
 
     Raises:
-        ValueError: if `keep` or `save_every` is less than 1, or `config` is not JSON.
+        ValueError: if `keep` or `save_every` is less than 1, or `config` or `data` is not JSON.
         OSError: if the folder cannot be made or written to.
     """
 
@@ -81,6 +84,7 @@ class Checkpointer:
         save_every: int = 1000,
         allow_change: Collection[str] = ALLOW_CHANGE,
         name_of: Callable[[str], str] | None = None,
+        data: Mapping[str, Any] | None = None,
     ):
         for name, value in (("keep", keep), ("save_every", save_every)):
             check_integer(name, value)
@@ -92,10 +96,13 @@ class Checkpointer:
             raise ValueError(f"allow_change must be several names, such as {{{allow_change!r}}}, got one string.")
         if name_of is not None:
             check_function("name_of", name_of, "a function of a field's path", 1)
+        if data is not None and not isinstance(data, Mapping):
+            raise ValueError(f"data must be a dict that describes the data, or None, got {shown(data)}.")
         _silence_orbax()
         self.directory = Path(run_dir).absolute() / "checkpoints"
         self.save_every = save_every
         self._config = _through_json("config", dict(config), exact=False)
+        self._data = None if data is None else _through_json("data", dict(data), exact=False)
         self._allow_change = frozenset(allow_change)
         self._name_of = name_of or (lambda path: path)
         self.restored_devices: int | None = None
@@ -176,6 +183,7 @@ class Checkpointer:
             "key": {"impl": str(jax.random.key_impl(key)), "data": np.asarray(jax.random.key_data(key)).tolist()},
             "data_state": position,
             "config": self._config,
+            "data": self._data,
             "devices": len(state.step.sharding.device_set) if isinstance(state.step, jax.Array) else 1,
             "processes": jax.process_count(),
             "leaves": {
@@ -205,7 +213,8 @@ class Checkpointer:
 
         Raises:
             CheckpointError: if the checkpoint is damaged, has other arrays than `template`, or comes from a run with
-                another configuration; if it, or another numbered folder beside it, was not written by `Checkpointer`.
+                another configuration or on other data; if it, or another numbered folder beside it, was not written by
+                `Checkpointer`.
         """
         check_train_state("template", template)
         self.wait()
@@ -218,6 +227,7 @@ class Checkpointer:
                 self._refuse_foreign()
             written, body = self._read_meta(step)
             self._check_config(path, body["config"])
+            self._check_data(path, body.get("data"))
             _check_leaves(path, body["leaves"], template)
         with _one_verdict():
             state = self._read_state(path, template)
@@ -232,6 +242,8 @@ class Checkpointer:
                 raise self._damaged(path, f"the checksum of {_some(wrong)} does not match")
         key = jax.random.wrap_key_data(jnp.array(body["key"]["data"], jnp.uint32), impl=body["key"]["impl"])
         self._restored = True
+        if self._data is None:  # which is not to be forgotten where it is not said again
+            self._data = body.get("data")
         self.restored_devices, self.restored_processes = body.get("devices"), body.get("processes")
         return jax.tree.map(_anew, state), key, body["data_state"]
 
@@ -342,6 +354,24 @@ class Checkpointer:
                 f"{path} comes from a run with {name}={before}, and this run has {name}={now}. Restore the old "
                 "value, or start anew with another --run-dir. Nothing was overwritten."
             )
+
+    def _check_data(self, path: Path, saved: Mapping[str, Any] | None) -> None:
+        if saved is None or self._data is None:
+            return
+        old, new = _flatten(saved), _flatten(self._data)
+        # In the order in which they are told, with the checksum, which says the least, at the end.
+        names = sorted({**new, **old}, key=lambda name: "checksum" in name)
+        differ = [name for name in names if not _is_same(old.get(name, _ABSENT), new.get(name, _ABSENT))]
+        if not differ:
+            return
+        told = "; ".join(_difference(name, old.get(name, _ABSENT), new.get(name, _ABSENT)) for name in differ)
+        if all("checksum" in name for name in differ) and len(differ) < len(names):
+            told += ", and all else that is known of them is the same: some were changed, or put in another order"
+        raise CheckpointError(
+            f"{path} comes from a run on other data: {told}. Restore the data, start anew in another folder "
+            "(--run-dir), or begin a new run there from the parameters of this one (--init-from; in a program, restore "
+            "them with data=None). Nothing was overwritten."
+        )
 
 
 def _handler(at_a_time: int = _AT_A_TIME) -> ocp.PyTreeCheckpointHandler:
@@ -528,6 +558,25 @@ def _flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = isinstance(value, Mapping) and value
         flat.update(_flatten(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value})
     return flat
+
+
+def _is_same(before: Any, now: Any) -> bool:
+    """Whether two JSON values are the same, of which NaN is not equal to itself."""
+    return before == now or json.dumps(before) == json.dumps(now)
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """How a part of the description of data differs, in words: "200 images there and 201 here"."""
+    lists = isinstance(before, list) and isinstance(now, list)
+    if lists and all(isinstance(x, str) for x in (*before, *now)):  # of names there may be thousands
+        gone, new = ([x for x in some if x not in other] for some, other in ((before, now), (now, before)))
+        if not gone and not new:
+            return f"{name} in another order" if len(before) == len(now) else f"{name} a different number of times"
+        only = [f"{_some(names)} only {where}" for names, where in ((gone, "there"), (new, "here")) if names]
+        return f"{name} {' and '.join(only)}"
+    if name.startswith("num_") and _ABSENT not in (before, now):
+        return f"{before} {name.removeprefix('num_').replace('_', ' ')} there and {now} here"
+    return f"{name} {before} there and {now} here"
 
 
 def _crc32_json(value: Any) -> int:

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -466,3 +467,66 @@ def test_foreign_files_among_the_checkpoints_stop_nothing(name, copy):
     checkpointer.save(make_state(9), key, data_state)
     checkpointer.close()
     assert {"6", "9"} <= set(os.listdir(copy / "checkpoints"))
+
+
+DATA = {"num_images": 200, "classes": ["cat", "dog"], "shape": [8, 8, 1], "checksum": "9f3a"}
+
+
+def saved_on(folder, data, step=1, **options):
+    checkpointer = Checkpointer(folder, CONFIG, data=data, **options)
+    checkpointer.restore(make_state())
+    checkpointer.save(make_state(step), jax.random.key(0), {})
+    checkpointer.close()
+
+
+def described(folder, step=1):
+    return json.loads((folder / "checkpoints" / str(step) / "meta" / "metadata").read_text())["body"].get("data")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"num_images": 201, "checksum": "77b1"}, "200 images there and 201 here; checksum 9f3a there and 77b1 here. "),
+        ({"checksum": "77b1"}, "checksum 9f3a there and 77b1 here, and all else that is known of them is the same"),
+        ({"classes": ["cat", "fox"], "checksum": "7"}, "classes dog only there and fox only here; checksum 9f3a"),
+        ({"classes": ["cat", "dog", "fox"]}, "classes fox only here. "),
+        ({"classes": ["cat"]}, "classes dog only there. "),
+        ({"classes": ["dog", "cat"]}, "classes in another order. "),
+        ({"classes": ["cat", "dog", "dog"]}, "classes a different number of times. "),
+        ({"classes": None}, "classes ['cat', 'dog'] there and None here. "),
+        ({"shape": [9, 8, 1]}, "shape [8, 8, 1] there and [9, 8, 1] here. "),
+        ({"files": {"train": 3}}, "files.train absent there and 3 here. "),
+    ],
+)
+def test_a_checkpoint_of_other_data_is_refused(change, told, tmp_path):
+    saved_on(tmp_path, DATA)
+    found = refusal(tmp_path, data={**DATA, **change})
+    assert f"{tmp_path / 'checkpoints' / '1'} comes from a run on other data: {told}" in found
+    for way in ("Restore the data", "--run-dir", "--init-from", "data=None"):
+        assert way in found
+
+
+def test_the_same_data_are_the_same_after_a_way_through_json(tmp_path):
+    saved_on(tmp_path, {"num_images": 3, "classes": ("a", "b"), "mean": float("nan")})
+    saved_on(tmp_path, {"mean": float("nan"), "classes": ["a", "b"], "num_images": 3}, step=2)
+    assert committed(tmp_path) == ["1", "2"]
+
+
+def test_without_a_description_of_the_data_there_is_nothing_to_compare(copy):
+    """Of an earlier version, in which nothing was said of them; from then on they are."""
+    path = copy / "checkpoints" / "6" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    del meta["body"]["data"]
+    path.write_text(json.dumps({**meta, "crc32": zlib.crc32(json.dumps(meta["body"], sort_keys=True).encode())}))
+    saved_on(copy, DATA, step=7)
+    assert described(copy, 7) == DATA
+    saved_on(copy, None, step=8)  # read, and not forgotten
+    assert described(copy, 8) == DATA
+    assert "200 images there and 1 here" in refusal(copy, data={**DATA, "num_images": 1})
+
+
+def test_descriptions_that_are_none(tmp_path):
+    with pytest.raises(ValueError, match=r"data must be a dict that describes the data, or None, got 3"):
+        Checkpointer(tmp_path, CONFIG, data=3)
+    with pytest.raises(ValueError, match="data must be JSON"):
+        Checkpointer(tmp_path, CONFIG, data={"images": np.zeros(3)})
