@@ -56,7 +56,7 @@ def measure(config: Config, name: str, flip: bool, dequantize: bool, peer: Peer 
     """Milliseconds a batch of ours, of the limit, and of the peer's loaders."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (config.num_images, *SHAPES[name]), dtype=np.uint8)
-    dataset = ImageDataset(images, np.arange(len(images), dtype=np.int32), ("the label is the index",))
+    dataset = ImageDataset(images, np.arange(len(images), dtype=np.int32), tuple(map(str, range(len(images)))))
     options: dict[str, Any] = {"flip": flip, "dequantize": dequantize}
     iterator = batches(dataset, batch_size=config.batch_size, seed=0, process_index=0, process_count=1, **options)
     indices: list[np.ndarray] = []

@@ -1,15 +1,17 @@
-"""Endless, shuffled, checkpointable training batches from images in memory, through Grain."""
+"""Endless, shuffled, checkpointable training batches of images, in memory or not, through Grain."""
 
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from fm_jax.checks import check_array, check_bool, check_has, check_integer, check_seed
+from fm_jax.checks import check_bool, check_integer, check_seed
+from fm_jax.data.arrays import check_dataset, to_unit_range
 from fm_jax.data.images import ImageDataset, to_float
 
 if TYPE_CHECKING:
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 
 _FLIPS, _NOISE = 0, 1
 """The random streams of a seed."""
+_THREADS, _AHEAD = 2, 4
+"""Batches that are read at once, and at most ahead, where images are not in memory."""
+_CHUNK = 4096
 
 
 def batches(
@@ -39,11 +44,13 @@ def batches(
 
     `iterator.get_state()` is a small JSON-serialisable dict, the number of steps taken, and so the same on all
     processes. After `set_state` an iterator made with the same arguments goes on bit-identically (given the same NumPy
-    and Grain), and so does one on another number of processes, as long as their batches together are as large. No
-    thread or worker process is started.
+    and Grain), and so does one on another number of processes, as long as their batches together are as large.
+
+    Images in memory need no thread. `LazyImages` and memory-mapped arrays are read by threads, a few batches ahead: the
+    same bits, and no more of them in memory.
 
     Args:
-        dataset: uint8 images, or float32 in [-1, 1].
+        dataset: uint8 images, or float32 in their `value_range`; with labels or without.
         batch_size: examples in a batch of *this* process, the same on all of them.
         seed: from 0 to 2^32 - 1. Decides the order, the flips and the noise.
         flip: mirror each image left to right with probability 1/2.
@@ -53,10 +60,11 @@ def batches(
         process_count: how many there are; by default `jax.process_count()`.
 
     Returns:
-        An iterator over dicts `{"x1": float32 [batch_size, h, w, c] in [-1, 1], "cond": int32 [batch_size]}`.
+        An iterator over dicts `{"x1": float32 [batch_size, h, w, c] in [-1, 1], "cond": int32 [batch_size]}`; without
+        labels there is no "cond", and latents are as they are.
 
     Raises:
-        ValueError: if the images, labels or sizes do not fit.
+        ValueError: if the images, labels or sizes do not fit; see `fm_jax.data.arrays.check_dataset`.
         ImportError: if Grain is not installed.
 
     References:
@@ -65,7 +73,7 @@ def batches(
     """
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
-    _check_dataset(dataset)
+    dataset = check_dataset(dataset)
     check_bool("flip", flip)
     check_bool("dequantize", dequantize)
     _check_sizes(len(dataset.images), batch_size, seed, process_index, process_count)
@@ -74,26 +82,37 @@ def batches(
     except ImportError as error:
         raise ImportError("batches needs Grain: pip install 'fm_jax[data]'.") from error
 
-    labels = dataset.labels.astype(np.int32)
-    pixels = _to_levels(dataset) if dequantize else dataset.images
-    order = _Order(len(pixels), seed)
+    images, labels, value_range = dataset.images, dataset.labels, dataset.value_range
+    lazy = not isinstance(images, np.ndarray) or isinstance(images, np.memmap)
+    if dequantize:
+        if value_range is not None and math.isinf(value_range[0]):
+            raise ValueError("dequantize must be False for images that are used as they are, value_range=(-inf, inf).")
+        if images.dtype != np.uint8 and not lazy:
+            _check_levels(images, value_range or (-1.0, 1.0), dataset.levels)
+    order = _Order(len(images), seed)
 
     def draw(number: int) -> dict[str, np.ndarray]:
         start = number * batch_size
         indices = order(start, batch_size)
-        x = np.ascontiguousarray(pixels[indices])  # not take, which would copy all images that are a transposed view
+        x = np.ascontiguousarray(images[indices])  # not take, which would copy all images that are a transposed view
         if flip:
             _mirror(x, _random_bytes(seed, _FLIPS, start, batch_size) < 128)
         if dequantize:
+            if x.dtype != np.uint8:
+                x = np.rint(_positions(x, value_range, dataset.levels))
             noise = _random_bytes(seed, _NOISE, 2 * start * x[0].size, 2 * x.size)
             x = _dequantize(x, dataset.levels, noise.view("<u2").reshape(x.shape))
         elif x.dtype == np.uint8:
             x = to_float(x)
-        return {"x1": x, "cond": labels[indices]}
+        else:
+            x = to_unit_range(x, value_range)
+        return {"x1": x} if labels is None else {"x1": x, "cond": labels[indices]}
 
     # Whole batches go through Grain: one example at a time costs 7 to 11 ms for a batch of 128, this 0.1.
-    numbers = grain.MapDataset.range(sys.maxsize)[process_index::process_count]
-    return iter(numbers.map(draw).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    numbers = grain.MapDataset.range(sys.maxsize)[process_index::process_count].map(draw)
+    # What is in memory needs no thread. What is read from a disk is read ahead, while the device computes.
+    ahead = (_THREADS, _AHEAD) if lazy else (0, 0)
+    return iter(numbers.to_iter_dataset(grain.ReadOptions(num_threads=ahead[0], prefetch_buffer_size=ahead[1])))
 
 
 class _Order:
@@ -138,32 +157,16 @@ def _dequantize(level: np.ndarray, levels: int, noise: np.ndarray) -> np.ndarray
     return x
 
 
-def _to_levels(dataset: ImageDataset) -> np.ndarray:
-    if dataset.images.dtype == np.uint8:
-        return dataset.images
-    position = (dataset.images + 1.0) * ((dataset.levels - 1) / 2)
-    level = np.rint(position)
-    if np.abs(position - level).max() > 0.01:
-        raise ValueError(f"dequantize needs images on {dataset.levels} even levels of [-1, 1], got values between.")
-    return level.astype(np.float32)
+def _check_levels(images: np.ndarray, value_range: tuple[float, float], levels: int) -> None:
+    """Refuses images that do not lie on even levels, which noise would not make continuous."""
+    for start in range(0, len(images), _CHUNK):
+        position = _positions(images[start : start + _CHUNK], value_range, levels)
+        if np.abs(position - np.rint(position)).max() > 0.01:
+            raise ValueError(f"dequantize needs images on {levels} even levels of [-1, 1], got values between.")
 
 
-def _check_dataset(dataset: ImageDataset) -> None:
-    check_has("dataset", dataset, ("images", "labels", "levels"), "an ImageDataset")
-    images, labels = dataset.images, dataset.labels
-    check_array("images", images)
-    check_array("labels", labels)
-    check_integer("levels", dataset.levels, least=2)
-    if images.ndim != 4:
-        raise ValueError(f"images must be [n, h, w, c], got shape {images.shape}.")
-    if images.dtype not in (np.uint8, np.float32):
-        raise ValueError(f"images must be uint8 or float32, got {images.dtype}.")
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be [n] = {images.shape[:1]} integers, got {labels.dtype} {labels.shape}.")
-    if images.dtype == np.uint8 and dataset.levels != 256:
-        raise ValueError(f"levels must be 256 for uint8 images, got {dataset.levels}.")
-    if images.dtype == np.float32 and not (images.size and np.abs(images).max() <= 1.0):
-        raise ValueError("float32 images must lie in [-1, 1].")
+def _positions(images: np.ndarray, value_range: tuple[float, float] | None, levels: int) -> np.ndarray:
+    return (to_unit_range(images, value_range) + 1.0) * ((levels - 1) / 2)
 
 
 def _check_sizes(num_examples: int, batch_size: int, seed: int, process_index: int, process_count: int) -> None:

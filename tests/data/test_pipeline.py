@@ -222,7 +222,7 @@ def test_flips_and_noise_are_independent():
 
 def test_float_images_pass_unchanged_and_dequantise_by_their_levels():
     levels = np.random.default_rng(0).integers(0, 17, (30, 8, 8, 1))
-    dataset = ImageDataset((levels / 8 - 1).astype(np.float32), np.arange(30, dtype=np.int32), ("a",), 17)
+    dataset = ImageDataset((levels / 8 - 1).astype(np.float32), np.arange(30, dtype=np.int32), tuple(map(str, range(30))), 17)
     batch = next(batches(dataset, batch_size=30, seed=0, **ONE))
     np.testing.assert_array_equal(batch["x1"], dataset.images[batch["cond"]])
     batch = next(batches(dataset, batch_size=30, seed=0, dequantize=True, **ONE))
@@ -263,8 +263,8 @@ GOOD = _dataset()
         (GOOD._replace(labels=GOOD.labels[:5]), {}, "labels must be [n] = (24,) integers, got int32 (5,)."),
         (GOOD._replace(labels=GOOD.labels / 2), {}, "labels must be [n] = (24,) integers, got float64 (24,)."),
         (GOOD._replace(levels=17), {}, "levels must be 256 for uint8 images, got 17."),
-        (GOOD._replace(images=GOOD.images.astype(np.float32)), {}, "float32 images must lie in [-1, 1]."),
-        (GOOD._replace(images=to_float(GOOD.images) * np.float32(np.nan)), {}, "float32 images must lie in [-1, 1]."),
+        (GOOD._replace(images=GOOD.images.astype(np.float32)), {}, "value_range must be said of floating-point images"),
+        (GOOD._replace(images=to_float(GOOD.images) * np.float32(np.nan)), {}, "images must be finite, got NaN"),
         (GOOD._replace(images=to_float(GOOD.images), levels=17), {"dequantize": True}, "on 17 even levels of [-1, 1]"),
     ],
 )
