@@ -27,6 +27,10 @@ _ENTRIES = {
 """What npz files call them, with "train" and "test" before or behind."""
 
 
+class NoSplitError(ValueError):
+    """The data have no images in the split that was asked for."""
+
+
 def warn(text: str) -> None:
     """Says what was made of data by a warning."""
     warnings.warn(text, stacklevel=3)
@@ -196,14 +200,15 @@ def part(dataset: ImageDataset, split: Split, is_test: np.ndarray) -> ImageDatas
     """One split of a dataset.
 
     Raises:
-        ValueError: if there is no such split, or nothing in it.
+        NoSplitError: if there is nothing in it.
+        ValueError: if there is no such split.
     """
     check_member("split", split, SPLITS)
     if split == "all":
         return dataset
     chosen = is_test if split == "test" else ~is_test
     if not chosen.any():
-        raise ValueError(f"split {split!r} has no images: give a share for testing above 0, got {len(is_test)} images.")
+        raise NoSplitError(f"split {split!r} has no images: give a share for testing above 0, got {len(is_test)} images.")
     return dataset.subset(np.flatnonzero(chosen))
 
 
