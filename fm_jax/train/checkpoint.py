@@ -101,8 +101,8 @@ class Checkpointer:
         _silence_orbax()
         self.directory = Path(run_dir).absolute() / "checkpoints"
         self.save_every = save_every
-        self._config = _through_json("config", dict(config), exact=False)
-        self._data = None if data is None else _through_json("data", dict(data), exact=False)
+        self._config = through_json("config", dict(config), exact=False)
+        self._data = None if data is None else through_json("data", dict(data), exact=False)
         self._allow_change = frozenset(allow_change)
         self._name_of = name_of or (lambda path: path)
         self.restored_devices: int | None = None
@@ -169,7 +169,7 @@ class Checkpointer:
             if saved := step == self.latest_step():
                 position = {}
             else:
-                position = _through_json("data_state", dict(data_state), exact=True)
+                position = through_json("data_state", dict(data_state), exact=True)
                 self._check_folder()
                 if jax.process_index() == 0 and self.path(step).exists():
                     raise CheckpointError(f"{self.path(step)} is there, and not of this run: move it away.")
@@ -542,7 +542,8 @@ def _is_ours(path: Path) -> bool:
     return (path / "meta" / "metadata").is_file() or (path / "state" / "_METADATA").is_file()
 
 
-def _through_json(name: str, value: dict[str, Any], *, exact: bool) -> dict[str, Any]:
+def through_json(name: str, value: dict[str, Any], *, exact: bool) -> dict[str, Any]:
+    """A dict as it comes back from JSON; raises `ValueError` if it cannot, or with `exact` if it comes back another."""
     try:
         result = json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:

@@ -1,17 +1,20 @@
 """The training loop: everything around the step that touches the outside world."""
 
+import contextlib
+import copy
 import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fm_jax.checks import check_bool, check_function, check_has, check_integer, check_key, shown
-from fm_jax.train.checkpoint import Checkpointer
+from fm_jax.train.checkpoint import Checkpointer, through_json
 from fm_jax.train.interrupts import stop_requests
 from fm_jax.train.log import MetricsWriter
 from fm_jax.train.parallel import ParallelStep
@@ -68,7 +71,8 @@ def fit(
         step_fn: from `pmap_step`, `shard_map_step` or `fsdp_step`, or a jitted step.
         state: new or restored. It is donated: use the state returned.
         key: the key of the run, the same for every step.
-        data: its position is saved with each checkpoint; put it where the state is before calling.
+        data: its position is saved with each checkpoint, and asked for once before the first step; put it where the
+            state is before calling.
         num_steps: the step to end at, counted from the beginning of the run, not from `state.step`.
         images_per_batch: examples in a global batch, for the throughput shown.
         batch_to_device: what makes `step_fn`'s batch of `data`'s; by default `step_fn.batch_to_device`, and for a plain
@@ -92,11 +96,14 @@ def fit(
         The state at `num_steps`.
 
     Raises:
-        NonFiniteLossError: if a logged or saved step has a non-finite loss or norm. Such a state is never saved.
+        NonFiniteLossError: if the first, a logged or a saved step has a non-finite loss or norm. Such a state is never
+            saved. The batches since the last look are then read once more: it says which of them is not finite, if one
+            is.
         RuntimeError: if the data end.
         SystemExit: after a signal.
         ValueError: if a number is less than 1, or an argument is not what its name says; if `step_fn` takes one step a
-            call and `steps_per_call` asks for several, or the other way round.
+            call and `steps_per_call` asks for several, or the other way round; if there is a checkpointer, and
+            `data.get_state()` is no dict that survives JSON.
         CheckpointError: if a checkpoint cannot be written.
     """
     to_device: Any = batch_to_device or getattr(step_fn, "batch_to_device", lambda batch: batch)
@@ -114,9 +121,12 @@ def fit(
             f"step_fn must be made with stacked={steps_per_call > 1} for steps_per_call={steps_per_call}, got "
             f"stacked={step_fn.stacked}."
         )
-    step = checked = int(state.step)
+    step = int(state.step)
     if step >= num_steps:
         return state
+    if checkpointer is not None:
+        _check_position(data)
+    watch = _Watch(data, step, checkpointer)
     periods = [log_every, save_every, *(every for every, _ in callbacks)]
     bar, clock, profile = Progress(step, num_steps, progress), _Clock(), Profile(profile_dir)
     try:
@@ -124,7 +134,8 @@ def fit(
             while step < num_steps:
                 num = min(steps_per_call, num_steps - step, *(every - step % every for every in periods))
                 with named("data"):
-                    batch = to_device(_next(data, step, num if steps_per_call > 1 else None))
+                    several = steps_per_call > 1
+                    batch = to_device(watch.seen(_next(data, step, num if several else None), several))
                 with named("step", step_num=step):
                     state, metrics = _checked(step_fn(state, key, batch))
                 step += num
@@ -134,6 +145,7 @@ def fit(
                 if not (log or save or due or stop):
                     if not clock.running:
                         _check_count(state, step)
+                        watch.look(_guarded(jax.device_get(metrics)), step)
                         clock.start(step)
                     profile.after_call(metrics)
                     continue
@@ -143,8 +155,7 @@ def fit(
                 with named("log"):
                     values = {name: float(metrics[name]) for name in ["loss", *sorted(metrics.keys() - {"loss"})]}
                     clock.stop(step)
-                    _check_finite(values, checked, step, checkpointer)
-                    checked = step
+                    watch.look(values, step)
                     if log:
                         rate = clock.steps_per_second()
                         images = None if rate is None else rate * images_per_batch
@@ -274,21 +285,117 @@ def _check_count(state: TrainState, step: int) -> None:
         )
 
 
-def _check_finite(values: Mapping[str, float], checked: int, step: int, checkpointer: Checkpointer | None) -> None:
-    bad = [f"{name}={values[name]}" for name in _GUARDED if name in values and not math.isfinite(values[name])]
-    if not bad:
-        return
-    if checkpointer is not None:
-        checkpointer.wait()
-    if checkpointer is None or (latest := checkpointer.latest_step()) is None:
-        advice = "There is no checkpoint yet: start again with a lower learning rate or clipping norm."
-    else:
-        advice = (
-            f"The last good checkpoint is {checkpointer.path(latest)}. The same command resumes from it, and, being "
-            "deterministic, meets the same numbers again: lower the learning rate or the clipping norm, and name the "
-            "field in the Checkpointer's allow_change to have it accepted."
+def _check_position(data: DataIterator) -> None:
+    """Refuses data whose position cannot be saved: at once, and not at the first checkpoint."""
+    wanted = "data.get_state() must return the position of the data, a dict that survives JSON, for checkpoints"
+    try:
+        position = data.get_state()
+    except Exception as error:
+        raise ValueError(f"{wanted}; it raised {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(position, Mapping):
+        raise ValueError(f"{wanted}, got {shown(position)}.")
+    through_json("data.get_state()", dict(position), exact=True)
+
+
+def _guarded(metrics: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(metrics[name]) for name in _GUARDED if name in metrics}
+
+
+class _Watch:
+    """Stops at what is not finite, and says where the reason lies: the batches since the last look are read again.
+
+    Until then it costs a `get_state` a look. Of data that cannot be set back, the last batch alone is kept.
+    """
+
+    def __init__(self, data: DataIterator, step: int, checkpointer: Checkpointer | None) -> None:
+        self._data, self._checkpointer = data, checkpointer
+        self._began = self._checked = step
+        self._position = self._position_now()
+        self._kept: list[Any] = []
+
+    def seen(self, read: Any, stacked: bool) -> Any:
+        """Each batch, or stack of batches, goes through here."""
+        if self._position is None:
+            self._kept = [read, stacked]
+        return read
+
+    def look(self, values: Mapping[str, float], step: int) -> None:
+        """Raises `NonFiniteLossError` if a loss or norm is not finite."""
+        bad = [f"{name}={value}" for name, value in _guarded(values).items() if not math.isfinite(value)]
+        if not bad:
+            self._checked, self._position = step, self._position_now()
+            return
+        if self._checkpointer is not None:
+            self._checkpointer.wait()
+        before_any_update = step == self._began + 1 and not bad[0].startswith(("update_norm", "param_norm"))
+        if found := self._bad_data(step):
+            reason = f"The data are not finite, and no learning rate changes that: {found}."
+        elif before_any_update:
+            reason = (
+                "No update was made before it, so that it is not the learning rate: the parameters that it began with "
+                "are not finite, or the network or the loss is not. JAX_DEBUG_NANS=True stops where a NaN arises first."
+            )
+        else:
+            reason = self._advice()
+        steps = f"steps {self._checked + 1} to {step}"
+        raise NonFiniteLossError(f"Not finite at step {step}: {', '.join(bad)} ({steps}). {reason}")
+
+    def _advice(self) -> str:
+        latest = None if self._checkpointer is None else self._checkpointer.latest_step()
+        if self._checkpointer is None or latest is None:
+            return "There is no checkpoint yet: start again with a lower learning rate or clipping norm."
+        return (
+            f"The last good checkpoint is {self._checkpointer.path(latest)}. The same command resumes from it, and, "
+            "being deterministic, meets the same numbers again. Begin a new run from it, with a lower learning rate or "
+            "clipping norm: restore it, and save to a new Checkpointer in another folder; or go on in this folder with "
+            "the name of the changed field in the Checkpointer's allow_change."
         )
-    raise NonFiniteLossError(f"Not finite at step {step}: {', '.join(bad)} (steps {checked + 1} to {step}). {advice}")
+
+    def _position_now(self) -> Any:
+        """Where the data are, if they can be set back there."""
+        if not (hasattr(self._data, "get_state") and hasattr(self._data, "set_state")):
+            return None
+        try:
+            return copy.deepcopy(self._data.get_state())
+        except Exception:  # without a checkpointer nobody needs a position
+            return None
+
+    def _bad_data(self, step: int) -> str | None:
+        """What is not finite in the batches since the last look; the data stay where they are."""
+        if self._position is None:
+            read, stacked = self._kept
+            if not stacked:
+                return _where_not_finite(read, step)
+            num = len(jax.tree.leaves(read)[0])
+            batches = (jax.tree.map(lambda x, i=i: x[i], read) for i in range(num))
+            return _first_not_finite(batches, step - num)
+        now = self._position_now()
+        with contextlib.suppress(Exception):  # whatever hinders the search for the reason
+            self._data.set_state(self._position)
+            try:
+                return _first_not_finite((next(self._data) for _ in range(step - self._checked)), self._checked)
+            finally:
+                self._data.set_state(now)
+        return None
+
+
+def _first_not_finite(batches: Iterator[Any], step: int) -> str | None:
+    """Of the batches of the steps after `step`."""
+    return next(filter(None, (_where_not_finite(batch, step + 1 + i) for i, batch in enumerate(batches))), None)
+
+
+def _where_not_finite(batch: Any, step: int) -> str | None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating):
+            continue
+        values = np.atleast_1d(np.asarray(leaf))
+        bad = ~np.isfinite(values)
+        if bad.any():
+            example = int(np.argmax(bad.reshape(len(values), -1).any(axis=1)))
+            what = "NaN" if np.isnan(values[example]).any() else "infinity"
+            where = f" in example {example}" if np.ndim(leaf) else ""
+            return f"batch{jax.tree_util.keystr(path)} of step {step} holds {what}{where}"
+    return None
 
 
 def _leave(signum: int, step: int, checkpointer: Checkpointer | None) -> None:

@@ -231,7 +231,7 @@ def test_host_waits_only_where_something_is_due(step_fn, monkeypatch):
     device_get = jax.device_get
     monkeypatch.setattr(jax, "device_get", lambda x: fetched.append(1) or device_get(x))
     run(step_fn, num_steps=40, log_every=20)
-    assert len(fetched) == 2
+    assert len(fetched) == 3  # the first step's too
 
 
 def test_throughput_leaves_out_compilation_callbacks_and_saving(monkeypatch, tmp_path):
@@ -278,11 +278,103 @@ def test_non_finite_loss_stops_and_is_never_saved(step_fn, tmp_path):
     assert message.startswith("Not finite at step 9: loss=nan, grad_norm=nan")
     assert "(steps 7 to 9)" in message
     assert f"The last good checkpoint is {tmp_path / 'checkpoints' / '6'}. The same command resumes" in message
+    assert "Begin a new run from it" in message
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["3", "6"]
     checkpointer.close()
 
     with pytest.raises(NonFiniteLossError, match=r"at step 8: .*\(steps 5 to 8\)\. There is no checkpoint yet"):
         run(step_fn, new_state(1.0), log_every=4)
+
+
+def test_what_is_not_finite_from_the_start_is_not_the_learning_rates_doing(step_fn):
+    """Told after the first step, of 100 till the next look."""
+    for value, log_every in ((jnp.nan, 100), (jnp.inf, 1)):
+        state = create_state({"w": jnp.array([1.0, value]), "fails": jnp.float32(0)}, OPTIMIZER)
+        data = Counting()
+        with pytest.raises(NonFiniteLossError, match=r"^Not finite at step 1: loss=.* No update was made") as caught:
+            run(step_fn, state, data, log_every=log_every, num_steps=100)
+        assert "lower" not in str(caught.value)
+        assert data.position == 1
+
+
+def test_an_infinite_first_update_is_the_learning_rates_doing():
+    step_fn = jax.jit(make_step(loss_fn, optax.sgd(math.inf), axis_name=None))
+    with pytest.raises(NonFiniteLossError, match=r"^Not finite at step 1: update_norm=.* a lower learning rate"):
+        run(step_fn, log_every=100, num_steps=100)
+
+
+class Damaged(Counting):
+    """With a number that is none in example 3 of batch 16, that of step 17."""
+
+    value = np.nan
+
+    def __next__(self):
+        batch = super().__next__() | {"label": np.arange(4), "more": [np.zeros((4, 1), np.float16)]}
+        if self.position == 17:
+            batch["x1"][3, 1] = self.value
+        return batch
+
+
+class DamagedWithin(Damaged):
+    value = 0.0
+
+    def __next__(self):
+        batch = super().__next__()
+        if self.position == 17:
+            batch["more"][0][2] = -np.inf
+        return batch
+
+
+class WithoutWayBack:
+    """Batches alone."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def __next__(self):
+        return next(self.data)
+
+
+def mean_of_everything(params, key, batch):
+    return params["w"].sum() * (jnp.mean(batch["x1"]) + jnp.mean(batch["more"][0])), {}
+
+
+@pytest.mark.parametrize(
+    ("data", "steps", "log_every", "said"),
+    [
+        (Damaged(), 1, 10, r"batch\['x1'\] of step 17 holds NaN in example 3\.$"),
+        (Damaged(), 4, 10, r"batch\['x1'\] of step 17 holds NaN in example 3\.$"),
+        (DamagedWithin(), 1, 100, r"batch\['more'\]\[0\] of step 17 holds infinity in example 2\.$"),
+        (Counting({17: lambda: None}), 1, 10, None),
+    ],
+)
+def test_data_that_are_not_finite_are_found(data, steps, log_every, said):
+    make = make_step(mean_of_everything if said else loss_fn, optax.sgd(1e-6), axis_name=None)
+    step_fn = jax.jit(make if steps == 1 else scan_steps(make))
+    if said is None:
+        with pytest.raises(NonFiniteLossError, match="There is no checkpoint yet"):
+            run(step_fn, new_state(1.0), data, num_steps=50, log_every=log_every)
+        assert data.position == 10
+        return
+    with pytest.raises(NonFiniteLossError, match=rf"The data are not finite.*: {said}"):
+        run(step_fn, data=data, num_steps=50, log_every=log_every, steps_per_call=steps)
+    assert data.position == (20 if log_every == 10 else 50)
+
+
+@pytest.mark.parametrize(("value", "word"), [(np.nan, "NaN"), (-np.inf, "infinity")])
+def test_of_data_without_a_way_back_the_last_batches_are_known(value, word):
+    damaged = Damaged()
+    damaged.value = value
+    step = make_step(mean_of_everything, optax.sgd(1e-6), axis_name=None)
+    message = rf"batch\['x1'\] of step 17 holds {word} in example 3\.$"
+    with pytest.raises(NonFiniteLossError, match=message):
+        run(jax.jit(step), data=WithoutWayBack(damaged), num_steps=17, log_every=10)
+    damaged.position = 0
+    with pytest.raises(NonFiniteLossError, match=message):
+        run(jax.jit(scan_steps(step)), data=WithoutWayBack(damaged), num_steps=50, log_every=10, steps_per_call=5)
+    damaged.position = 0
+    with pytest.raises(NonFiniteLossError, match="There is no checkpoint yet"):
+        run(jax.jit(step), data=WithoutWayBack(damaged), num_steps=50, log_every=10)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -443,6 +535,40 @@ def test_data_without_a_position_are_refused_where_it_is_to_be_saved(step_fn, tm
         run(step_fn, data=batches, checkpointer=checkpointer)
     checkpointer.close()
     assert int(run(step_fn, data=batches, num_steps=3).step) == 3
+
+
+class Unknown(Counting):
+    def __init__(self, state):
+        super().__init__()
+        self.state = state
+
+    def get_state(self):
+        if isinstance(self.state, Exception):
+            raise self.state
+        return self.state
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (NotImplementedError("no position"), "for checkpoints; it raised NotImplementedError: no position"),
+        (None, "for checkpoints, got None"),
+        (7, "for checkpoints, got 7"),
+        ({"position": (1, 2)}, r"survive JSON \(lists for tuples, string keys\)"),
+        ({1: 2}, "survive JSON"),
+        ({"position": np.arange(3)}, "be JSON"),
+        ({"position": b"1"}, "be JSON"),
+    ],
+    ids=str,
+)
+def test_a_position_that_cannot_be_saved_is_told_before_the_first_step(step_fn, tmp_path, state, said):
+    """And not at the first checkpoint, after as many steps as are between two."""
+    data, checkpointer = Unknown(state), Checkpointer(tmp_path, {})
+    with pytest.raises(ValueError, match=rf"^data\.get_state\(\) must .*{said}"):
+        run(step_fn, data=data, checkpointer=checkpointer)
+    assert data.position == 0
+    checkpointer.close()
+    assert int(run(step_fn, data=data, num_steps=3).step) == 3
 
 
 def test_data_that_end(step_fn):
