@@ -137,7 +137,7 @@ def null_like(cond: Cond, null_cond: Cond) -> Cond:
 
 def _broadcast(name: str, leaf: Array, null: Any) -> Array:
     try:
-        fits = np.broadcast_shapes(np.shape(null), leaf.shape) == leaf.shape
+        fits = jnp.broadcast_shapes(np.shape(null), leaf.shape) == leaf.shape
     except ValueError:
         fits = False
     if not fits:

@@ -44,8 +44,8 @@ def unpatchify(patches: Array, patch_size: int, height: int, width: int) -> Arra
             f"shape {patches.shape}."
         )
     channels = patches.shape[2] // patch_size**2
-    x = patches.reshape(len(patches), rows, columns, patch_size, patch_size, channels).transpose(0, 1, 3, 2, 4, 5)
-    return x.reshape(len(patches), height, width, channels)
+    x = patches.reshape(patches.shape[0], rows, columns, patch_size, patch_size, channels).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(patches.shape[0], height, width, channels)
 
 
 def position_features(rows: int, columns: int, dim: int) -> np.ndarray:

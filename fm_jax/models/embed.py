@@ -233,7 +233,7 @@ def rows(table: Array, indices: Array) -> Array:
 
     An index outside the table gives NaN, never another row: a traced value cannot raise.
     """
-    return table.at[indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+    return jnp.asarray(table).at[indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 def add_condition(emb: Array, embed: nn.Module | None, cond: Cond) -> Array:
