@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 
 from experiments.lab import command_line, figures
-from experiments.lab.experiment import read_run, restore_run
+from experiments.lab.experiment import Restored, read_run, restore_run
 from experiments.lab.options import SEED, check_options
 from experiments.lab.processes import by_first
 from experiments.lab.samplers import SAMPLERS, load_solver
@@ -27,6 +27,7 @@ from experiments.lab.sampling import (
     OF_SOLVER,
     RANGES,
     SOLVER_HELP,
+    Generate,
     Grid,
     RuleName,
     Sampling,
@@ -40,17 +41,11 @@ from fm_jax.train.folder import make_folder, replacing
 
 
 @dataclass(frozen=True)
-class Config:
-    """What to draw. Options that are not given are those of the run."""
+class Drawing:
+    """How to draw from a run. Options that are not given are those of the run."""
 
     run: Path
     """Folder of the run."""
-    out: Path = Path("samples.png")
-    """Where to: a picture (.png) or arrays (.npz)."""
-    num: int = 64
-    """How many samples."""
-    label: Annotated[int | None, tyro.conf.arg(name="class")] = None
-    """Class of all samples; by default every class in turn."""
     also: int | None = None
     """A second class, to be guided towards at the same time; the two scales add up."""
     avoid: int | None = None
@@ -78,13 +73,9 @@ class Config:
     """Times between which to guide."""
     guidance_rule: RuleName | None = None
     """How the two branches are combined."""
-    seed: int = 0
-    """Seed of the noise."""
 
     def __post_init__(self) -> None:
-        check_options(self, label=0, also=0, avoid=0, seed=SEED, **RANGES)
-        if self.out.suffix not in (".png", ".npz"):
-            raise ValueError(f"--out must end in .png or .npz, got {self.out}.")
+        check_options(self, label=0, also=0, avoid=0, seed=SEED, **RANGES)  # a subclass may have label and seed
         if self.solver is not None:
             check_member("--solver", self.solver, tuple(SAMPLERS))
         if sum(each is not None for each in (self.avoid, self.also, self.weak_run)) > 1:
@@ -110,10 +101,29 @@ class Config:
         yield from sampling.unused("")
 
 
-SAMPLING_OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling) if field.name in Config.__annotations__)
+@dataclass(frozen=True)
+class Config(Drawing):
+    """What to draw. Options that are not given are those of the run."""
+
+    out: Path = Path("samples.png")
+    """Where to: a picture (.png) or arrays (.npz)."""
+    num: int = 64
+    """How many samples."""
+    label: Annotated[int | None, tyro.conf.arg(name="class")] = None
+    """Class of all samples; by default every class in turn."""
+    seed: int = 0
+    """Seed of the noise."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.out.suffix not in (".png", ".npz"):
+            raise ValueError(f"--out must end in .png or .npz, got {self.out}.")
 
 
-def sampling_of(config: Config, of_run: Any) -> Sampling:
+SAMPLING_OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling) if field.name in Drawing.__annotations__)
+
+
+def sampling_of(config: Drawing, of_run: Any) -> Sampling:
     """How to draw: as the run, but for what is given."""
     given = {name: getattr(config, name) for name in SAMPLING_OPTIONS}
     sampling = dataclasses.replace(of_run.sampling, **{k: v for k, v in given.items() if v is not None})
@@ -133,8 +143,26 @@ def run(config: Config) -> None:
     make_folder(config.out.parent)
     if config.out.is_dir():
         raise SystemExit(f"--out {config.out} is a folder: give a file.")
+    labels = _labels(config, restored.experiment.num_classes)
+    try:
+        sampling, generate = generator(config, restored)
+        size, key = min(config.num, sampling.sample_batch), jax.random.key(config.seed)
+        samples, nfe = generate_many(generate, restored.params, key, restored.experiment, labels, size)
+    except ValueError as error:  # what a sampler or a rule of guidance refuses
+        raise SystemExit(str(error)) from error
+    _write(config, samples, labels)
+    solver = config.learned_solver or sampling.solver
+    print(f"{config.out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe_text(nfe)}")
+
+
+def generator(config: Drawing, restored: Restored) -> tuple[Sampling, Generate]:
+    """How to draw from a run, and the function that does.
+
+    Raises:
+        SystemExit: for options that do not fit the run.
+        ValueError: for what a sampler refuses.
+    """
     experiment, num_classes = restored.experiment, restored.experiment.num_classes
-    labels = _labels(config, num_classes)
     null_label, weak = num_classes, None
     if config.avoid is not None:
         null_label = _label("--avoid", config.avoid, num_classes)
@@ -145,24 +173,17 @@ def run(config: Config) -> None:
         if weaker.experiment.event_shape != experiment.event_shape or weaker.experiment.num_classes != num_classes:
             raise SystemExit(f"--weak-run {config.weak_run} was trained on other data than {config.run}.")
         weak = Weak(weaker.experiment.apply_fn, weaker.params)
-    try:
-        sampling = sampling_of(config, restored.config)
-        generate = make_generate(
-            sampling,
-            restored.config.method,
-            experiment.apply_fn,
-            null_label=null_label,
-            also=None if config.also is None else _label("--also", config.also, num_classes),
-            weak=weak,
-            learned_solver=None if config.learned_solver is None else load_solver(config.learned_solver),
-        )
-        size, key = min(config.num, sampling.sample_batch), jax.random.key(config.seed)
-        samples, nfe = generate_many(generate, restored.params, key, experiment, labels, size)
-    except ValueError as error:  # what a sampler or a rule of guidance refuses
-        raise SystemExit(str(error)) from error
-    _write(config, samples, labels)
-    solver = config.learned_solver or sampling.solver
-    print(f"{config.out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe_text(nfe)}")
+    sampling = sampling_of(config, restored.config)
+    generate = make_generate(
+        sampling,
+        restored.config.method,
+        experiment.apply_fn,
+        null_label=null_label,
+        also=None if config.also is None else _label("--also", config.also, num_classes),
+        weak=weak,
+        learned_solver=None if config.learned_solver is None else load_solver(config.learned_solver),
+    )
+    return sampling, generate
 
 
 def _label(option: str, label: int, num_classes: int | None) -> int:
