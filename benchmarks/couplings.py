@@ -32,6 +32,7 @@ from scipy.optimize import linear_sum_assignment
 
 from benchmarks.lab import lines, record
 from experiments.lab import command_line, images
+from experiments.lab.data import Data
 from experiments.lab.method import Method, make_loss
 from experiments.lab.options import check_options
 from experiments.lab.training import Training
@@ -145,7 +146,7 @@ def _peer_steps(config: Config, recipe: Recipe, splits: Splits) -> dict[str, flo
 def mnist_step(config: Config) -> dict[str, Any]:
     """Seconds a step of the 1.1M U-Net on random images of MNIST's shape, batch 128."""
     training = Training(run_dir=Path("unused"))
-    experiment = images.build(images.Config(dataset="mnist", training=training, model="mnist"))
+    experiment = images.build(images.Config(data=Data(dataset="mnist"), training=training, model="mnist"))
     params = init_params(experiment.model, jax.random.key(0), experiment.event_shape)
     optimizer = make_optimizer(training.learning_rate, total_steps=training.total_steps)
     state = create_state(params, optimizer, training.ema_decays)

@@ -12,12 +12,13 @@ measured here yet.
 
 from pathlib import Path
 
+from experiments.lab.data import Data
 from experiments.lab.images import Config, main
 from experiments.lab.sampling import Sampling
 from experiments.lab.training import Training
 
 CONFIG = Config(
-    dataset="cifar10",
+    data=Data(dataset="cifar10"),
     model="cifar10",
     flip=True,
     dropout=0.1,

@@ -9,12 +9,13 @@ least 99% of 1,000 samples at guidance 2, and 95% without guidance.
 
 from pathlib import Path
 
+from experiments.lab.data import Data
 from experiments.lab.images import Config, main
 from experiments.lab.sampling import Sampling
 from experiments.lab.training import Training
 
 CONFIG = Config(
-    dataset="digits",
+    data=Data(dataset="digits"),
     model="tiny",
     training=Training(
         run_dir=Path("runs/digits"),

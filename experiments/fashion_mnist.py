@@ -8,12 +8,13 @@ Expect: garments of the requested class. A classifier on pixels names real held-
 
 from pathlib import Path
 
+from experiments.lab.data import Data
 from experiments.lab.images import Config, main
 from experiments.lab.sampling import Sampling
 from experiments.lab.training import Training
 
 CONFIG = Config(
-    dataset="fashion_mnist",
+    data=Data(dataset="fashion_mnist"),
     model="mnist",
     flip=True,
     training=Training(

@@ -8,12 +8,13 @@ Expect: digits of every class that a person reads at once.
 
 from pathlib import Path
 
+from experiments.lab.data import Data
 from experiments.lab.images import Config, main
 from experiments.lab.sampling import Sampling
 from experiments.lab.training import Training
 
 CONFIG = Config(
-    dataset="mnist",
+    data=Data(dataset="mnist"),
     model="mnist",
     training=Training(
         run_dir=Path("runs/mnist"),

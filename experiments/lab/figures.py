@@ -80,6 +80,28 @@ def save_grid(
 
 
 @by_first
+def save_neighbours(path: PathLike, images: np.ndarray, neighbours: np.ndarray) -> None:
+    """Draws generated images beside the training images that are nearest to them.
+
+    Args:
+        path: the file to write.
+        images: [n, h, w, c] in [-1, 1], c being 1 or 3.
+        neighbours: [n, k, h, w, c], likewise, the nearest first.
+    """
+    left, right = _montage([image[None] for image in images], 1), _montage([*neighbours], neighbours.shape[1])
+    margin, gap, line = 20, 40, 40
+    width, height = 2 * margin + gap + left.shape[1] + right.shape[1], margin + left.shape[0] + line + margin // 2
+    width = max(width, 420)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+        right_x = margin + left.shape[1] + gap
+        for montage, x, header in ((left, margin, "sample"), (right, right_x, "nearest training images")):
+            figure.figimage(montage, xo=x, yo=margin, origin="upper")
+            figure.text(x / width, (margin + left.shape[0] + 12) / height, header, ha="left", va="bottom", size=8.5)
+        _save(figure, path)
+
+
+@by_first
 def save_sheet(path: PathLike, images: np.ndarray, *, columns: int = 8) -> None:
     """Draws images [n, h, w, c] in [-1, 1], row by row and nothing else."""
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]

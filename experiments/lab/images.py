@@ -1,4 +1,4 @@
-"""Class-conditional flow matching on images: what the experiments on digits, MNIST and the like share."""
+"""Flow matching on images: what the experiments on digits, MNIST and the like, and on one's own pictures, share."""
 
 import dataclasses
 import time
@@ -14,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.lab import command_line
-from experiments.lab.experiment import Experiment
-from experiments.lab.figures import save_animation, save_grid
-from experiments.lab.judge import fit_classifier
+from experiments.lab.data import FACTS, Data, Facts, Loaded, load, read_facts
+from experiments.lab.experiment import Experiment, begin_with
+from experiments.lab.figures import save_animation, save_grid, save_neighbours
+from experiments.lab.judge import Classify, fit_classifier, nearest
 from experiments.lab.method import Method, couple_ahead, make_loss
-from experiments.lab.options import check_options
+from experiments.lab.options import check_options, refuse_unused
 from experiments.lab.processes import from_first, mean_of_shares, own_folder
 from experiments.lab.sampling import (
     Sampling,
@@ -44,23 +45,20 @@ from experiments.lab.training import (
 )
 from fm_jax.checks import imported
 from fm_jax.conditions import DropCondition
-from fm_jax.data.digits import load_digits
-from fm_jax.data.images import ImageDataset, load_images, to_float
+from fm_jax.data.arrays import to_unit_range
+from fm_jax.data.images import ImageDataset
 from fm_jax.data.pipeline import batches
 from fm_jax.models import Compute, LabelEmbedding, init_params, linen_apply, make_dit, make_unet, num_params
 from fm_jax.sources import Normal
 from fm_jax.train import TrainState
 from fm_jax.train.loop import DataIterator
 
-NUM_CLASSES = 10
-PICTURES = ("samples.png", "animation.gif", "loss.png")
-_unet = partial(make_unet, embed=LabelEmbedding(NUM_CLASSES))
-_dit = partial(make_dit, embed=LabelEmbedding(NUM_CLASSES, stddev=0.02))
+PICTURES = ("samples.png", "neighbours.png", "animation.gif", "loss.png")
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    **{name: partial(_unet, name) for name in ("tiny", "mnist_fast", "mnist", "cifar10", "cifar10_edm")},
-    **{f"dit_{name.lower()}": partial(_dit, name) for name in ("tiny", "S/2", "S/4", "B/2", "B/4", "XL/2")},
+    **{name: partial(make_unet, name) for name in ("tiny", "mnist_fast", "mnist", "cifar10", "cifar10_edm")},
+    **{f"dit_{name.lower()}": partial(make_dit, name) for name in ("tiny", "S/2", "S/4", "B/2", "B/4", "XL/2")},
     "smoke_unet": partial(
-        _unet,
+        make_unet,
         "tiny",
         channels=8,
         channel_mults=(1,),
@@ -70,8 +68,14 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
         head_channels=None,
         patch_size=4,
     ),
-    "smoke_dit": partial(_dit, "tiny", hidden=16, num_layers=1, num_heads=1, patch_size=4),
+    "smoke_dit": partial(make_dit, "tiny", hidden=16, num_layers=1, num_heads=1, patch_size=4),
 }
+ROWS, COLUMNS = 10, 10
+"""Of the grid of samples."""
+REAL = 512
+"""Real images that those beside the samples are taken from."""
+MOST_VALUES = 1024
+"""In an image that is judged by its pixels: of larger ones they alone say little, and take long."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,7 @@ class Config:
 
     EXPERIMENT: ClassVar[str] = "images"
 
-    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"]
-    """Which images; "digits" are embedded in scikit-learn, the others come from TFDS."""
+    data: Data
     training: Training
     method: Method = field(default_factory=Method)
     sampling: Sampling = field(default_factory=Sampling)
@@ -115,10 +118,6 @@ class Config:
     """Mirror half of the training images."""
     dequantize: bool = False
     """Add uniform noise within a pixel level."""
-    data_dir: Path | None = None
-    """Where TFDS keeps its data sets; by default TFDS_DATA_DIR or ~/tensorflow_datasets."""
-    num_images: int | None = None
-    """Only the first so many real images of each split; by default all."""
     num_samples: int = 1000
     """Samples to judge at the end."""
     frames: int = 31
@@ -131,54 +130,71 @@ class Config:
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Options of no effect, and why."""
+        yield from self.data.unused()
         yield from self.training.unused()
         yield from self.method.unused()
         yield from self.sampling.unused()
         if "dit" not in self.model:
             yield "scan_layers", "only a transformer, such as --model dit_tiny, has equal blocks"
-        if self.dataset == "digits":
-            yield "data_dir", "the digits come inside scikit-learn; the other data sets are read from there"
+        if self.data.labels == "none":
+            yield "label_dropout", "--labels none trains without labels"
 
 
-def build(config: Config) -> Experiment:
-    """The network and the shape of its images, without reading any data."""
-    event_shape = {"digits": (8, 8, 1), "cifar10": (32, 32, 3)}.get(config.dataset, (28, 28, 1))
-    scan_layers = {"scan_layers": True} if config.scan_layers else {}
-    model = NETWORKS[config.model](dropout=config.dropout, compute=Compute(config.dtype, config.remat), **scan_layers)
+def build(config: Config, facts: Facts | None = None) -> Experiment:
+    """The network for data of which `facts` are known; by default those that lie in the folder of the run."""
+    facts = facts or read_facts(config.training.run_dir, config.data)
+    options: dict[str, Any] = {"scan_layers": True} if config.scan_layers else {}
+    num_classes, drop = len(facts.class_names) or None, None
+    if num_classes is not None:
+        stddev = {"stddev": 0.02} if "dit" in config.model else {}
+        options["embed"] = LabelEmbedding(num_classes, **stddev)
+        drop = DropCondition(config.label_dropout, null_cond=num_classes)
+    model = NETWORKS[config.model](dropout=config.dropout, compute=Compute(config.dtype, config.remat), **options)
     try:
-        jax.eval_shape(lambda key: init_params(model, key, event_shape), jax.random.key(0))
+        jax.eval_shape(lambda key: init_params(model, key, facts.shape), jax.random.key(0))
     except ValueError as error:
-        raise ValueError(f"--model {config.model} does not fit the images of {config.dataset}: {error}") from error
-    drop = DropCondition(config.label_dropout, null_cond=NUM_CLASSES)
-    return Experiment(model, linen_apply(model), Normal(), event_shape, NUM_CLASSES, drop)
+        raise ValueError(
+            f"--model {config.model} does not fit the images of {facts.source}, {'x'.join(map(str, facts.shape))}: {error}"
+        ) from error
+    scale = None if facts.mean is None else (np.asarray(facts.mean), np.asarray(facts.std))
+    return Experiment(model, linen_apply(model), Normal(), facts.shape, num_classes, drop, scale)
 
 
-def load(config: Config, split: Literal["train", "test"]) -> ImageDataset:
-    """The real images of a split, or the first of them."""
-    num = config.num_images
-    if config.dataset == "digits":
-        digits = load_digits(split)
-        return digits._replace(images=digits.images[:num], labels=digits.labels[:num])
-    return load_images(config.dataset, split if num is None else f"{split}[:{num}]", data_dir=config.data_dir)
+def fit_to(config: Config, facts: Facts) -> Config:
+    """The configuration as the data allow.
 
-
-def in_unit_range(images: np.ndarray) -> np.ndarray:
-    """Images as float32 in [-1, 1]."""
-    return to_float(images) if images.dtype == np.uint8 else images
+    Raises:
+        ValueError: for guidance that the run would not be trained for, and for options that have no effect on images
+            without labels.
+    """
+    if facts.class_names:
+        if config.label_dropout == 0 and config.sampling.guidance != 1:
+            raise ValueError(
+                f"--label-dropout must be above 0 for --guidance {config.sampling.guidance:g}, which leads away from "
+                "what the network makes without a label; --guidance 1 goes without."
+            )
+        return config
+    usual = dataclasses.replace(config, sampling=Sampling(), label_dropout=Config.label_dropout)
+    without = "the images have no labels"
+    for path, value, default in (
+        ("guidance", config.sampling.guidance, (1.0, Sampling.guidance)),
+        ("label_dropout", config.label_dropout, (Config.label_dropout,)),
+    ):
+        if value not in default:
+            raise ValueError(f"--{path.replace('_', '-')} {value:g} would have no effect: {without}. Leave it out.")
+    config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, guidance=1.0))
+    refuse_unused(config, usual)
+    print(f"{without.capitalize()}: the network is trained and sampled without.")
+    return config
 
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
-    if config.label_dropout == 0 and config.sampling.guidance != 1:
-        raise ValueError(
-            f"--label-dropout must be above 0 for --guidance {config.sampling.guidance:g}, which leads away from what "
-            "the network makes without a label; --guidance 1 goes without."
-        )
     config = smoke(
         config,
         model="smoke_dit" if config.model.startswith("dit") else "smoke_unet",
         sampling={"solver": "euler", "steps": 2, "sample_batch": 20},
-        num_images=512,
+        data={"num_images": 512},
         num_samples=20,
         frames=3,
     )
@@ -193,22 +209,25 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _run(config: Config) -> dict[str, Any]:
-    experiment, run_dir = build(config), config.training.run_dir
-    check_run_dir(config, PICTURES, folders=["samples"])
-    found = from_first(lambda: read_results(run_dir) if is_config_of_run(config) else None)
+    run_dir = config.training.run_dir
+    check_run_dir(config, [*PICTURES, FACTS], folders=["samples"])
+    loaded = load(config.data)
+    dataset, facts = loaded.train, loaded.facts
+    config = fit_to(config, facts)
+    experiment = build(config, facts)
+    found = from_first(lambda: _finished(config, facts))
     if found is not None and (text := _report(config, found)):
         print(
             f"{run_dir} is finished: these are its results. Remove the folder, or give another --run-dir, to run anew."
         )
         print(text)
         return found
-    dataset = load(config, "train")
-    _check_data(config, dataset)
+    _check_data(config, loaded)
     keys = jax.random.split(jax.random.key(config.training.seed), 5)
     key_train, key_init, key_draw, key_judge, key_pairs = keys
     params = init_params(experiment.model, key_init, experiment.event_shape)
     print(
-        f"{config.dataset}: {len(dataset.images):,} images, {config.model} with {num_params(params):,} parameters, "
+        f"{_described(facts)}, {config.model} with {num_params(params):,} parameters, "
         f"{jax.device_count()} {jax.default_backend()} device(s)"
     )
 
@@ -232,13 +251,15 @@ def _run(config: Config) -> dict[str, Any]:
     jax.eval_shape(generate, params, key_draw, x0, labels)
 
     def draw(step: int, state: TrainState) -> None:
-        labels = np.arange(config.sampling.sample_batch) % NUM_CLASSES
+        labels = _classes_in_turn(experiment, config.sampling.sample_batch)
         params = sampling_params(state, config.training)
         images, _ = generate_many(generate, params, key_draw, experiment, labels, len(labels))
-        _save_grid(run_dir / "samples" / f"step_{step:06d}.png", images, labels, dataset)
+        _save_grid(run_dir / "samples" / f"step_{step:06d}.png", images, labels, dataset, experiment)
 
-    state = train(config, key_train, params, loss_fn, data, draw)
-    results = judge(config, experiment, sampling_params(state, config.training), key_judge, dataset, generate)
+    state = train(
+        config, key_train, params, loss_fn, data, draw, facts=facts, begin=partial(begin_with, config.training)
+    )
+    results = judge(config, experiment, sampling_params(state, config.training), key_judge, loaded, generate)
     results["training_images_per_second"] = median_rate(run_dir)
     draw_loss(run_dir)
     write_results(run_dir, results)
@@ -246,81 +267,164 @@ def _run(config: Config) -> dict[str, Any]:
     return results
 
 
-def _check_data(config: Config, dataset: ImageDataset) -> None:
-    num = len(dataset.images)
+def _finished(config: Config, facts: Facts) -> dict[str, Any] | None:
+    """The results of this very configuration on these very data, if there are any."""
+    run_dir = config.training.run_dir
+    if not is_config_of_run(config) or not (run_dir / FACTS).is_file():
+        return None
+    return read_results(run_dir) if read_facts(run_dir, config.data) == facts else None
+
+
+def _described(facts: Facts) -> str:
+    size = "x".join(map(str, facts.shape))
+    classes = f"{len(facts.class_names)} classes" if facts.class_names else "no labels"
+    return f"{facts.source}: {facts.num_images:,} images {size}, {classes}, {facts.num_test:,} held out"
+
+
+def _check_data(config: Config, loaded: Loaded) -> None:
+    num = len(loaded.train.images)
     if config.training.batch_size > num:
         raise ValueError(
             f"--batch-size must be at most {num}, the images to train on, got {config.training.batch_size}."
         )
-    if _has_judge(config):
+    if _is_judged(loaded):
         imported("sklearn.svm", "the classifier that judges the samples", "'fm_jax[experiments]'")
-    if _has_judge(config) and len(np.unique(dataset.labels)) < 2:
-        raise ValueError(f"--num-images must reach images of two classes or more, got {config.num_images}.")
+        if len(np.unique(loaded.train.labels)) < 2:
+            raise ValueError(f"--num-images must reach images of two classes or more, got {config.data.num_images}.")
 
 
-def _has_judge(config: Config) -> bool:
-    return config.dataset != "cifar10"  # pixels alone do not tell objects apart
+def _is_judged(loaded: Loaded) -> bool:
+    """Whether a classifier of pixels is to name the samples: of small images with classes and some held out."""
+    facts = loaded.facts
+    return len(facts.class_names) > 1 and facts.num_test > 0 and np.prod(facts.shape) <= MOST_VALUES
 
 
 def _generator(config: Config, experiment: Experiment, **options):
-    return make_generate(config.sampling, config.method, experiment.apply_fn, null_label=NUM_CLASSES, **options)
+    return make_generate(
+        config.sampling, config.method, experiment.apply_fn, null_label=experiment.num_classes, **options
+    )
 
 
-def judge(config: Config, experiment: Experiment, params, key, dataset: ImageDataset, generate) -> dict[str, Any]:
-    """Draws `num_samples` with and without guidance, has the classifier name them, and saves the pictures."""
-    run_dir, sampling = config.training.run_dir, config.sampling
+def _classes_in_turn(experiment: Experiment, num: int) -> np.ndarray:
+    return np.arange(num) % (experiment.num_classes or 1)
+
+
+def _classes_shown(experiment: Experiment) -> np.ndarray:
+    """As many classes as there are rows, evenly among all."""
+    num = experiment.num_classes or 1
+    return np.unique(np.linspace(0, num - 1, ROWS).astype(int))
+
+
+def judge(config: Config, experiment: Experiment, params, key, loaded: Loaded, generate) -> dict[str, Any]:
+    """Draws `num_samples`, with and without guidance where there are classes, judges them, and saves the pictures."""
+    run_dir, sampling, dataset = config.training.run_dir, config.sampling, loaded.train
     size = sampling.sample_batch
-    classify, results = None, dict[str, Any]()
-    if _has_judge(config):
-        test = load(config, "test")
-        classify = fit_classifier(in_unit_range(dataset.images), dataset.labels)
+    classify: Classify | None = None
+    results = dict[str, Any]()
+    if _is_judged(loaded) and loaded.test is not None:
+        first = dataset.subset(np.arange(min(len(dataset.images), 10_000)))
+        classify = fit_classifier(in_unit_range(first), first.labels)
         results["classifier_accuracy_on_real"] = mean_of_shares(
-            lambda x, y: classify(x) == y, in_unit_range(test.images), test.labels
+            lambda x, y: classify(x) == y, in_unit_range(loaded.test), loaded.test.labels
         )
-    unguided = dataclasses.replace(config, sampling=dataclasses.replace(sampling, guidance=1.0))
-    labels = np.arange(config.num_samples) % NUM_CLASSES
-    for name, function in (("guided", generate), ("unguided", _generator(unguided, experiment))):
+    labels = _classes_in_turn(experiment, config.num_samples)
+    drawn = {"guided": generate}
+    if experiment.num_classes is not None:
+        unguided = dataclasses.replace(config, sampling=dataclasses.replace(sampling, guidance=1.0))
+        drawn["unguided"] = _generator(unguided, experiment)
+    else:
+        drawn = {"unguided": generate}
+    for name, function in drawn.items():
         generate_many(function, params, key, experiment, labels[:size], size)  # compiles
         start = time.perf_counter()
         images, nfe = generate_many(function, params, key, experiment, labels, size)
-        drawn = -(-config.num_samples // size) * size
-        results[name] = {"seconds_per_image": (time.perf_counter() - start) / drawn, "nfe": nfe}
+        num_drawn = -(-config.num_samples // size) * size
+        results[name] = {"seconds_per_image": (time.perf_counter() - start) / num_drawn, "nfe": nfe}
         if classify is not None:
             results[name]["agreement"] = mean_of_shares(lambda x, y: classify(x) == y, images, labels)
-        if name == "guided":
-            _save_grid(run_dir / "samples.png", images, labels, dataset)
+        if name == next(iter(drawn)):
+            _save_grid(run_dir / "samples.png", images, labels, dataset, experiment)
+            results["nearest"] = _save_neighbours(run_dir / "neighbours.png", images, loaded, experiment)
     times = frame_times(config.method, config.frames)
     animate = _generator(config, experiment, frames=times)
-    labels = np.repeat(np.arange(NUM_CLASSES), 5)
+    shown = _classes_shown(experiment)
+    labels = np.repeat(shown, 5 if len(shown) > 1 else 50)
     x0 = experiment.draw_x0(jax.random.fold_in(key, 1), len(labels))
     frames = generate_together(animate, params, key, x0, labels).trajectory
-    save_animation(run_dir / "animation.gif", np.asarray(frames), times=times, columns=10)
+    save_animation(run_dir / "animation.gif", experiment.visible(np.asarray(frames)), times=times, columns=10)
     return results
 
 
-def _save_grid(path: Path, images: np.ndarray, labels: np.ndarray, dataset: ImageDataset) -> None:
+def in_unit_range(dataset: ImageDataset) -> np.ndarray:
+    """The images of a dataset as they are trained on, float32 in [-1, 1]."""
+    return to_unit_range(dataset.images[:], dataset.value_range)
+
+
+def _save_grid(
+    path: Path, images: np.ndarray, labels: np.ndarray, dataset: ImageDataset, experiment: Experiment
+) -> None:
+    """Samples, a row for each class, or rows of no class, beside real images."""
+    rng = np.random.default_rng(0)
+    # In order, for data that are read when drawn.
+    some = np.sort(rng.permutation(len(dataset.images))[:REAL]) if experiment.num_classes is None else None
+    if some is None:
+        some = np.concatenate([np.flatnonzero(dataset.labels == label)[:3] for label in _classes_shown(experiment)])
+    real = dataset.subset(some)
+    if experiment.num_classes is None:
+        num = min(len(images), ROWS * COLUMNS)
+        labels, names, real_labels = np.arange(num) // COLUMNS, [""] * ROWS, np.arange(len(some)) // 3
+        images = images[:num]
+    else:
+        shown = np.isin(labels, _classes_shown(experiment))
+        images, labels, names, real_labels = images[shown], labels[shown], dataset.class_names, real.labels
     save_grid(
-        path, images, labels, in_unit_range(dataset.images[:512]), dataset.labels[:512], class_names=dataset.class_names
+        path,
+        experiment.visible(images),
+        labels,
+        experiment.visible(in_unit_range(real)),
+        real_labels,
+        class_names=names,
     )
+
+
+def _save_neighbours(path: Path, images: np.ndarray, loaded: Loaded, experiment: Experiment) -> dict[str, float]:
+    """Draws samples beside the training images that are nearest to them; root mean squared distances to the nearest."""
+    found = nearest(images[:100], loaded.train, num=5)
+    beside = in_unit_range(loaded.train.subset(found.indices[:ROWS].reshape(-1)))
+    beside = beside.reshape(*found.indices[:ROWS].shape, *beside.shape[1:])
+    save_neighbours(path, experiment.visible(images[:ROWS]), experiment.visible(beside))
+    distances = {"samples": float(np.median(found.distances[:, 0]))}
+    if loaded.test is not None:
+        held_out = in_unit_range(loaded.test.subset(np.arange(min(len(loaded.test.images), 100))))
+        distances["held_out"] = float(np.median(nearest(held_out, loaded.train).distances[:, 0]))
+    return distances
 
 
 def _report(config: Config, results: dict[str, Any]) -> str | None:
     """The results in words; `None` for what are not the results of this experiment."""
     run_dir = config.training.run_dir
-    lines = ["\n" + files_of(run_dir, *PICTURES, "metrics.jsonl", "config.json", "results.json", "checkpoints/")]
+    files = (*PICTURES, "metrics.jsonl", "config.json", FACTS, "results.json", "checkpoints/")
+    lines = ["\n" + files_of(run_dir, *files)]
     try:
-        guided, unguided, rate = results["guided"], results["unguided"], results["training_images_per_second"]
-        if _has_judge(config):
+        guided, unguided, rate = results.get("guided"), results["unguided"], results["training_images_per_second"]
+        if "classifier_accuracy_on_real" in results:
             lines.append(
                 f"classifier agrees with the label: {guided['agreement']:.1%} of {config.num_samples:,} samples at "
                 f"guidance {config.sampling.guidance:g}, {unguided['agreement']:.1%} without "
                 f"(on real held-out images it is right on {results['classifier_accuracy_on_real']:.1%})"
             )
+        distances = results["nearest"]
+        beside = f", {distances['held_out']:.3f} from held-out images" if "held_out" in distances else ""
         lines.append(
-            f"time per image sampled: {1000 * guided['seconds_per_image']:.2f} ms guided "
-            f"(NFE {nfe_text(guided['nfe'])}), {1000 * unguided['seconds_per_image']:.2f} ms unguided "
-            f"(NFE {nfe_text(unguided['nfe'])})"
+            f"nearest training image, median of the root mean squared difference: {distances['samples']:.3f} from "
+            f"samples{beside} (copies would be much nearer than held-out images are)"
         )
+        costs = [] if guided is None else [(guided, "guided")]
+        told = [
+            f"{1000 * each['seconds_per_image']:.2f} ms {name} (NFE {nfe_text(each['nfe'])})"
+            for each, name in [*costs, (unguided, "unguided")]
+        ]
+        lines.append(f"time per image sampled: {', '.join(told)}")
         lines.append(f"training: {f'{rate:,.0f} images/s' if rate else 'already done'}")
     except (KeyError, TypeError, ValueError):
         return None

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from experiments.lab.data import MAY_CHANGE as DATA_MAY_CHANGE
+from experiments.lab.data import Facts, write_facts
 from experiments.lab.figures import save_loss_curve
 from experiments.lab.options import SEED, STEPS, check_multiple, check_options, option
 from experiments.lab.parallel import Parallel, make_parallel
@@ -25,7 +27,7 @@ from fm_jax.train.loop import DataIterator, fit
 from fm_jax.types import Key, LossFn, Params
 
 CONFIG, RESULTS, METRICS, PROFILE = "config.json", "results.json", "metrics.jsonl", "profile"
-_MAY_CHANGE: tuple[str, ...] = ("data_dir", "sampling", "num_samples", "frames", "floor_repeats")
+_MAY_CHANGE: tuple[str, ...] = (*DATA_MAY_CHANGE, "sampling", "num_samples", "frames", "floor_repeats")
 _MAY_CHANGE += tuple(f"training.{name}" for name in ("run_dir", "log_every", "save_every", "sample_every", "keep"))
 _MAY_CHANGE += tuple(f"training.{name}" for name in ("parallel", "shards", "steps_per_call", "profile"))
 
@@ -36,6 +38,9 @@ class Training:
 
     run_dir: Path
     """Folder of the run. The same command continues a run that was interrupted, bit for bit."""
+    init_from: Path | None = None
+    """Folder of a run whose parameters, as it is sampled with, this one begins with: for another learning rate, a
+    longer decay or other data. The optimiser, the averages and the steps begin anew."""
     total_steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 128
@@ -91,6 +96,8 @@ class Training:
             raise ValueError(
                 f"--warmup-steps must be less than --total-steps, got {self.warmup_steps} and {self.total_steps}."
             )
+        if self.init_from is not None and self.init_from.absolute() == self.run_dir.absolute():
+            raise ValueError(f"--init-from must be another run than --run-dir, got {self.init_from} for both.")
 
     def unused(self, prefix: str = "training.") -> Iterator[tuple[str, str]]:
         """Options of no effect, and why."""
@@ -160,6 +167,9 @@ def train(
     data: DataIterator,
     draw: Callable[[int, TrainState], None] | None = None,
     steps_per_call: int = 1,
+    *,
+    facts: Facts | None = None,
+    begin: Callable[[Params], Params] | None = None,
 ) -> TrainState:
     """Trains to the end, from wherever the run folder is, on all devices of all processes.
 
@@ -171,6 +181,8 @@ def train(
         data: this process's share of the batches, with a position that can be saved.
         draw: called every `sample_every` steps with the step and the state.
         steps_per_call: that are the quickest, where the configuration does not say.
+        facts: of the data, which a run that continues must find again.
+        begin: makes of `params` those that a new run begins with; not called by one that continues.
 
     Returns:
         The state at `total_steps`.
@@ -192,16 +204,18 @@ def train(
     shapes = jax.eval_shape(create, params)
     shardings = step_fn.shardings(shapes)
     with contextlib.ExitStack() as stack:
-        checkpointer = stack.enter_context(contextlib.closing(_checkpointer(config)))
+        checkpointer = stack.enter_context(contextlib.closing(_checkpointer(config, facts)))
         template = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         if (restored := checkpointer.restore(template)) is not None:
             state, key, position = restored
             data.set_state(position)
             print(f"Continuing {training.run_dir} from step {int(state.step):,}.{_other_noise(training, checkpointer)}")
-        elif several or training.parallel == "fsdp":  # no device holds a whole state
-            state = jax.jit(create, out_shardings=shardings)(jax.device_get(params))
         else:
-            state = create(params)
+            params = params if begin is None else begin(params)
+            if several or training.parallel == "fsdp":  # no device holds a whole state
+                state = jax.jit(create, out_shardings=shardings)(jax.device_get(params))
+            else:
+                state = create(params)
         step, writer = int(state.step), None
         if is_first():
             writer = stack.enter_context(contextlib.closing(MetricsWriter(training.run_dir, start_step=step)))
@@ -210,6 +224,8 @@ def train(
             # Accepted: from here on the results are those of another configuration.
             (training.run_dir / RESULTS).unlink(missing_ok=True)
             write_config(config)
+            if facts is not None:
+                write_facts(training.run_dir, facts)
         state = fit(
             step_fn,
             state,
@@ -281,7 +297,7 @@ def _optimizer(training: Training):
     )
 
 
-def _checkpointer(config: Any) -> Checkpointer:
+def _checkpointer(config: Any, facts: Facts | None = None) -> Checkpointer:
     training = config.training
     # A longer run is the same run, unless the learning rate depends on where it ends.
     may_change = _MAY_CHANGE + (("training.total_steps",) if training.decay == "constant" else ())
@@ -292,6 +308,7 @@ def _checkpointer(config: Any) -> Checkpointer:
         save_every=training.save_every,
         allow_change=may_change,
         name_of=option,
+        data=None if facts is None else facts.identity(),
     )
 
 

@@ -1,0 +1,276 @@
+"""The images of an experiment: one of four data sets by name, or a user's own."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from experiments.lab.options import check_options, option
+from experiments.lab.processes import by_first, is_first
+from fm_jax.data.arrays import NoSplitError, check_dataset, fingerprint, load_npz, standardise
+from fm_jax.data.digits import load_digits
+from fm_jax.data.images import ImageDataset, load_images
+from fm_jax.data.picture import Colour, Fit
+from fm_jax.train.folder import write_text
+
+FACTS = "data.json"
+"""The file of a run that says what its data are."""
+_SOURCES = ("dataset", "folder", "npz", "tfds", "array_record")
+_OPTIONS = ", ".join(map(option, _SOURCES))
+_WHERE = ("folder", "npz", "array_record", "data_dir", "csv")
+"""Options that say where data are, which may move: what they are is told by their checksum."""
+MAY_CHANGE = tuple(f"data.{name}" for name in (*_WHERE, "stream"))
+_PICTURES = ("size", "colour", "background", "skip_broken", "stream")
+_TAKERS = {
+    **dict.fromkeys(_PICTURES, ("folder", "tfds", "array_record")),
+    "labels": ("folder", "npz", "tfds", "array_record"),
+    "csv": ("folder",),
+    "image_entry": ("npz",),
+    "label_entry": ("npz",),
+    "value_range": ("npz",),
+    "latents": ("npz",),
+    "test_share": ("folder", "npz", "tfds", "array_record"),
+}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Which images, and what is made of them."""
+
+    dataset: Literal["digits", "mnist", "fashion_mnist", "cifar10"] | None = None
+    """One of four by name: "digits" are embedded in scikit-learn, the others come from TFDS."""
+    folder: Path | None = None
+    """A folder of pictures, with a subfolder for each class or without."""
+    npz: Path | None = None
+    """A file of arrays, .npz with images and perhaps labels, or .npy with images."""
+    tfds: str | None = None
+    """Any data set of TFDS that was prepared as array_record."""
+    array_record: Path | None = None
+    """A file of ArrayRecord, or a folder of them, whose records are pictures or tf.train.Examples."""
+    size: tuple[int, ...] | None = None
+    """Height and width that pictures are brought to, or one number for both; by default they must all have one size."""
+    fit: Fit = "crop"
+    """How: the middle is cut out (crop), sides change apart (resize), or a border is put around (pad)."""
+    colour: Colour | None = None
+    """By default grey if all pictures are."""
+    background: Literal["white", "black"] = "white"
+    """What lies behind transparent parts, and around what is padded."""
+    labels: Literal["given", "none"] = "given"
+    """Train with the labels that there are, such as names of subfolders, or with none."""
+    csv: Path | None = None
+    """A table with a file and a label in each row, in place of subfolders."""
+    image_entry: str | None = None
+    """The entry of an .npz with the images."""
+    label_entry: str | None = None
+    """The entry of an .npz with the labels."""
+    value_range: tuple[float, float] | None = None
+    """What becomes -1 and 1, of arrays that are not uint8."""
+    latents: bool = False
+    """The arrays are latents: each channel is brought to mean 0 and variance 1, and samples are brought back."""
+    test_share: float = 0.1
+    """Share of every class that is held out, where the data have no test images of their own."""
+    skip_broken: bool = False
+    """Leave out what cannot be read, and list it, in place of ending."""
+    stream: bool | None = None
+    """Read pictures when they are drawn; by default if they would not fit into memory."""
+    data_dir: Path | None = None
+    """Where TFDS keeps its data sets; by default TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    num_images: int | None = None
+    """Only so many of the real images of each split; by default all."""
+
+    def __post_init__(self) -> None:
+        check_options(self, test_share="[0, 1)", size=(1, 65_536))
+        if len(self._given()) > 1:
+            named = " and ".join(map(option, self._given()))
+            raise ValueError(f"One of {_OPTIONS} must say which images, got {named}. experiments.images takes any one.")
+        if self.size is not None and len(self.size) not in (1, 2):
+            raise ValueError(f"--size must be one number, or height and width, got {' '.join(map(str, self.size))}.")
+        if self.latents and self.value_range is not None:
+            raise ValueError("--latents are used as they are, and --value-range says what is not: give one.")
+        if self.csv is not None and self.labels == "none":
+            raise ValueError("--csv gives labels, and --labels none takes none: give one.")
+
+    @property
+    def source(self) -> str:
+        """The option that says which images."""
+        if not self._given():
+            raise ValueError(f"One of {_OPTIONS} must say which images: give one.")
+        return self._given()[0]
+
+    def _given(self) -> list[str]:
+        return [name for name in _SOURCES if getattr(self, name) is not None]
+
+    def unused(self, prefix: str = "data.") -> Iterator[tuple[str, str]]:
+        """Options of no effect, and why."""
+        for name, takers in _TAKERS.items():
+            if self.source not in takers:
+                would = " and ".join(map(option, takers))
+                yield prefix + name, f"{option(self.source)} does not take it; {would} would"
+        if self.size is None:
+            yield prefix + "fit", "without --size pictures keep theirs"
+        if self.source not in ("dataset", "tfds") or self.dataset == "digits":
+            yield prefix + "data_dir", "only data sets of TFDS are read from there"
+        if self.labels == "none":
+            yield prefix + "label_entry", "--labels none takes none"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run has to know of its data: written to its folder, for whoever draws from it without them."""
+
+    source: str
+    """Where they are from, in words."""
+    num_images: int
+    """To train on."""
+    num_test: int
+    """Held out."""
+    shape: tuple[int, ...]
+    """Of one image, (h, w, c)."""
+    class_names: tuple[str, ...] = ()
+    """Empty without labels."""
+    mean: tuple[float, ...] | None = None
+    """Of each channel of latents, with `std`."""
+    std: tuple[float, ...] | None = None
+    checksum: str | None = None
+    """Of the images to train on, with their labels and names."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that continues must find again."""
+        return {
+            "num_images": self.num_images,
+            "shape": list(self.shape),
+            "classes": list(self.class_names),
+            "checksum": self.checksum,
+        }
+
+
+class Loaded(NamedTuple):
+    """The images of a run."""
+
+    train: ImageDataset
+    test: ImageDataset | None
+    facts: Facts
+
+
+DIGITS = tuple(map(str, range(10)))
+PRESETS = {
+    "digits": Facts("scikit-learn's digits", 1500, 297, (8, 8, 1), DIGITS),
+    "mnist": Facts("mnist", 60_000, 10_000, (28, 28, 1), DIGITS),
+    "fashion_mnist": Facts("fashion_mnist", 60_000, 10_000, (28, 28, 1), DIGITS),
+    "cifar10": Facts("cifar10", 50_000, 10_000, (32, 32, 3), DIGITS),
+}
+"""What is known of the four without reading them, the names of their classes aside."""
+
+
+def load(data: Data, progress: bool | None = None) -> Loaded:
+    """Reads the images of both splits, or finds where they are."""
+    train = _load(data, "train", progress)
+    test = _load(data, "test", progress)
+    mean = std = None
+    if data.latents:
+        train, mean, std = standardise(train)
+        if test is not None:
+            scaled = ((np.asarray(test.images) - mean) / std).astype(np.float32)
+            test = test._replace(images=scaled, value_range=train.value_range)
+    train = check_dataset(train)
+    facts = Facts(
+        data.dataset or data.tfds or f"{data.source} {Path(getattr(data, data.source)).name}",
+        len(train.images),
+        0 if test is None else len(test.images),
+        tuple(train.images.shape[1:]),
+        tuple(train.class_names),
+        None if mean is None else tuple(mean.tolist()),
+        None if std is None else tuple(std.tolist()),
+        fingerprint(train),
+    )
+    return Loaded(train, None if test is None else check_dataset(test), facts)
+
+
+def _load(data: Data, split: Literal["train", "test"], progress: bool | None) -> ImageDataset | None:
+    num = data.num_images
+    if data.dataset == "digits":
+        digits = load_digits(split)
+        return digits._replace(images=digits.images[:num], labels=digits.labels[:num])
+    if data.dataset is not None:
+        return load_images(data.dataset, split if num is None else f"{split}[:{num}]", data_dir=data.data_dir)
+    labelled = data.labels == "given"
+    said = print if split == "train" and is_first() else _nothing
+    of_pictures: dict[str, Any] = {
+        "size": None if data.size is None else data.size if len(data.size) == 2 else data.size * 2,
+        "fit": data.fit,
+        "colour": data.colour,
+        "background": data.background,
+        "test_share": data.test_share,
+        "skip_broken": data.skip_broken,
+        "stream": data.stream,
+        "num_images": num,
+        "say": said,
+        "progress": progress,
+    }
+    try:
+        match data.source:
+            case "folder":
+                labels = data.csv or ("folders" if labelled else "none")
+                return load_folder(data.folder, split, labels=labels, **of_pictures)
+            case "tfds":
+                return load_tfds(data.tfds, split, data_dir=data.data_dir, labels=labelled, **of_pictures)
+            case "array_record":
+                return load_records(data.array_record, split, labels=labelled, **of_pictures)
+            case _:
+                return _load_npz(data, split, said)
+    except NoSplitError:
+        if split == "train":
+            raise
+        return None
+
+
+def _load_npz(data: Data, split: Literal["train", "test"], say: Any) -> ImageDataset:
+    dataset = load_npz(
+        data.npz,
+        split,
+        images=data.image_entry,
+        labels=data.label_entry,
+        test_share=data.test_share,
+        value_range=(-math.inf, math.inf) if data.latents else data.value_range,
+        say=say,
+    )
+    if data.labels == "none":
+        dataset = dataset._replace(labels=None, class_names=())
+    if data.num_images is None or data.num_images >= len(dataset.images):
+        return dataset
+    return dataset.subset(np.linspace(0, len(dataset.images) - 1, data.num_images).astype(int))
+
+
+@by_first
+def write_facts(run_dir: Path, facts: Facts) -> None:
+    """Writes `data.json`."""
+    write_text(run_dir / FACTS, json.dumps(dataclasses.asdict(facts), indent=2) + "\n")
+
+
+def read_facts(run_dir: Path, data: Data) -> Facts:
+    """What is known of the data of a run without reading them.
+
+    Raises:
+        ValueError: if that is nothing, for want of its `data.json`.
+    """
+    try:
+        record = json.loads((run_dir / FACTS).read_bytes())
+        lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
+        return Facts(**(record | lists))
+    except FileNotFoundError:
+        if data.dataset is not None:
+            return PRESETS[data.dataset]
+        raise ValueError(f"{run_dir} has no {FACTS}: the command that trained the run writes it anew.") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{run_dir / FACTS} is damaged ({error}). The command that trained the run writes it anew."
+        ) from None
+
+
+def _nothing(text: str) -> None:
+    """What was said of one split holds of the other."""
