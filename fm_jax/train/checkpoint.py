@@ -270,13 +270,12 @@ class Checkpointer:
             yield
         except Exception as error:  # of Orbax and its storage, in many classes
             self._check_folder()
-            if any(_is_number(path.name) and _is_ours(path) for path in self.directory.iterdir()):
-                then = "Those before it are as they were: once this is mended, the same command continues from the last"
-            else:
-                then = "There is none before it: once this is mended, the same command begins anew"
-            raise CheckpointError(
-                f"A checkpoint could not be written to {self.directory}: {_cause(error)}. {then}."
-            ) from error
+            told = CheckpointError(
+                f"A checkpoint could not be written to {self.directory}: {_cause(error)}. {last_good(self.directory)}"
+            )
+            if _of_system(error):  # told to the end: what Orbax and its threads were doing says no more
+                raise told from None
+            raise told from error
 
     def _check_folder(self) -> None:
         if self._folder is not None and not is_at(self._folder, self.directory):
@@ -372,6 +371,17 @@ class Checkpointer:
             "(--run-dir), or begin a new run there from the parameters of this one (--init-from; in a program, restore "
             "them with data=None). Nothing was overwritten."
         )
+
+
+def last_good(directory: Path) -> str:
+    """Two sentences: which of the checkpoints in a folder is the last good one, and what the same command then does."""
+    try:
+        steps = [int(each.name) for each in directory.iterdir() if _is_number(each.name) and _is_ours(each)]
+    except OSError:
+        steps = []
+    if not steps:
+        return "There is no good step: once this is mended, the same command begins anew."
+    return f"The last good step is {max(steps):,}: once this is mended, the same command continues from it."
 
 
 def _handler(at_a_time: int = _AT_A_TIME) -> ocp.PyTreeCheckpointHandler:
@@ -590,12 +600,16 @@ def _brief(error: Exception) -> str:
 
 def _cause(error: Exception) -> str:
     """What the system said, which Orbax and its storage wrap in pages of their own."""
+    return _of_system(error) or _brief(error)
+
+
+def _of_system(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if str(error).startswith("NOT_FOUND: "):
         return "what was written of it is gone"
     code = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(code[1])) if code else _brief(error)
+    return os.strerror(int(code[1])) if code else None
 
 
 def _some(names: list[str]) -> str:

@@ -1,6 +1,7 @@
 """The folder of a run: one process at a time writes to it, and no file in it is ever half written."""
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -16,6 +17,8 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 PathLike = str | os.PathLike[str]
+OF_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""The errors of a disk that is full, over its quota, not to be written to or broken."""
 LOCK = ".lock"
 """The file in a run folder that a running process holds."""
 
@@ -117,6 +120,33 @@ def check_places(folder: PathLike, files: Iterable[str] = (), folders: Iterable[
 
 
 @contextlib.contextmanager
+def naming(path: PathLike) -> Iterator[None]:
+    """What the system refuses in here, such as to write to a full disk, says which file it was about.
+
+    NumPy hides that a disk is full behind an error of its own, about a file that it could not close.
+
+    Raises:
+        OSError: with `path` for its `filename` where it had none.
+
+    Example:
+        >>> with contextlib.suppress(OSError) as _, naming("runs/a"):
+        ...     raise OSError(28, "No space left on device")
+    """
+    try:
+        yield
+    except Exception as error:
+        found: BaseException | None = error
+        while found is not None and not (isinstance(found, OSError) and found.errno in OF_DISK):
+            found = found.__cause__ or found.__context__
+        cause = found or error
+        if isinstance(cause, OSError) and cause.errno is not None and cause.filename is None:
+            cause.filename = str(path)
+        if cause is error:
+            raise
+        raise cause from None
+
+
+@contextlib.contextmanager
 def replacing(path: PathLike) -> Iterator[Path]:
     """A file of the same ending to write to, which takes the place of `path` when all went well, and only then.
 
@@ -132,8 +162,9 @@ def replacing(path: PathLike) -> Iterator[Path]:
     unfinished = path.with_name(f".unfinished-{path.name}")
     check_places(path.parent, files=[path.name, unfinished.name])
     try:
-        yield unfinished
-        os.replace(unfinished, path)
+        with naming(path):
+            yield unfinished
+            os.replace(unfinished, path)
     except BaseException:
         with contextlib.suppress(OSError):
             unfinished.unlink()

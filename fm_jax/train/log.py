@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fm_jax.checks import check_integer
-from fm_jax.train.folder import FolderRemovedError, check_places, hold, is_at, make_folder, replacing
+from fm_jax.train.folder import FolderRemovedError, check_places, hold, is_at, make_folder, naming, replacing
 
 TIMING_FIELDS = ("images_per_second",)
 """Fields in which a resumed run may differ from an unbroken one."""
@@ -60,15 +60,17 @@ class MetricsWriter:
                 "checkpoint, without the lines that were lost."
             )
         line = {"step": step, **{name: _to_json(float(value)) for name, value in values.items()}}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
         if self._events is not None:
             self._events.write(step, values)
 
     def close(self) -> None:
         """Closes both files."""
         try:
-            self._file.close()
+            with naming(self.path):
+                self._file.close()
         finally:
             if self._folder is not None:
                 os.close(self._folder)
@@ -138,19 +140,23 @@ class _Events:
 
         self._event, self._summary = Event, Summary
         make_folder(folder)
-        self._file = event_file_writer.EventsWriter(str(folder / "events"), f".{os.getpid()}")
+        self._folder = folder
         # Makes TensorBoard forget the steps that are taken again.
         log = SessionLog(status=SessionLog.START)
-        self._file.write_event(Event(step=start_step + 1, wall_time=time.time(), session_log=log))
-        self._file.flush()
+        with naming(folder):
+            self._file = event_file_writer.EventsWriter(str(folder / "events"), f".{os.getpid()}")
+            self._file.write_event(Event(step=start_step + 1, wall_time=time.time(), session_log=log))
+            self._file.flush()
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         numbers = [self._summary.Value(tag=name, simple_value=float(value)) for name, value in values.items()]
-        self._file.write_event(self._event(step=step, wall_time=time.time(), summary=self._summary(value=numbers)))
-        self._file.flush()
+        with naming(self._folder):
+            self._file.write_event(self._event(step=step, wall_time=time.time(), summary=self._summary(value=numbers)))
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with naming(self._folder):
+            self._file.close()
 
 
 def _event_writer(folder: Path, start_step: int) -> _Events | None:

@@ -433,7 +433,7 @@ def test_what_cannot_be_written_is_told_in_a_sentence(when, error, copy, monkeyp
         save()
         save, left = checkpointer.wait, 9
     monkeypatch.setattr(checkpointer._manager, when, fails)
-    message = f"could not be written to {copy / 'checkpoints'}: No space left on device. Those before it are as they"
+    message = f"could not be written to {copy / 'checkpoints'}: No space left on device. The last good step is"
     with pytest.raises(CheckpointError, match=re.escape(message)):
         save()
     monkeypatch.undo()
@@ -450,9 +450,7 @@ def test_a_first_checkpoint_that_cannot_be_written(tmp_path, monkeypatch):
         raise ValueError("NOT_FOUND: Error reading [tensorstore_spec='{}']")
 
     monkeypatch.setattr(checkpointer._manager, "save", fails)
-    message = (
-        "checkpoints: what was written of it is gone. There is none before it: once this is mended, .* begins anew"
-    )
+    message = "checkpoints: what was written of it is gone. There is no good step: once this is mended, .* begins anew"
     with pytest.raises(CheckpointError, match=message):
         checkpointer.save(make_state(1), jax.random.key(0), {})
     checkpointer.close()

@@ -1,6 +1,7 @@
 """The lock of a run folder, and files that are whole or not there."""
 
 import errno
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from fm_jax.train import folder as module
@@ -19,6 +21,7 @@ from fm_jax.train.folder import (
     check_places,
     lock_folder,
     make_folder,
+    naming,
     replacing,
     write_text,
 )
@@ -208,3 +211,66 @@ def test_a_lock_whose_file_its_last_holder_has_just_removed_counts_for_nothing(t
         with pytest.raises(FolderInUseError), lock_folder(tmp_path):
             pass
     assert len(calls) == 3
+
+
+class Full(io.RawIOBase):
+    """A file on a full disk."""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def failing(error):
+    raise error
+
+
+def hidden():
+    try:
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    except OSError:
+        raise ValueError("Can't close the ZIP file while there is an open writing handle on it") from None
+
+
+@pytest.mark.parametrize(
+    ("fails", "number", "name"),
+    [
+        (lambda: failing(OSError(errno.EIO, "Input/output error")), errno.EIO, "mine"),
+        (lambda: failing(OSError(errno.ENOSPC, "No space", "theirs")), errno.ENOSPC, "theirs"),
+        (lambda: np.savez(Full(), a=np.zeros(9)), errno.ENOSPC, "mine"),
+        (hidden, errno.EDQUOT, "mine"),
+    ],
+    ids=["no name", "a name of its own", "NumPy", "hidden"],
+)
+def test_what_the_system_refuses_says_which_file(fails, number, name):
+    with pytest.raises(OSError, match=r"^\[Errno") as caught, naming("mine"):
+        fails()
+    assert (caught.value.errno, caught.value.filename) == (number, name)
+
+
+def test_other_errors_keep_what_they_say():
+    def refuses():
+        try:
+            os.stat("/nowhere/at/all")
+        except OSError:
+            raise ValueError("mine")  # noqa: B904
+
+    for error in (ValueError("mine"), OSError("mine"), FolderRemovedError("run")):
+        with pytest.raises(type(error)) as caught, naming("file"):
+            failing(error)
+        assert caught.value is error
+        assert getattr(error, "filename", None) is None
+    with pytest.raises(ValueError, match="mine"), naming("file"):
+        refuses()
+
+
+def test_a_file_on_a_full_disk_is_named_and_not_begun(tmp_path):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    (tmp_path / ".unfinished-a.json").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        write_text(tmp_path / "a.json", "x" * 99)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / "a.json"))
+    assert os.listdir(tmp_path) == []
