@@ -1,10 +1,12 @@
 """Images that are read when they are drawn, where all of them do not fit into memory."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -84,6 +86,46 @@ class LazyImages:
                 f"{image.shape}."
             )
         return image
+
+
+def available_memory() -> int | None:
+    """Bytes that this process can still take, as far as the system says; `None` where it does not.
+
+    The least of what the machine has left, what the control group of a container has left, and what limits of the
+    process leave (`ulimit -v`, `ulimit -d`).
+    """
+    left = []
+    meminfo, statm, status = (_text(f"/proc/{name}") for name in ("meminfo", "self/statm", "self/status"))
+    if found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo):
+        left.append(1024 * int(found[1]))
+    for most, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        limit, taken = _text(f"/sys/fs/cgroup/{most}").strip(), _text(f"/sys/fs/cgroup/{used}").strip()
+        if limit.isdigit() and taken.isdigit():
+            left.append(int(limit) - int(taken))
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return min(left, default=None)
+    taken_by = {"RLIMIT_AS": None, "RLIMIT_DATA": None}
+    if statm:
+        taken_by["RLIMIT_AS"] = int(statm.split()[0]) * resource.getpagesize()
+    if found := re.search(r"VmData:\s+(\d+) kB", status):
+        taken_by["RLIMIT_DATA"] = 1024 * int(found[1])
+    for name, used_now in taken_by.items():
+        limit_now = resource.getrlimit(getattr(resource, name))[0]
+        if limit_now != resource.RLIM_INFINITY and used_now is not None:
+            left.append(limit_now - used_now)
+    return max(0, min(left)) if left else None
+
+
+def _text(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
 
 
 def watched(items: Iterable[T], total: int, what: str, progress: bool | None = None) -> Iterator[T]:

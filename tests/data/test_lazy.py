@@ -1,5 +1,7 @@
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,3 +113,20 @@ def test_watched_passes_everything_on(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     assert list(watched(iter(range(3)), 3, "pictures")) == [0, 1, 2]
     assert capsys.readouterr().out.splitlines() == [f"Read {i} of 3 pictures." for i in (1, 2, 3)]
+
+
+def test_available_memory_minds_the_limits_of_the_process():
+    """Half a gigabyte more than it has: that is what is left."""
+    code = (
+        "import resource; from fm_jax.data.lazy import available_memory\n"
+        "before = available_memory()\n"
+        "now = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (now + 2**29, now + 2**29))\n"
+        "print(before, available_memory())"
+    )
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("only Linux says what a process has taken")
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, limited = map(int, found.stdout.split())
+    assert 0 < limited <= 2**29 < before
+    assert limited > 2**28
