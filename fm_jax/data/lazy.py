@@ -98,25 +98,24 @@ def available_memory() -> int | None:
     meminfo, statm, status = (_text(f"/proc/{name}") for name in ("meminfo", "self/statm", "self/status"))
     if found := re.search(r"MemAvailable:\s+(\d+) kB", meminfo):
         left.append(1024 * int(found[1]))
-    for most, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        limit, taken = _text(f"/sys/fs/cgroup/{most}").strip(), _text(f"/sys/fs/cgroup/{used}").strip()
-        if limit.isdigit() and taken.isdigit():
-            left.append(int(limit) - int(taken))
+    for folder, most, own in (("", "memory.max", "anon"), ("memory/", "memory.limit_in_bytes", "total_rss")):
+        limit = _text(f"/sys/fs/cgroup/{folder}{most}").strip()
+        # Not all that is in use: pages of files are given back.
+        taken = re.search(rf"^{own} (\d+)$", _text(f"/sys/fs/cgroup/{folder}memory.stat"), re.MULTILINE)
+        if limit.isdigit() and taken:
+            left.append(int(limit) - int(taken[1]))
     try:
         import resource
     except ImportError:  # not on Windows
         return min(left, default=None)
-    taken_by = {"RLIMIT_AS": None, "RLIMIT_DATA": None}
+    taken_by: dict[str, int] = {}
     if statm:
         taken_by["RLIMIT_AS"] = int(statm.split()[0]) * resource.getpagesize()
     if found := re.search(r"VmData:\s+(\d+) kB", status):
         taken_by["RLIMIT_DATA"] = 1024 * int(found[1])
     for name, used_now in taken_by.items():
         limit_now = resource.getrlimit(getattr(resource, name))[0]
-        if limit_now != resource.RLIM_INFINITY and used_now is not None:
+        if limit_now != resource.RLIM_INFINITY:
             left.append(limit_now - used_now)
     return max(0, min(left)) if left else None
 

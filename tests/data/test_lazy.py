@@ -1,3 +1,4 @@
+import itertools
 import re
 import subprocess
 import sys
@@ -91,8 +92,7 @@ def test_an_error_while_reading_reaches_the_training():
 
     iterator = batches(ImageDataset(lazy(read)), batch_size=8, seed=0, process_count=1, process_index=0)
     with pytest.raises(ValueError, match=re.escape("b/13.jpg cannot be read")):
-        for _ in range(3):
-            next(iterator)
+        list(itertools.islice(iterator, 3))
 
 
 def test_fingerprint_is_that_of_where_they_come_from():
