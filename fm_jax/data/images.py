@@ -36,7 +36,7 @@ class ImageDataset(NamedTuple):
     """
 
     images: Any
-    labels: np.ndarray | None = None
+    labels: Any = None
     class_names: tuple[str, ...] = ()
     levels: int = 256
     value_range: tuple[float, float] | None = None
@@ -104,20 +104,7 @@ def load_images(name: Name, split: str, *, data_dir: str | os.PathLike | None = 
     check_member("name", name, NAMES)
     if not isinstance(split, str) or not re.fullmatch(r"(train|test)(\[(-?\d+%?)?:(-?\d+%?)?\])?", split):
         raise ValueError(f"split must be 'train', 'test' or a slice of them like 'train[:1000]', got {shown(split)}.")
-    tfds = _import_tfds("load_images")
-    directory, origin = _find_data_dir(data_dir)
-    builder = tfds.builder(name, data_dir=directory)
-    if not builder.is_prepared():
-        raise FileNotFoundError(
-            f"{name} is not prepared in {directory} ({origin}). Run `python -m fm_jax.data.images {name} --data-dir "
-            f"{directory}`, or name a directory that has it by data_dir or TFDS_DATA_DIR."
-        )
-    file_format = builder.info.file_format.value
-    if file_format != "array_record":
-        raise FileNotFoundError(
-            f"{name} is in {directory} ({origin}) as {file_format}, not as array_record. Run "
-            f"`python -m fm_jax.data.images {name} --data-dir DIR` with another DIR."
-        )
+    builder = open_builder(name, data_dir)
     if builder.info.splits[split].num_examples == 0:
         raise ValueError(f"split must have at least 1 example, got {split!r}.")
 
@@ -131,17 +118,53 @@ def load_images(name: Name, split: str, *, data_dir: str | os.PathLike | None = 
     return ImageDataset(images, labels, tuple(builder.info.features["label"].names))
 
 
-def prepare(name: Name, *, data_dir: str | os.PathLike | None = None) -> Path:
+def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> Any:
+    """TFDS's builder of a data set that lies prepared as array_record, which can be read without TensorFlow.
+
+    Args:
+        name: as TFDS calls it, such as "mnist" or "eurosat/rgb".
+        data_dir: as in `load_images`.
+
+    Raises:
+        ValueError: if TFDS knows no such data set.
+        FileNotFoundError: if the data set was not prepared there; says how to.
+        ImportError: if tensorflow-datasets is not installed.
+    """
+    tfds = _import_tfds("open_builder")
+    directory, origin = _find_data_dir(data_dir)
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"name must be that of a data set of TFDS, such as 'mnist', got {shown(name)}.")
+    try:
+        builder = tfds.builder(name, data_dir=directory)
+    except Exception as error:  # of many classes
+        told = " ".join(str(error).split())[:300]
+        raise ValueError(f"name must be that of a data set of TFDS, such as 'mnist', got {name!r}: {told}") from None
+    if not builder.is_prepared():
+        raise FileNotFoundError(
+            f"{name} is not prepared in {directory} ({origin}). Run `python -m fm_jax.data.images {name} --data-dir "
+            f"{directory}`, or name a directory that has it by data_dir or TFDS_DATA_DIR."
+        )
+    file_format = builder.info.file_format.value
+    if file_format != "array_record":
+        raise FileNotFoundError(
+            f"{name} is in {directory} ({origin}) as {file_format}, not as array_record. Run "
+            f"`python -m fm_jax.data.images {name} --data-dir DIR` with another DIR."
+        )
+    return builder
+
+
+def prepare(name: str, *, data_dir: str | os.PathLike | None = None) -> Path:
     """Downloads a dataset and writes it as array_record, which is what can be read without TensorFlow.
 
     Args:
-        name: `"mnist"`, `"fashion_mnist"` or `"cifar10"`.
+        name: `"mnist"`, `"fashion_mnist"`, `"cifar10"` or any other that TFDS knows.
         data_dir: as in `load_images`.
 
     Returns:
         The directory written. Does nothing if it is there already.
     """
-    check_member("name", name, NAMES)
+    if not isinstance(name, str) or not name.strip():
+        raise ValueError(f"name must be that of a data set of TFDS, such as 'mnist', got {shown(name)}.")
     directory, _ = _find_data_dir(data_dir)
     builder = _import_tfds("prepare").builder(name, data_dir=directory, file_format="array_record")
     builder.download_and_prepare()
@@ -168,7 +191,7 @@ def _import_tfds(caller: str) -> ModuleType:
 def main() -> None:
     """Prepares one dataset from the command line."""
     parser = argparse.ArgumentParser(prog="python -m fm_jax.data.images", description="Download and prepare a dataset.")
-    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("name", help=f"{', '.join(NAMES)}, or any other that TFDS knows")
     parser.add_argument("--data-dir", help="default: TFDS_DATA_DIR, else ~/tensorflow_datasets")
     arguments = parser.parse_args()
     if arguments.data_dir is not None and not arguments.data_dir.strip():
