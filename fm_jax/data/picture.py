@@ -170,7 +170,7 @@ class PictureReader:
         with _named(name):
             if isinstance(source, bytes):
                 return self._read(source, name)
-            with open_picture(source) as file:
+            with open_picture(source, name) as file:
                 return self._read(file.read(), name)
 
     def _read(self, data: bytes, name: str) -> Picture:
@@ -296,13 +296,17 @@ def read_header(file: BinaryIO, name: str) -> PictureHeader:
 
 
 @contextlib.contextmanager
-def open_picture(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def open_picture(path: str | os.PathLike[str], name: str) -> Iterator[BinaryIO]:
     """Opens a file that is a regular one; others, which might never end, are not touched.
+
+    Args:
+        path: of the file.
+        name: for the messages.
 
     Raises:
         PictureError: if it is none, or cannot be opened.
     """
-    with _named(shown_path(path)):
+    with _named(name):
         mode = os.stat(path).st_mode  # before it is opened: a pipe would wait for a writer
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
@@ -571,13 +575,9 @@ def _plain(im: Any) -> Image:
 def _from_lab(im: Image) -> Image:
     from PIL import ImageCms
 
-    transform = ImageCms.buildTransform(
-        ImageCms.createProfile("LAB"),
-        ImageCms.createProfile("sRGB"),
-        "LAB",
-        "RGB",
-        ImageCms.Intent.RELATIVE_COLORIMETRIC,
-    )
+    exact: Any = 0x0100  # without it lcms interpolates in a grid, and dark colours are off by several levels
+    lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+    transform = ImageCms.buildTransform(lab, srgb, "LAB", "RGB", ImageCms.Intent.RELATIVE_COLORIMETRIC, exact)
     return _applied(im, transform)
 
 

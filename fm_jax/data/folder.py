@@ -1,0 +1,799 @@
+"""Training data from a folder of pictures, as they come."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import hashlib
+import io
+import os
+import stat
+import unicodedata
+import warnings
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, TypeVar, get_args
+
+import numpy as np
+
+from fm_jax.checks import (
+    check_bool,
+    check_function,
+    check_integer,
+    check_member,
+    check_number,
+    imported,
+    shown,
+    why_no_folder,
+)
+from fm_jax.data.arrays import SPLITS, NoSplitError, Say, Split, held_out, natural
+from fm_jax.data.images import ImageDataset
+from fm_jax.data.lazy import LazyImages, watched
+from fm_jax.data.picture import (
+    Background,
+    Colour,
+    Fit,
+    Picture,
+    PictureError,
+    PictureHeader,
+    PictureReader,
+    kind_unread,
+    open_picture,
+    read_header,
+    shown_path,
+)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_TRAIN = ("train", "training")
+_TEST = ("test", "testing", "val", "valid", "validation")
+_OF_SYSTEMS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
+_FOLDERS_OF_SYSTEMS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "__pycache__")
+_ALONE = (
+    "txt json jsonl csv tsv xml md rst yaml yml toml html htm css js url webloc lnk npy npz mat pkl pt pth parquet "
+    "arrow tfrecord db sqlite ini cfg log py pyc ipynb sh aae xmp thm zip gz tar tgz bz2 xz 7z rar lock md5 sha256 "
+    "mp3 wav srt"
+)
+_NO_PICTURES = frozenset(_ALONE.split())
+"""Endings of what commonly lies beside pictures, and is left alone."""
+_FILE_COLUMNS = (
+    "filename",
+    "file_name",
+    "file",
+    "filepath",
+    "path",
+    "image",
+    "image_path",
+    "picture",
+    "image_id",
+    "id",
+)
+_LABEL_COLUMNS = ("label", "labels", "class", "class_name", "label_name", "category", "target", "species", "breed")
+_NAMED = 10
+"""How many of what is wrong a message names."""
+_HEAD = 64 * 1024
+_CHUNK = 1024
+
+
+class Found(NamedTuple):
+    """The pictures of a folder, in natural order.
+
+    `names` are the paths relative to the folder, with "/"; `labels` [n] int32 index `class_names`, or are `None`;
+    `is_test` [n] is `None` unless the folder has splits of its own. `notes` are sentences about what was understood,
+    `left_out` begin with the name of a file and say why it was left out.
+    """
+
+    paths: tuple[Path, ...]
+    names: tuple[str, ...]
+    labels: np.ndarray | None
+    class_names: tuple[str, ...]
+    is_test: np.ndarray | None
+    notes: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+class _File(NamedTuple):
+    path: Path
+    parts: tuple[str, ...]
+
+
+class _Tree(NamedTuple):
+    """What a folder holds: candidates, folders, refused names with their reasons, endings of what was left alone."""
+
+    files: list[_File]
+    folders: list[tuple[str, ...]]
+    refused: dict[str, str]
+    alone: Counter[str]
+    loops: list[str]
+
+
+def find_pictures(
+    folder: str | os.PathLike[str], *, labels: str | os.PathLike[str] = "folders", skip_broken: bool = False
+) -> Found:
+    """Lists the pictures of a folder with their classes; opens none of them.
+
+    * Classes are the first folders below `folder`, however deep the pictures lie. Without such folders there are no
+      labels. If there are only folders named train, test, val and the like, with train among them, they are the splits,
+      and the classes are below. If there is a single folder that holds nothing but folders, it is gone into.
+    * Names of classes are in natural order, 2 before 10, the same everywhere.
+    * Hidden files and those of operating systems are ignored; endings that are no pictures (.txt, .json, ...) are
+      counted in the notes; all else must be a picture: a .heic, a film or a broken link is refused by name.
+
+    Args:
+        folder: with the pictures.
+        labels: "folders", "none", or the path of a CSV file: columns for the file (filename, file, path, image, id) and
+            the label (label, class, category, target), or two columns without a header, separated by commas,
+            semicolons or tabs. Files are named relative to the folder, or by what only one of them is called, with or
+            without the ending.
+        skip_broken: leave out what is refused by name, instead of refusing all.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or CSV file.
+        PictureError: names the files that are in the way.
+        ValueError: if there is no picture, or the classes are not clear.
+    """
+    imported("PIL.Image", "find_pictures", "pillow")
+    check_bool("skip_broken", skip_broken)
+    table = _table_of(labels)
+    folder = _checked_folder(folder)
+    tree = _walk(folder)
+    if tree.refused and not skip_broken:
+        refused = [f"{name} cannot be read: {why}." for name, why in _in_order(tree.refused.items())]
+        raise PictureError(_listed_errors(refused, len(tree.files) + len(refused)))
+    if not tree.files:
+        raise ValueError(f"{shown_path(folder)} has no pictures: {_contents(tree)}.")
+
+    files = sorted(tree.files, key=lambda file: [natural(_text(part)) for part in file.parts])
+    names = tuple("/".join(map(_text, file.parts)) for file in files)
+    depth, has_splits, notes = _structure(files)
+    is_test = np.array([f.parts[depth - 1].lower() not in _TRAIN for f in files]) if has_splits else None
+    by_class: list[str] | None = None
+    if table is not None:
+        by_class = _classes_of_table(table, names, tree)
+    elif labels == "folders":
+        by_class = _classes_of_folders(files, depth)
+    if labels != "folders" and not has_splits:
+        notes = []  # about where the classes are
+    numbers: np.ndarray | None = None
+    class_names: tuple[str, ...] = ()
+    if by_class is not None:
+        class_names = tuple(sorted(set(by_class), key=natural))
+        place = {name: number for number, name in enumerate(class_names)}
+        numbers = np.array([place[name] for name in by_class], dtype=np.int32)
+        if is_test is not None and (missing := set(numbers[is_test].tolist()) - set(numbers[~is_test].tolist())):
+            raise ValueError(
+                f"every class must have pictures for training, got {_quoted(class_names[i] for i in sorted(missing))} "
+                "with some for testing alone."
+            )
+    elif labels == "folders":
+        notes.append("There are no folders of classes, so the pictures have no labels.")
+    if empty := _without_pictures(tree, files, depth, class_names):
+        notes.append(f"Left out {_count(len(empty), 'folder')} without pictures: {_quoted(empty)}.")
+    if tree.alone:
+        kinds = ", ".join(f"{num} {ending}" for ending, num in sorted(tree.alone.items()))
+        num = tree.alone.total()
+        which = "file that is no picture was" if num == 1 else "files that are no pictures were"
+        notes.append(f"{num} {which} left alone: {kinds}.")
+    if loops := sorted(tree.loops, key=natural):
+        notes.append(f"Not followed: {_count(len(loops), 'link')} to a folder around it, {_quoted(loops)}.")
+    left_out = tuple(f"{name} cannot be read: {why}." for name, why in _in_order(tree.refused.items()))
+    return Found(tuple(f.path for f in files), names, numbers, class_names, is_test, tuple(notes), left_out)
+
+
+def load_folder(
+    folder: str | os.PathLike[str],
+    split: Split = "all",
+    *,
+    size: int | tuple[int, int] | None = None,
+    fit: Fit = "crop",
+    colour: Colour | None = None,
+    background: Background = "white",
+    labels: str | os.PathLike[str] = "folders",
+    test_share: float = 0.0,
+    skip_broken: bool = False,
+    stream: bool = False,
+    num_images: int | None = None,
+    say: Say | None = None,
+    progress: bool | None = None,
+) -> ImageDataset:
+    """Makes training data of a folder of pictures.
+
+    The pictures are decoded into memory by as many threads as there are cores, or, with `stream`, whenever they are
+    drawn. Classes, size and channels are those of the whole folder, whichever split is loaded.
+
+    Args:
+        folder: with the pictures, as `find_pictures` understands it.
+        split: "all"; "train" or "test", by the folder's own folders of these names, or by `test_share`.
+        size: of all pictures, a side or (height, width); `None` if they have one size already.
+        fit: "crop", "resize" or "pad", as in `PictureReader`.
+        colour: "rgb" or "grey"; `None` for grey if all files of the folder hold greys, and RGB otherwise. That goes by
+            what a file says it holds: grey pixels stored as RGB are RGB.
+        background: "white" or "black": behind what is transparent, and around in "pad".
+        labels: "folders", "none" or a CSV file, as in `find_pictures`.
+        test_share: share of every class for testing, of a folder without splits of its own. Who belongs to it goes by
+            the names of the files alone.
+        skip_broken: leave out what cannot be read, instead of refusing all. A class is dropped if none of its pictures
+            in the folder can be read.
+        stream: decode the pictures only when they are drawn. A damaged one is then refused when it is drawn, unless
+            `skip_broken` reads all of them once before.
+        num_images: use only so many of the split, chosen by their names.
+        say: called with each sentence about what was understood, changed and left out; by default only what is left
+            out is said, by a warning.
+        progress: `None` shows how far reading is, `False` does not.
+
+    Returns:
+        uint8 images [n, h, w, 1 or 3], in natural order of their names; labels and names of the classes; a fingerprint
+        of names, labels, the begin of each file and the settings, the same with and without `stream`.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, or CSV file.
+        PictureError: names up to ten of the pictures that cannot be read, with the reasons.
+        NoSplitError: if there are no pictures in the split.
+        ValueError: if an argument is not what its name says, or the pictures have several sizes and `size` is `None`.
+        ImportError: if Pillow is not installed.
+    """
+    check_member("split", split, SPLITS)
+    reader = _reader_of(size, fit, colour, background)
+    check_number("test_share", test_share, "[0, 1)")
+    for name, value in {"skip_broken": skip_broken, "stream": stream}.items():
+        check_bool(name, value)
+    if num_images is not None:
+        check_integer("num_images", num_images)
+    if say is not None:
+        check_function("say", say, "a function of a sentence", 1)
+    if progress is not None:
+        check_bool("progress", progress)
+
+    found = find_pictures(folder, labels=labels, skip_broken=skip_broken)
+    wanted = chosen = _chosen(folder, found, split, float(test_share), num_images)
+    work = _Work(found, progress)
+    # Of all pictures, where that decides on sizes or channels: they have to be the same for both splits.
+    every = list(range(len(found.names))) if reader.size is None or colour is None else chosen
+    seen = work.examine(every)
+    if not skip_broken and work.broken:
+        if not stream:  # those that turn out to be broken only now are told at once
+            work.check(chosen, reader)
+        _refuse(work, every, skip_broken)
+    differ = reader.size is None and len({one.header.size for one in seen.values()}) > 1
+    differ = differ or (colour is None and len({one.header.grey for one in seen.values()}) > 1)
+    if skip_broken and (stream or differ):  # what is broken must not decide
+        work.check(every if differ else chosen, reader)
+    headers = [one.header for i, one in seen.items() if i not in work.broken]
+    chosen = [i for i in chosen if i not in work.broken]
+    if not chosen:
+        _refuse(work, every, skip_broken)
+    if colour is None and all(header.grey for header in headers):
+        reader = dataclasses.replace(reader, colour="grey")
+    height, width = reader.size or _only_size([header.size for header in headers])
+    shape = (height, width, 1 if reader.colour == "grey" else 3)
+
+    images: Any = None
+    if not stream:
+        images, chosen = _in_memory(work, chosen, reader, shape)
+        if work.broken and not (skip_broken and chosen):
+            _refuse(work, every, skip_broken)
+    numbers, class_names = _classes_left(work, chosen, reader, skip_broken)
+    names = [found.names[i] for i in chosen]
+    if stream:
+        read = functools.partial(_read_number, reader, (height, width), [found.paths[i] for i in chosen], names)
+        images = LazyImages(read, len(chosen), shape)
+    _tell(work, wanted, say)
+    settings = (height, width, reader.fit, reader.colour, reader.background)
+    made_of = _fingerprint([seen[i] for i in chosen], names, numbers, class_names, settings)
+    return ImageDataset(images, numbers, class_names, fingerprint=made_of)
+
+
+class _Seen(NamedTuple):
+    """What the first look at a file tells: the header, how many bytes it has, and the CRC-32 of the first of them."""
+
+    header: PictureHeader
+    num_bytes: int
+    crc: int
+
+
+class _Work:
+    """Reads pictures in threads, and keeps account of those that cannot be read and of what was done to the others."""
+
+    def __init__(self, found: Found, progress: bool | None):
+        self.found = found
+        self.progress = progress
+        self.seen: dict[int, _Seen] = {}
+        self.broken: dict[int, str] = {}
+        self.notes: dict[int, frozenset[str]] = {}
+        self.said: list[str] = []
+
+    def examine(self, indices: list[int]) -> dict[int, _Seen]:
+        """What the headers say, of those that have one."""
+        self.seen = dict(self._each(lambda i: _examine(self.found.paths[i], self.found.names[i]), indices, "headers"))
+        return self.seen
+
+    def read(self, indices: list[int], reader: PictureReader) -> Iterator[tuple[int, np.ndarray]]:
+        """The pixels of those that can be read."""
+        indices = [i for i in indices if i not in self.broken]
+        for i, picture in self._each(lambda i: self._read(i, reader), indices, "pictures"):
+            self.notes[i] = picture.notes
+            yield i, picture.pixels
+
+    def check(self, indices: list[int], reader: PictureReader) -> None:
+        """Finds out which can be read."""
+        for _ in self.read(indices, reader):
+            pass
+
+    def can_be_read(self, index: int, reader: PictureReader) -> bool:
+        """Whether one can be read, which is nothing to be told of."""
+        if index in self.broken:
+            return False
+        try:
+            self._read(index, reader)
+        except PictureError:
+            return False
+        return True
+
+    def _read(self, index: int, reader: PictureReader) -> Picture:
+        size = reader.size or (self.seen[index].header.size if index in self.seen else None)
+        return _read_one(reader, size, self.found.paths[index], self.found.names[index])
+
+    def _each(self, function: Callable[[int], R], indices: list[int], what: str) -> Iterator[tuple[int, R]]:
+        def attempt(index: int) -> R | PictureError:
+            try:
+                return function(index)
+            except PictureError as error:
+                return error
+
+        def results(pool: ThreadPoolExecutor) -> Iterator[R | PictureError]:
+            for start in range(0, len(indices), _CHUNK):
+                yield from pool.map(attempt, indices[start : start + _CHUNK])
+
+        with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fm_jax_read") as pool:
+            watching = watched(results(pool), len(indices), what, self.progress)
+            for index, result in zip(indices, watching, strict=True):
+                if isinstance(result, PictureError):
+                    self.broken[index] = str(result)
+                else:
+                    yield index, result
+
+
+def _examine(path: Path, name: str) -> _Seen:
+    name = shown_path(name)
+    with open_picture(path, name) as file:
+        try:
+            head = file.read(_HEAD)
+            num_bytes = file.seek(0, os.SEEK_END)
+            file.seek(0)
+        except OSError as error:
+            raise PictureError(f"{name} cannot be read: {error.strerror}.") from error
+        return _Seen(read_header(file, name), num_bytes, zlib.crc32(head))
+
+
+def _read_one(reader: PictureReader, size: tuple[int, int] | None, path: Path, name: str) -> Picture:
+    name = shown_path(name)
+    picture = reader(path, name)
+    height, width = picture.pixels.shape[:2]
+    if size not in (None, (height, width)):  # which there is only if it is not scaled to a size
+        raise PictureError(f"{name} cannot be read: it is {height} x {width}, its header says {size[0]} x {size[1]}.")
+    return picture
+
+
+def _read_number(
+    reader: PictureReader, size: tuple[int, int], paths: list[Path], names: list[str], number: int
+) -> np.ndarray:
+    return _read_one(reader, size, paths[number], names[number]).pixels
+
+
+def _in_memory(
+    work: _Work, chosen: list[int], reader: PictureReader, shape: tuple[int, int, int]
+) -> tuple[np.ndarray, list[int]]:
+    try:
+        images = np.empty((len(chosen), *shape), dtype=np.uint8)
+    except MemoryError:
+        gigabytes = len(chosen) * np.prod(shape, dtype=float) / 1e9
+        raise ValueError(
+            f"the {len(chosen):,} pictures of {shape} take {gigabytes:,.0f} GB, more than there is: give a smaller "
+            "size, or stream=True."
+        ) from None
+    kept: list[int] = []
+    for i, pixels in work.read(chosen, reader):
+        images[len(kept)] = pixels
+        kept.append(i)
+    return images[: len(kept)], kept
+
+
+def _reader_of(size: Any, fit: Fit, colour: Colour | None, background: Background) -> PictureReader:
+    if size is not None and not isinstance(size, tuple | list):
+        check_integer("size", size)
+        size = (size, size)
+    if colour is not None:
+        check_member("colour", colour, get_args(Colour))
+    return PictureReader(tuple(size) if isinstance(size, list) else size, fit, colour or "rgb", background)
+
+
+def _chosen(
+    folder: str | os.PathLike[str], found: Found, split: Split, test_share: float, num_images: int | None
+) -> list[int]:
+    """The pictures of a split, in their order."""
+    is_test = found.is_test
+    if is_test is not None and test_share:
+        raise ValueError(
+            f"test_share must be 0 for {shown_path(folder)}, which has splits of its own, got {test_share}."
+        )
+    if is_test is None:
+        is_test = held_out(found.names, found.labels, test_share)
+    mask = np.ones(len(is_test), dtype=bool) if split == "all" else is_test if split == "test" else ~is_test
+    chosen = np.flatnonzero(mask)
+    if not len(chosen):
+        if found.is_test is not None:
+            why = "its only split is train"
+        else:
+            why = f"it has no such folder, and test_share is {test_share:g}"
+        raise NoSplitError(
+            f"split {split!r} of {shown_path(folder)} has no pictures: {why}. Give a test_share above 0."
+        )
+    if num_images is None:
+        return chosen.tolist()
+    if num_images > len(chosen):
+        raise ValueError(
+            f"num_images must be at most {len(chosen)}, the pictures of split {split!r}, got {num_images}."
+        )
+    order = np.array([zlib.crc32(found.names[i].encode()) for i in chosen])
+    return np.sort(chosen[np.argsort(order, kind="stable")[:num_images]]).tolist()
+
+
+def _only_size(sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    if len(distinct := sorted(set(sizes), key=lambda size: (size[0] * size[1], size))) > 1:
+        (h0, w0), (h1, w1) = distinct[0], distinct[-1]
+        raise ValueError(
+            f"the {len(sizes)} pictures have {len(distinct)} sizes, from {h0} x {w0} to {h1} x {w1} (height x width): "
+            "give size, to which all are brought."
+        )
+    return distinct[0]
+
+
+def _refuse(work: _Work, among: list[int], skip_broken: bool) -> None:
+    """Refuses what cannot be read, all at once."""
+    raise PictureError(_listed_errors([work.broken[i] for i in sorted(work.broken)], len(among), skip_broken))
+
+
+def _listed_errors(errors: list[str], among: int, skip_broken: bool = False) -> str:
+    more = f"\n... and {len(errors) - _NAMED} more" if len(errors) > _NAMED else ""
+    hint = f"{len(errors)} of {_count(among, 'file')} cannot be read"
+    hint += ", and nothing is left." if skip_broken else ": mend or remove them, or leave them out by skip_broken=True."
+    return "\n".join(errors[:_NAMED]) + f"{more}\n{hint}"
+
+
+def _classes_left(
+    work: _Work, kept: list[int], reader: PictureReader, skip_broken: bool
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Labels and names of the classes, without those of which nothing can be read, in either split."""
+    found = work.found
+    if found.labels is None:
+        return None, ()
+    numbers = found.labels[kept]
+    if not skip_broken:
+        return numbers, found.class_names
+    present = set(numbers.tolist())
+    left, dropped, elsewhere = [], [], []
+    for number, name in enumerate(found.class_names):
+        if number in present:
+            left.append(number)
+        elif any(work.can_be_read(i, reader) for i in np.flatnonzero(found.labels == number).tolist()):
+            left.append(number)
+            elsewhere.append(name)
+        else:
+            dropped.append(name)
+    if dropped:
+        work.said.append(f"Dropped {_count(len(dropped), 'class')} of which nothing can be read: {_quoted(dropped)}.")
+    if elsewhere:
+        work.said.append(f"Nothing is left here of {_count(len(elsewhere), 'class')}: {_quoted(elsewhere)}.")
+    place = np.full(len(found.class_names), -1, dtype=np.int32)
+    place[left] = np.arange(len(left), dtype=np.int32)
+    return place[numbers], tuple(found.class_names[number] for number in left)
+
+
+def _tell(work: _Work, wanted: list[int], say: Say | None) -> None:
+    left_out = [*work.found.left_out, *(work.broken[i] for i in wanted if i in work.broken)]
+    head = f"Left out {_count(len(left_out), 'file')}:"
+    if say is None:
+        if left_out:
+            more = [f"... and {len(left_out) - _NAMED} more"] if len(left_out) > _NAMED else []
+            warnings.warn("\n".join([head, *left_out[:_NAMED], *more, *work.said]), stacklevel=3)
+        return
+    for note in work.found.notes:
+        say(note)
+    counts = Counter(note for i in wanted for note in work.notes.get(i, ()))
+    for note, num in sorted(counts.items()):
+        say(f"{num} pictures {note}." if num > 1 else f"1 picture {note.replace('their', 'its')}.")
+    if left_out:
+        say("\n".join([head, *left_out]))
+    for text in work.said:
+        say(text)
+
+
+def _fingerprint(
+    seen: list[_Seen],
+    names: list[str],
+    labels: np.ndarray | None,
+    class_names: tuple[str, ...],
+    settings: tuple[Any, ...],
+) -> str:
+    digest = hashlib.sha256(repr((class_names, settings)).encode())
+    for number, (one, name) in enumerate(zip(seen, names, strict=True)):
+        label = None if labels is None else int(labels[number])
+        digest.update(repr((name, label, one.num_bytes, one.crc)).encode())
+    return digest.hexdigest()[:32]
+
+
+def _checked_folder(folder: Any) -> Path:
+    if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
+        raise ValueError(f"folder must be the path of a folder with pictures, got {shown(folder)}.")
+    path = Path(folder).expanduser()
+    if path.is_dir():
+        return path
+    if why := why_no_folder(path):
+        raise ValueError(f"folder must be a folder with pictures, got {shown_path(path)}: {why}.")
+    raise FileNotFoundError(f"there is no folder {shown_path(path)}: give one with pictures.")
+
+
+def _walk(folder: Path) -> _Tree:
+    tree = _Tree([], [], {}, Counter(), [])
+    status = os.stat(folder)
+    # Not by recursion, which ends at a depth of 1000.
+    waiting: list[tuple[str, tuple[str, ...], frozenset[tuple[int, int]]]] = [
+        (str(folder), (), frozenset({(status.st_dev, status.st_ino)}))
+    ]
+    while waiting:
+        place, parts, above = waiting.pop()
+        try:
+            with os.scandir(place) as entries:
+                inside = sorted(entry.name for entry in entries)
+        except OSError as error:
+            if not parts:
+                raise ValueError(f"folder {shown_path(folder)} cannot be listed: {error.strerror}.") from error
+            tree.refused[_shown(parts)] = f"the folder cannot be listed ({error.strerror})"
+            continue
+        for name in inside:
+            if not name.startswith(".") and name.lower() not in _OF_SYSTEMS:
+                _enter(tree, waiting, os.path.join(place, name), (*parts, name), above)
+    return tree
+
+
+def _enter(
+    tree: _Tree,
+    waiting: list[tuple[str, tuple[str, ...], frozenset[tuple[int, int]]]],
+    path: str,
+    parts: tuple[str, ...],
+    above: frozenset[tuple[int, int]],
+) -> None:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        broken = os.path.islink(path)
+        tree.refused[_shown(parts)] = "it is a symbolic link to nothing" if broken else str(error.strerror)
+        return
+    name = parts[-1]
+    if stat.S_ISDIR(status.st_mode):
+        if name.lower() in _FOLDERS_OF_SYSTEMS:
+            return
+        this = (status.st_dev, status.st_ino)
+        if this in above and status.st_ino:
+            tree.loops.append(_shown(parts))
+            return
+        tree.folders.append(parts)
+        waiting.append((path, parts, above | {this}))
+    elif (ending := os.path.splitext(name)[1].lower())[1:] in _NO_PICTURES and stat.S_ISREG(status.st_mode):
+        tree.alone[ending] += 1
+    elif not stat.S_ISREG(status.st_mode):
+        tree.refused[_shown(parts)] = "it is a pipe, a socket or a device"
+    elif kind := kind_unread(name):
+        tree.refused[_shown(parts)] = f"it is {kind}, which Pillow cannot open"
+    elif not os.access(path, os.R_OK):
+        tree.refused[_shown(parts)] = "Permission denied"
+    else:
+        tree.files.append(_File(Path(path), parts))
+
+
+def _structure(files: list[_File]) -> tuple[int, bool, list[str]]:
+    """At which depth the classes are, whether splits are above them, and what to say of that."""
+    depth, notes = 0, []
+    while True:
+        beside = any(len(file.parts) == depth + 1 for file in files)
+        tops = sorted({file.parts[depth] for file in files if len(file.parts) > depth + 1})
+        kinds = {top.lower() for top in tops}
+        if not beside and kinds <= {*_TRAIN, *_TEST} and kinds & {*_TRAIN}:
+            for_test = [top for top in tops if top.lower() in _TEST]
+            said = f"{_quoted(for_test)} for testing" if for_test else "and nothing is for testing"
+            for_train = _quoted(top for top in tops if top.lower() in _TRAIN)
+            notes.append(f"Folders taken as splits: {for_train} for training, {said}.")
+            return depth + 1, True, notes
+        if beside or len(tops) != 1 or any(len(file.parts) == depth + 2 for file in files):
+            return depth, False, notes
+        notes.append(f"The folder {_quoted(tops)} is around all others, and was gone into.")
+        depth += 1
+
+
+def _classes_of_folders(files: list[_File], depth: int) -> list[str] | None:
+    beside = [file for file in files if len(file.parts) == depth + 1]
+    if len(beside) == len(files):
+        return None
+    if beside:
+        raise ValueError(
+            f"{_named(_shown(file.parts) for file in beside)}: {_count(len(beside), 'picture')} beside the folders of "
+            "the classes, and so of no class. Move them into a folder, or give labels='none' or a CSV file."
+        )
+    spelt: dict[tuple[tuple[str, ...], str], str] = {}
+    for file in files:
+        name = file.parts[depth]
+        other = spelt.setdefault((file.parts[:depth], _text(name)), name)
+        if other != name:
+            raise ValueError(
+                f"the folders {other!a} and {name!a} have one name, {_text(name)!r}, in two spellings of Unicode: "
+                "rename one of them, or put their pictures together."
+            )
+    return [_text(file.parts[depth]) for file in files]
+
+
+def _without_pictures(tree: _Tree, files: list[_File], depth: int, class_names: tuple[str, ...]) -> list[str]:
+    """The outermost folders without a picture, down to those of the classes."""
+    filled = {file.parts[:length] for file in files for length in range(depth + 2)}
+    return [
+        _shown(parts)
+        for parts in sorted(tree.folders)
+        if len(parts) <= depth + 1
+        and parts not in filled
+        and parts[:-1] in filled
+        and not (len(parts) == depth + 1 and _text(parts[-1]) in class_names)
+    ]
+
+
+def _table_of(labels: Any) -> Path | None:
+    if labels in ("folders", "none"):
+        return None
+    wanted = "labels must be 'folders', 'none' or the path of a CSV file"
+    if not isinstance(labels, str | os.PathLike) or not os.fspath(labels):
+        raise ValueError(f"{wanted}, got {shown(labels)}.")
+    path = Path(labels).expanduser()
+    if path.is_file():
+        return path
+    if path.exists():
+        raise ValueError(f"{wanted}, got {shown_path(path)}, which is no file.")
+    if isinstance(labels, str) and not path.suffix and path.name == labels:
+        raise ValueError(f"{wanted}, got {labels!r}.")
+    raise FileNotFoundError(f"there is no file {shown_path(path)}: {wanted}.")
+
+
+def _classes_of_table(table: Path, names: tuple[str, ...], tree: _Tree) -> list[str]:
+    """The class of each picture, as a CSV file says."""
+    rows, file_column, label_column = _read_table(table)
+    find = _finder(names)
+    known_apart = {_key(name) for name in tree.refused}
+    classes: dict[int, tuple[str, int]] = {}
+    missing, unclear, short, twice = [], [], [], []
+    for line, row in rows:
+        if len(row) <= max(file_column, label_column) or not row[file_column].strip() or not row[label_column].strip():
+            short.append(f"line {line}")
+            continue
+        cell, label = _key(row[file_column]), unicodedata.normalize("NFC", row[label_column].strip())
+        found = find(cell)
+        if not found and cell not in known_apart:
+            missing.append(f"{shown_path(cell)} (line {line})")
+        elif len(found) > 1:
+            unclear.append(f"{shown_path(cell)} (line {line}: {', '.join(names[i] for i in found[:3])})")
+        elif found:
+            before = classes.setdefault(found[0], (label, line))
+            if before[0] != label:
+                twice.append(f"{names[found[0]]} ({before[0]!r} in line {before[1]}, {label!r} in line {line})")
+    without = [shown_path(name) for i, name in enumerate(names) if i not in classes]
+    for wrong, what in (
+        (short, "without a file or a label"),
+        (missing, "of a file that is not in the folder"),
+        (unclear, "that could mean several pictures"),
+        (twice, "with another label than before"),
+    ):
+        if wrong:
+            raise ValueError(
+                f"{shown_path(table)} must name pictures and labels, got {_count_rows(wrong)} {what}: {_named(wrong)}."
+            )
+    if without:
+        raise ValueError(
+            f"{shown_path(table)} must have a row for every picture, got {_count(len(without), 'picture')} without "
+            f"one: {_named(without)}."
+        )
+    return [classes[i][0] for i in range(len(names))]
+
+
+def _finder(names: tuple[str, ...]) -> Callable[[str], list[int]]:
+    """Finds pictures by their whole names, and else by what only one is called, without folders or ending."""
+    whole: dict[str, list[int]] = {}
+    parts: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        whole.setdefault(name, []).append(i)
+        path = PurePosixPath(name)
+        for part in {str(path.with_suffix("")), path.name, path.stem} - {name}:
+            parts.setdefault(part, []).append(i)
+    return lambda cell: whole.get(cell) or parts.get(cell) or []
+
+
+def _key(cell: str) -> str:
+    path = unicodedata.normalize("NFC", cell.strip()).replace("\\", "/")
+    return "/".join(part for part in path.split("/") if part not in ("", "."))
+
+
+def _read_table(table: Path) -> tuple[list[tuple[int, list[str]]], int, int]:
+    """Rows with their numbers of line, and which columns hold files and labels."""
+    where = shown_path(table)
+    data = table.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{where} must be text in UTF-8, got other bytes: save it as CSV UTF-8.") from None
+    if "\0" in text:
+        raise ValueError(f"{where} must be text in UTF-8, got zero bytes: save it as CSV UTF-8.")
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    delimiter = max(",;\t", key=first.count)
+    if delimiter not in first:
+        raise ValueError(
+            f"{where} must have a column of files and one of labels, separated by commas, semicolons or tabs, got "
+            f"{shown(first)} as its first line."
+        )
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    try:
+        rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
+    except csv.Error as error:
+        raise ValueError(f"{where} cannot be read as CSV: {error} in line {reader.line_num}.") from error
+    head = [cell.strip().lower() for cell in rows[0][1]]
+    files = next((head.index(word) for word in _FILE_COLUMNS if word in head), None)
+    kinds = next((head.index(word) for word in _LABEL_COLUMNS if word in head), None)
+    if files is not None and kinds is not None:
+        return rows[1:], files, kinds
+    if files is not None or kinds is not None or len(head) != 2:
+        lacks = "labels, such as label or class" if files is not None else "files, such as filename or path"
+        if files is None and kinds is None:
+            lacks = "files and one of labels, such as filename and label"
+        raise ValueError(f"{where} must have a column of {lacks}, got the columns {_quoted(rows[0][1])}.")
+    return rows, 0, 1
+
+
+def _contents(tree: _Tree) -> str:
+    inside = [f"{num} {ending} " + ("file" if num == 1 else "files") for ending, num in sorted(tree.alone.items())]
+    if tree.folders:
+        inside.append(f"{len(tree.folders)} folder{'s' * (len(tree.folders) > 1)}")
+    if tree.refused:
+        inside.append(
+            "what cannot be read: " + _named(f"{name} ({why})" for name, why in _in_order(tree.refused.items()))
+        )
+    return f"in it there are {', '.join(inside)}" if inside else "it is empty"
+
+
+def _text(name: str) -> str:
+    """A name as every system writes it: NFC, and bytes that are no UTF-8 as escapes."""
+    return unicodedata.normalize("NFC", os.fsencode(name).decode("utf-8", "backslashreplace"))
+
+
+def _shown(parts: Iterable[str]) -> str:
+    return shown_path("/".join(map(_text, parts)))
+
+
+def _in_order(pairs: Iterable[tuple[str, T]]) -> list[tuple[str, T]]:
+    return sorted(pairs, key=lambda pair: natural(pair[0]))
+
+
+def _named(names: Iterable[str]) -> str:
+    names = list(names)
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return _named(repr(shown_path(name)) for name in names)
+
+
+def _count(num: int, what: str) -> str:
+    return f"1 {what}" if num == 1 else f"{num} {what}{'es' if what.endswith('s') else 's'}"
+
+
+def _count_rows(rows: Sequence[str]) -> str:
+    return _count(len(rows), "row")
