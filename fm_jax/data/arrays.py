@@ -208,7 +208,9 @@ def part(dataset: ImageDataset, split: Split, is_test: np.ndarray) -> ImageDatas
         return dataset
     chosen = is_test if split == "test" else ~is_test
     if not chosen.any():
-        raise NoSplitError(f"split {split!r} has no images: give a share for testing above 0, got {len(is_test)} images.")
+        raise NoSplitError(
+            f"split {split!r} has no images: give a share for testing above 0, got {len(is_test)} images."
+        )
     return dataset.subset(np.flatnonzero(chosen))
 
 

@@ -3,52 +3,36 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
-import functools
-import hashlib
 import io
 import os
 import stat
 import unicodedata
-import warnings
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, TypeVar, get_args
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from fm_jax.checks import (
     check_bool,
-    check_function,
-    check_integer,
-    check_member,
-    check_number,
     imported,
     shown,
     why_no_folder,
 )
-from fm_jax.data.arrays import SPLITS, NoSplitError, Say, Split, held_out, natural
+from fm_jax.data.arrays import Say, Split, natural
 from fm_jax.data.images import ImageDataset
-from fm_jax.data.lazy import LazyImages, watched
 from fm_jax.data.picture import (
     Background,
     Colour,
     Fit,
-    Picture,
     PictureError,
-    PictureHeader,
-    PictureReader,
     kind_unread,
-    open_picture,
-    read_header,
     shown_path,
 )
+from fm_jax.data.reading import Found, count, gather, listed_errors, named, quoted
 
 T = TypeVar("T")
-R = TypeVar("R")
 
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing", "val", "valid", "validation")
@@ -74,27 +58,6 @@ _FILE_COLUMNS = (
     "id",
 )
 _LABEL_COLUMNS = ("label", "labels", "class", "class_name", "label_name", "category", "target", "species", "breed")
-_NAMED = 10
-"""How many of what is wrong a message names."""
-_HEAD = 64 * 1024
-_CHUNK = 1024
-
-
-class Found(NamedTuple):
-    """The pictures of a folder, in natural order.
-
-    `names` are the paths relative to the folder, with "/"; `labels` [n] int32 index `class_names`, or are `None`;
-    `is_test` [n] is `None` unless the folder has splits of its own. `notes` are sentences about what was understood,
-    `left_out` begin with the name of a file and say why it was left out.
-    """
-
-    paths: tuple[Path, ...]
-    names: tuple[str, ...]
-    labels: np.ndarray | None
-    class_names: tuple[str, ...]
-    is_test: np.ndarray | None
-    notes: tuple[str, ...]
-    left_out: tuple[str, ...]
 
 
 class _File(NamedTuple):
@@ -144,7 +107,7 @@ def find_pictures(
     tree = _walk(folder)
     if tree.refused and not skip_broken:
         refused = [f"{name} cannot be read: {why}." for name, why in _in_order(tree.refused.items())]
-        raise PictureError(_listed_errors(refused, len(tree.files) + len(refused)))
+        raise PictureError(listed_errors(refused, len(tree.files) + len(refused)))
     if not tree.files:
         raise ValueError(f"{shown_path(folder)} has no pictures: {_contents(tree)}.")
 
@@ -167,20 +130,20 @@ def find_pictures(
         numbers = np.array([place[name] for name in by_class], dtype=np.int32)
         if is_test is not None and (missing := set(numbers[is_test].tolist()) - set(numbers[~is_test].tolist())):
             raise ValueError(
-                f"every class must have pictures for training, got {_quoted(class_names[i] for i in sorted(missing))} "
+                f"every class must have pictures for training, got {quoted(class_names[i] for i in sorted(missing))} "
                 "with some for testing alone."
             )
     elif labels == "folders":
         notes.append("There are no folders of classes, so the pictures have no labels.")
     if empty := _without_pictures(tree, files, depth, class_names):
-        notes.append(f"Left out {_count(len(empty), 'folder')} without pictures: {_quoted(empty)}.")
+        notes.append(f"Left out {count(len(empty), 'folder')} without pictures: {quoted(empty)}.")
     if tree.alone:
         kinds = ", ".join(f"{num} {ending}" for ending, num in sorted(tree.alone.items()))
         num = tree.alone.total()
         which = "file that is no picture was" if num == 1 else "files that are no pictures were"
         notes.append(f"{num} {which} left alone: {kinds}.")
     if loops := sorted(tree.loops, key=natural):
-        notes.append(f"Not followed: {_count(len(loops), 'link')} to a folder around it, {_quoted(loops)}.")
+        notes.append(f"Not followed: {count(len(loops), 'link')} to a folder around it, {quoted(loops)}.")
     left_out = tuple(f"{name} cannot be read: {why}." for name, why in _in_order(tree.refused.items()))
     return Found(tuple(f.path for f in files), names, numbers, class_names, is_test, tuple(notes), left_out)
 
@@ -196,15 +159,15 @@ def load_folder(
     labels: str | os.PathLike[str] = "folders",
     test_share: float = 0.0,
     skip_broken: bool = False,
-    stream: bool = False,
+    stream: bool | None = None,
     num_images: int | None = None,
     say: Say | None = None,
     progress: bool | None = None,
 ) -> ImageDataset:
     """Makes training data of a folder of pictures.
 
-    The pictures are decoded into memory by as many threads as there are cores, or, with `stream`, whenever they are
-    drawn. Classes, size and channels are those of the whole folder, whichever split is loaded.
+    The pictures are decoded into memory by as many threads as there are cores, or, streamed, whenever they are drawn.
+    Classes, size and channels are those of the whole folder, whichever split is loaded.
 
     Args:
         folder: with the pictures, as `find_pictures` understands it.
@@ -219,9 +182,10 @@ def load_folder(
             the names of the files alone.
         skip_broken: leave out what cannot be read, instead of refusing all. A class is dropped if none of its pictures
             in the folder can be read.
-        stream: decode the pictures only when they are drawn. A damaged one is then refused when it is drawn, unless
-            `skip_broken` reads all of them once before.
-        num_images: use only so many of the split, chosen by their names.
+        stream: decode the pictures only when they are drawn; `None` for that if they would take more than half of the
+            memory that is left. A damaged one is then refused when it is drawn, unless `skip_broken` reads all of them
+            once before.
+        num_images: use at most so many of the split, chosen by their names.
         say: called with each sentence about what was understood, changed and left out; by default only what is left
             out is said, by a warning.
         progress: `None` shows how far reading is, `False` does not.
@@ -237,294 +201,23 @@ def load_folder(
         ValueError: if an argument is not what its name says, or the pictures have several sizes and `size` is `None`.
         ImportError: if Pillow is not installed.
     """
-    check_member("split", split, SPLITS)
-    reader = _reader_of(size, fit, colour, background)
-    check_number("test_share", test_share, "[0, 1)")
-    for name, value in {"skip_broken": skip_broken, "stream": stream}.items():
-        check_bool(name, value)
-    if num_images is not None:
-        check_integer("num_images", num_images)
-    if say is not None:
-        check_function("say", say, "a function of a sentence", 1)
-    if progress is not None:
-        check_bool("progress", progress)
-
+    check_bool("skip_broken", skip_broken)
     found = find_pictures(folder, labels=labels, skip_broken=skip_broken)
-    wanted = chosen = _chosen(folder, found, split, float(test_share), num_images)
-    work = _Work(found, progress)
-    # Of all pictures, where that decides on sizes or channels: they have to be the same for both splits.
-    every = list(range(len(found.names))) if reader.size is None or colour is None else chosen
-    seen = work.examine(every)
-    if not skip_broken and work.broken:
-        if not stream:  # those that turn out to be broken only now are told at once
-            work.check(chosen, reader)
-        _refuse(work, every, skip_broken)
-    differ = reader.size is None and len({one.header.size for one in seen.values()}) > 1
-    differ = differ or (colour is None and len({one.header.grey for one in seen.values()}) > 1)
-    if skip_broken and (stream or differ):  # what is broken must not decide
-        work.check(every if differ else chosen, reader)
-    headers = [one.header for i, one in seen.items() if i not in work.broken]
-    chosen = [i for i in chosen if i not in work.broken]
-    if not chosen:
-        _refuse(work, every, skip_broken)
-    if colour is None and all(header.grey for header in headers):
-        reader = dataclasses.replace(reader, colour="grey")
-    height, width = reader.size or _only_size([header.size for header in headers])
-    shape = (height, width, 1 if reader.colour == "grey" else 3)
-
-    images: Any = None
-    if not stream:
-        images, chosen = _in_memory(work, chosen, reader, shape)
-        if work.broken and not (skip_broken and chosen):
-            _refuse(work, every, skip_broken)
-    numbers, class_names = _classes_left(work, chosen, reader, skip_broken)
-    names = [found.names[i] for i in chosen]
-    if stream:
-        read = functools.partial(_read_number, reader, (height, width), [found.paths[i] for i in chosen], names)
-        images = LazyImages(read, len(chosen), shape)
-    _tell(work, wanted, say)
-    settings = (height, width, reader.fit, reader.colour, reader.background)
-    made_of = _fingerprint([seen[i] for i in chosen], names, numbers, class_names, settings)
-    return ImageDataset(images, numbers, class_names, fingerprint=made_of)
-
-
-class _Seen(NamedTuple):
-    """What the first look at a file tells: the header, how many bytes it has, and the CRC-32 of the first of them."""
-
-    header: PictureHeader
-    num_bytes: int
-    crc: int
-
-
-class _Work:
-    """Reads pictures in threads, and keeps account of those that cannot be read and of what was done to the others."""
-
-    def __init__(self, found: Found, progress: bool | None):
-        self.found = found
-        self.progress = progress
-        self.seen: dict[int, _Seen] = {}
-        self.broken: dict[int, str] = {}
-        self.notes: dict[int, frozenset[str]] = {}
-        self.said: list[str] = []
-
-    def examine(self, indices: list[int]) -> dict[int, _Seen]:
-        """What the headers say, of those that have one."""
-        self.seen = dict(self._each(lambda i: _examine(self.found.paths[i], self.found.names[i]), indices, "headers"))
-        return self.seen
-
-    def read(self, indices: list[int], reader: PictureReader) -> Iterator[tuple[int, np.ndarray]]:
-        """The pixels of those that can be read."""
-        indices = [i for i in indices if i not in self.broken]
-        for i, picture in self._each(lambda i: self._read(i, reader), indices, "pictures"):
-            self.notes[i] = picture.notes
-            yield i, picture.pixels
-
-    def check(self, indices: list[int], reader: PictureReader) -> None:
-        """Finds out which can be read."""
-        for _ in self.read(indices, reader):
-            pass
-
-    def can_be_read(self, index: int, reader: PictureReader) -> bool:
-        """Whether one can be read, which is nothing to be told of."""
-        if index in self.broken:
-            return False
-        try:
-            self._read(index, reader)
-        except PictureError:
-            return False
-        return True
-
-    def _read(self, index: int, reader: PictureReader) -> Picture:
-        size = reader.size or (self.seen[index].header.size if index in self.seen else None)
-        return _read_one(reader, size, self.found.paths[index], self.found.names[index])
-
-    def _each(self, function: Callable[[int], R], indices: list[int], what: str) -> Iterator[tuple[int, R]]:
-        def attempt(index: int) -> R | PictureError:
-            try:
-                return function(index)
-            except PictureError as error:
-                return error
-
-        def results(pool: ThreadPoolExecutor) -> Iterator[R | PictureError]:
-            for start in range(0, len(indices), _CHUNK):
-                yield from pool.map(attempt, indices[start : start + _CHUNK])
-
-        with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fm_jax_read") as pool:
-            watching = watched(results(pool), len(indices), what, self.progress)
-            for index, result in zip(indices, watching, strict=True):
-                if isinstance(result, PictureError):
-                    self.broken[index] = str(result)
-                else:
-                    yield index, result
-
-
-def _examine(path: Path, name: str) -> _Seen:
-    name = shown_path(name)
-    with open_picture(path, name) as file:
-        try:
-            head = file.read(_HEAD)
-            num_bytes = file.seek(0, os.SEEK_END)
-            file.seek(0)
-        except OSError as error:
-            raise PictureError(f"{name} cannot be read: {error.strerror}.") from error
-        return _Seen(read_header(file, name), num_bytes, zlib.crc32(head))
-
-
-def _read_one(reader: PictureReader, size: tuple[int, int] | None, path: Path, name: str) -> Picture:
-    name = shown_path(name)
-    picture = reader(path, name)
-    height, width = picture.pixels.shape[:2]
-    if size not in (None, (height, width)):  # which there is only if it is not scaled to a size
-        raise PictureError(f"{name} cannot be read: it is {height} x {width}, its header says {size[0]} x {size[1]}.")
-    return picture
-
-
-def _read_number(
-    reader: PictureReader, size: tuple[int, int], paths: list[Path], names: list[str], number: int
-) -> np.ndarray:
-    return _read_one(reader, size, paths[number], names[number]).pixels
-
-
-def _in_memory(
-    work: _Work, chosen: list[int], reader: PictureReader, shape: tuple[int, int, int]
-) -> tuple[np.ndarray, list[int]]:
-    try:
-        images = np.empty((len(chosen), *shape), dtype=np.uint8)
-    except MemoryError:
-        gigabytes = len(chosen) * np.prod(shape, dtype=float) / 1e9
-        raise ValueError(
-            f"the {len(chosen):,} pictures of {shape} take {gigabytes:,.0f} GB, more than there is: give a smaller "
-            "size, or stream=True."
-        ) from None
-    kept: list[int] = []
-    for i, pixels in work.read(chosen, reader):
-        images[len(kept)] = pixels
-        kept.append(i)
-    return images[: len(kept)], kept
-
-
-def _reader_of(size: Any, fit: Fit, colour: Colour | None, background: Background) -> PictureReader:
-    if size is not None and not isinstance(size, tuple | list):
-        check_integer("size", size)
-        size = (size, size)
-    if colour is not None:
-        check_member("colour", colour, get_args(Colour))
-    return PictureReader(tuple(size) if isinstance(size, list) else size, fit, colour or "rgb", background)
-
-
-def _chosen(
-    folder: str | os.PathLike[str], found: Found, split: Split, test_share: float, num_images: int | None
-) -> list[int]:
-    """The pictures of a split, in their order."""
-    is_test = found.is_test
-    if is_test is not None and test_share:
-        raise ValueError(
-            f"test_share must be 0 for {shown_path(folder)}, which has splits of its own, got {test_share}."
-        )
-    if is_test is None:
-        is_test = held_out(found.names, found.labels, test_share)
-    mask = np.ones(len(is_test), dtype=bool) if split == "all" else is_test if split == "test" else ~is_test
-    chosen = np.flatnonzero(mask)
-    if not len(chosen):
-        if found.is_test is not None:
-            why = "its only split is train"
-        else:
-            why = f"it has no such folder, and test_share is {test_share:g}"
-        raise NoSplitError(
-            f"split {split!r} of {shown_path(folder)} has no pictures: {why}. Give a test_share above 0."
-        )
-    if num_images is None:
-        return chosen.tolist()
-    if num_images > len(chosen):
-        raise ValueError(
-            f"num_images must be at most {len(chosen)}, the pictures of split {split!r}, got {num_images}."
-        )
-    order = np.array([zlib.crc32(found.names[i].encode()) for i in chosen])
-    return np.sort(chosen[np.argsort(order, kind="stable")[:num_images]]).tolist()
-
-
-def _only_size(sizes: list[tuple[int, int]]) -> tuple[int, int]:
-    if len(distinct := sorted(set(sizes), key=lambda size: (size[0] * size[1], size))) > 1:
-        (h0, w0), (h1, w1) = distinct[0], distinct[-1]
-        raise ValueError(
-            f"the {len(sizes)} pictures have {len(distinct)} sizes, from {h0} x {w0} to {h1} x {w1} (height x width): "
-            "give size, to which all are brought."
-        )
-    return distinct[0]
-
-
-def _refuse(work: _Work, among: list[int], skip_broken: bool) -> None:
-    """Refuses what cannot be read, all at once."""
-    raise PictureError(_listed_errors([work.broken[i] for i in sorted(work.broken)], len(among), skip_broken))
-
-
-def _listed_errors(errors: list[str], among: int, skip_broken: bool = False) -> str:
-    more = f"\n... and {len(errors) - _NAMED} more" if len(errors) > _NAMED else ""
-    hint = f"{len(errors)} of {_count(among, 'file')} cannot be read"
-    hint += ", and nothing is left." if skip_broken else ": mend or remove them, or leave them out by skip_broken=True."
-    return "\n".join(errors[:_NAMED]) + f"{more}\n{hint}"
-
-
-def _classes_left(
-    work: _Work, kept: list[int], reader: PictureReader, skip_broken: bool
-) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Labels and names of the classes, without those of which nothing can be read, in either split."""
-    found = work.found
-    if found.labels is None:
-        return None, ()
-    numbers = found.labels[kept]
-    if not skip_broken:
-        return numbers, found.class_names
-    present = set(numbers.tolist())
-    left, dropped, elsewhere = [], [], []
-    for number, name in enumerate(found.class_names):
-        if number in present:
-            left.append(number)
-        elif any(work.can_be_read(i, reader) for i in np.flatnonzero(found.labels == number).tolist()):
-            left.append(number)
-            elsewhere.append(name)
-        else:
-            dropped.append(name)
-    if dropped:
-        work.said.append(f"Dropped {_count(len(dropped), 'class')} of which nothing can be read: {_quoted(dropped)}.")
-    if elsewhere:
-        work.said.append(f"Nothing is left here of {_count(len(elsewhere), 'class')}: {_quoted(elsewhere)}.")
-    place = np.full(len(found.class_names), -1, dtype=np.int32)
-    place[left] = np.arange(len(left), dtype=np.int32)
-    return place[numbers], tuple(found.class_names[number] for number in left)
-
-
-def _tell(work: _Work, wanted: list[int], say: Say | None) -> None:
-    left_out = [*work.found.left_out, *(work.broken[i] for i in wanted if i in work.broken)]
-    head = f"Left out {_count(len(left_out), 'file')}:"
-    if say is None:
-        if left_out:
-            more = [f"... and {len(left_out) - _NAMED} more"] if len(left_out) > _NAMED else []
-            warnings.warn("\n".join([head, *left_out[:_NAMED], *more, *work.said]), stacklevel=3)
-        return
-    for note in work.found.notes:
-        say(note)
-    counts = Counter(note for i in wanted for note in work.notes.get(i, ()))
-    for note, num in sorted(counts.items()):
-        say(f"{num} pictures {note}." if num > 1 else f"1 picture {note.replace('their', 'its')}.")
-    if left_out:
-        say("\n".join([head, *left_out]))
-    for text in work.said:
-        say(text)
-
-
-def _fingerprint(
-    seen: list[_Seen],
-    names: list[str],
-    labels: np.ndarray | None,
-    class_names: tuple[str, ...],
-    settings: tuple[Any, ...],
-) -> str:
-    digest = hashlib.sha256(repr((class_names, settings)).encode())
-    for number, (one, name) in enumerate(zip(seen, names, strict=True)):
-        label = None if labels is None else int(labels[number])
-        digest.update(repr((name, label, one.num_bytes, one.crc)).encode())
-    return digest.hexdigest()[:32]
+    return gather(
+        found,
+        shown_path(folder),
+        split,
+        size=size,
+        fit=fit,
+        colour=colour,
+        background=background,
+        test_share=test_share,
+        skip_broken=skip_broken,
+        stream=stream,
+        num_images=num_images,
+        say=say,
+        progress=progress,
+    )
 
 
 def _checked_folder(folder: Any) -> Path:
@@ -605,13 +298,13 @@ def _structure(files: list[_File]) -> tuple[int, bool, list[str]]:
         kinds = {top.lower() for top in tops}
         if not beside and kinds <= {*_TRAIN, *_TEST} and kinds & {*_TRAIN}:
             for_test = [top for top in tops if top.lower() in _TEST]
-            said = f"{_quoted(for_test)} for testing" if for_test else "and nothing is for testing"
-            for_train = _quoted(top for top in tops if top.lower() in _TRAIN)
+            said = f"{quoted(for_test)} for testing" if for_test else "and nothing is for testing"
+            for_train = quoted(top for top in tops if top.lower() in _TRAIN)
             notes.append(f"Folders taken as splits: {for_train} for training, {said}.")
             return depth + 1, True, notes
         if beside or len(tops) != 1 or any(len(file.parts) == depth + 2 for file in files):
             return depth, False, notes
-        notes.append(f"The folder {_quoted(tops)} is around all others, and was gone into.")
+        notes.append(f"The folder {quoted(tops)} is around all others, and was gone into.")
         depth += 1
 
 
@@ -621,7 +314,7 @@ def _classes_of_folders(files: list[_File], depth: int) -> list[str] | None:
         return None
     if beside:
         raise ValueError(
-            f"{_named(_shown(file.parts) for file in beside)}: {_count(len(beside), 'picture')} beside the folders of "
+            f"{named(_shown(file.parts) for file in beside)}: {count(len(beside), 'picture')} beside the folders of "
             "the classes, and so of no class. Move them into a folder, or give labels='none' or a CSV file."
         )
     spelt: dict[tuple[tuple[str, ...], str], str] = {}
@@ -695,12 +388,12 @@ def _classes_of_table(table: Path, names: tuple[str, ...], tree: _Tree) -> list[
     ):
         if wrong:
             raise ValueError(
-                f"{shown_path(table)} must name pictures and labels, got {_count_rows(wrong)} {what}: {_named(wrong)}."
+                f"{shown_path(table)} must name pictures and labels, got {_count_rows(wrong)} {what}: {named(wrong)}."
             )
     if without:
         raise ValueError(
-            f"{shown_path(table)} must have a row for every picture, got {_count(len(without), 'picture')} without "
-            f"one: {_named(without)}."
+            f"{shown_path(table)} must have a row for every picture, got {count(len(without), 'picture')} without "
+            f"one: {named(without)}."
         )
     return [classes[i][0] for i in range(len(names))]
 
@@ -753,7 +446,7 @@ def _read_table(table: Path) -> tuple[list[tuple[int, list[str]]], int, int]:
         lacks = "labels, such as label or class" if files is not None else "files, such as filename or path"
         if files is None and kinds is None:
             lacks = "files and one of labels, such as filename and label"
-        raise ValueError(f"{where} must have a column of {lacks}, got the columns {_quoted(rows[0][1])}.")
+        raise ValueError(f"{where} must have a column of {lacks}, got the columns {quoted(rows[0][1])}.")
     return rows, 0, 1
 
 
@@ -763,7 +456,7 @@ def _contents(tree: _Tree) -> str:
         inside.append(f"{len(tree.folders)} folder{'s' * (len(tree.folders) > 1)}")
     if tree.refused:
         inside.append(
-            "what cannot be read: " + _named(f"{name} ({why})" for name, why in _in_order(tree.refused.items()))
+            "what cannot be read: " + named(f"{name} ({why})" for name, why in _in_order(tree.refused.items()))
         )
     return f"in it there are {', '.join(inside)}" if inside else "it is empty"
 
@@ -781,19 +474,5 @@ def _in_order(pairs: Iterable[tuple[str, T]]) -> list[tuple[str, T]]:
     return sorted(pairs, key=lambda pair: natural(pair[0]))
 
 
-def _named(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
-
-
-def _quoted(names: Iterable[str]) -> str:
-    return _named(repr(shown_path(name)) for name in names)
-
-
-def _count(num: int, what: str) -> str:
-    return f"1 {what}" if num == 1 else f"{num} {what}{'es' if what.endswith('s') else 's'}"
-
-
 def _count_rows(rows: Sequence[str]) -> str:
-    return _count(len(rows), "row")
+    return count(len(rows), "row")

@@ -382,4 +382,5 @@ def test_natural_order():
     assert sorted(["10", "9", "2"], key=natural) == ["2", "9", "10"]
     assert sorted(["a10", "a2", "a1"], key=natural) == ["a1", "a2", "a10"]
     assert len({natural(name) for name in names}) == len(names)
-    assert sorted(names, key=natural) == sorted(names[::-1], key=natural)
+    upside_down = names[::-1]
+    assert sorted(names, key=natural) == sorted(upside_down, key=natural)

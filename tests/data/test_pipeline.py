@@ -222,7 +222,9 @@ def test_flips_and_noise_are_independent():
 
 def test_float_images_pass_unchanged_and_dequantise_by_their_levels():
     levels = np.random.default_rng(0).integers(0, 17, (30, 8, 8, 1))
-    dataset = ImageDataset((levels / 8 - 1).astype(np.float32), np.arange(30, dtype=np.int32), tuple(map(str, range(30))), 17)
+    dataset = ImageDataset(
+        (levels / 8 - 1).astype(np.float32), np.arange(30, dtype=np.int32), tuple(map(str, range(30))), 17
+    )
     batch = next(batches(dataset, batch_size=30, seed=0, **ONE))
     np.testing.assert_array_equal(batch["x1"], dataset.images[batch["cond"]])
     batch = next(batches(dataset, batch_size=30, seed=0, dequantize=True, **ONE))
