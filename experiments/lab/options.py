@@ -1,10 +1,14 @@
 """What the fields of a configuration may be, in the words of its command line."""
 
 import dataclasses
+import os
+import re
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import unquote
 
 from fm_jax.checks import check_bool, check_integer, check_member, check_number, check_pair, shown
 
@@ -21,6 +25,54 @@ def option(path: str) -> str:
     """A field, or the path of one within nested configurations, as it is typed: `--batch-size`."""
     name = path.rpartition(".")[2]
     return "--" + {"label": "class"}.get(name, name).replace("_", "-")
+
+
+def path_of(text: str) -> Path:
+    """The path that was meant, where a shell has not expanded it, or a job system has passed more than the path.
+
+    "~/x" and "$HOME/x" are expanded, "file:///x" is /x, and quotation marks and blanks around it go, like the carriage
+    return at the end of a line from Windows. What is there under the very text is taken as it is.
+
+    Raises:
+        ValueError: for what cannot be meant; the option's name is for the caller to say.
+    """
+    if os.path.lexists(text):
+        return Path(text)
+    path = text.strip()
+    if len(path) > 1 and path[0] == path[-1] and path[0] in "\"'":
+        path = path[1:-1].strip()
+    elif path[:1] in ('"', "'") or path[-1:] in ('"', "'"):
+        raise ValueError(f"must have both of its quotation marks or none, got {text}.")
+    if not path:
+        raise ValueError("must not be empty. Give a value, or leave it out.")
+    if any(ord(each) < 32 or ord(each) == 127 for each in path):
+        raise ValueError(f"must be a path without line breaks and other control characters, got {text!r}.")
+    if "$(" in path or "`" in path:
+        raise ValueError(f"must be a path, got a command that no shell has replaced, {text}.")
+    if path.startswith("file:"):
+        path = unquote(re.sub("^//(localhost)?(?=/)", "", path.removeprefix("file:")))
+        if not path.startswith("/") or path.startswith("//"):
+            raise ValueError(f"must be a path on this machine, such as file:///runs/a or /runs/a, got {text}.")
+    if scheme := re.match("([A-Za-z][A-Za-z0-9+.-]+)://", path):
+        raise ValueError(f"must be a path on this machine, got {text}: mount what {scheme[1]}:// stands for, or copy.")
+    return Path(_with_home(re.sub(r"\$([A-Za-z_]\w*|\{\w+\})", _variable, path)))
+
+
+def _variable(found: re.Match[str]) -> str:
+    name = found[1].strip("{}")
+    if not (value := os.environ.get(name)):
+        kind = "is not set" if value is None else "is empty"
+        raise ValueError(f"must be a path, got {found.string}, and the environment variable {name} {kind}.")
+    return value
+
+
+def _with_home(path: str) -> str:
+    whole = os.path.expanduser(path)
+    if whole.startswith("~"):
+        user = path[1:].partition("/")[0]
+        who = f"a user {user}, whose home that would be" if user else "a home directory"
+        raise ValueError(f"must be a path, got {path}, and there is not {who}. A name that begins so is ./{path}.")
+    return whole
 
 
 def check_options(config: Any, **ranges: Range) -> None:

@@ -1,16 +1,24 @@
 """Mistakes on command lines, by kind: each ends at once in one sentence, and leaves every file as it was."""
 
 import collections
+import contextlib
+import dataclasses
+import errno
+import functools
 import importlib
 import importlib.util
 import json
 import os
+import pwd
 import re
 import shlex
 import subprocess
 import sys
+import typing
+import warnings
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,15 +28,16 @@ pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiment
 
 import experiments
 from experiments import cifar10, cnf, digits, fashion_mnist, learned_solver, mnist, reflow, sample, toy2d
-from experiments.lab import images
+from experiments.lab import command_line, images, options
 from experiments.lab.experiment import Restored
+from experiments.lab.options import option
 from experiments.lab.training import config_to_json
 from experiments.torchcfm_table import table
 from fm_jax.data import images as data_images
 from fm_jax.samplers import Adaptive
 from fm_jax.samplers import sample as fm_sample
 from fm_jax.train.checkpoint import CheckpointError
-from fm_jax.train.folder import lock_folder
+from fm_jax.train.folder import OF_DISK, lock_folder
 from fm_jax.train.loop import NonFiniteLossError
 
 ROOT = Path(__file__).parents[2]
@@ -467,7 +476,10 @@ def test_the_default_of_an_option_without_effect_is_no_mistake(world, monkeypatc
     ("error", "message"),
     [
         (ValueError("first\nsecond"), "ValueError: first second (FM_JAX_TRACEBACK=1 shows where.)"),
-        (OSError(28, "No space left on device", "runs/a"), "No space left on device (runs/a). Make room; the same"),
+        (
+            OSError(28, "No space left on device", "runs/a"),
+            "device (runs/a). There is no good step: once this",
+        ),
         (PermissionError(13, "Permission denied", "runs/a"), "Permission denied (runs/a)."),
         (ImportError("x needs ott-jax: pip install 'fm_jax[ot]'."), "x needs ott-jax"),
         (CheckpointError("It is damaged."), "It is damaged."),
@@ -559,3 +571,202 @@ def test_as_a_process(command, message, world):
     assert "Traceback" not in done.stderr
     assert "WARNING" not in done.stderr
     assert message in unboxed(done.stderr)
+
+
+CONFIGS = {
+    "digits": (images.Config, digits.CONFIG),
+    "toy2d": (toy2d.Config, toy2d.CONFIG),
+    "cnf": (cnf.Config, cnf.CONFIG),
+    "reflow": (reflow.Config, reflow.Config()),
+    "torchcfm_table": (table.Config, table.CONFIG),
+    "learned_solver": (learned_solver.Config, None),
+    "sample": (sample.Config, None),
+}
+
+
+def paths_of(kind, within=()):
+    """The fields that are paths, by the names on the way to them."""
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint):
+            yield from paths_of(hint, (*within, name))
+        elif Path in (hint, *typing.get_args(hint)):
+            yield (*within, name)
+
+
+PATHS = [(command, path) for command, (kind, _) in CONFIGS.items() for path in paths_of(kind)]
+
+
+def read(monkeypatch, command, path, text):
+    """What a command makes of an option that is a path."""
+    needs_run = command in ("sample", "learned_solver") and path != ("run",)
+    argv = [f"{option(path[-1])}={text}", *(["--run=toy"] if needs_run else [])]
+    monkeypatch.setattr(sys, "argv", [command, *argv])
+    kind, default = CONFIGS[command]
+    return functools.reduce(getattr, path, command_line.parse(kind, default))
+
+
+def test_all_options_that_are_paths_are_known():
+    assert {path[-1] for _, path in PATHS} >= {"run_dir", "out", "run", "weak_run", "learned_solver", "peer_python"}
+    assert ("toy2d", ("training", "run_dir")) in PATHS
+
+
+@pytest.mark.parametrize(("command", "path"), PATHS, ids=lambda x: str(x))
+def test_a_path_as_shells_and_job_systems_pass_it(command, path, world, monkeypatch):
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("HOME", str(world))
+    monkeypatch.setenv("SCRATCH", str(world))
+    monkeypatch.delenv("GONE", raising=False)
+    monkeypatch.setenv("VOID", "")
+    for text, meant in {
+        "~/a.npz": f"{world}/a.npz",
+        "$SCRATCH/a.npz": f"{world}/a.npz",
+        "${SCRATCH}/a.npz/": f"{world}/a.npz",
+        "file:///b/a%20c.npz": "/b/a c.npz",
+        "file://localhost/b/a.npz": "/b/a.npz",
+        "'b/a c.npz'": "b/a c.npz",
+        '"/b/a.npz"': "/b/a.npz",
+        " a.npz\r": "a.npz",
+        "a.npz\n": "a.npz",
+        "b$/a$1.npz": "b$/a$1.npz",
+        "../a.npz": "../a.npz",
+    }.items():
+        assert read(monkeypatch, command, path, text) == Path(meant), text
+    name = re.escape(option(path[-1]))
+    for text, message in {
+        "$GONE/a.npz": "must be a path, got .*, and the environment variable GONE is not set",
+        "${VOID}/a.npz": "must be a path, got .*, and the environment variable VOID is empty",
+        "~nobody_at_all/a.npz": "there is not a user nobody_at_all, whose home that would be. A name that begins so is",
+        "gs://bucket/a.npz": "must be a path on this machine, got gs://bucket/a.npz: mount what gs:// stands for",
+        "file://host/a.npz": "must be a path on this machine, such as file:///runs/a or /runs/a",
+        "file:a.npz": "must be a path on this machine, such as file:///runs/a or /runs/a",
+        '"a.npz': "must have both of its quotation marks or none",
+        "''": "must not be empty",
+        "a\nb.npz": "must be a path without line breaks and other control characters",
+        "a\0b.npz": "must be a path without line breaks and other control characters",
+        "$(pwd)/a.npz": "must be a path, got a command that no shell has replaced",
+    }.items():
+        with pytest.raises(SystemExit, match=f"^{name} .*{message}"):
+            read(monkeypatch, command, path, text)
+
+
+def test_what_is_there_under_the_very_name_is_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("~a", "$GONE", "a ", '"a"', "file:a", "gs:", "$(a)"):
+        Path(name).mkdir()
+        assert options.path_of(name) == Path(name)
+
+
+def test_without_a_home(monkeypatch, tmp_path, capfd):
+    """No HOME, and no entry in the list of users: everything but "~" goes."""
+
+    def nobody(*_):
+        raise KeyError("uid not found")
+
+    before = jax.config.values["jax_compilation_cache_dir"]
+    for name in ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.setattr(sys, "argv", ["toy2d"])
+    assert command_line.parse(toy2d.Config, toy2d.CONFIG) == toy2d.CONFIG
+    monkeypatch.setattr(sys, "argv", ["toy2d", "--run-dir=~/a"])
+    with pytest.raises(SystemExit, match="--run-dir must be a path, got ~/a, and there is not a home directory"):
+        command_line.parse(toy2d.Config, toy2d.CONFIG)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(sys, "argv", ["toy2d"])
+    command_line.parse(toy2d.Config, toy2d.CONFIG)
+    assert jax.config.values["jax_compilation_cache_dir"] == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_cache_that_cannot_be_used_is_one_line(monkeypatch, capsys):
+    def warned(config):
+        for what in ("reading", "writing", "writing"):
+            told = f"Error {what} persistent compilation cache entry for 'jit_f': OSError: [Errno 28] No space"
+            warnings.warn(told, stacklevel=1)
+        warnings.warn("mine", stacklevel=1)
+
+    monkeypatch.setattr(cnf, "run", warned)
+    monkeypatch.setattr(sys, "argv", ["cnf"])
+    with pytest.warns(UserWarning, match="mine"):
+        cnf.main()
+    err = capsys.readouterr().err
+    assert re.match(r"The compilation cache \S* cannot be used \(OSError: \[Errno 28\] No space\): what it lacks", err)
+    assert len(err.splitlines()) == 1
+
+
+OUTPUT = """
+import sys, types
+from experiments import cnf
+cnf.run = lambda config: {run}
+cnf.main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "shell", "env", "status", "out", "err"),
+    [
+        ("print('± ä')", "{}", {"PYTHONIOENCODING": "ascii"}, 0, "\\xb1 \\xe4\n", ""),
+        ("print('€')", "{}", {"PYTHONIOENCODING": "latin-1"}, 0, "\\u20ac\n", ""),
+        ("print('±')", "{} >&- 2>&- <&-", {}, 0, "", ""),
+        ("print('±')", "{} | true", {}, 141, "", ""),
+        ("[print(i, flush=True) for i in range(9**6)]", "{} | head -1", {}, 141, "0\n", ""),
+        ("print('±')", "{} --help | head -1", {"PYTHONUNBUFFERED": "1"}, 141, None, ""),
+        ("print('±')", "{} > /dev/full", {}, 1, "", "No space left on device (standard output)."),
+        ("print('±', flush=True)", "{} > /dev/full", {}, 1, "", "No space left on device (standard output)."),
+    ],
+)
+def test_output_that_is_not_taken(run, shell, env, status, out, err, tmp_path):
+    (tmp_path / "script.py").write_text(OUTPUT.format(run=run))
+    command = "set -o pipefail; " + shell.format(f"{shlex.quote(sys.executable)} script.py")
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUTF8": "0", **env}
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, check=False)
+    assert done.returncode == status
+    assert out is None or done.stdout.decode("latin-1") == out
+    assert done.stderr.decode().startswith(err)
+    assert len(done.stderr.splitlines()) == bool(err)
+
+
+@pytest.mark.parametrize("number", OF_DISK, ids=lambda number: errno.errorcode[number])
+def test_a_disk_that_takes_no_more_names_the_place_and_the_last_good_step(number, monkeypatch, tmp_path):
+    def fails(config):
+        raise OSError(number, os.strerror(number), str(tmp_path / "run-smoke" / "metrics.jsonl"))
+
+    monkeypatch.setattr(cnf, "run", fails)
+    monkeypatch.setattr(sys, "argv", ["cnf", "--run-dir", str(tmp_path / "run")])
+    where = re.escape(f"{os.strerror(number)} ({tmp_path / 'run-smoke' / 'metrics.jsonl'}). ")
+    with pytest.raises(
+        SystemExit, match=f"^{where}There is no good step: once this is mended, the same command begins"
+    ):
+        cnf.main()
+    for step in ("200", "1600", "1800.orbax-checkpoint-tmp"):
+        write(tmp_path / "run-smoke" / "checkpoints" / step / "meta" / "metadata", {})
+    with pytest.raises(SystemExit, match=f"^{where}The last good step is 1,600: once this is mended, the same command"):
+        cnf.main()
+
+
+def test_a_network_that_is_not_finite_is_not_blamed_on_the_tolerance(world, monkeypatch, capfd):
+    told = "The velocity is not finite at t = 0.3: the network has diverged."
+
+    def fails(config):
+        with contextlib.suppress(ValueError):
+            jax.jit(lambda x: eqx.error_if(x, jnp.isnan(x).any(), told))(jnp.float32(jnp.nan)).block_until_ready()
+
+    monkeypatch.chdir(world)
+    monkeypatch.setattr(cnf, "run", fails)
+    monkeypatch.setattr(sys, "argv", ["cnf"])
+    with pytest.raises(SystemExit) as caught:
+        cnf.main()
+    assert caught.value.code == told
+    assert capfd.readouterr().err == ""
+
+
+def test_a_run_that_diverged_is_told_how_to_go_on(monkeypatch):
+    def fails(config):
+        raise NonFiniteLossError("Not finite at step 3.")
+
+    monkeypatch.setattr(cnf, "run", fails)
+    monkeypatch.setattr(sys, "argv", ["cnf", "--run-dir", "mine"])
+    with pytest.raises(SystemExit, match="--init-from mine, another --run-dir and a lower --learning-rate"):
+        cnf.main()
