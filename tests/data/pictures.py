@@ -1,4 +1,4 @@
-"""About sixty small picture files, each with what must be read of it: every mode, container and fault in turn."""
+"""Over a hundred small picture files, each with what must be read of it: every mode, container and fault in turn."""
 
 import io
 import struct
@@ -98,7 +98,7 @@ def tiff(size, data, *, bits=(8,), photometric=1, order="<", tags=()):
     far = place + 2 + 12 * len(entries) + 4
     directory, tail = struct.pack(order + "H", len(entries)), b""
     for number, (kind, values) in sorted(entries.items()):
-        packed = struct.pack(f"{order}{len(values)}{'H' if kind == 3 else 'I'}", *values)
+        packed = struct.pack(f"{order}{len(values)}{ {3: 'H', 4: 'I', 7: 'B'}[kind] }", *values)
         if len(packed) > 4:
             field, tail = struct.pack(order + "I", far + len(tail)), tail + packed
         else:
@@ -287,6 +287,10 @@ def transparent():
     key = ((b"tRNS", struct.pack(">H", DEEP[2, 2])),)
     right = three(np.where(DEEP[2, 2] == DEEP, 255, by_257(DEEP)))
     yield Case("16-key.png", png(rows_of(DEEP), 16, 0, before=key), right, (LAID, SIXTEEN), grey=True)
+    wide = RNG.integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+    key = ((b"tRNS", struct.pack(">HHH", *wide[1, 2])),)
+    right = np.where((wide[1, 2] == wide).all(-1, keepdims=True), 255, by_257(wide)).astype(np.uint8)
+    yield Case("16-colour-key.png", png(rows_of(wide), 16, 2, before=key), right, (LAID, SIXTEEN), within=1)
     # Premultiplied, as "associated alpha" is: what is stored is laid on white by adding what is missing.
     stored = (RGB.astype(np.int64) * ALPHA[..., None] // 255).astype(np.uint8)
     four = np.dstack([stored, ALPHA])
@@ -356,6 +360,8 @@ def damaged():
         yield Case(f"truncated.{ending}", whole[: len(whole) * 2 // 3], "cannot be read: it is (truncated|damaged|no)")
     whole = tiff((5, 7), np.dstack([GREY, ALPHA]).tobytes(), bits=(8, 8), tags=((338, 3, (1,)),))
     yield Case("cut-tags.tif", whole[:-45], "it is truncated")  # before the tag that tells what the second channel is
+    whole = tiff((5, 7), GREY.tobytes(), tags=((34675, 7, profile(1.8, space=b"GRAY")),))
+    yield Case("cut-profile.tif", whole[:-10], "it is truncated")
     packed = saved(noise, "TIFF", compression="tiff_lzw")
     yield Case("truncated-lzw.tif", packed[:-500], "cannot be read")
     progressive = saved(noise, "JPEG", progressive=True)
