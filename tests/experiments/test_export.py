@@ -3,14 +3,17 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export as jax_export
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
 pytest.importorskip("safetensors", reason="needs the extra fm_jax[experiments]")
@@ -86,9 +89,26 @@ def test_the_sampler_draws_what_the_library_draws_from_the_same_noise(num, writt
     assert jnp.abs(found - generate(restored.params, None, x0, (LABELS[:num] + 1) % 10).x).max() > 1e-3
 
 
+def test_a_label_that_is_none_and_one_that_is_not_there(written):
+    draw = call_of(written)
+    assert jnp.isfinite(draw(SEEDS, np.full(3, 10, np.int32))).all()
+    for label in (-1, 11):
+        assert jnp.isnan(draw(SEEDS, np.full(3, label, np.int32))).all()
+
+
+def test_devices_share_a_batch_that_is_cut_over_them(written):
+    num = jax.device_count()
+    whole = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec("data"))
+    seeds, labels = np.arange(2 * num, dtype=np.uint32), np.arange(2 * num, dtype=np.int32) % 10
+    found = jax.jit(call_of(written))(*jax.device_put((seeds, labels), whole))
+    assert len(found.sharding.device_set) == num
+    np.testing.assert_allclose(np.asarray(found), call_of(written)(seeds, labels), rtol=1e-4, atol=1e-4)
+
+
 def test_a_program_of_jax_and_numpy_alone_draws(written, tmp_path):
     program = """
 import sys
+from pathlib import Path
 import jax.export
 import numpy as np
 
@@ -129,16 +149,19 @@ def metadata(path):
     return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
 
 
-def test_the_file_says_what_it_is(written, digits_run):
+def test_the_file_says_what_it_is(written, digits_run, tmp_path):
     told = metadata(written)
     assert all(isinstance(value, str) for value in told.values())
     assert (told["format_version"], told["step"], told["average"], told["license"]) == ("1", "4", "0.9", "MIT")
-    config, _ = read_run(digits_run)
+    config, experiment = read_run(digits_run)
     record = json.loads(told["config"])
     assert record.pop("experiment") == "images"
     again = from_json(images.Config, record)
     training = dataclasses.replace(again.training, run_dir=digits_run)
     assert dataclasses.replace(again, training=training) == config
+    for name, file in (("config", "config.json"), ("data", "data.json")):
+        (tmp_path / file).write_text(told[name])
+    assert read_run(tmp_path)[1].model == experiment.model
     assert json.loads(told["sampler"])["solver"] == "heun"
     assert json.loads(told["data"])["source"] == "digits"
     assert os.stat(written).st_mode == os.stat(written.with_suffix(".md")).st_mode
@@ -308,9 +331,10 @@ def test_another_source_and_another_scale_are_in_the_sampler():
 
 
 @pytest.mark.parametrize(("average", "name"), [("none", None), ("0.9", "0.9"), ("0.50", "0.5"), (None, "0.9")])
-def test_the_average_that_is_asked_for(average, name, toy_run, tmp_path):
-    export.run(export.Config(run=toy_run, out=tmp_path / "a.safetensors", average=average, weights="beside"))
-    restored = restore_run(toy_run)
+def test_the_average_that_is_asked_for(average, name, toy_run, digits_run, tmp_path):
+    run = digits_run if average == "0.50" else toy_run
+    export.run(export.Config(run=run, out=tmp_path / "a.safetensors", average=average, weights="beside", solver="heun"))
+    restored = restore_run(run)
     state = restore(restored.config, restored.params)
     wanted = state.params if name is None else state.ema[name]
     jax.tree.map(np.testing.assert_array_equal, lab.nested(load_file(tmp_path / "a.safetensors")), wanted)
@@ -392,7 +416,7 @@ def test_what_is_wrong_is_said_and_nothing_is_written(options, message, toy_run,
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "README.safetensors").write_text("mine")
     before = sorted((path.name, path.is_file() and path.read_text()) for path in tmp_path.rglob("*"))
-    changed = {name: type(toy_run)(value) if name == "out" else value for name, value in options.items()}
+    changed = {name: Path(value) if name == "out" else value for name, value in options.items()}
     with pytest.raises((ValueError, OSError, SystemExit), match=message):
         export.run(export.Config(**({"run": toy_run} | changed)))
     assert sorted((path.name, path.is_file() and path.read_text()) for path in tmp_path.rglob("*")) == before
@@ -431,3 +455,19 @@ def test_parameters_that_are_too_many_go_beside(toy_run, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"--weights must be beside for 0.0 GB of parameters"):
         export.run(export.Config(run=toy_run, out=tmp_path / "model.safetensors"))
     export.run(export.Config(run=toy_run, out=tmp_path / "model.safetensors", weights="beside"))
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "howto" / "export.md"
+
+
+def test_the_page_runs_and_says_what_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "page"}
+    for block in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.DOTALL | re.MULTILINE):
+        exec(block, names)
+    assert "0.999 True" in capsys.readouterr().out
+    assert names["draw"](SEEDS, LABELS).shape == (3, 2)
+    assert names["gap"] < 1e-4
+    assert "callback" in names["refused"]
+    of_diffrax = set(re.findall(r"\w+", PAGE.read_text().split("The solvers of Diffrax")[1].split("call Python")[0]))
+    assert {name for name in OF_DIFFRAX if not name.startswith("adaptive_")} <= of_diffrax
