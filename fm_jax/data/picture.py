@@ -433,8 +433,10 @@ def _refuse_tiff(im: Any) -> None:
         raise _Refusal("it is a camera's raw file (DNG), of which Pillow would read the preview; convert it to PNG")
     if tags.get(254, 0) & 1:
         raise _Refusal("its first page is a preview of another one; convert it to PNG")
-    if im.mode == "YCbCr" and tags.get(530, (2, 2)) != (1, 1):
-        raise _Refusal("its colours are YCbCr of a lower resolution, which Pillow reads wrongly; convert it to PNG")
+    plain = tags.get(262) == 6 and tags.get(259, 1) == 1 and im.mode != "L"
+    # Older versions of Pillow open them as RGB, with bytes that are not there.
+    if plain and (im.mode != "YCbCr" or tags.get(530, (2, 2)) != (1, 1)):
+        raise _Refusal("its colours are YCbCr, not compressed, which Pillow may read wrongly; convert it to PNG")
 
 
 def _is_cut_tiff(file: BinaryIO) -> bool:

@@ -6,9 +6,11 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, TiffImagePlugin
 
 WHITE = 255
+TIFF_MODES = {mode for mode, _ in TiffImagePlugin.OPEN_INFO.values()}
+"""That this version of Pillow opens."""
 
 
 class Case(NamedTuple):
@@ -254,11 +256,11 @@ def refused_numbers():
     yield Case("signed-8.tif", data, "signed integers")
     data = tiff((5, 7), DEEP.astype("<u4").tobytes(), bits=(32,))
     yield Case("unsigned-32.tif", data, "integers of 32 bits")
-    yield Case("float.pfm", b"Pf\n2 1\n-1.0\n" + struct.pack("<ff", 0.5, 2.0), "floating point")
+    yield Case("float.pfm", b"Pf\n2 1\n-1.0\n" + struct.pack("<ff", 0.5, 2.0), "floating point|no picture")
     cards = ["SIMPLE  =                    T", "BITPIX  =                   16", "NAXIS   =                    2"]
     cards += ["NAXIS1  =                    2", "NAXIS2  =                    1", "END"]
     head = "".join(card.ljust(80) for card in cards).ljust(2880).encode()
-    yield Case("signed.fits", head + struct.pack(">hh", -5, 7).ljust(2880, b"\0"), "perhaps signed")
+    yield Case("signed.fits", head + struct.pack(">hh", -5, 7).ljust(2880, b"\0"), "of no known range")
 
 
 def transparent():
@@ -298,7 +300,8 @@ def transparent():
     yield Case("premultiplied.tif", data, stored + (255 - ALPHA[..., None]), (LAID,), within=2)
     grey = (GREY.astype(np.int64) * ALPHA // 255).astype(np.uint8)
     data = tiff((5, 7), np.dstack([grey, ALPHA]).tobytes(), bits=(8, 8), tags=((338, 3, (1,)),))
-    yield Case("premultiplied-grey.tif", data, three(grey + (255 - ALPHA)), (LAID,), grey=True, within=2)
+    if "La" in TIFF_MODES:
+        yield Case("premultiplied-grey.tif", data, three(grey + (255 - ALPHA)), (LAID,), grey=True, within=2)
     yield Case("rgba.tga", saved(np.dstack([RGB, ALPHA]), "TGA"), laid(RGB, ALPHA), (LAID,))
     options = {"lossless": True, "exact": True}
     yield Case("rgba.webp", saved(np.dstack([RGB, ALPHA]), "WEBP", **options), laid(RGB, ALPHA), (LAID,))
@@ -317,9 +320,10 @@ def colours():
     yield Case("lab.tif", data, of_lab(lab), within=2)
     luma = Image.fromarray(RGB).convert("YCbCr")
     right = np.asarray(luma.convert("RGB"))
-    yield Case("ycbcr.tif", saved(luma, "TIFF"), right)
+    if "YCbCr" in TIFF_MODES:
+        yield Case("ycbcr.tif", saved(luma, "TIFF"), right)
     half = tiff((2, 2), b"\x80" * 6, bits=(8, 8, 8), photometric=6, tags=((530, 3, (2, 2)),))
-    yield Case("ycbcr-half.tif", half, "lower resolution")
+    yield Case("ycbcr-half.tif", half, "its colours are YCbCr, not compressed")
     yield Case("gamma-1.8.png", saved(RGB, "PNG", icc_profile=profile(1.8)), to_srgb(RGB, 1.8), (CONVERTED,), within=2)
     data = saved(GREY, "PNG", icc_profile=profile(1.8, space=b"GRAY"))
     yield Case("grey-1.8.png", data, three(to_srgb(GREY, 1.8)), (CONVERTED,), grey=True, within=2)
