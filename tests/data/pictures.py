@@ -146,14 +146,31 @@ def profile(gamma, *, space=b"RGB "):
         tags |= {b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
     else:
         tags[b"kTRC"] = curve
+    return packed_profile(tags, space, b"XYZ ")
+
+
+def packed_profile(tags, space, connection):
+    """An ICC profile of these tags."""
     place = 128 + 4 + 12 * len(tags)
     table, body = struct.pack(">I", len(tags)), b""
     for name, data in tags.items():
         table += name + struct.pack(">II", place + len(body), len(data))
-        body += data
-    head = struct.pack(">I4sI4s4s4s", place + len(body), b"lcms", 0x02400000, b"mntr", space, b"XYZ ")
+        body += data + b"\0" * (-len(data) % 4)
+    size = place + len(body)
+    head = struct.pack(">I4sI4s4s4s", size, b"lcms", 0x02400000, b"mntr", space, connection)
     head += b"\0" * 12 + b"acsp" + b"\0" * 28 + struct.pack(">iii", 63190, 65536, 54061)
     return head.ljust(128, b"\0") + table + body
+
+
+def profile_of_inks(corners):
+    """An ICC profile of CMYK by a table of its 16 corners, the L*a*b* of none or all of each ink."""
+    stored = np.dstack([np.rint(corners[..., 0] * 2.55), corners[..., 1:] + 128]).astype(np.uint8)
+    straight = bytes(range(256))
+    lut = b"mft1\0\0\0\0" + bytes([4, 3, 2, 0]) + (np.eye(3) * 65536).astype(">i4").tobytes()
+    lut += 4 * straight + stored.tobytes() + 3 * straight
+    text = b"desc\0\0\0\0" + struct.pack(">I", 5) + b"inks\0" + b"\0" * 78
+    white = b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(v * 65536)) for v in D50)
+    return packed_profile({b"desc": text, b"wtpt": white, b"A2B0": lut}, b"CMYK", b"Lab ")
 
 
 def to_srgb(values, gamma):
@@ -226,6 +243,12 @@ def depths():
         yield Case(f"16-{name}.tif", tiff(DEEP.shape, data, bits=(16,), order=order), right, (SIXTEEN,), grey=True)
     data = tiff(DEEP.shape, DEEP.astype("<u2").tobytes(), bits=(16,), photometric=0)
     yield Case("16-white-is-zero.tif", data, three(by_257(65535 - DEEP)), (SIXTEEN,), grey=True)
+    for order in "<>":
+        image = Image.frombytes({"<": "I;16", ">": "I;16B"}[order], (7, 5), DEEP.astype(f"{order}u2").tobytes())
+        data = saved(image, "TIFF", compression="tiff_adobe_deflate", tiffinfo={262: 0 if order == "<" else 1})
+        right = three(by_257(65535 - DEEP if order == "<" else DEEP))
+        name = "16-white-is-zero" if order == "<" else "16-big"
+        yield Case(f"{name}-packed.tif", data, right, (SIXTEEN,), grey=True)
     yield Case("8-white-is-zero.tif", tiff(GREY.shape, GREY.tobytes(), photometric=0), three(255 - GREY), grey=True)
     values = DEEP[:, :6] >> 4
     data = tiff(values.shape, twelve(values), bits=(12,))
@@ -329,6 +352,13 @@ def colours():
     yield Case("grey-1.8.png", data, three(to_srgb(GREY, 1.8)), (CONVERTED,), grey=True, within=2)
     data = saved(GREY, "PNG", icc_profile=profile(1.8))
     yield Case("grey-of-rgb.png", data, three(to_srgb(GREY, 1.8)), (CONVERTED,), grey=True, within=2)
+    # Each ink darkens, cyan and magenta to the sides: what the naive conversion knows nothing of.
+    inks = np.array(list(np.ndindex(2, 2, 2, 2)))
+    corners = np.array([100, 0, 0]) + inks @ np.array([[-20, -10, 0], [-20, 20, 0], [-5, 0, 20], [-55, 0, 0]])
+    pairs = np.array([[0, 8, 4], [2, 1, 12]])  # none, each alone, cyan with magenta
+    image = Image.frombytes("CMYK", (3, 2), (inks[pairs] * 255).astype(np.uint8).tobytes())
+    data = saved(image, "TIFF", icc_profile=profile_of_inks(corners.reshape(16, 1, 3)))
+    yield Case("cmyk-profile.tif", data, of_lab(corners[pairs]), (CONVERTED,), within=6)
     srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     yield Case("srgb.png", saved(RGB, "PNG", icc_profile=srgb), RGB)
     unused = ("with a colour profile that cannot be used",)
