@@ -23,6 +23,8 @@ class Counted:
         function: any function.
         nfe: what a call of it costs.
         domain: the range of times that it may be called at, where that is narrower than what a sampler would take.
+        reach: the range of times in which a sampler may end that does not call it at the last; `domain` by default.
+            A velocity made of data predictions, say, is infinite at t = 1, and Euler's last step still leads there.
 
     Example:
         >>> v = Counted(lambda t, x: -x, 1)
@@ -33,6 +35,7 @@ class Counted:
     function: Callable[..., Any]
     nfe: int | None
     domain: tuple[float, float] | None = None
+    reach: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         check_function("function", self.function, "a function")
@@ -51,8 +54,18 @@ def cost(function: Callable[..., Any]) -> int | None:
 
 def domain_of(*functions: Callable[..., Any]) -> tuple[float, float] | None:
     """The times at which all of the functions may be called; `None` where none of them says."""
-    domains = [each.domain for each in functions if isinstance(each, Counted) and each.domain is not None]
-    return (max(low for low, _ in domains), min(high for _, high in domains)) if domains else None
+    return overlap(*(each.domain for each in functions if isinstance(each, Counted)))
+
+
+def reach_of(*functions: Callable[..., Any]) -> tuple[float, float] | None:
+    """The times at which a sampler may end that calls none of the functions there; `None` where none of them says."""
+    return overlap(*(each.reach or each.domain for each in functions if isinstance(each, Counted)))
+
+
+def overlap(*ranges: tuple[float, float] | None) -> tuple[float, float] | None:
+    """The times that are in all of the ranges, of which `None` is no limit."""
+    limits = [each for each in ranges if each is not None]
+    return (max(low for low, _ in limits), min(high for _, high in limits)) if limits else None
 
 
 def total(*costs: int | None) -> int | None:

@@ -9,6 +9,8 @@ four gives the others, except where the division below is by zero; there the res
 says so.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -26,10 +28,13 @@ from fm_jax.checks import (
     check_velocity,
     is_traced,
 )
-from fm_jax.nfe import Counted, cost, domain_of
+from fm_jax.nfe import Counted, cost, domain_of, overlap, reach_of
 from fm_jax.schedules import coefficients, known_to_stand_still, log_snr, vanishes
 from fm_jax.shapes import batch_time, time_of
 from fm_jax.types import KINDS, ApplyFn, Cond, Kind, ModelFn, Params, Prediction, Schedule, State, Time, VelocityFn
+
+ALL_TIMES = (0.0, 1.0)
+"""From the source to the data."""
 
 
 def convert(kind: Kind, value: State, t: Time, x_t: State, schedule: Schedule) -> Prediction:
@@ -114,7 +119,9 @@ def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = 
         cond: conditioning [batch, ...] or `None`.
 
     Returns:
-        `v(t, x)`.
+        `v(t, x)`. Where `velocity_domain(kind, schedule)` is less than [0, 1], it carries that domain: `sample` takes a
+        number of steps over it, and refuses times at which `v` would be called outside of it.
+        `dataclasses.replace(v, domain=velocity_domain(kind, schedule, margin=1e-5))` has another margin.
 
     Raises:
         ValueError: if `model_fn` is no function, `kind` is unknown or `schedule` is none; when called, if the network
@@ -133,7 +140,9 @@ def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = 
             return prediction
         return convert(kind, prediction, t, x, schedule).velocity
 
-    return Counted(velocity, cost(model_fn))
+    domain = velocity_domain(kind, schedule)
+    narrower = domain[0] > ALL_TIMES[0] or domain[1] < ALL_TIMES[1]
+    return Counted(velocity, cost(model_fn), *((domain, ALL_TIMES) if narrower else ()))
 
 
 def score_fn(v: VelocityFn, schedule: Schedule) -> VelocityFn:
@@ -157,19 +166,21 @@ def score_fn(v: VelocityFn, schedule: Schedule) -> VelocityFn:
         check_shape("v(t, x)", velocity, x)
         return convert("velocity", velocity, t, x, schedule).score
 
-    return Counted(score, cost(v), domain_of(v))
+    return Counted(score, cost(v), domain_of(v), reach_of(v))
 
 
 def velocity_domain(kind: Kind, schedule: Schedule, margin: float = 1e-3) -> tuple[float, float]:
     """The range of times on which the velocity of a network of this kind is finite.
 
     It is `schedule.domain`, less `margin` at the end where the conversion divides by zero: sigma = 0 for "data",
-    alpha = 0 for "noise" and "score". Samplers go from its lower to its upper end.
+    alpha = 0 for "noise" and "score". There it also begins no earlier than where the signal is `margin` of the noise:
+    on `Polynomial(2)` alpha is 1e-6 at t = 0.001, where a prediction rounded to float32 says nothing of the data.
+    Samplers go from its lower to its upper end.
 
     Args:
         kind: what the network predicts.
         schedule: of the path.
-        margin: distance kept from the singular time.
+        margin: distance kept from the singular time, and least signal-to-noise ratio alpha / sigma there.
 
     Returns:
         (t_min, t_max).
@@ -182,6 +193,9 @@ def velocity_domain(kind: Kind, schedule: Schedule, margin: float = 1e-3) -> tup
         t_max -= margin
     if kind in ("noise", "score") and vanishes(schedule.alpha, t_min):
         t_min += margin
+        with jax.ensure_compile_time_eval():
+            faint = schedule.t_from_log_snr(jnp.asarray(2 * math.log(margin), dtype=float))
+        t_min = t_min if is_traced(faint) else max(t_min, float(faint))
     return t_min, t_max
 
 
@@ -232,10 +246,12 @@ def reschedule_domain(old_schedule: Schedule, new_schedule: Schedule) -> tuple[f
     """
     check_schedule(old_schedule, "old_schedule")
     check_schedule(new_schedule, "new_schedule")
-    reached, own = (
-        _log_snrs(old_schedule, conversion_domain(old_schedule)),
-        _log_snrs(new_schedule, new_schedule.domain),
-    )
+    return _rescheduled(conversion_domain(old_schedule), old_schedule, new_schedule)
+
+
+def _rescheduled(old_times: tuple[float, float], old_schedule: Schedule, new_schedule: Schedule) -> tuple[float, float]:
+    """The times on the new schedule that have the signal-to-noise ratios of a range of times on the old one."""
+    reached, own = _log_snrs(old_schedule, old_times), _log_snrs(new_schedule, new_schedule.domain)
     if reached is None or own is None:
         raise ValueError(f"old_schedule and new_schedule must have known settings, got {old_schedule}, {new_schedule}.")
     with jax.ensure_compile_time_eval():
@@ -269,8 +285,9 @@ def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule, *,
         old_schedule: the schedule it was trained on.
         new_schedule: the schedule to sample on.
         clip: what to do where the SNR is none of the old schedule's, outside of `reschedule_domain`. By default such
-            times are refused. With `clip` t stays at the nearest end of the old schedule, and x only scales: sampling
-            starts, or ends, with the law that the old model has there, noise and data in the proportion of its end.
+            times are refused. With `clip` t stays at the nearest end of the old schedule, or of the domain that `v`
+            carries, and x only scales: sampling starts, or ends, with the law that the old model has there, noise and
+            data in the proportion of its end.
 
     Returns:
         `v_new(r, x)`, called as `v` is. Without `clip` it carries its domain, over which `sample` takes its steps and
@@ -284,10 +301,14 @@ def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule, *,
     check_bool("clip", clip)
     check_schedule(old_schedule, "old_schedule")
     check_schedule(new_schedule, "new_schedule")
-    old_domain = conversion_domain(old_schedule)
+    convertible = conversion_domain(old_schedule)
+    old_domain = overlap(convertible, domain_of(v)) or convertible
     reached = _log_snrs(old_schedule, old_domain)
     known = reached is not None and _log_snrs(new_schedule, new_schedule.domain) is not None
-    domain = reschedule_domain(old_schedule, new_schedule) if known else new_schedule.domain
+    domain = _rescheduled(old_domain, old_schedule, new_schedule) if known else new_schedule.domain
+    reach = None
+    if known and not clip and (old_reach := reach_of(v)) is not None:
+        reach = _rescheduled(overlap(convertible, old_reach) or convertible, old_schedule, new_schedule)
     allowed = new_schedule.domain if clip else domain
 
     def new_velocity(r: Time, x: State) -> State:
@@ -314,4 +335,4 @@ def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule, *,
         found = d_log_s * x + s * d_t * velocity
         return found if clip else jnp.where(inside, found, jnp.nan)
 
-    return Counted(new_velocity, cost(v), None if clip else domain)
+    return Counted(new_velocity, cost(v), None if clip else domain, reach)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_function, check_numbers_of, check_schedule, check_shape, check_state, check_velocity
 from fm_jax.guidance.scale import check_interval, check_scale, is_number, scale_at
-from fm_jax.nfe import Counted, cost, domain_of
+from fm_jax.nfe import Counted, cost, domain_of, reach_of
 from fm_jax.parameterization import velocity_domain
 from fm_jax.schedules import coefficients, vanishes
 from fm_jax.shapes import batch_time, expand_time, time_dtype
@@ -94,4 +94,4 @@ def classifier(
         check_shape("v(t, x)", velocity, x)
         return velocity + expand_time(weight, x) * jax.grad(total_log_prob)(x)
 
-    return Counted(guided, cost(v), domain_of(v))
+    return Counted(guided, cost(v), domain_of(v), reach_of(v))

@@ -10,7 +10,7 @@ from fm_jax.checks import check_condition, check_function, check_shape, check_ve
 from fm_jax.conditions import null_like
 from fm_jax.guidance.rules import Extrapolate, Rule
 from fm_jax.guidance.scale import ALWAYS, check_interval, check_scale, is_number, scale_at
-from fm_jax.nfe import Counted, cost, domain_of, total
+from fm_jax.nfe import Counted, cost, domain_of, reach_of, total
 from fm_jax.parameterization import velocity_fn
 from fm_jax.shapes import expand_time, time_dtype
 from fm_jax.types import Array, ArrayTree, Cond, Kind, ModelFn, Schedule, State, Time, VelocityFn
@@ -71,7 +71,8 @@ def classifier_free(
         check_shape("what the rule returns", velocity, x)
         return velocity
 
-    return Counted(guided, total(cost(v_cond), cost(v_uncond)), domain_of(v_cond, v_uncond))
+    nfe = total(cost(v_cond), cost(v_uncond))
+    return Counted(guided, nfe, domain_of(v_cond, v_uncond), reach_of(v_cond, v_uncond))
 
 
 def classifier_free_batched(
@@ -130,7 +131,7 @@ def classifier_free_batched(
         check_shape("what the rule returns", velocity, x)
         return velocity
 
-    return Counted(guided, cost(branches))
+    return Counted(guided, cost(branches), domain_of(branches), reach_of(branches))
 
 
 def compose(
@@ -195,7 +196,7 @@ def compose(
             total = total + expand_time(scale_t, x) * (each - unconditional)
         return total
 
-    return Counted(guided, cost(branches))
+    return Counted(guided, cost(branches), domain_of(branches), reach_of(branches))
 
 
 def _one_batch(
@@ -217,4 +218,4 @@ def _one_batch(
         repeated_t = t if jnp.ndim(t) == 0 else jnp.concatenate([t] * num)
         return jnp.split(v(repeated_t, jnp.concatenate([x] * num)), num)
 
-    return Counted(branches, total(*[cost(model_fn)] * num))
+    return Counted(branches, total(*[cost(model_fn)] * num), domain_of(v), reach_of(v))

@@ -105,7 +105,7 @@ def bits_per_dim(
     if num_draws > 1 and divergence.stochastic:
         raise ValueError(f"num_draws = {num_draws} needs an exact divergence, got {divergence}: else it is no bound.")
     check_number("tolerance", tolerance, "(0, inf)")
-    steps = times_of(v, sampler, times, np.zeros((), float), DEFAULT_STEPS)
+    steps = times_of(v, sampler, times, np.zeros((), float), DEFAULT_STEPS, backward=True)
     grid = tuple(np.asarray(steps).tolist())
     solves = _coarser(sampler, grid), (sampler, grid)
     coarse, fine = _bits(v, key, images, levels, num_draws, divergence, source, solves)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_has, check_key, check_per_example, check_source
 from fm_jax.likelihood.divergence import Divergence, Exact
-from fm_jax.nfe import Counted, cost, domain_of
+from fm_jax.nfe import Counted, cost, domain_of, reach_of
 from fm_jax.samplers import Adaptive, sample
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.sample import as_state, times_of
@@ -158,7 +158,7 @@ def _transport(
     check_source(source)
     if key is not None:
         check_key(key)
-    grid = times_of(v, sampler, times, x, DEFAULT_STEPS)
+    grid = times_of(v, sampler, times, x, DEFAULT_STEPS, backward=backward)
     if sampler.stochastic:
         raise ValueError(f"sampler must not draw noise, for there to be a change of variables, got {sampler}.")
     check_forward(grid, "a likelihood")
@@ -174,5 +174,6 @@ def _transport(
         return jnp.concatenate([velocity.reshape(batch, dim), -div[:, None]], axis=1).astype(z.dtype)
 
     z = jnp.concatenate([x.reshape(batch, dim), jnp.zeros((batch, 1), x.dtype)], axis=1)
-    found = sample(Counted(augmented, cost(v), domain_of(v)), z, sampler, times=grid[::-1] if backward else grid)
+    carried = Counted(augmented, cost(v), domain_of(v), reach_of(v))
+    found = sample(carried, z, sampler, times=grid[::-1] if backward else grid)
     return Solution(state(found.x), found.calls, found.nfe), found.x[:, -1]

@@ -62,6 +62,10 @@ class AdamsBashforth:
     def __post_init__(self) -> None:
         check_integer("order", self.order, least=min(START), most=max(START))
 
+    def skips_last(self, times: ArrayTree) -> bool:
+        """Whether the velocity is never called at the last of the times: "heun" does so, where it starts order 3."""
+        return self.order != 3 or len(times) > self.order
+
     def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         times, order = jnp.asarray(times), self.order

@@ -35,36 +35,55 @@ SOLVERS = {
 }
 _EXAMPLE_AXIS = "fm_jax_example"
 _FIRST_STEP_NFE = 2
+NOT_FINITE = (
+    "The velocity v(t, x) is not finite, or x0 is not: the error of the last step refused is NaN or infinite. Other "
+    "tolerances and more steps change nothing. Look at the parameters of the network, and whether v is singular at "
+    "one of the times."
+)
 
 
 @functools.cache
-def _counting_controller() -> type:
-    """A PID controller that counts network evaluations; a class made on demand, since importing Diffrax is slow."""
+def watching_controller() -> type:
+    """A PID controller that counts network evaluations, and knows whether the last refused step had a finite error.
+
+    A class made on demand, since importing Diffrax is slow.
+    """
     import diffrax
     import equinox as eqx
 
-    class CountingController(diffrax.AbstractAdaptiveStepSizeController):
+    class WatchingController(diffrax.AbstractAdaptiveStepSizeController):
         rtol: float
         atol: float
         norm: Any
         pid: diffrax.PIDController
-        tableau: diffrax.ButcherTableau = eqx.field(static=True)
+        stages: int = eqx.field(static=True)
+        fsal: bool = eqx.field(static=True)
 
         def wrap(self, direction):
             return self
 
         def init(self, *args):
             t_next, state = self.pid.init(*args)
-            return t_next, (state, jnp.asarray(_FIRST_STEP_NFE), jnp.asarray(False))
+            return t_next, (state, jnp.asarray(_FIRST_STEP_NFE), jnp.asarray(False), jnp.asarray(True))
 
         def adapt_step_size(self, t0, t1, y0, y1, args, y_error, error_order, controller_state):
-            state, nfe, started = controller_state
+            state, nfe, started, finite = controller_state
             keep, *rest, state, result = self.pid.adapt_step_size(t0, t1, y0, y1, args, y_error, error_order, state)
             # "First same as last" saves one stage a step, but only once a step has been accepted.
-            saved = started if self.tableau.fsal else 0
-            return keep, *rest, (state, nfe + self.tableau.num_stages - saved, started | keep), result
+            saved = started if self.fsal else 0
+            # Steps up to where the velocity ends are accepted, ever shorter ones: of the refused ones it is the last.
+            finite = jnp.where(keep, finite, jnp.isfinite(y_error).all())
+            return keep, *rest, (state, nfe + self.stages - saved, started | keep, finite), result
 
-    return CountingController
+    return WatchingController
+
+
+def or_raise(states: Array, solution: Any) -> Array:
+    """The states of a solve by `watching_controller`; where it has failed, an error when run that says why."""
+    diffrax, equinox = imported("diffrax", "Adaptive"), imported("equinox", "Adaptive")
+    failed, finite = ~diffrax.is_okay(solution.result), solution.controller_state[3]
+    states = equinox.error_if(states, failed & ~finite, NOT_FINITE)
+    return solution.result.error_if(states, failed & finite)
 
 
 def _rms(x: State) -> Array:
@@ -116,7 +135,8 @@ class Adaptive:
         ValueError: for bad tolerances or an unknown solver; from `sample`, for a state in low precision.
         ImportError: from `sample`, if Diffrax is missing.
         RuntimeError: from Diffrax, when run, if `max_steps` is not enough. Raise it or loosen the tolerances; if steps
-            become tiny near one end, the velocity is singular there: stop short of it.
+            become tiny near one end, the velocity is singular there: stop short of it. Of a velocity that is not finite
+            it says so.
 
     Example:
         >>> from fm_jax.samplers import sample
@@ -173,7 +193,8 @@ class Adaptive:
             )
         solver: Any = getattr(diffrax, SOLVERS[self.solver].name)() if isinstance(self.solver, str) else self.solver
         pid = diffrax.PIDController(self.rtol, self.atol)
-        controller = _counting_controller()(self.rtol, self.atol, pid.norm, pid, solver.tableau)
+        tableau = solver.tableau
+        controller = watching_controller()(self.rtol, self.atol, pid.norm, pid, tableau.num_stages, tableau.fsal)
         times = jnp.asarray(times)
         saveat = diffrax.SaveAt(t1=True, ts=times if trajectory else None, controller_state=True)
         # Recursive checkpointing is a custom_vjp, whose backward pass does not know the axis gathered over below.
@@ -203,8 +224,9 @@ class Adaptive:
                 stepsize_controller=controller,
                 adjoint=default_adjoint if self.adjoint is None else self.adjoint,
                 max_steps=self.max_steps,
+                throw=False,
             )
-            return solution.ys, solution.controller_state[1]
+            return or_raise(solution.ys, solution), solution.controller_state[1]
 
         if self.per_sample:
             solve = jax.vmap(solve, axis_name=_EXAMPLE_AXIS, out_axes=(1, 0))

@@ -150,6 +150,10 @@ class DDIM:
     def domain(self) -> tuple[float, float]:
         return range_of(self.schedule)
 
+    def skips_last(self, times: ArrayTree) -> bool:
+        """Whether the velocity is never called at the last of the times."""
+        return True
+
     def solve(self, v: VelocityFn, key: Key | None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         check_start(self.schedule, times)

@@ -6,8 +6,9 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_integer, check_member, check_setting, check_tolerances, imported
+from fm_jax.checks import check_integer, check_member, check_setting, check_times, check_tolerances, imported
 from fm_jax.nfe import spent
+from fm_jax.samplers.adaptive import or_raise, watching_controller
 from fm_jax.samplers.levels import range_of
 from fm_jax.samplers.sde import (
     ScoreFn,
@@ -79,7 +80,8 @@ class DiffraxSDE:
         ValueError: for bad coefficients or tolerances, or tolerances for a solver without an error estimate; from
             `sample`, for a state in low precision, or a start where the score by `schedule` is infinite.
         ImportError: from `sample`, if Diffrax is missing.
-        RuntimeError: from Diffrax, when run, if `max_steps` is not enough.
+        RuntimeError: from Diffrax, when run, if `max_steps` is not enough; of a velocity that is not finite, adaptive
+            steps say so.
 
     References:
         Foster et al. 2023 (arXiv:2210.17543, eq. 5.8 for SEA and 6.1 for ShARK); Roessler 2010 (SIAM J. Numer. Anal.
@@ -125,7 +127,14 @@ class DiffraxSDE:
 
     @property
     def domain(self) -> tuple[float, float]:
-        return (0.0, 1.0) if self.schedule is None else range_of(self.schedule)
+        if self.schedule is None:
+            return 0.0, 1.0
+        first, last = range_of(self.schedule)
+        return first, last if self.diffusion is not None else min(last, self.schedule.domain[1])
+
+    def skips_last(self, times: ArrayTree) -> bool:
+        """Whether the velocity is never called at the last of the times."""
+        return True
 
     def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
@@ -135,6 +144,8 @@ class DiffraxSDE:
             raise ValueError("trajectory needs fixed steps: adaptive ones are not known beforehand.")
         if self.schedule is not None:
             check_score_at_start(self.schedule, times)
+            if self.diffusion is None:  # Diffrax asks for g at the last time too
+                check_times("times", times, self.schedule.domain, f"the domain of {self.schedule}, where g is finite")
         diffrax, lineax = imported("diffrax", "DiffraxSDE"), imported("lineax", "DiffraxSDE")
         times = jnp.asarray(times)
         if self.adaptive:
@@ -155,7 +166,9 @@ class DiffraxSDE:
 
         if self.adaptive:
             # PI coefficients that Diffrax's documentation recommends for SDEs.
-            controller = diffrax.PIDController(self.rtol, self.atol, pcoeff=0.1, icoeff=0.3)
+            pid = diffrax.PIDController(self.rtol, self.atol, pcoeff=0.1, icoeff=0.3)
+            stages = SOLVERS[self.solver].stages
+            controller = watching_controller()(self.rtol, self.atol, pid.norm, pid, stages, False)
             dt0, finest, max_steps = FIRST_STEP * elapsed[-1], FINEST_STEP * elapsed[-1], self.max_steps
         else:
             controller, max_steps = diffrax.StepTo(elapsed), len(times) - 1
@@ -178,9 +191,11 @@ class DiffraxSDE:
             t1=elapsed[-1],
             dt0=dt0,
             y0=x0,
-            saveat=diffrax.SaveAt(t0=True, steps=True) if trajectory else diffrax.SaveAt(t1=True),
+            saveat=diffrax.SaveAt(t0=trajectory, t1=not trajectory, steps=trajectory, controller_state=self.adaptive),
             stepsize_controller=controller,
             max_steps=max_steps,
+            throw=not self.adaptive,
         )
+        states = or_raise(solution.ys, solution) if self.adaptive else solution.ys
         counts = spent(solution.stats["num_steps"] * SOLVERS[self.solver].stages, *functions(v, self.score))
-        return Solution(solution.ys[-1], *counts, solution.ys if trajectory else None)
+        return Solution(states[-1], *counts, states if trajectory else None)

@@ -127,6 +127,10 @@ class DPMSolver:
     def domain(self) -> tuple[float, float]:
         return range_of(self.schedule)
 
+    def skips_last(self, times: ArrayTree) -> bool:
+        """Whether the velocity is never called at the last of the times."""
+        return True
+
     def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         check_start(self.schedule, times)
@@ -179,6 +183,10 @@ class DPMSolverPlusPlus:
     @property
     def domain(self) -> tuple[float, float]:
         return range_of(self.schedule)
+
+    def skips_last(self, times: ArrayTree) -> bool:
+        """Whether the velocity is never called at the last of the times."""
+        return True
 
     def solve(self, v: VelocityFn, key: Key | None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""

@@ -22,7 +22,7 @@ from fm_jax.parameterization import convert
 from fm_jax.samplers.levels import range_of
 from fm_jax.samplers.loop import run_steps, step_noise
 from fm_jax.samplers.runge_kutta import evaluate, ode_step
-from fm_jax.samplers.sde import ScoreFn, check_score_at_start, score_missing, sde_step
+from fm_jax.samplers.sde import ScoreFn, check_score_at_start, score_known_missing, score_missing, sde_step
 from fm_jax.shapes import expand_time, time_dtype, time_of
 from fm_jax.types import Array, ArrayTree, Diffusion, Key, Schedule, Solution, State, Time, VelocityFn
 
@@ -123,6 +123,11 @@ class PredictorCorrector:
     @property
     def domain(self) -> tuple[float, float]:
         return range_of(self.schedule)
+
+    def skips_last(self, times: ArrayTree) -> bool:
+        """Whether the velocity is never called at the last of the times: without a corrector there."""
+        predictor_alone = self.corrector_steps == 0
+        return predictor_alone or score_known_missing(self.schedule, times[-1])
 
     def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""

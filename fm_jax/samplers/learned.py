@@ -68,6 +68,10 @@ class LearnedSolver:
         t0, t1 = self.ends
         return t0, t1
 
+    def skips_last(self, times: ArrayTree) -> bool:
+        """Whether the velocity is never called at the last of the times."""
+        return True
+
     def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         x, states, velocities = x0, [x0], list[Array]()

@@ -166,6 +166,10 @@ class RungeKutta:
     def nfe_per_step(self) -> int:
         return tableau(self.method).stages
 
+    def skips_last(self, times: ArrayTree) -> bool:
+        """Whether the velocity is never called at the last of the times."""
+        return max(tableau(self.method).c) < 1
+
     def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
 

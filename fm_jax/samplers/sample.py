@@ -1,5 +1,6 @@
 """The one entry to sampling."""
 
+import math
 from typing import Any
 
 import jax
@@ -14,16 +15,16 @@ from fm_jax.checks import (
     check_state,
     check_times,
     check_velocity,
+    is_traced,
     shown,
 )
-from fm_jax.nfe import domain_of
+from fm_jax.nfe import domain_of, reach_of
+from fm_jax.parameterization import ALL_TIMES
 from fm_jax.samplers.grids import time_grid
 from fm_jax.samplers.runge_kutta import RungeKutta
 from fm_jax.types import Array, ArrayTree, Key, Sampler, Solution, State, VelocityFn
 
 DEFAULT_STEPS = 20
-TIMES = (0.0, 1.0)
-"""From the source to the data."""
 SOURCE_TO_DATA = "from source to data unless nfe.Counted gives v another domain"
 _MIDPOINT = RungeKutta("midpoint")
 
@@ -48,11 +49,17 @@ def sample(
     Args:
         v: velocity function; called with a scalar t in float32 or better, or with t [batch] where each example has its
             own steps (`Adaptive(per_sample=True)`).
-        x0: the state at the first time, floating point.
+        x0: the state at the first time, floating point and finite. Where that is t0 > 0, as 0.001 for a network of
+            noise or score on `Linear`, or where sigma(0) is not 1, as on `VE`, it is the standard normal times
+            `paths.start(schedule, t0).scale`. At 0.001 that is 0.999 on `Linear` and nearer to 1 on `Cosine`: there
+            standard normal noise serves as well.
         sampler: how to follow it: `RungeKutta("heun")`, `Adaptive()`, `DDIM(schedule)`, `EulerMaruyama(schedule)`, ...
         times: how many even steps to take over the sampler's range, from source to data, 20 by default; or the times
             themselves, [num + 1] and strictly monotone, as from `samplers.grids`. Decreasing ones run backward, from
-            data to noise. An adaptive sampler chooses its own steps from the first time to the last.
+            data to noise. An adaptive sampler chooses its own steps from the first time to the last. A velocity that
+            `velocity_fn` made of data, noise or score carries its `velocity_domain`: a number of steps keeps to it, and
+            other times are refused, but for the last where the sampler does not call `v` there (as Euler's method and
+            DDIM to t = 1).
         key: typed key, for a sampler that draws noise and for no other.
         trajectory: whether to keep the states at all times.
 
@@ -85,15 +92,23 @@ def sample(
     if own is not None:
         if times is not None:
             raise ValueError(f"times must be None: {sampler} has its own, got {shown(times)}.")
-        _check_domain("the sampler's times", own, v)
+        _check_domain("the sampler's times", own, v, sampler)
         return sampler.solve(v, key, own, x0, trajectory)
     return sampler.solve(v, key, times_of(v, sampler, times, x0), x0, trajectory)
 
 
 def times_of(
-    v: VelocityFn, sampler: Sampler, times: int | ArrayTree | None, x: ArrayTree, default: int = DEFAULT_STEPS
+    v: VelocityFn,
+    sampler: Sampler,
+    times: int | ArrayTree | None,
+    x: ArrayTree,
+    default: int = DEFAULT_STEPS,
+    *,
+    backward: bool = False,
 ) -> ArrayTree:
     """The times of a solve, for `sample` and for whoever puts more to the state and so must know them before.
+
+    With `backward` the solve goes through them from the last to the first.
 
     Raises:
         ValueError: as `sample`, and for a sampler that goes through times of its own.
@@ -102,19 +117,41 @@ def times_of(
     check_sampler(sampler)
     if own_times_of(sampler) is not None:
         raise ValueError(f"sampler must go through any times, in either direction, got {sampler}, which has its own.")
-    (low, high), allowed = sampler.domain, domain_of(v) or TIMES
-    grid = time_grid(default if times is None else times, (max(low, allowed[0]), min(high, allowed[1])), x)
-    _check_domain("times", grid, v)
+    (low, high), domain, reach = sampler.domain, domain_of(v) or ALL_TIMES, reach_of(v) or ALL_TIMES
+    times = default if times is None else times
+    grid = time_grid(times, (max(low, domain[0]), min(high, domain[1])), x)
+    if np.ndim(times) == 0 and not backward and min(high, reach[1]) > domain[1]:
+        further = time_grid(times, (max(low, domain[0]), min(high, reach[1])), x)
+        if _skips_last(sampler, further) and further[-2] <= domain[1]:
+            grid = further
+    _check_domain("times", grid[::-1] if backward else grid, v, sampler)
     return grid
 
 
-def _check_domain(name: str, times: ArrayTree, v: VelocityFn) -> None:
-    allowed = domain_of(v) or TIMES
-    check_times(name, times, allowed, SOURCE_TO_DATA if allowed == TIMES else "the domain of v")
+def _skips_last(sampler: Sampler, times: ArrayTree) -> bool:
+    """Whether a sampler says that it never calls the velocity at the last of these times."""
+    said = getattr(sampler, "skips_last", None)
+    return said is not None and said(times)
+
+
+def _check_domain(name: str, times: ArrayTree, v: VelocityFn, sampler: Sampler) -> None:
+    domain, reach = domain_of(v), reach_of(v)
+    if is_traced(times):
+        return
+    if domain is None or reach is None:
+        check_times(name, times, ALL_TIMES, SOURCE_TO_DATA)
+    elif reach == domain:
+        check_times(name, times, domain, "the domain of v")
+    else:
+        what = "the velocity_domain of the network in v, to which a number of steps keeps by itself"
+        if _skips_last(sampler, times):
+            check_times(f"the last of {name}", times[-1:], reach, "where v may be left")
+            times = times[:-1]
+        check_times(name, times, domain, what)
 
 
 def as_state(name: str, x: ArrayTree) -> Array:
-    """The state as an array; raises `ValueError` for what is none, or not floating point [batch, ...]."""
+    """The state as an array; raises `ValueError` for what is none, not floating point [batch, ...], or not finite."""
     if isinstance(x, list | tuple):
         check_finite(name, x)
         x = np.asarray(x, dtype=float)
@@ -123,6 +160,11 @@ def as_state(name: str, x: ArrayTree) -> Array:
     check_state(x, name)
     if 0 in x.shape[1:]:
         raise ValueError(f"{name} must be [batch, ...] with an event that is not empty, got shape {tuple(x.shape)}.")
+    if not is_traced(x) and getattr(x, "is_fully_addressable", True):
+        with jax.ensure_compile_time_eval():
+            bad = int((~jnp.isfinite(x)).reshape(len(x), math.prod(x.shape[1:])).any(axis=1).sum())
+        if bad:
+            raise ValueError(f"{name} must be finite, got NaN or infinity in {bad} of {len(x)} examples.")
     return jnp.asarray(x)
 
 

@@ -16,6 +16,7 @@ from fm_jax.checks import (
     check_shape,
     check_state,
     check_velocity,
+    is_traced,
 )
 from fm_jax.nfe import spent
 from fm_jax.parameterization import convert
@@ -92,6 +93,13 @@ def functions(v: VelocityFn, score: ScoreFn | None) -> tuple[Callable, ...]:
 def score_missing(schedule: Schedule, t: Elementwise) -> Bool[AnyArray, " *shape"]:
     """Whether the velocity gives no finite score at `t`: where sigma = 0, or where alpha and its slope are both 0."""
     return (schedule.sigma(t) == 0) | stands_still(schedule, t)
+
+
+def score_known_missing(schedule: Schedule, t: Scalar | float) -> bool:
+    """`score_missing` at one time, as a Python bool; False where a setting is traced."""
+    with jax.ensure_compile_time_eval():
+        value = score_missing(schedule, jnp.asarray(t))
+        return not is_traced(value) and bool(value)
 
 
 def check_score_at_start(schedule: Schedule, times: ArrayTree) -> None:
@@ -255,6 +263,10 @@ class EulerMaruyama:
     def domain(self) -> tuple[float, float]:
         return (0.0, 1.0) if self.schedule is None else range_of(self.schedule)
 
+    def skips_last(self, times: ArrayTree) -> bool:
+        """Whether the velocity is never called at the last of the times."""
+        return True
+
     def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         return _solve(self, v, key, times, x0, trajectory, method="euler_maruyama")
@@ -287,6 +299,10 @@ class StochasticHeun:
     @property
     def domain(self) -> tuple[float, float]:
         return (0.0, 1.0) if self.schedule is None else range_of(self.schedule)
+
+    def skips_last(self, times: ArrayTree) -> bool:
+        """Whether the velocity is never called at the last of the times: where it gives no score."""
+        return self.schedule is not None and score_known_missing(self.schedule, times[-1])
 
     def solve(self, v: VelocityFn, key: Key, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""

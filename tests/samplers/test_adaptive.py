@@ -9,8 +9,9 @@ import pytest
 
 from fm_jax.guidance import classifier_free
 from fm_jax.nfe import Counted
-from fm_jax.samplers import Adaptive, sample
+from fm_jax.samplers import Adaptive, DiffraxSDE, sample
 from fm_jax.samplers.adaptive import SOLVERS
+from fm_jax.schedules import Linear
 
 EXPLICIT = [name for name, solver in SOLVERS.items() if not solver.implicit]
 
@@ -139,6 +140,31 @@ def test_an_implicit_solver_takes_long_steps_where_the_field_is_stiff(x64):
 def test_too_few_steps_is_an_error():
     with pytest.raises(RuntimeError, match="maximum number of solver steps was reached"):
         jax.block_until_ready(solve(swing(RATES), X, Adaptive(max_steps=3)))
+
+
+@pytest.mark.parametrize("where", ["everywhere", "from 0.5 on", "infinite", "x0"])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        Adaptive(max_steps=50),
+        Adaptive("heun", per_sample=True, max_steps=50),
+        Adaptive("kvaerno3", per_sample=True, max_steps=50),
+        DiffraxSDE(Linear(), rtol=1e-2, atol=1e-2, max_steps=50),
+    ],
+    ids=lambda sampler: f"{type(sampler).__name__} {sampler.solver}",
+)
+def test_a_velocity_that_is_not_finite_is_not_told_to_take_more_steps(sampler, where):
+    def v(t, x):
+        value = {"everywhere": jnp.nan, "from 0.5 on": jnp.where(jnp.mean(t) > 0.5, jnp.nan, -1.0), "infinite": jnp.inf}
+        return x * value.get(where, 1.0)
+
+    def end(x0):
+        return sample(v, x0, sampler, times=[0.0, 0.9], key=jax.random.key(0) if sampler.stochastic else None).x
+
+    x0 = jnp.full((2, 1), jnp.nan if where == "x0" else 1.0)
+    with pytest.raises(RuntimeError, match=r"The velocity v\(t, x\) is not finite, or x0 is not") as caught:
+        jax.block_until_ready(jax.jit(end)(x0))
+    assert "max_steps" not in str(caught.value).partition("---")[0]
 
 
 def test_importing_the_samplers_does_not_import_diffrax():
