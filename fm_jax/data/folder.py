@@ -21,7 +21,6 @@ from fm_jax.checks import (
     why_no_folder,
 )
 from fm_jax.data.arrays import Say, Split, natural
-from fm_jax.data.images import ImageDataset
 from fm_jax.data.picture import (
     Background,
     Colour,
@@ -78,7 +77,7 @@ class _Tree(NamedTuple):
 def find_pictures(
     folder: str | os.PathLike[str], *, labels: str | os.PathLike[str] = "folders", skip_broken: bool = False
 ) -> Found:
-    """Lists the pictures of a folder with their classes; opens none of them.
+    """Lists the pictures of a folder with their classes; decodes none of them.
 
     * Classes are the first folders below `folder`, however deep the pictures lie. Without such folders there are no
       labels. If there are only folders named train, test, val and the like, with train among them, they are the splits,
@@ -150,20 +149,20 @@ def find_pictures(
 
 def load_folder(
     folder: str | os.PathLike[str],
-    split: Split = "all",
+    split: Split | tuple[Split, ...] = "all",
     *,
     size: int | tuple[int, int] | None = None,
     fit: Fit = "crop",
     colour: Colour | None = None,
     background: Background = "white",
     labels: str | os.PathLike[str] = "folders",
-    test_share: float = 0.0,
+    test_share: float | None = 0.0,
     skip_broken: bool = False,
     stream: bool | None = None,
     num_images: int | None = None,
     say: Say | None = None,
     progress: bool | None = None,
-) -> ImageDataset:
+) -> Any:
     """Makes training data of a folder of pictures.
 
     The pictures are decoded into memory by as many threads as there are cores, or, streamed, whenever they are drawn.
@@ -171,15 +170,16 @@ def load_folder(
 
     Args:
         folder: with the pictures, as `find_pictures` understands it.
-        split: "all"; "train" or "test", by the folder's own folders of these names, or by `test_share`.
+        split: "all"; "train" or "test", by the folder's own folders of these names, or by `test_share`; or
+            ("train", "test") for both at once, which looks at every file once.
         size: of all pictures, a side or (height, width); `None` if they have one size already.
         fit: "crop", "resize" or "pad", as in `PictureReader`.
         colour: "rgb" or "grey"; `None` for grey if all files of the folder hold greys, and RGB otherwise. That goes by
             what a file says it holds: grey pixels stored as RGB are RGB.
         background: "white" or "black": behind what is transparent, and around in "pad".
         labels: "folders", "none" or a CSV file, as in `find_pictures`.
-        test_share: share of every class for testing, of a folder without splits of its own. Who belongs to it goes by
-            the names of the files alone.
+        test_share: share of every class for testing, of a folder without splits of its own; `None` for a tenth of such
+            a folder. Who belongs to it goes by the names of the files alone.
         skip_broken: leave out what cannot be read, instead of refusing all. A class is dropped if none of its pictures
             in the folder can be read.
         stream: decode the pictures only when they are drawn; `None` for that if they would take more than half of the
@@ -192,7 +192,8 @@ def load_folder(
 
     Returns:
         uint8 images [n, h, w, 1 or 3], in natural order of their names; labels and names of the classes; a fingerprint
-        of names, labels, the begin of each file and the settings, the same with and without `stream`.
+        of names, labels, the begin of each file and the settings, the same with and without `stream`. For several
+        splits a tuple, with `None` for one without pictures.
 
     Raises:
         FileNotFoundError: if there is no such folder, or CSV file.
@@ -281,12 +282,20 @@ def _enter(
         tree.alone[ending] += 1
     elif not stat.S_ISREG(status.st_mode):
         tree.refused[_shown(parts)] = "it is a pipe, a socket or a device"
-    elif kind := kind_unread(name):
+    elif kind_unread(name) and (kind := kind_unread(name, _beginning(path))):
         tree.refused[_shown(parts)] = f"it is {kind}, which Pillow cannot open"
     elif not os.access(path, os.R_OK):
         tree.refused[_shown(parts)] = "Permission denied"
     else:
         tree.files.append(_File(Path(path), parts))
+
+
+def _beginning(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(16)
+    except OSError:
+        return b""
 
 
 def _structure(files: list[_File]) -> tuple[int, bool, list[str]]:

@@ -316,10 +316,11 @@ def open_picture(path: str | os.PathLike[str], name: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def kind_unread(name: str) -> str | None:
+def kind_unread(name: str, begin: bytes = b"") -> str | None:
     """What a file is, by its ending, that Pillow cannot open: "a film"; `None` for all others.
 
-    A plugin that registers an ending with Pillow, as those for HEIF do, makes it one that can be opened.
+    A plugin that registers an ending with Pillow, as those for HEIF do, makes it one that can be opened. So does what
+    it begins with, such as a JPEG that is called .heic; many raw files begin like a TIFF, which is a small preview.
     """
     from PIL import Image
 
@@ -327,7 +328,11 @@ def kind_unread(name: str) -> str | None:
     kind = _KIND_OF.get(ending[1:])
     if kind is None or (kind != "a film" and ending in Image.registered_extensions()):
         return None
-    return f"{kind} ({ending})"
+    return f"{kind} ({ending})" if _begins_like(begin) in (None, "TIFF") else None
+
+
+def _begins_like(begin: bytes) -> str | None:
+    return next((known for known, pattern in _BEGINNINGS.items() if re.match(pattern, begin, re.DOTALL)), None)
 
 
 def shown_path(path: str | os.PathLike[str]) -> str:
@@ -382,18 +387,17 @@ def _opened(file: BinaryIO, name: str) -> Iterator[Any]:
     """A picture before its pixels are decoded, if it is of a kind that can be read rightly."""
     from PIL import Image, UnidentifiedImageError
 
-    if kind := kind_unread(name):  # many raw files open as the TIFF of a small preview
-        raise _Refusal(f"it is {kind}, which Pillow cannot open")
     begin = file.read(12)
     if not begin:
         raise _Refusal("it is empty")
+    if kind := kind_unread(name, begin):
+        raise _Refusal(f"it is {kind}, which Pillow cannot open")
     file.seek(0)
     try:
         opened = Image.open(file)
     except UnidentifiedImageError:
-        like = [known for known, pattern in _BEGINNINGS.items() if re.match(pattern, begin, re.DOTALL)]
-        if like:
-            raise _Refusal(f"it begins like a {like[0]}, and is damaged or truncated") from None
+        if like := _begins_like(begin):
+            raise _Refusal(f"it begins like a {like}, and is damaged or truncated") from None
         raise _Refusal("it is no picture of a format that Pillow opens") from None
     with opened as im:
         if im.format in _NO_PIXELS:

@@ -422,6 +422,7 @@ def damaged():
 
 def others():
     yield Case("png.jpg", saved(RGB, "PNG"), RGB)
+    yield Case("png.HEIC", saved(RGB, "PNG"), RGB)
     yield Case("no-ending", saved(RGB, "BMP"), RGB)
     four = blocks("L", [10, 90, 170, 250])
     yield Case("grey.jpg", saved(four, "JPEG", quality=100), three(four), grey=True, within=2)

@@ -197,16 +197,17 @@ def test_nothing_there_is_refused_and_what_is_there_said(tmp_path):
 
 
 def test_what_is_no_picture_for_pillow_is_refused_by_name(tmp_path):
-    write(tmp_path, "a/1.png", "a/2.HEIC", "b/film.mov", "b/1.png")
+    write(tmp_path, "a/1.png", "b/1.png", "b/3.heic")  # the last has a wrong name, and is a PNG
+    write(tmp_path, "a/2.HEIC", "b/film.mov", data=b"\0\0\0\x18ftyp")
     with pytest.raises(PictureError) as caught:
         find_pictures(tmp_path)
     assert str(caught.value).splitlines() == [
         "a/2.HEIC cannot be read: it is a HEIF picture (.heic), which Pillow cannot open.",
         "b/film.mov cannot be read: it is a film (.mov), which Pillow cannot open.",
-        "2 of 4 files cannot be read: mend or remove them, or leave them out by skip_broken=True.",
+        "2 of 5 files cannot be read: mend or remove them, or leave them out by skip_broken=True.",
     ]
     found = find_pictures(tmp_path, skip_broken=True)
-    assert found.names == ("a/1.png", "b/1.png")
+    assert found.names == ("a/1.png", "b/1.png", "b/3.heic")
     assert found.left_out == tuple(str(caught.value).splitlines()[:2])
 
 
