@@ -31,7 +31,8 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks.lab import lines, record
-from experiments.lab import command_line, data, images
+from experiments.lab import command_line, images
+from experiments.lab.data import load
 from experiments.lab.experiment import restore_run
 from experiments.lab.figures import save_error_curves
 from experiments.lab.options import check_options
@@ -223,7 +224,7 @@ def network(config: Config) -> dict[str, Any]:
     fine = jax.jit(lambda x0: sample(v, x0, RungeKutta("rk4"), times=40).x)
     keys = jax.random.split(jax.random.key(0), 4)
     x0 = experiment.draw_x0(keys[0], num)
-    real = images.in_unit_range(data.load(restored.config.data).train)
+    real = images.in_unit_range(load(restored.config.data).train)
     halves = np.split(np.random.default_rng(0).permutation(len(real))[: 2 * num], 2)
     data, other = (jnp.asarray(real[half]) for half in halves)
     problem = Problem(v, method.schedule, x0, fine(x0), data, other)

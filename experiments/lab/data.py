@@ -12,10 +12,12 @@ import numpy as np
 
 from experiments.lab.options import check_options, option
 from experiments.lab.processes import by_first, is_first
-from fm_jax.data.arrays import NoSplitError, check_dataset, fingerprint, load_npz, standardise
+from fm_jax.data.arrays import NoSplitError, Split, check_dataset, fingerprint, load_npz, standardise
 from fm_jax.data.digits import load_digits
+from fm_jax.data.folder import load_folder
 from fm_jax.data.images import ImageDataset, load_images
-from fm_jax.data.picture import Colour, Fit
+from fm_jax.data.picture import Background, Colour, Fit
+from fm_jax.data.records import load_records, load_tfds
 from fm_jax.train.folder import write_text
 
 FACTS = "data.json"
@@ -58,7 +60,7 @@ class Data:
     """How: the middle is cut out (crop), sides change apart (resize), or a border is put around (pad)."""
     colour: Colour | None = None
     """By default grey if all pictures are."""
-    background: Literal["white", "black"] = "white"
+    background: Background = "white"
     """What lies behind transparent parts, and around what is padded."""
     labels: Literal["given", "none"] = "given"
     """Train with the labels that there are, such as names of subfolders, or with none."""
@@ -72,8 +74,8 @@ class Data:
     """What becomes -1 and 1, of arrays that are not uint8."""
     latents: bool = False
     """The arrays are latents: each channel is brought to mean 0 and variance 1, and samples are brought back."""
-    test_share: float = 0.1
-    """Share of every class that is held out, where the data have no test images of their own."""
+    test_share: float | None = None
+    """Share of every class that is held out; by default a tenth, where the data have no test images of their own."""
     skip_broken: bool = False
     """Leave out what cannot be read, and list it, in place of ending."""
     stream: bool | None = None
@@ -169,8 +171,7 @@ PRESETS = {
 
 def load(data: Data, progress: bool | None = None) -> Loaded:
     """Reads the images of both splits, or finds where they are."""
-    train = _load(data, "train", progress)
-    test = _load(data, "test", progress)
+    train, test = _load(data, progress)
     mean = std = None
     if data.latents:
         train, mean, std = standardise(train)
@@ -191,15 +192,20 @@ def load(data: Data, progress: bool | None = None) -> Loaded:
     return Loaded(train, None if test is None else check_dataset(test), facts)
 
 
-def _load(data: Data, split: Literal["train", "test"], progress: bool | None) -> ImageDataset | None:
+def _load(data: Data, progress: bool | None) -> tuple[ImageDataset, ImageDataset | None]:
+    """The images to train on, and those held out."""
     num = data.num_images
     if data.dataset == "digits":
-        digits = load_digits(split)
-        return digits._replace(images=digits.images[:num], labels=digits.labels[:num])
+        train, test = (load_digits(split)._replace(fingerprint=None) for split in ("train", "test"))
+        return train.subset(slice(num)), test.subset(slice(num))
     if data.dataset is not None:
-        return load_images(data.dataset, split if num is None else f"{split}[:{num}]", data_dir=data.data_dir)
-    labelled = data.labels == "given"
-    said = print if split == "train" and is_first() else _nothing
+        train, test = (
+            load_images(data.dataset, split if num is None else f"{split}[:{num}]", data_dir=data.data_dir)
+            for split in ("train", "test")
+        )
+        return train, test
+    labelled, said = data.labels == "given", print if is_first() else _nothing
+    where: Any = getattr(data, data.source)
     of_pictures: dict[str, Any] = {
         "size": None if data.size is None else data.size if len(data.size) == 2 else data.size * 2,
         "fit": data.fit,
@@ -210,28 +216,27 @@ def _load(data: Data, split: Literal["train", "test"], progress: bool | None) ->
         "stream": data.stream,
         "num_images": num,
         "say": said,
-        "progress": progress,
+        "progress": progress if is_first() else False,
     }
+    both: tuple[Split, ...] = ("train", "test")
+    match data.source:
+        case "folder":
+            labels = data.csv or ("folders" if labelled else "none")
+            return load_folder(where, both, labels=labels, **of_pictures)
+        case "tfds":
+            return load_tfds(where, both, data_dir=data.data_dir, labels=labelled, **of_pictures)
+        case "array_record":
+            return load_records(where, both, labels=labelled, **of_pictures)
+    train = _load_npz(data, where, "train", said)
     try:
-        match data.source:
-            case "folder":
-                labels = data.csv or ("folders" if labelled else "none")
-                return load_folder(data.folder, split, labels=labels, **of_pictures)
-            case "tfds":
-                return load_tfds(data.tfds, split, data_dir=data.data_dir, labels=labelled, **of_pictures)
-            case "array_record":
-                return load_records(data.array_record, split, labels=labelled, **of_pictures)
-            case _:
-                return _load_npz(data, split, said)
+        return train, _load_npz(data, where, "test", _nothing)
     except NoSplitError:
-        if split == "train":
-            raise
-        return None
+        return train, None
 
 
-def _load_npz(data: Data, split: Literal["train", "test"], say: Any) -> ImageDataset:
+def _load_npz(data: Data, path: Path, split: Literal["train", "test"], say: Any) -> ImageDataset:
     dataset = load_npz(
-        data.npz,
+        path,
         split,
         images=data.image_entry,
         labels=data.label_entry,
@@ -244,6 +249,10 @@ def _load_npz(data: Data, split: Literal["train", "test"], say: Any) -> ImageDat
     if data.num_images is None or data.num_images >= len(dataset.images):
         return dataset
     return dataset.subset(np.linspace(0, len(dataset.images) - 1, data.num_images).astype(int))
+
+
+def _nothing(text: str) -> None:
+    """What was said of one split, or by one process, holds of the others."""
 
 
 @by_first
@@ -270,7 +279,3 @@ def read_facts(run_dir: Path, data: Data) -> Facts:
         raise ValueError(
             f"{run_dir / FACTS} is damaged ({error}). The command that trained the run writes it anew."
         ) from None
-
-
-def _nothing(text: str) -> None:
-    """What was said of one split holds of the other."""

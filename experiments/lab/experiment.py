@@ -109,7 +109,8 @@ def begin_with(training: Training, params: Params) -> Params:
         return params
     restored = restore_run(training.init_from, "--init-from")
     theirs = dict(_named(restored.params))
-    new, wrong = [], []
+    new: list[str] = []
+    wrong: list[str] = []
     for name, own in _named(params):
         if name not in theirs or theirs[name].shape != own.shape:
             (new if name.startswith(_EMBEDDING) else wrong).append(name)

@@ -1,6 +1,7 @@
 """Flow matching on images: what the experiments on digits, MNIST and the like, and on one's own pictures, share."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -146,15 +147,16 @@ def build(config: Config, facts: Facts | None = None) -> Experiment:
     options: dict[str, Any] = {"scan_layers": True} if config.scan_layers else {}
     num_classes, drop = len(facts.class_names) or None, None
     if num_classes is not None:
-        stddev = {"stddev": 0.02} if "dit" in config.model else {}
-        options["embed"] = LabelEmbedding(num_classes, **stddev)
+        dit = "dit" in config.model
+        options["embed"] = LabelEmbedding(num_classes, stddev=0.02) if dit else LabelEmbedding(num_classes)
         drop = DropCondition(config.label_dropout, null_cond=num_classes)
     model = NETWORKS[config.model](dropout=config.dropout, compute=Compute(config.dtype, config.remat), **options)
     try:
         jax.eval_shape(lambda key: init_params(model, key, facts.shape), jax.random.key(0))
     except ValueError as error:
+        size = "x".join(map(str, facts.shape))
         raise ValueError(
-            f"--model {config.model} does not fit the images of {facts.source}, {'x'.join(map(str, facts.shape))}: {error}"
+            f"--model {config.model} does not fit the images of {facts.source}, {size}: {error}"
         ) from error
     scale = None if facts.mean is None else (np.asarray(facts.mean), np.asarray(facts.std))
     return Experiment(model, linen_apply(model), Normal(), facts.shape, num_classes, drop, scale)
@@ -296,7 +298,7 @@ def _check_data(config: Config, loaded: Loaded) -> None:
 def _is_judged(loaded: Loaded) -> bool:
     """Whether a classifier of pixels is to name the samples: of small images with classes and some held out."""
     facts = loaded.facts
-    return len(facts.class_names) > 1 and facts.num_test > 0 and np.prod(facts.shape) <= MOST_VALUES
+    return len(facts.class_names) > 1 and facts.num_test > 0 and math.prod(facts.shape) <= MOST_VALUES
 
 
 def _generator(config: Config, experiment: Experiment, **options):
@@ -372,7 +374,7 @@ def _save_grid(
     real = dataset.subset(some)
     if experiment.num_classes is None:
         num = min(len(images), ROWS * COLUMNS)
-        labels, names, real_labels = np.arange(num) // COLUMNS, [""] * ROWS, np.arange(len(some)) // 3
+        labels, names, real_labels = np.arange(num) // COLUMNS, ("",) * ROWS, np.arange(len(some)) // 3
         images = images[:num]
     else:
         shown = np.isin(labels, _classes_shown(experiment))

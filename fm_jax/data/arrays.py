@@ -19,6 +19,8 @@ from fm_jax.data.lazy import LazyImages
 Say = Callable[[str], None]
 Split = Literal["train", "test", "all"]
 SPLITS: tuple[str, ...] = ("train", "test", "all")
+TEST_SHARE = 0.1
+"""Held out of data without test images of their own, where no share is given."""
 _CHUNK = 4096
 _ENTRIES = {
     "images": ("images", "image", "x", "data", "samples", "pixels", "arr_0"),
@@ -220,7 +222,7 @@ def load_npz(
     *,
     images: str | None = None,
     labels: str | None = None,
-    test_share: float = 0.0,
+    test_share: float | None = 0.0,
     class_names: Sequence[str] | None = None,
     value_range: tuple[float, float] | None = None,
     levels: int = 256,
@@ -233,7 +235,7 @@ def load_npz(
         split: "all"; "train" or "test" by entries such as `x_train` and `test_images`, or by `test_share`.
         images: the entry with the images; by default one that is called images, x, data, samples or arr_0.
         labels: the entry with the labels; by default labels, y, targets or arr_1, if there is one.
-        test_share: share of every class for testing, of a file without splits of its own.
+        test_share: share of every class for testing, of a file without splits of its own; `None` for a tenth.
         class_names: as in `make_dataset`, like the rest.
         value_range: as there.
         levels: as there.
@@ -245,7 +247,8 @@ def load_npz(
     """
     path = Path(path)
     check_member("split", split, SPLITS)
-    check_number("test_share", test_share, "[0, 1)")
+    if test_share is not None:
+        check_number("test_share", test_share, "[0, 1)")
     say = say or warn
     entries = _read_entries(path)
     options: dict[str, Any] = {"class_names": class_names, "value_range": value_range, "levels": levels, "say": say}
@@ -256,7 +259,8 @@ def load_npz(
             raise ValueError(f"{path} must have an entry for the images, such as 'images', got {_described(entries)}.")
         name_of_labels = _find(path, entries, "labels", labels, None)
         dataset = make_dataset(entries[name], None if name_of_labels is None else entries[name_of_labels], **options)
-        mask = held_out(list(map(str, range(len(dataset.images)))), dataset.labels, test_share)
+        share = TEST_SHARE if test_share is None else test_share
+        mask = held_out(list(map(str, range(len(dataset.images)))), dataset.labels, share)
         return part(dataset, split, mask)
     if test_share:
         raise ValueError(f"test_share must be 0 for {path}, which has splits of its own: {_described(entries)}.")

@@ -441,7 +441,7 @@ def _read_table(table: Path) -> tuple[list[tuple[int, list[str]]], int, int]:
             f"{where} must have a column of files and one of labels, separated by commas, semicolons or tabs, got "
             f"{shown(first)} as its first line."
         )
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter)  # of old systems too
     try:
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:

@@ -47,8 +47,8 @@ class ImageDataset(NamedTuple):
         """0 without labels."""
         return len(self.class_names)
 
-    def subset(self, indices: np.ndarray) -> "ImageDataset":
-        """Some of the examples, by their numbers."""
+    def subset(self, indices: np.ndarray | slice) -> "ImageDataset":
+        """Some of the examples, by their numbers; a slice copies nothing."""
         lazy = isinstance(self.images, LazyImages)
         images = self.images.subset(indices) if lazy else self.images[indices]
         labels = None if self.labels is None else self.labels[indices]

@@ -72,9 +72,10 @@ class LazyImages:
             found[place] = image
         return found
 
-    def subset(self, indices: np.ndarray) -> "LazyImages":
+    def subset(self, indices: np.ndarray | slice) -> "LazyImages":
         """Some of the images, none of which is read."""
-        check_array("indices", indices)
+        if not isinstance(indices, slice):
+            check_array("indices", indices)
         numbers = np.arange(len(self))[indices]
         return LazyImages(lambda i: self._read(int(numbers[i])), len(numbers), self.shape[1:], self.dtype)
 

@@ -56,8 +56,11 @@ _NO_PIXELS = {
     "BUFR": "it holds measurements (BUFR), no picture",
     "GRIB": "it holds measurements (GRIB), no picture",
     "HDF5": "it holds arrays (HDF5), no picture",
+    "XBM": "it is a bitmap of X11 (XBM), in which Pillow takes black for white",
 }
-"""Formats that Pillow recognises, and cannot decode itself."""
+"""Formats that Pillow recognises, and cannot decode itself, or not rightly."""
+_MAYBE_ALPHA = ("BMP", "DIB", "TGA")
+"""Formats whose fourth byte is often left at 0, and then no alpha."""
 _KINDS = {
     "a HEIF picture": "heic heif hif heics heifs",
     "a JPEG XL picture": "jxl",
@@ -203,6 +206,9 @@ class PictureReader:
             if im.info.get("gamma") and "icc_profile" not in im.info and not 0.4 < im.info["gamma"] < 0.5:
                 notes.add("with a gamma other than that of sRGB, which was not applied")
             colours, alpha = _split(im, packing, bits)
+            if alpha is not None and im.format in _MAYBE_ALPHA and not alpha.getextrema()[1]:
+                alpha = None
+                notes.add("with an alpha of 0 everywhere, which was ignored")
             colours = _to_srgb(colours, im.info.get("icc_profile"), notes)
         colours = self._lay(colours, alpha, notes)
         colours = colours.convert("L" if self.colour == "grey" else "RGB")

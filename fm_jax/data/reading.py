@@ -25,7 +25,7 @@ from fm_jax.checks import (
     check_member,
     check_number,
 )
-from fm_jax.data.arrays import SPLITS, NoSplitError, Say, Split, held_out
+from fm_jax.data.arrays import SPLITS, TEST_SHARE, NoSplitError, Say, Split, held_out
 from fm_jax.data.images import ImageDataset
 from fm_jax.data.lazy import LazyImages, available_memory, watched
 from fm_jax.data.picture import (
@@ -69,19 +69,19 @@ class Found(NamedTuple):
 def gather(
     found: Found,
     where: str,
-    split: Split = "all",
+    split: Split | tuple[Split, ...] = "all",
     *,
     size: int | tuple[int, int] | None = None,
     fit: Fit = "crop",
     colour: Colour | None = None,
     background: Background = "white",
-    test_share: float = 0.0,
+    test_share: float | None = 0.0,
     skip_broken: bool = False,
     stream: bool | None = None,
     num_images: int | None = None,
     say: Say | None = None,
     progress: bool | None = None,
-) -> ImageDataset:
+) -> Any:
     """Makes training data of pictures that were found; options, result and errors are those of `load_folder`.
 
     Args:
@@ -99,9 +99,11 @@ def gather(
         say: as there.
         progress: as there.
     """
-    check_member("split", split, SPLITS)
+    splits = split if isinstance(split, tuple) else (split,)
+    for each in splits:
+        check_member("split", each, SPLITS)
     reader = _reader_of(size, fit, colour, background)
-    check_number("test_share", test_share, "[0, 1)")
+    is_test = _is_test(where, found, test_share)
     check_bool("skip_broken", skip_broken)
     if stream is not None:
         check_bool("stream", stream)
@@ -112,7 +114,11 @@ def gather(
     if progress is not None:
         check_bool("progress", progress)
 
-    wanted = chosen = _chosen(where, found, split, float(test_share), num_images)
+    parts = [_chosen(found, each, is_test, num_images) for each in splits]
+    if not any(parts) or (not parts[0] and split == splits[0]):
+        why = f"test_share is {test_share}" if found.is_test is None else "its only split is train"
+        raise NoSplitError(f"split {splits[0]!r} of {where} has no pictures: {why}. Give a test_share above 0.")
+    wanted = chosen = [i for part in parts for i in part]
     work = _Work(found, progress)
     # Of all pictures, where that decides on sizes or channels: they have to be the same for both splits.
     every = list(range(len(found.names))) if reader.size is None or colour is None else chosen
@@ -150,8 +156,21 @@ def gather(
         images = LazyImages(read, len(chosen), shape)
     _tell(work, wanted, say)
     settings = (height, width, reader.fit, reader.colour, reader.background)
-    made_of = _fingerprint([seen[i] for i in chosen], names, numbers, class_names, settings)
-    return ImageDataset(images, numbers, class_names, fingerprint=made_of)
+    whole = ImageDataset(images, numbers, class_names)
+
+    def dataset_of(part: list[int]) -> ImageDataset | None:
+        left = np.flatnonzero(np.isin(chosen, part))
+        if not len(left):
+            return None
+        rows = slice(int(left[0]), int(left[-1]) + 1)  # side by side, so that nothing is copied
+        found_in = [seen[i] for i in chosen[rows]]
+        labels_in = None if numbers is None else numbers[rows]
+        return whole.subset(rows)._replace(
+            fingerprint=_fingerprint(found_in, names[rows], labels_in, class_names, settings)
+        )
+
+    datasets = tuple(map(dataset_of, parts))
+    return datasets if isinstance(split, tuple) else datasets[0]
 
 
 class _Seen(NamedTuple):
@@ -284,27 +303,21 @@ def _reader_of(size: Any, fit: Fit, colour: Colour | None, background: Backgroun
     return PictureReader(tuple(size) if isinstance(size, list) else size, fit, colour or "rgb", background)
 
 
-def _chosen(
-    folder: str | os.PathLike[str], found: Found, split: Split, test_share: float, num_images: int | None
-) -> list[int]:
+def _is_test(where: str, found: Found, share: float | None) -> np.ndarray:
+    """Which pictures are for testing: those of the data's own splits, or a share; by default a tenth."""
+    if share is not None:
+        check_number("test_share", share, "[0, 1)")
+    if found.is_test is None:
+        return held_out(found.names, found.labels, TEST_SHARE if share is None else float(share))
+    if share:
+        raise ValueError(f"test_share must be 0 for {where}, which has splits of its own, got {share}.")
+    return found.is_test
+
+
+def _chosen(found: Found, split: Split, is_test: np.ndarray, num_images: int | None) -> list[int]:
     """The pictures of a split, in their order."""
-    is_test = found.is_test
-    if is_test is not None and test_share:
-        raise ValueError(
-            f"test_share must be 0 for {shown_path(folder)}, which has splits of its own, got {test_share}."
-        )
-    if is_test is None:
-        is_test = held_out(found.names, found.labels, test_share)
     mask = np.ones(len(is_test), dtype=bool) if split == "all" else is_test if split == "test" else ~is_test
     chosen = np.flatnonzero(mask)
-    if not len(chosen):
-        if found.is_test is not None:
-            why = "its only split is train"
-        else:
-            why = f"it has no such folder, and test_share is {test_share:g}"
-        raise NoSplitError(
-            f"split {split!r} of {shown_path(folder)} has no pictures: {why}. Give a test_share above 0."
-        )
     if num_images is None or num_images >= len(chosen):
         return chosen.tolist()
     order = np.array([zlib.crc32(found.names[i].encode()) for i in chosen])
@@ -369,7 +382,7 @@ def _tell(work: _Work, wanted: list[int], say: Say | None) -> None:
     if say is None:
         if left_out:
             more = [f"... and {len(left_out) - NAMED} more"] if len(left_out) > NAMED else []
-            warnings.warn("\n".join([head, *left_out[:NAMED], *more, *work.said]), stacklevel=3)
+            warnings.warn("\n".join([head, *left_out[:NAMED], *more, *work.said]), stacklevel=4)
         return
     for note in work.found.notes:
         say(note)

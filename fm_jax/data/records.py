@@ -24,8 +24,8 @@ _CHUNK = 1000
 
 
 def load_records(
-    path: str | os.PathLike[str], split: Split = "all", *, labels: bool = True, **options: Any
-) -> ImageDataset:
+    path: str | os.PathLike[str], split: Split | tuple[Split, ...] = "all", *, labels: bool = True, **options: Any
+) -> Any:
     """Makes training data of ArrayRecord: each record a picture's file, or a `tf.train.Example` with one.
 
     Of an Example the picture is `image` or `image/encoded`, the label `label` or `image/class/label`, and the name of
@@ -33,7 +33,8 @@ def load_records(
 
     Args:
         path: a file, or a folder of files with "array_record" in their names.
-        split: "all"; "train" or "test" by such a word in the names of the files, or by `test_share`.
+        split: "all"; "train" or "test" by such a word in the names of the files, or by `test_share`; several as in
+            `load_folder`.
         labels: whether to use the labels that there are.
         options: as in `fm_jax.data.folder.load_folder`, from `size` on.
 
@@ -73,18 +74,18 @@ def load_records(
 
 def load_tfds(
     name: str,
-    split: Split = "all",
+    split: Split | tuple[Split, ...] = "all",
     *,
     data_dir: str | os.PathLike[str] | None = None,
     labels: bool = True,
     **options: Any,
-) -> ImageDataset:
+) -> Any:
     """Makes training data of any data set of TFDS with an image in each example, without TensorFlow.
 
     Args:
         name: as TFDS calls it, such as "eurosat/rgb"; prepared once by `python -m fm_jax.data.images NAME`.
         split: "all"; "train" or "test" by the data set's own splits (validation, where there is no test), or by
-            `test_share`.
+            `test_share`; several as in `load_folder`.
         data_dir: as in `fm_jax.data.images.load_images`.
         labels: whether to use the labels that there are.
         options: as in `fm_jax.data.folder.load_folder`, from `size` on.
@@ -133,6 +134,11 @@ def load_tfds(
         if numbers.min() < 0:
             raise ValueError(f"{name} must have a label for every image, got {numbers.min()}: give labels=False.")
     is_test = np.arange(len(names)) >= starts[1] if len(parts) > 1 else None
+    shape = features[images[0]].shape
+    if None not in shape[:2]:  # of all, which need not be looked at for it
+        options = {"size": (shape[0], shape[1]), **{k: v for k, v in options.items() if (k, v) != ("size", None)}}
+    if shape[-1] is not None and options.get("colour") is None:
+        options["colour"] = "grey" if shape[-1] == 1 else "rgb"
     reads = tuple(partial(read, number) for number in range(len(names)))
     return gather(Found(reads, tuple(names), numbers, class_names, is_test, (), ()), name, split, **options)
 
@@ -185,7 +191,7 @@ def write_records(path: str | os.PathLike[str], dataset: ImageDataset) -> Path:
 
 
 def _example() -> Any:
-    return imported("tensorflow_datasets.proto.tf_example_pb2", "ArrayRecord", "'fm_jax[data]'").Example()
+    return imported("tensorflow_datasets.proto", "ArrayRecord", "'fm_jax[data]'").tf_example_pb2.Example()
 
 
 def _files_of(path: Path) -> list[Path]:

@@ -44,8 +44,8 @@ def test_images(module, tmp_path, capsys):
     except FileNotFoundError as error:
         pytest.skip(str(error))
     run_dir = tmp_path / "run-smoke"
-    pictures = ("samples.png", "animation.gif", "loss.png", "samples/step_000004.png")
-    for name in (*pictures, "metrics.jsonl", "config.json", "results.json"):
+    pictures = (*images.PICTURES, "samples/step_000004.png")
+    for name in (*pictures, "metrics.jsonl", "config.json", "data.json", "results.json"):
         assert (run_dir / name).stat().st_size > 0, name
     assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["2", "4"]
     assert [row["step"] for row in read_metrics(run_dir)] == [2, 4]
@@ -64,7 +64,7 @@ def test_one_option_changes_the_network_and_a_finished_run_is_not_run_again(tmp_
     results = images.run(small)
     assert all(np.isfinite(row["loss"]) for row in read_metrics(tmp_path / "run-smoke"))
 
-    monkeypatch.setattr(images, "train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(images, "train", trained_again)
     assert images.run(small) == results
     with pytest.raises(pytest.fail.Exception, match="trained again"):
         images.run(dataclasses.replace(small, num_samples=10))
@@ -259,7 +259,7 @@ def copied(finished, tmp_path):
     return config, (tmp_path / "run" / "results.json").read_bytes()
 
 
-def trained_again(*_):
+def trained_again(*_, **__):
     pytest.fail("trained again")
 
 
@@ -352,7 +352,8 @@ def test_a_finished_run_without_its_metrics_is_judged_without_a_picture_of_them(
     out = capsys.readouterr().out
     assert "metrics.jsonl has no lines of steps before 5: loss.png goes without them" in out
     assert "metrics.jsonl has no losses: loss.png is left out" in out
-    assert f"{run_dir}: samples.png, animation.gif, metrics.jsonl, config.json, results.json, checkpoints/" in out
+    files = "samples.png, neighbours.png, animation.gif, metrics.jsonl, config.json, data.json, results.json"
+    assert f"{run_dir}: {files}, checkpoints/" in out
     assert not (run_dir / "loss.png").exists()
 
 
