@@ -326,6 +326,8 @@ def transparent():
     if "La" in TIFF_MODES:
         yield Case("premultiplied-grey.tif", data, three(grey + (255 - ALPHA)), (LAID,), grey=True, within=2)
     yield Case("rgba.tga", saved(np.dstack([RGB, ALPHA]), "TGA"), laid(RGB, ALPHA), (LAID,))
+    ignored = ("with an alpha of 0 everywhere, which was ignored",)
+    yield Case("no-alpha.tga", saved(np.dstack([RGB, 0 * ALPHA]), "TGA"), RGB, ignored)
     options = {"lossless": True, "exact": True}
     yield Case("rgba.webp", saved(np.dstack([RGB, ALPHA]), "WEBP", **options), laid(RGB, ALPHA), (LAID,))
     yield Case("rgba.ico", saved(np.dstack([RGB, ALPHA]), "ICO", sizes=[(7, 5)]), laid(RGB, ALPHA), (LAID,))
@@ -367,6 +369,16 @@ def colours():
     gamma = ((b"gAMA", struct.pack(">I", 100000)),)
     note = ("with a gamma other than that of sRGB, which was not applied",)
     yield Case("gamma-chunk.png", png(rows_of(RGB), 8, 2, before=gamma), RGB, note)
+
+
+def bilevel():
+    """Of 8 black and 8 white pixels, in the formats in which a bit may mean either."""
+    right = three(np.repeat([[0, 255]], 8, axis=1))
+    yield Case("black.pbm", b"P4 16 1\n\xff\0", right, grey=True)
+    yield Case("black.ras", struct.pack(">8I", 0x59A66A95, 16, 1, 1, 2, 1, 0, 0) + b"\xff\0", right, grey=True)
+    for photometric, stored in ((0, b"\xff\0"), (1, b"\0\xff")):
+        data = tiff((1, 16), stored, bits=(1,), photometric=photometric)
+        yield Case(f"black-{photometric}.tif", data, right, grey=True)
 
 
 def frames():
@@ -417,6 +429,8 @@ def damaged():
     yield Case(
         "drawing.eps", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\n%%EOF\n", "vector drawing"
     )
+    bits = b"#define im_width 8\n#define im_height 1\nstatic char im_bits[] = {\n0xff };\n"
+    yield Case("black.xbm", bits, "takes black for white")
     yield Case("film.png", b"\x00\x00\x01\xb3\x00\x50\x05" + b"\0" * 60, "it is a film|no picture")
 
 
@@ -437,5 +451,5 @@ def others():
 
 def cases():
     """All of them, in the order of their kinds."""
-    kinds = (orientations, depths, refused_numbers, transparent, colours, frames, damaged, others)
+    kinds = (orientations, depths, refused_numbers, transparent, colours, bilevel, frames, damaged, others)
     return [case for kind in kinds for case in kind()]

@@ -332,6 +332,7 @@ TABLES = {
     "tab": "id\tother\tclass\n1\tx\tdog\n2\ty\tcat\n3\tz\tdog\n",
     "no header": "a/1.png,dog\na\\2.png,cat\n./b/3.png,dog",
     "mark and lines": "\ufeffpath,target\r\n\r\na/1.png, dog \r\n2.png,cat\r\n3.png,dog\r\n3,dog\r\n",
+    "old lines": "a/1.png,dog\ra/2.png,cat\rb/3.png,dog\r",
     "quoted": 'image,category\n"a/1.png","dog"\na/2,"cat"\n"b/3",dog\n',
 }
 
