@@ -203,7 +203,8 @@ class PictureReader:
                 notes.add("turned as their EXIF says")
             if bits not in (1, 2, 4, 8):
                 notes.add(f"brought from {bits} bits to 8")
-            if im.info.get("gamma") and "icc_profile" not in im.info and not 0.4 < im.info["gamma"] < 0.5:
+            told = "icc_profile" in im.info or "srgb" in im.info
+            if not told and im.info.get("gamma") and not 0.4 < im.info["gamma"] < 0.5:
                 notes.add("with a gamma other than that of sRGB, which was not applied")
             colours, alpha = _split(im, packing, bits)
             if alpha is not None and im.format in _MAYBE_ALPHA and not alpha.getextrema()[1]:

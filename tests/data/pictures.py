@@ -325,6 +325,11 @@ def transparent():
     data = tiff((5, 7), np.dstack([grey, ALPHA]).tobytes(), bits=(8, 8), tags=((338, 3, (1,)),))
     if "La" in TIFF_MODES:
         yield Case("premultiplied-grey.tif", data, three(grey + (255 - ALPHA)), (LAID,), grey=True, within=2)
+    if "PA" in TIFF_MODES:
+        table = (np.resize(COLOURS, (256, 3)).T.astype(int) * 257).ravel().tolist()
+        data = np.dstack([LEVELS, ALPHA]).tobytes()
+        data = tiff((5, 7), data, bits=(8, 8), photometric=3, tags=((338, 3, (2,)), (320, 3, table)))
+        yield Case("palette-alpha.tif", data, laid(COLOURS[LEVELS], ALPHA), (LAID,))
     yield Case("rgba.tga", saved(np.dstack([RGB, ALPHA]), "TGA"), laid(RGB, ALPHA), (LAID,))
     ignored = ("with an alpha of 0 everywhere, which was ignored",)
     yield Case("no-alpha.tga", saved(np.dstack([RGB, 0 * ALPHA]), "TGA"), RGB, ignored)
@@ -367,6 +372,8 @@ def colours():
     yield Case("profile-wrong.png", saved(RGB, "PNG", icc_profile=b"no profile"), RGB, unused)
     yield Case("profile-grey.png", saved(RGB, "PNG", icc_profile=profile(1.8, space=b"GRAY")), RGB, unused)
     gamma = ((b"gAMA", struct.pack(">I", 100000)),)
+    both = ((b"sRGB", b"\0"), *gamma)
+    yield Case("gamma-srgb.png", png(rows_of(RGB), 8, 2, before=both), RGB)
     note = ("with a gamma other than that of sRGB, which was not applied",)
     yield Case("gamma-chunk.png", png(rows_of(RGB), 8, 2, before=gamma), RGB, note)
 
