@@ -30,7 +30,7 @@ from fm_jax.checks import (
 )
 from fm_jax.nfe import Counted, cost, domain_of, overlap, reach_of
 from fm_jax.schedules import coefficients, known_to_stand_still, log_snr, vanishes
-from fm_jax.shapes import batch_time, time_of
+from fm_jax.shapes import batch_time, check_not_steps, time_of
 from fm_jax.types import KINDS, ApplyFn, Cond, Kind, ModelFn, Params, Prediction, Schedule, State, Time, VelocityFn
 
 ALL_TIMES = (0.0, 1.0)
@@ -312,6 +312,7 @@ def reschedule(v: VelocityFn, old_schedule: Schedule, new_schedule: Schedule, *,
     allowed = new_schedule.domain if clip else domain
 
     def new_velocity(r: Time, x: State) -> State:
+        check_not_steps("r", r)
         check_times("r", r, allowed, f"the domain of {new_schedule}" if clip else "where the old schedule has its SNR")
         r = time_of(r, x)
         new = coefficients(new_schedule, r)

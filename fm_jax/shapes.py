@@ -1,6 +1,7 @@
 """The one place where time [batch] meets data [batch, ...]."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -55,9 +56,35 @@ def batch_time(t: Time, x: State) -> PerExample:
     return jnp.broadcast_to(_scalar_or_batch(t, x, "t").astype(time_dtype(x)), x.shape[:1])
 
 
+def check_not_steps(name: str, t: Any) -> None:
+    """Refuses integers in place of times, as the steps 0 to 999 of DDPM: all that are traced, and any but 0 and 1.
+
+    Example:
+        >>> check_not_steps("t", np.arange(2))
+        >>> check_not_steps("t", np.arange(1000))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: t must be real numbers from 0, the source, to 1, the data, got int64 of shape (1000,): divide ...
+    """
+    if not hasattr(t, "dtype"):
+        if is_traced(t) or not isinstance(t, int | list | tuple):
+            return
+        try:
+            t = np.asarray(t)
+        except (TypeError, ValueError):  # told elsewhere: a ragged list, or one with traced numbers
+            return
+    if not jnp.issubdtype(t.dtype, jnp.integer):
+        return
+    if is_traced(t) or isinstance(t, jax.ShapeDtypeStruct) or not np.isin(np.asarray(t), (0, 1)).all():
+        raise ValueError(
+            f"{name} must be real numbers from 0, the source, to 1, the data, got {shown(t)}: divide numbers of steps "
+            "by how many there are. Step n of DDPM's 1000, counted from the data, is t = 1 - n / 1000."
+        )
+
+
 def _check_real(t: Time) -> None:
     if hasattr(t, "dtype") and not is_real(t.dtype):
         raise ValueError(f"t must be real numbers, got {t.dtype}.")
+    check_not_steps("t", t)
 
 
 def _scalar_or_batch(t: Time | Bool[AnyArray, " batch"], x: Shaped[AnyArray, " batch *event"], name: str) -> AnyArray:

@@ -10,7 +10,7 @@ from fm_jax.guidance.scale import check_interval, check_scale, is_number, scale_
 from fm_jax.nfe import Counted, cost, domain_of, reach_of
 from fm_jax.parameterization import velocity_domain
 from fm_jax.schedules import coefficients, vanishes
-from fm_jax.shapes import batch_time, expand_time, time_dtype
+from fm_jax.shapes import batch_time, check_not_steps, expand_time, time_dtype
 from fm_jax.types import Array, ArrayTree, PerExample, Schedule, State, Time, VelocityFn
 
 
@@ -79,6 +79,7 @@ def classifier(
         return v
 
     def guided(t: Time, x: State) -> State:
+        check_not_steps("t", t)
         # Outside the interval 0 multiplies what the nearest time inside gives, and not what may be infinite.
         inside_t = jnp.clip(jnp.asarray(t, dtype=time_dtype(x)), start, end)
 

@@ -26,7 +26,7 @@ from fm_jax.checks import (
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent, paired
 from fm_jax.paths.affine import where_finite
-from fm_jax.shapes import mean_over_event, time_dtype
+from fm_jax.shapes import check_not_steps, mean_over_event, time_dtype
 from fm_jax.times import Uniform
 from fm_jax.types import (
     ApplyFn,
@@ -146,6 +146,7 @@ class Times(NamedTuple):
         if t is None:
             t = self.sampler(key, x.shape[0])
         check_per_example(x, t=t)
+        check_not_steps("t", t)
         check_times("t", t, self.domain, f"where {self.what} is finite")
         return t.astype(time_dtype(x))  # in double precision it would bring the rest there
 
@@ -186,7 +187,7 @@ def draw_pairs(
     drop: Drop | None = None,
 ) -> Pairs:
     """Source, times, pairing and conditions of a batch, as `flow_matching` says; raises `ValueError` where it does."""
-    check_holds(batch, "x1")
+    check_batch(batch, "x1")
     if key is not None:
         check_key(key)
     x1 = batch["x1"]
@@ -213,6 +214,14 @@ def draw_pairs(
     rngs = None if key is None else {"dropout": key_dropout}
     cond = dropped(drop, key_drop, pairing.cond)
     return Pairs(pairing.x0, pairing.x1, cond, weight, t, key_path, rngs)
+
+
+def check_batch(batch: Any, name: str) -> None:
+    """Raises `ValueError` for what is no batch with an array of that name, and says what to make of a pair (x, y)."""
+    if isinstance(batch, tuple | list):
+        wanted = f'{{"{name}": data, "cond": labels}}'
+        raise ValueError(f"the batch must be a dict, {wanted}, got a {type(batch).__name__} of {len(batch)}.")
+    check_holds(batch, name)
 
 
 def check_weight(batch: Batch, x: State) -> None:

@@ -10,7 +10,7 @@ from fm_jax.checks import check_number, check_pair, check_schedule, check_settin
 from fm_jax.nfe import spent
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.loop import run_steps, step_noise
-from fm_jax.samplers.runge_kutta import Tableau, ode_step, step_times, tableau
+from fm_jax.samplers.runge_kutta import Tableau, ode_step, path_times, tableau
 from fm_jax.schedules import log_snr
 from fm_jax.types import Array, ArrayTree, Key, Scalar, Schedule, Solution, State, VelocityFn
 
@@ -46,7 +46,7 @@ def renoise(
     check_shape("noise", noise, x)
     check_schedule(schedule)
     check_number("noise_scale", noise_scale, "[0, inf)")
-    t, t_next = step_times(t, t_next, x)
+    t, t_next = path_times(t, t_next, x)
     alpha, alpha_next = schedule.alpha(t), schedule.alpha(t_next)
     # Where alpha = 0 there is no signal to scale.
     a = jnp.where(alpha > 0, alpha_next / jnp.where(alpha > 0, alpha, 1), 1)
@@ -94,7 +94,7 @@ def churn_step(
     check_state(x, "x")
     check_schedule(schedule)
     check_number("gamma", gamma, "[0, inf)")
-    t, t_next = step_times(t, t_next, x)
+    t, t_next = path_times(t, t_next, x)
     low, high = check_pair("churn_range", churn_range, "[0, inf]")
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
     inside = (alpha > 0) & (sigma > 0) & (low * alpha <= sigma) & (sigma <= high * alpha)

@@ -18,7 +18,7 @@ from fm_jax.nfe import spent
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.levels import check_start, data_and_noise, range_of
 from fm_jax.samplers.loop import run_steps, step_noise
-from fm_jax.samplers.runge_kutta import evaluate, step_times
+from fm_jax.samplers.runge_kutta import evaluate, path_times
 from fm_jax.types import Array, ArrayTree, Key, Scalar, Schedule, Solution, State, VelocityFn
 
 
@@ -85,7 +85,7 @@ def ddim_step(
             check_shape(name, value, x)
     if eta > 0 and noise is None:
         raise ValueError(f"noise must be given for eta > 0, got eta={eta}.")
-    t, t_next = step_times(t, t_next, x)
+    t, t_next = path_times(t, t_next, x)
     data, predicted_noise = data_and_noise(evaluate(v, t, x) if first is None else first, schedule, t, x)
     alpha_next, sigma_next = schedule.alpha(t_next), schedule.sigma(t_next)
     if eta > 0:

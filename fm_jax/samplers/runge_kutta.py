@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from fm_jax.checks import check_finite, check_integer, check_member, check_shape, check_state, check_velocity, shown
 from fm_jax.nfe import spent
 from fm_jax.samplers.loop import run_steps
-from fm_jax.shapes import expand_time, time_dtype
+from fm_jax.shapes import check_not_steps, expand_time, time_dtype
 from fm_jax.types import Array, ArrayTree, Solution, State, Time, VelocityFn
 
 
@@ -129,6 +129,13 @@ def step_times(t: Time | float, t_next: Time | float, x: State) -> tuple[Array, 
     for name, each in ends.items():
         expand_time(each, x, name)
     return jnp.asarray(t, dtype=time_dtype(x)), jnp.asarray(t_next, dtype=time_dtype(x))
+
+
+def path_times(t: Time | float, t_next: Time | float, x: State) -> tuple[Array, Array]:
+    """`step_times` of a step along a path; raises `ValueError` for numbers of steps too."""
+    check_not_steps("t", t)
+    check_not_steps("t_next", t_next)
+    return step_times(t, t_next, x)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from fm_jax.nfe import domain_of, reach_of
 from fm_jax.parameterization import ALL_TIMES
 from fm_jax.samplers.grids import time_grid
 from fm_jax.samplers.runge_kutta import RungeKutta
+from fm_jax.shapes import check_not_steps
 from fm_jax.types import Array, ArrayTree, Key, Sampler, Solution, State, VelocityFn
 
 DEFAULT_STEPS = 20
@@ -119,8 +120,11 @@ def times_of(
         raise ValueError(f"sampler must go through any times, in either direction, got {sampler}, which has its own.")
     (low, high), domain, reach = sampler.domain, domain_of(v) or ALL_TIMES, reach_of(v) or ALL_TIMES
     times = default if times is None else times
+    is_number = isinstance(times, int | float | np.number)
+    if not is_number and domain[1] <= ALL_TIMES[1]:
+        check_not_steps("times", times)
     grid = time_grid(times, (max(low, domain[0]), min(high, domain[1])), x)
-    if np.ndim(times) == 0 and not backward and min(high, reach[1]) > domain[1]:
+    if is_number and not backward and min(high, reach[1]) > domain[1]:
         further = time_grid(times, (max(low, domain[0]), min(high, reach[1])), x)
         if _skips_last(sampler, further) and further[-2] <= domain[1]:
             grid = further

@@ -23,7 +23,7 @@ from fm_jax.parameterization import convert
 from fm_jax.samplers.grids import first_time
 from fm_jax.samplers.levels import check_start, range_of
 from fm_jax.samplers.loop import run_steps, step_noise
-from fm_jax.samplers.runge_kutta import evaluate, step_times
+from fm_jax.samplers.runge_kutta import evaluate, path_times, step_times
 from fm_jax.schedules import coefficients, stands_still, vanishes
 from fm_jax.types import (
     AnyArray,
@@ -188,7 +188,7 @@ def sde_step(
     check_state(x, "x")
     check_shape("noise", noise, x)
     drift, g = drift_fn(v, score, diffusion, schedule=schedule), diffusion_fn(diffusion)
-    t, t_next = step_times(t, t_next, x)
+    t, t_next = (step_times if schedule is None else path_times)(t, t_next, x)
     h = t_next - t
     direction = jnp.sign(h)
     slope, scale = drift(t, x, direction), g(t)

@@ -38,6 +38,43 @@ def test_times_in_the_batch_outside_of_the_range(name, t):
         call(name, t=jnp.array([0.5, 0.5, 0.5, t]))
 
 
+class Steps:
+    """Times of DDPM's code."""
+
+    domain = (0.0, 1.0)
+
+    def __call__(self, key, batch_size):
+        return jax.random.randint(key, (batch_size,), 0, 1000)
+
+
+@pytest.mark.parametrize("name", WITH_TIMES)
+def test_numbers_of_steps_are_no_times(name):
+    """Traced ones too, of which nobody can say that they are 0 and 1."""
+    for t in (jnp.array([0, 5, 999, 3]), np.arange(4)):
+        with pytest.raises(ValueError, match=r"^t must be real numbers from 0, the source, .* t = 1 - n / 1000"):
+            call(name, t=t)
+    with pytest.raises(ValueError, match=r"^t must be real numbers from 0, the source, "):
+        jax.jit(lambda t: call(name, t=t))(jnp.zeros(4, int))
+    call(name, t=jnp.zeros(4, int))
+
+
+def test_a_time_sampler_that_draws_numbers_of_steps():
+    for run in (lambda f: f, jax.jit):
+        loss_fn = run(losses.flow_matching(network, paths.AffinePath(), time_sampler=Steps()))
+        with pytest.raises(ValueError, match=r"^t must be real numbers from 0, the source, "):
+            loss_fn(W, KEY, {"x1": X})
+
+
+@pytest.mark.parametrize("name", WITH_TIMES)
+def test_a_pair_in_place_of_a_batch(name):
+    loss_fn = contracts.LOSSES[name](network)
+    for pair, said in (((X, Y), "a tuple of 2"), ([X], "a list of 1")):
+        with pytest.raises(
+            ValueError, match=rf'^the batch must be a dict, \{{"x1?": data, "cond": labels\}}, got {said}'
+        ):
+            loss_fn(W, KEY, pair)
+
+
 def test_a_time_at_which_the_score_is_infinite():
     loss_fn = losses.score_matching(network, paths.AffinePath())
     with pytest.raises(

@@ -8,12 +8,24 @@ import pytest
 
 from fm_jax.fewstep import make_pairs
 from fm_jax.guidance import classifier, classifier_free
-from fm_jax.likelihood import bits_per_dim, log_prob, sample_and_log_prob
+from fm_jax.likelihood import Exact, bits_per_dim, log_prob, sample_and_log_prob
 from fm_jax.metrics import path_energy, straightness
+from fm_jax.models import MLP
 from fm_jax.nfe import Counted, domain_of
-from fm_jax.parameterization import score_fn
-from fm_jax.samplers import Adaptive, Churn, DiffraxSDE, RungeKutta, sample
-from fm_jax.schedules import VP, Linear
+from fm_jax.parameterization import convert, reschedule, score_fn, velocity_fn
+from fm_jax.paths import AffinePath, BrownianBridge
+from fm_jax.samplers import (
+    Adaptive,
+    Churn,
+    DiffraxSDE,
+    RungeKutta,
+    ddim_step,
+    langevin_step,
+    renoise,
+    sample,
+    sde_step,
+)
+from fm_jax.schedules import VP, Cosine, Linear
 
 KEY, X = jax.random.key(0), jnp.ones((2, 2))
 HALF = (0.25, 0.75)
@@ -115,6 +127,55 @@ def test_what_is_made_of_a_velocity_has_its_domain():
     assert domain_of(score_fn(known, Linear())) == HALF
     assert domain_of(classifier_free(known, narrow, 2.0)) == (0.5, 0.75)
     assert domain_of(classifier(known, lambda t, x: x.sum(axis=1), 2.0, Linear())) == HALF
+
+
+OF_TIMES = {
+    "velocity_fn": lambda t: velocity_fn(lambda t, x, cond: x, "velocity", Linear())(t, X),
+    "score_fn": lambda t: score_fn(velocity_fn(lambda t, x, cond: x, "velocity", Linear()), Linear())(t, X),
+    "convert": lambda t: convert("data", X, t, X, Linear()),
+    "reschedule": lambda t: reschedule(v, Linear(), Cosine(), clip=True)(t, X),
+    "classifier": lambda t: classifier(v, lambda t, x: x.sum(axis=1), 2.0, Linear())(t, X),
+    "path": lambda t: AffinePath().sample(None, t, X, X),
+    "bridge": lambda t: BrownianBridge(1.0).sample(KEY, t, X, X),
+    "model": lambda t: MLP((8,)).init(KEY, t, X),
+    "ddim_step": lambda t: ddim_step(v, t[0], 1.0, X, schedule=Linear()),
+    "renoise": lambda t: renoise(t[0], 0.1, X, X, schedule=Linear()),
+    "sde_step": lambda t: sde_step(v, None, 1.0, t[0], 0.5, X, X, schedule=Linear()),
+    "langevin_step": lambda t: langevin_step(v, t, X, X, 0.1),
+    "divergence": lambda t: Exact()(v, None, t, X),
+}
+
+
+@pytest.mark.parametrize("name", OF_TIMES)
+def test_numbers_of_steps_are_no_times(name):
+    """As DDPM's code has them, 0 to 999; traced ones too, of which nobody can say that they are 0 and 1."""
+    said = r"^[tr] must be real numbers from 0, the source, to 1, the data, got .* t = 1 - n / 1000"
+    for t in (jnp.array([999, 0]), np.array([7, 500])):
+        with pytest.raises(ValueError, match=said):
+            OF_TIMES[name](t)
+    with pytest.raises(ValueError, match=said):
+        jax.jit(OF_TIMES[name])(jnp.zeros(2, int))
+    OF_TIMES[name](jnp.array([0.25, 0.75]))
+
+
+@pytest.mark.parametrize(
+    "times", [np.arange(1000), list(range(10)), np.arange(3, dtype=np.uint8), jnp.arange(5)], ids=len
+)
+def test_numbers_of_steps_are_no_times_of_a_sampler(times):
+    with pytest.raises(ValueError, match=r"^times must be real numbers from 0, the source, .* t = 1 - n / 1000"):
+        solved(RungeKutta("euler"), times)
+    with pytest.raises(ValueError, match=r"^times must be real numbers from 0, the source, "):
+        jax.jit(lambda times: solved(RungeKutta("euler"), times).x)(jnp.asarray(times))
+
+
+def test_zero_and_one_are_times():
+    for times in ([0, 1], np.array([0, 1]), jnp.array([1, 0]), (0, 1)):
+        assert np.isfinite(solved(RungeKutta("euler"), times).x).all()
+    long = Counted(v, 1, (0.0, 16.0))
+    assert np.isfinite(solved(RungeKutta("euler"), np.arange(17), long).x).all()
+    assert np.isfinite(jax.jit(lambda t: solved(RungeKutta("euler"), [0.0, t, 1.0]).x)(0.5)).all()
+    for t in (0, 1, np.array([0, 1]), np.int32(1)):
+        convert("velocity", X, t, X, Linear())
 
 
 @pytest.mark.parametrize("atol", [0, 0.0, -1e-3, np.nan, np.inf, None, "1e-3"])
