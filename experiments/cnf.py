@@ -23,9 +23,9 @@ import numpy as np
 
 from experiments.lab import command_line
 from experiments.lab.figures import save_density
-from experiments.lab.options import check_options
+from experiments.lab.options import check_options, of_smoke
 from experiments.lab.processes import everywhere, gathered, own_folder, spread
-from experiments.lab.smoke import smoke
+from experiments.lab.smoke import TRAINING, smoke
 from experiments.lab.toys import Batches, Toy
 from experiments.lab.training import Training, check_batch, check_run_dir, sampling_params, train, write_results
 from fm_jax.data.toy import make_toy
@@ -63,6 +63,8 @@ class Config:
     def unused(self) -> Iterator[tuple[str, str]]:
         """Options of no effect, and why."""
         yield "training.sample_every", "cnf draws nothing while it trains; the experiments on images do"
+        if self.smoke:
+            yield from of_smoke(SMOKE | {"training": TRAINING | {"batch_size": None}})
         yield from self.training.unused()
 
 
@@ -78,8 +80,8 @@ CONFIG = Config(
         save_every=500,
     )
 )
-
-
+SMOKE: dict[str, Any] = {"steps": 2, "width": 8, "depth": 1, "num_samples": 64}
+"""The sizes of a smoke run."""
 RK4 = RungeKutta("rk4")
 
 
@@ -100,7 +102,7 @@ def negative_log_likelihood(apply_fn: ApplyFn, num_steps: int) -> LossFn:
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, judges, draws; returns the numbers it prints."""
-    config = smoke(config, steps=2, width=8, depth=1, num_samples=64)
+    config = smoke(config, **SMOKE)
     check_batch(config.training)
     with own_folder(config.training.run_dir):
         return _run(config)

@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments.lab import command_line
 from experiments.lab.figures import save_trajectory_table
-from experiments.lab.options import SEED, check_options
+from experiments.lab.options import SEED, check_options, of_smoke
 from experiments.lab.processes import is_first, own_folder
 from experiments.lab.smoke import smoke
 from experiments.torchcfm_table.methods import (
@@ -72,6 +72,12 @@ class Config:
         """Options of no effect, and why."""
         for name in ("bridge_sigma", "reuse", "ofm_steps", "ofm_learning_rate", "ofm_reuse"):
             yield f"recipe.{name}", "reflow has neither couplings nor bridges; experiments.torchcfm_table takes it"
+        if self.smoke:
+            yield from of_smoke(SMOKE)
+
+
+SMOKE: dict[str, Any] = {"recipe": SMOKE_RECIPE, "num_test": 64, "rounds": 1, "floor_repeats": 2}
+"""The sizes of a smoke run."""
 
 
 def one_step(recipe: Recipe) -> LossFn:
@@ -96,7 +102,7 @@ def measure(params: Params, x0: Array) -> dict[str, Any]:
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, reflows, distils and judges; returns the numbers it prints."""
-    config = smoke(config, recipe=SMOKE_RECIPE, num_test=64, rounds=1, floor_repeats=2)
+    config = smoke(config, **SMOKE)
     with own_folder(config.run_dir):
         check_places(config.run_dir, ["reflow.md", "reflow.png"])
         return _run(config)

@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from experiments.lab import command_line, figures
 from experiments.lab.experiment import Restored, read_run, restore_run
-from experiments.lab.options import SEED, check_options
+from experiments.lab.method import Method
+from experiments.lab.options import SEED, check_options, option
 from experiments.lab.processes import by_first
 from experiments.lab.samplers import SAMPLERS, load_solver
 from experiments.lab.sampling import (
@@ -35,9 +37,12 @@ from experiments.lab.sampling import (
     generate_many,
     make_generate,
     nfe_text,
+    sampler_and_times,
 )
 from fm_jax.checks import check_member
+from fm_jax.samplers import sample as draw
 from fm_jax.train.folder import make_folder, replacing
+from fm_jax.types import Array
 
 
 @dataclass(frozen=True)
@@ -95,10 +100,14 @@ class Drawing:
         if sampling.guidance == 1:
             for name in ("avoid", "weak_run"):
                 yield name, "--guidance 1 is none; another scale would take it"
+        if self.weak_run is not None and self.weak_run.resolve() == self.run.resolve():
+            yield "weak_run", "it is the run itself, from which nothing leads away"
         if self.learned_solver is not None:
             for name in OF_SOLVER:
                 yield name, "--learned-solver has its own steps"
-        yield from sampling.unused("")
+        for name, why in sampling.unused(""):
+            if name != "guidance_interval" or self.also is None:  # which two classes have at any scale
+                yield name, why
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,9 @@ class Config(Drawing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("also", "avoid"):
+            if self.label is not None and getattr(self, name) == self.label:
+                raise ValueError(f"{option(name)} must be another class than --class, got {self.label} for both.")
         if self.out.suffix not in (".png", ".npz"):
             raise ValueError(f"--out must end in .png or .npz, got {self.out}.")
 
@@ -129,12 +141,47 @@ def sampling_of(config: Drawing, of_run: Any) -> Sampling:
     sampling = dataclasses.replace(of_run.sampling, **{k: v for k, v in given.items() if v is not None})
     dataclasses.replace(of_run, sampling=sampling)  # which refuses what the run cannot be drawn from by
     by_null_label = sampling.guidance != 1 and config.avoid is None and config.weak_run is None
+    if getattr(of_run, "label_dropout", None) == 0 and config.also is not None:
+        raise ValueError(
+            "--also needs what the network makes without a label, which a run with --label-dropout 0 does not know, at "
+            "any --guidance. Leave it out."
+        )
     if by_null_label and getattr(of_run, "label_dropout", None) == 0:
         raise ValueError(
             f"--guidance must be 1 for a run with --label-dropout 0, which knows no samples without a label, got "
             f"{sampling.guidance:g}."
         )
+    if config.also is not None and sampling.guidance_rule != "extrapolate":  # the run's own rule
+        raise ValueError(
+            f"--also goes with --guidance-rule extrapolate, and the run has {sampling.guidance_rule}: give it as well."
+        )
+    guides = (getattr(of_run, "label_dropout", None) is not None) or config.weak_run is not None
+    if guides and (sampling.guidance != 1 or config.also is not None) and config.learned_solver is None:
+        check_interval(sampling, of_run.method)
     return sampling
+
+
+def check_interval(sampling: Sampling, method: Method) -> None:
+    """Refuses an interval of guidance in which a sampler with fixed steps never asks for the velocity."""
+    low, high = sampling.guidance_interval
+    if (low, high) == (0.0, 1.0):
+        return
+    sampler, times = sampler_and_times(sampling, method)
+    if sampler.nfe_per_step is None:  # it goes where it will
+        return
+    key = jax.random.key(0) if sampler.stochastic else None
+
+    def solved(inside: float) -> np.ndarray:
+        def v(t: Array, x: Array) -> Array:
+            return jnp.where((low <= t) & (t <= high), inside, 0.0) * jnp.ones_like(x)
+
+        return np.asarray(draw(v, jnp.ones((1, 1)), sampler, times=times, key=key).x)
+
+    if np.array_equal(solved(0.0), solved(1.0), equal_nan=True):
+        raise ValueError(
+            f"--guidance-interval {low:g} {high:g} would have no effect: --solver {sampling.solver} with --steps "
+            f"{sampling.steps} never asks for the velocity within it. Take more steps, or a wider interval."
+        )
 
 
 def run(config: Config) -> None:
@@ -186,11 +233,11 @@ def generator(config: Drawing, restored: Restored) -> tuple[Sampling, Generate]:
     return sampling, generate
 
 
-def _label(option: str, label: int, num_classes: int | None) -> int:
+def _label(name: str, label: int, num_classes: int | None) -> int:
     if num_classes is None:
-        raise SystemExit(f"{option} needs a run with classes, and this one has none, got {label}.")
+        raise SystemExit(f"{name} needs a run with classes, and this one has none, got {label}.")
     if not 0 <= label < num_classes:
-        raise SystemExit(f"{option} must be one of the run's {num_classes} classes, from 0, got {label}.")
+        raise SystemExit(f"{name} must be one of the run's {num_classes} classes, from 0, got {label}.")
     return label
 
 

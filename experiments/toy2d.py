@@ -20,11 +20,11 @@ from experiments.lab import command_line
 from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_scatter
 from experiments.lab.method import Method, couple_ahead, make_loss
-from experiments.lab.options import check_options
+from experiments.lab.options import check_options, of_smoke
 from experiments.lab.processes import own_folder
-from experiments.lab.samplers import needs_schedule
-from experiments.lab.sampling import Sampling, frame_times, generate_together, make_generate, nfe_text
-from experiments.lab.smoke import smoke
+from experiments.lab.samplers import needs_schedule, options_of
+from experiments.lab.sampling import OF_SOLVER, Sampling, frame_times, generate_together, make_generate, nfe_text
+from experiments.lab.smoke import TRAINING, smoke
 from experiments.lab.toys import Batches, Toy
 from experiments.lab.training import (
     Training,
@@ -82,12 +82,26 @@ class Config:
         yield "sampling.sample_batch", "toy2d draws its --num-samples at once"
         for name in ("guidance", "guidance_interval", "guidance_rule"):
             yield f"sampling.{name}", "the points have no classes; the experiments on images are guided"
+        if self.smoke:
+            yield from of_smoke(SMOKE | {"training": TRAINING | {"batch_size": None}})
+            for name in OF_SOLVER:
+                if name not in options_of(SMOKE["sampling"]["solver"]):
+                    yield f"sampling.{name}", "--smoke has its own --solver, which does not take it"
         yield from self.training.unused()
         yield from self.method.unused()
         yield from self.sampling.unused()
 
 
 STEPS_PER_CALL = 100
+SMOKE: dict[str, Any] = {
+    "sampling": {"solver": "euler", "steps": 2},
+    "width": 8,
+    "depth": 1,
+    "num_samples": 64,
+    "frames": 3,
+    "floor_repeats": 2,
+}
+"""The sizes of a smoke run."""
 CONFIG = Config(
     training=Training(
         run_dir=Path("runs/toy2d"),
@@ -112,15 +126,7 @@ def build(config: Config) -> Experiment:
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
-    config = smoke(
-        config,
-        sampling={"solver": "euler", "steps": 2},
-        width=8,
-        depth=1,
-        num_samples=64,
-        frames=3,
-        floor_repeats=2,
-    )
+    config = smoke(config, **SMOKE)
     check_batch(config.training)
     with own_folder(config.training.run_dir):
         return _run(config)

@@ -5,7 +5,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
@@ -133,6 +133,20 @@ def check_multiple(name: str, value: int, of: int, what: str) -> None:
     """Refuses what does not divide by a number; `what` says of whom that is."""
     if value % of:
         raise ValueError(f"{name} must be a multiple of {of}, {what}, got {value}.")
+
+
+def of_smoke(own: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, str]]:
+    """The options whose values a smoke run replaces by its own, and why they have no effect.
+
+    Args:
+        own: the replacements as `smoke` takes them, of which the names count.
+        within: what the fields are within.
+    """
+    for name, value in own.items():
+        if isinstance(value, Mapping):
+            yield from of_smoke(value, f"{within}{name}.")
+        else:
+            yield within + name, "--smoke has its own"
 
 
 def refuse_unused(config: Any, default: Any = None) -> None:

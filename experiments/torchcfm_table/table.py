@@ -28,7 +28,7 @@ import numpy as np
 
 from experiments.lab import command_line
 from experiments.lab.figures import save_trajectory_table
-from experiments.lab.options import SEED, check_options, check_some, option
+from experiments.lab.options import SEED, check_options, check_some, of_smoke, option
 from experiments.lab.processes import by_first, is_first, own_folder, wait_for_all
 from experiments.lab.smoke import smoke
 from experiments.lab.training import check_experiment
@@ -46,6 +46,10 @@ COLUMNS = {
     "seconds": "Training time in seconds, compilation left out",
 }
 PEER = "torchcfm "
+SMOKE: dict[str, Any] = {"recipe": SMOKE_RECIPE, "num_test": 64, "num_reference": 64, "floor_repeats": 2}
+"""The sizes of a smoke run."""
+SMOKE_MOST = {"seeds": 1, "problems": 2}
+"""How many of them it has."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,11 @@ class Config:
                 yield f"recipe.{name}", f"none of --methods takes it; {' and '.join(sorted(methods)[:3])} would"
         if set(self.methods).isdisjoint(peer.METHODS):
             yield "peer_python", "torchcfm has none of --methods"
+        if self.smoke:
+            yield from of_smoke(SMOKE)
+            for name, most in SMOKE_MOST.items():
+                if len(getattr(self, name)) > most:
+                    yield name, f"--smoke takes no more than {most}"
 
 
 class Cell(NamedTuple):
@@ -227,15 +236,8 @@ def load_peer(job: dict[str, Any]) -> Trained:
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, judges and writes the table; returns the results, in the first process."""
-    config = smoke(
-        config,
-        recipe=SMOKE_RECIPE,
-        seeds=config.seeds[:1],
-        problems=config.problems[:2],
-        num_test=64,
-        num_reference=64,
-        floor_repeats=2,
-    )
+    first = {name: getattr(config, name)[:most] for name, most in SMOKE_MOST.items()}
+    config = smoke(config, **SMOKE, **first)
     if (python := config.peer_python) is not None:
         if python.exists():  # a path, though "./python" has lost what says so
             config = dataclasses.replace(config, peer_python=python.absolute())

@@ -27,7 +27,8 @@ import pytest
 pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
 
 import experiments
-from experiments import cifar10, cnf, digits, fashion_mnist, learned_solver, mnist, reflow, sample, toy2d
+from experiments import cifar10, cnf, digits, export, fashion_mnist, learned_solver, mnist, reflow, sample, toy2d
+from experiments import images as own_images
 from experiments.lab import command_line, images, options
 from experiments.lab.experiment import Restored
 from experiments.lab.options import option
@@ -97,6 +98,14 @@ TAKEN = {
     "cnf": "results.json density.png",
     "reflow": "reflow.md reflow.png",
     "torchcfm_table": "config.json results.json table.md trajectories.png",
+}
+
+_TRAINING = {"total-steps": 9, "batch-size": 8, "log-every": 3, "save-every": 3}
+OF_SMOKE = {
+    "toy2d": _TRAINING | {"solver": "heun", "width": 9, "depth": 9, "num-samples": 9, "frames": 9, "floor-repeats": 9},
+    "cnf": _TRAINING | {"steps": 9, "width": 9, "depth": 9, "num-samples": 9},
+    "reflow": {"steps": 200, "batch-size": 9, "reflow-pairs": 9, "num-test": 9, "rounds": 3, "floor-repeats": 9},
+    "torchcfm_table": {"steps": 200, "ofm-steps": 200, "reuse": 9, "num-test": 9, "num-reference": 9},
 }
 
 CASES: dict[str, list[tuple[str, str]]] = {
@@ -178,7 +187,6 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("reflow --problem 'N to N'", "--problem must be one of 'N to 8gaussians', .*, got 'N to N'"),
         ("torchcfm_table --methods CFM", "each of --methods must be one of 'I-CFM', .*, got 'CFM'"),
         ("torchcfm_table --problems moons", "each of --problems must be one of 'N to 8gaussians', .*, got 'moons'"),
-        ("data.images svhn", "invalid choice: 'svhn'"),
     ],
     "not an option, or none where one is needed": [
         ("digits --bath-size 3", "Unrecognized options: --bath-size"),
@@ -203,7 +211,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("digits --num-images 64", "--batch-size must be at most 64, the images to train on, got 128"),
         (
             "mnist --model cifar10",
-            "--model cifar10 does not fit the images of mnist: height and width must be divisible",
+            "--model cifar10 does not fit the images of mnist, 28x28x1: height and width must be divisible",
         ),
         ("digits --label-dropout 0", "--label-dropout must be above 0 for --guidance 2"),
         ("reflow --steps 150", "--steps must be a multiple of 100, .*, got 150"),
@@ -214,6 +222,11 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("sample --run labelled", "--guidance must be 1 for a run with --label-dropout 0, .*, got 2"),
         ("sample --run moons --solver ddim", "--source moons needs --prediction velocity and a solver such as heun"),
         ("learned_solver --run toy --num 8", "--batch-size must be at most --num, got 64 and 8"),
+        ("sample --run digits --class 1 --avoid 1", "--avoid must be another class than --class, got 1 for both"),
+        ("sample --run digits --class 1 --also 1", "--also must be another class than --class, got 1 for both"),
+        ("sample --run labelled --also 1", "--also needs what the network makes without a label, .* at any --guidance"),
+        ("sample --run labelled --also 1 --guidance 1", "--also needs what the network makes without a label"),
+        ("sample --run narrow --also 1", "--also goes with --guidance-rule extrapolate, and the run has rescale"),
         ("sample --run digits --also 1 --avoid 2", "--also, --avoid and --weak-run are three ways to guide"),
         ("sample --run digits --also 1 --guidance-rule rescale", "--also goes with --guidance-rule extrapolate"),
         ("sample --run toy --solver heun --learned-solver a.npz", "--learned-solver takes the place of --solver"),
@@ -228,7 +241,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("mnist --tolerance 1e-5", "--tolerance 1e-05 would have no effect: --solver heun has fixed steps"),
         ("digits --coupled-batches 4", "--coupled-batches 4 would have no effect: --coupling independent"),
         ("digits --reuse-pairs 4", "--reuse-pairs 4 would have no effect: --coupling independent"),
-        ("digits --data-dir here", "--data-dir here would have no effect: the digits come inside scikit-learn"),
+        ("digits --data-dir here", "--data-dir here would have no effect: only data sets of TFDS"),
         ("digits --guidance 1 --guidance-rule rescale", "--guidance-rule rescale would have no effect: --guidance 1"),
         ("digits --guidance 1 --guidance-interval 0.2 0.8", "--guidance-interval 0.2 0.8 would have no effect"),
         ("toy2d --sample-every 10", "--sample-every 10 would have no effect: toy2d draws nothing while it trains"),
@@ -247,6 +260,27 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("sample --run digits --guidance 1 --avoid 3", "--avoid 3 would have no effect: --guidance 1 is none"),
         ("sample --run digits --learned-solver a.npz --steps 5", "--steps 5 would have no effect: --learned-solver"),
         ("sample --run digits --learned-solver a.npz --tolerance 1", "--tolerance 1.0 would have no effect"),
+        ("sample --run digits --weak-run ./digits", "--weak-run digits would have no effect: it is the run itself"),
+        (
+            "sample --run digits --solver euler --steps 4 --guidance-interval 0.8 0.9",
+            "--guidance-interval 0.8 0.9 would have no effect: --solver euler with --steps 4 never asks",
+        ),
+        ("sample --run digits --solver heun --steps 2 --guidance-interval 0.6 0.9", "with --steps 2 never asks"),
+        (
+            "sample --run digits --solver ddim --steps 4 --guidance-interval 0.999 1",
+            "--solver ddim with --steps 4 never",
+        ),
+        ("sample --run digits --solver churn --steps 4 --guidance-interval 0.3 0.4", "--solver churn with --steps 4"),
+        ("sample --run narrow --solver ab2 --steps 3", "--guidance-interval 0.8 0.9 would have no effect"),
+        *(
+            (f"{command} --smoke --{name} {value}", f"--{name} {value} would have no effect: --smoke has its own")
+            for command, names in OF_SMOKE.items()
+            for name, value in names.items()
+        ),
+        ("toy2d --smoke --eta 0.5 --solver ddim", "--solver ddim would have no effect: --smoke has its own"),
+        ("toy2d --smoke --tolerance 0.5", "--tolerance 0.5 would have no effect: --smoke has its own --solver"),
+        ("torchcfm_table --smoke --seeds 1 2", "--seeds 1 2 would have no effect: --smoke takes no more than 1"),
+        ("torchcfm_table --smoke --problems 'N to moons' 'moons to N' 'N to N'", "--problems"),
     ],
     "an empty value": [
         *((f"{name} --run-dir ''", "--run-dir must not be empty") for name in ("digits", "cnf", "reflow", "toy2d")),
@@ -366,6 +400,8 @@ def world(tmp_path_factory):
     write(root / "moons" / "digits" / "config.json", of_digits)
     write(root / "digits" / "config.json", of_digits)
     write(root / "labelled" / "config.json", of_digits | {"label_dropout": 0.0})
+    narrow = of_digits["sampling"] | {"guidance_interval": [0.8, 0.9], "guidance_rule": "rescale"}
+    write(root / "narrow" / "config.json", of_digits | {"sampling": narrow})
     write(root / "vp" / "config.json", toy | {"method": toy["method"] | {"path": "vp"}})
     (root / "empty").mkdir()
     (root / "toy.png").mkdir()
@@ -574,13 +610,14 @@ def test_as_a_process(command, message, world):
 
 
 CONFIGS = {
-    "digits": (images.Config, digits.CONFIG),
+    "images": (images.Config, own_images.CONFIG),
     "toy2d": (toy2d.Config, toy2d.CONFIG),
     "cnf": (cnf.Config, cnf.CONFIG),
     "reflow": (reflow.Config, reflow.Config()),
     "torchcfm_table": (table.Config, table.CONFIG),
     "learned_solver": (learned_solver.Config, None),
     "sample": (sample.Config, None),
+    "export": (export.Config, None),
 }
 
 
@@ -598,7 +635,7 @@ PATHS = [(command, path) for command, (kind, _) in CONFIGS.items() for path in p
 
 def read(monkeypatch, command, path, text):
     """What a command makes of an option that is a path."""
-    needs_run = command in ("sample", "learned_solver") and path != ("run",)
+    needs_run = command in ("sample", "learned_solver", "export") and path != ("run",)
     argv = [f"{option(path[-1])}={text}", *(["--run=toy"] if needs_run else [])]
     monkeypatch.setattr(sys, "argv", [command, *argv])
     kind, default = CONFIGS[command]
@@ -612,6 +649,7 @@ def test_all_options_that_are_paths_are_known():
 
 @pytest.mark.parametrize(("command", "path"), PATHS, ids=lambda x: str(x))
 def test_a_path_as_shells_and_job_systems_pass_it(command, path, world, monkeypatch):
+    ending = ".safetensors" if command == "export" else ".npz"
     monkeypatch.chdir(world)
     monkeypatch.setenv("HOME", str(world))
     monkeypatch.setenv("SCRATCH", str(world))
@@ -630,7 +668,8 @@ def test_a_path_as_shells_and_job_systems_pass_it(command, path, world, monkeypa
         "b$/a$1.npz": "b$/a$1.npz",
         "../a.npz": "../a.npz",
     }.items():
-        assert read(monkeypatch, command, path, text) == Path(meant), text
+        ended = [each.replace(".npz", ending) for each in (text, meant)]
+        assert read(monkeypatch, command, path, ended[0]) == Path(ended[1]), text
     name = re.escape(option(path[-1]))
     for text, message in {
         "$GONE/a.npz": "must be a path, got .*, and the environment variable GONE is not set",
