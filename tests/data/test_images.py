@@ -1,5 +1,4 @@
 import hashlib
-import os
 import re
 import subprocess
 import sys
@@ -11,29 +10,13 @@ import pytest
 from fm_jax.data import images
 from fm_jax.data.images import load_images, to_float, to_uint8
 
-
-@pytest.fixture
-def tfds_dir(monkeypatch):
-    """A directory with the datasets prepared."""
-    pytest.importorskip("tensorflow_datasets")
-    beside = Path(__file__).parents[2].parent / "shared" / "tfds"
-    directory = Path(os.environ.get("TFDS_DATA_DIR") or beside)
-    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    return directory
-
-
-def _need(name, directory):
-    if not (directory / name).is_dir():
-        pytest.skip(f"{name} is not prepared: set TFDS_DATA_DIR, or run `python -m fm_jax.data.images {name}`")
-
-
 # Shape, and the name of class 7.
 FACTS = {"mnist": ((28, 28, 1), "7"), "fashion_mnist": ((28, 28, 1), "Sneaker"), "cifar10": ((32, 32, 3), "horse")}
 
 
 @pytest.mark.parametrize("name", images.NAMES)
-def test_load_slices(name, tfds_dir):
-    _need(name, tfds_dir)
+def test_load_slices(name, prepared):
+    tfds_dir = prepared(name)
     dataset = load_images(name, "test[:256]", data_dir=tfds_dir)
     shape, seventh = FACTS[name]
     assert dataset.images.shape == (256, *shape)
@@ -49,8 +32,8 @@ def test_load_slices(name, tfds_dir):
     np.testing.assert_array_equal(tail.labels, dataset.labels[250:])
 
 
-def test_chunks_do_not_change_the_result(tfds_dir, monkeypatch):
-    _need("mnist", tfds_dir)
+def test_chunks_do_not_change_the_result(prepared, monkeypatch):
+    tfds_dir = prepared("mnist")
     whole = load_images("mnist", "train[:50]", data_dir=tfds_dir)
     monkeypatch.setattr(images, "_CHUNK", 7)
     chunked = load_images("mnist", "train[:50]", data_dir=tfds_dir)
@@ -58,8 +41,8 @@ def test_chunks_do_not_change_the_result(tfds_dir, monkeypatch):
     np.testing.assert_array_equal(chunked.labels, whole.labels)
 
 
-def test_environment_variable_counts_after_import(tfds_dir, monkeypatch, tmp_path):
-    _need("mnist", tfds_dir)
+def test_environment_variable_counts_after_import(prepared, monkeypatch, tmp_path):
+    tfds_dir = prepared("mnist")
     import tensorflow_datasets  # noqa: F401
 
     monkeypatch.setenv("TFDS_DATA_DIR", str(tfds_dir))
@@ -69,8 +52,8 @@ def test_environment_variable_counts_after_import(tfds_dir, monkeypatch, tmp_pat
         load_images("mnist", "test[:3]")
 
 
-def test_tensorflow_is_not_imported(tfds_dir):
-    _need("mnist", tfds_dir)
+def test_tensorflow_is_not_imported(prepared):
+    tfds_dir = prepared("mnist")
     code = (
         "import sys; from fm_jax.data.images import load_images;"
         f"print(load_images('mnist', 'test[:2]', data_dir={str(tfds_dir)!r}).images.shape);"
@@ -100,8 +83,8 @@ def test_not_prepared_says_where_and_what_to_run(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_another_file_format_is_refused(tfds_dir, tmp_path):
-    _need("mnist", tfds_dir)
+def test_another_file_format_is_refused(prepared, tmp_path):
+    tfds_dir = prepared("mnist")
     (version,) = (tfds_dir / "mnist").iterdir()
     copy = tmp_path / "mnist" / version.name
     copy.mkdir(parents=True)
@@ -126,8 +109,8 @@ def test_bad_names_and_splits_are_refused(name, split, message):
         load_images(name, split)
 
 
-def test_empty_slice_is_refused(tfds_dir):
-    _need("mnist", tfds_dir)
+def test_empty_slice_is_refused(prepared):
+    tfds_dir = prepared("mnist")
     with pytest.raises(ValueError, match=r"split must have at least 1 example, got 'test\[5:5\]'"):
         load_images("mnist", "test[5:5]", data_dir=tfds_dir)
 
