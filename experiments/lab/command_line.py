@@ -53,7 +53,7 @@ def main(run: Callable[[Any], object], kind: type, default: Any = None, descript
         use_flags()
         connect(parsed.processes)
         trains = hasattr(parsed.config, "training")
-        with ending_all(), told_in_a_sentence(parsed.config.training.run_dir if trains else None):
+        with ending_all(), told_in_a_sentence(_folder_of(parsed.config), trains):
             check_same(parsed.config)
             if not trains:  # which alone can end all at the same step
                 end_by_sigterm()
@@ -102,14 +102,15 @@ def _named(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def told_in_a_sentence(run_dir: Path | None = None) -> Iterator[None]:
+def told_in_a_sentence(folder: Path | None = None, trains: bool = False) -> Iterator[None]:
     """Ends the process with a message in place of a traceback, which `FM_JAX_TRACEBACK=1` shows.
 
     Errors that only a mistake in the code can cause, such as `TypeError`, pass. Where nobody reads the output any more,
     as after `| head`, the process ends without a word.
 
     Args:
-        run_dir: of a training, which can be continued.
+        folder: that is written to.
+        trains: whether that is the folder of a training, which can be continued.
     """
     hook, show = sys.unraisablehook, warnings.showwarning
     sys.unraisablehook, warnings.showwarning = _unraisablehook, _show_once(show)
@@ -131,7 +132,7 @@ def told_in_a_sentence(run_dir: Path | None = None) -> Iterator[None]:
             raise
         # Of saves that have failed, which is told; Python finds them when it ends.
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        raise SystemExit(_sentence(found, run_dir)) from None
+        raise SystemExit(_sentence(found, folder, trains)) from None
     finally:
         _lost_output()  # of --help, say: not to be found by Python when it ends
         sys.unraisablehook, warnings.showwarning = hook, show
@@ -193,15 +194,26 @@ logging.getLogger("matplotlib").addFilter(
 )
 
 
-def _sentence(error: Exception, run_dir: Path | None = None) -> str:
+def _folder_of(config: Any) -> Path | None:
+    """The folder or file that a command with this configuration writes to."""
+    if hasattr(config, "training"):
+        folder = config.training.run_dir
+    else:
+        folder = next((getattr(config, name) for name in ("run_dir", "out", "run") if hasattr(config, name)), None)
+    return folder.with_name(folder.name + "-smoke") if getattr(config, "smoke", False) and folder.name else folder
+
+
+def _sentence(error: Exception, folder: Path | None = None, trains: bool = False) -> str:
     if isinstance(error, OSError) and error.strerror:
-        where = "" if error.filename is None else f" ({error.filename})"
-        return f"{error.strerror}{where}.{_then(error, run_dir) if error.errno in OF_DISK else ''}"
+        of_disk = error.errno in OF_DISK
+        place = folder if of_disk and error.filename is None else error.filename
+        where = "" if place is None else f" ({place})"
+        return f"{error.strerror}{where}.{_then(error, folder if trains else None) if of_disk else ''}"
     told = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, NonFiniteLossError):
         return (
             f"{told} To change what the run does not accept, begin a new one from its parameters, with --init-from "
-            f"{run_dir or 'RUN'}, another --run-dir and a lower --learning-rate."
+            f"{folder or 'RUN'}, another --run-dir and a lower --learning-rate."
         )
     if isinstance(error, RuntimeError) and "is not finite" in told:  # of a sampler, in the pages of JAX and Equinox
         return " ".join(str(error).partition("\n---")[0].rpartition("RuntimeError: ")[2].split())
@@ -221,7 +233,6 @@ def _then(error: OSError, run_dir: Path | None) -> str:
     """What the same command does once the disk has been mended."""
     if run_dir is None:
         return " Once this is mended, run the same command again."
-    # The folder of a smoke run is another than was given.
     parents = [] if error.filename is None else [*Path(os.fsdecode(error.filename)).parents]
     folders = [each / "checkpoints" for each in (*parents, run_dir)]
     return " " + last_good(next((each for each in folders if each.is_dir()), folders[-1]))

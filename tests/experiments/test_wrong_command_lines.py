@@ -785,6 +785,29 @@ def test_a_disk_that_takes_no_more_names_the_place_and_the_last_good_step(number
         cnf.main()
 
 
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        ("reflow --run-dir a/b", "a/b"),
+        ("reflow --run-dir a/b --smoke", "a/b-smoke"),
+        ("toy2d --run-dir a/b --smoke", "a/b-smoke"),
+        ("torchcfm_table --run-dir a/b", "a/b"),
+        ("learned_solver --run toy", "toy"),
+        ("sample --run toy --out a/b.npz", "a/b.npz"),
+    ],
+)
+def test_a_full_disk_without_a_name_is_that_of_the_run(command, place, world, monkeypatch):
+    def fails(config):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    name, *rest = shlex.split(command)
+    monkeypatch.chdir(world)
+    monkeypatch.setattr({"torchcfm_table": table}.get(name) or sys.modules[f"experiments.{name}"], "run", fails)
+    monkeypatch.setattr(sys, "argv", [name, *rest])
+    with pytest.raises(SystemExit, match=rf"^No space left on device \({place}\)\. "):
+        MAINS[name]()
+
+
 def test_a_network_that_is_not_finite_is_not_blamed_on_the_tolerance(world, monkeypatch, capfd):
     told = "The velocity is not finite at t = 0.3: the network has diverged."
 
