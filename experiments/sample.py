@@ -20,7 +20,7 @@ import numpy as np
 import tyro
 
 from experiments.lab import command_line, figures
-from experiments.lab.experiment import Restored, read_run, restore_run
+from experiments.lab.experiment import Experiment, Restored, read_run, restore_run
 from experiments.lab.method import Method
 from experiments.lab.options import SEED, check_options, option
 from experiments.lab.processes import by_first
@@ -197,7 +197,7 @@ def run(config: Config) -> None:
         samples, nfe = generate_many(generate, restored.params, key, restored.experiment, labels, size)
     except ValueError as error:  # what a sampler or a rule of guidance refuses
         raise SystemExit(str(error)) from error
-    _write(config, samples, labels)
+    _write(config, restored.experiment, samples, labels)
     solver = config.learned_solver or sampling.solver
     print(f"{config.out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe_text(nfe)}")
 
@@ -248,12 +248,12 @@ def _labels(config: Config, num_classes: int | None) -> np.ndarray:
 
 
 @by_first
-def _write(config: Config, samples: np.ndarray, labels: np.ndarray) -> None:
+def _write(config: Config, experiment: Experiment, samples: np.ndarray, labels: np.ndarray) -> None:
     with replacing(config.out) as unfinished:
         if config.out.suffix == ".npz":
-            np.savez(unfinished, samples=samples, labels=labels)
+            np.savez(unfinished, samples=experiment.to_data(samples), labels=labels)
         elif samples.ndim == 4:
-            figures.save_sheet(unfinished, samples)
+            figures.save_sheet(unfinished, experiment.visible(samples))
         else:
             figures.save_points(unfinished, samples)
 

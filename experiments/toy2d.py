@@ -10,6 +10,7 @@ both are printed.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 
 from experiments.lab import command_line
-from experiments.lab.experiment import Experiment
+from experiments.lab.experiment import Experiment, begin_with
 from experiments.lab.figures import save_scatter
 from experiments.lab.method import Method, couple_ahead, make_loss
 from experiments.lab.options import check_options, of_smoke
@@ -154,7 +155,8 @@ def _run(config: Config) -> dict[str, Any]:
     for each in (generate, animate):
         jax.eval_shape(each, params, key_sampler, x0, None)
     # A step takes a fraction of a millisecond, less than to dispatch it.
-    state = train(config, key_train, params, loss_fn, paired, steps_per_call=STEPS_PER_CALL)
+    begin = partial(begin_with, config.training)
+    state = train(config, key_train, params, loss_fn, paired, steps_per_call=STEPS_PER_CALL, begin=begin)
     params = sampling_params(state, config.training)
 
     generate_together(generate, params, key_sampler, x0, None)  # compiles

@@ -23,6 +23,7 @@ from fm_jax.train.folder import write_text
 FACTS = "data.json"
 """The file of a run that says what its data are."""
 _SOURCES = ("dataset", "folder", "npz", "tfds", "array_record")
+SIDES = (1, 65_536)
 _OPTIONS = ", ".join(map(option, _SOURCES))
 _WHERE = ("folder", "npz", "array_record", "data_dir", "csv")
 """Options that say where data are, which may move: what they are is told by their checksum."""
@@ -54,8 +55,10 @@ class Data:
     """Any data set of TFDS that was prepared as array_record."""
     array_record: Path | None = None
     """A file of ArrayRecord, or a folder of them, whose records are pictures or tf.train.Examples."""
-    size: tuple[int, ...] | None = None
-    """Height and width that pictures are brought to, or one number for both; by default they must all have one size."""
+    size: int | None = None
+    """Height and width that pictures are brought to; by default they must all have one size."""
+    width: int | None = None
+    """Their width, where it is not the height."""
     fit: Fit = "crop"
     """How: the middle is cut out (crop), sides change apart (resize), or a border is put around (pad)."""
     colour: Colour | None = None
@@ -86,12 +89,10 @@ class Data:
     """Only so many of the real images of each split; by default all."""
 
     def __post_init__(self) -> None:
-        check_options(self, test_share="[0, 1)", size=(1, 65_536))
+        check_options(self, test_share="[0, 1)", value_range="(-inf, inf)", size=SIDES, width=SIDES)
         if len(self._given()) > 1:
             named = " and ".join(map(option, self._given()))
             raise ValueError(f"One of {_OPTIONS} must say which images, got {named}. experiments.images takes any one.")
-        if self.size is not None and len(self.size) not in (1, 2):
-            raise ValueError(f"--size must be one number, or height and width, got {' '.join(map(str, self.size))}.")
         if self.latents and self.value_range is not None:
             raise ValueError("--latents are used as they are, and --value-range says what is not: give one.")
         if self.csv is not None and self.labels == "none":
@@ -114,7 +115,8 @@ class Data:
                 would = " and ".join(map(option, takers))
                 yield prefix + name, f"{option(self.source)} does not take it; {would} would"
         if self.size is None:
-            yield prefix + "fit", "without --size pictures keep theirs"
+            for name in ("fit", "width"):
+                yield prefix + name, "without --size pictures keep theirs"
         if self.source not in ("dataset", "tfds") or self.dataset == "digits":
             yield prefix + "data_dir", "only data sets of TFDS are read from there"
         if self.labels == "none":
@@ -140,6 +142,8 @@ class Facts:
     std: tuple[float, ...] | None = None
     checksum: str | None = None
     """Of the images to train on, with their labels and names."""
+    checksum_test: str | None = None
+    """Of those held out."""
 
     def identity(self) -> dict[str, Any]:
         """What a run that continues must find again."""
@@ -178,7 +182,7 @@ def load(data: Data, progress: bool | None = None) -> Loaded:
         if test is not None:
             scaled = ((np.asarray(test.images) - mean) / std).astype(np.float32)
             test = test._replace(images=scaled, value_range=train.value_range)
-    train = check_dataset(train)
+    train, test = check_dataset(train), None if test is None else check_dataset(test)
     facts = Facts(
         data.dataset or data.tfds or f"{data.source} {Path(getattr(data, data.source)).name}",
         len(train.images),
@@ -188,8 +192,9 @@ def load(data: Data, progress: bool | None = None) -> Loaded:
         None if mean is None else tuple(mean.tolist()),
         None if std is None else tuple(std.tolist()),
         fingerprint(train),
+        None if test is None else fingerprint(test),
     )
-    return Loaded(train, None if test is None else check_dataset(test), facts)
+    return Loaded(train, test, facts)
 
 
 def _load(data: Data, progress: bool | None) -> tuple[ImageDataset, ImageDataset | None]:
@@ -207,7 +212,7 @@ def _load(data: Data, progress: bool | None) -> tuple[ImageDataset, ImageDataset
     labelled, said = data.labels == "given", print if is_first() else _nothing
     where: Any = getattr(data, data.source)
     of_pictures: dict[str, Any] = {
-        "size": None if data.size is None else data.size if len(data.size) == 2 else data.size * 2,
+        "size": None if data.size is None else (data.size, data.width or data.size),
         "fit": data.fit,
         "colour": data.colour,
         "background": data.background,

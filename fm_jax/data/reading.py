@@ -380,7 +380,7 @@ def _tell(work: _Work, wanted: list[int], say: Say | None) -> None:
     left_out = [*work.found.left_out, *(work.broken[i] for i in wanted if i in work.broken)]
     head = f"Left out {count(len(left_out), 'file')}:"
     if say is None:
-        if left_out:
+        if left_out or work.said:
             more = [f"... and {len(left_out) - NAMED} more"] if len(left_out) > NAMED else []
             warnings.warn("\n".join([head, *left_out[:NAMED], *more, *work.said]), stacklevel=4)
         return
