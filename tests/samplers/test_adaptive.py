@@ -147,7 +147,7 @@ def test_too_few_steps_is_an_error():
     "sampler",
     [
         Adaptive(max_steps=50),
-        Adaptive("heun", per_sample=True, max_steps=50),
+        Adaptive("dopri5", per_sample=True, max_steps=100),
         Adaptive("kvaerno3", per_sample=True, max_steps=50),
         DiffraxSDE(Linear(), rtol=1e-2, atol=1e-2, max_steps=50),
     ],
