@@ -51,19 +51,12 @@ def run(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_own_images(run, tmp_path):
     pytest.importorskip("grain", reason="needs the extra fm_jax[data]")
-    image = pytest.importorskip("PIL.Image", reason="needs the extra fm_jax[data]")
+    pytest.importorskip("PIL.Image", reason="needs the extra fm_jax[data]")
     names = run("own_images")
     # 64 samples of two classes; that the labels were not heeded would show in half of them.
     assert ((names["right"] > names["below"]) == names["wanted"]).mean() > 0.9
-
-    for name, value in (("a", 10), ("b", 200)):
-        (tmp_path / "folder" / name).mkdir(parents=True)
-        image.fromarray(np.full((6, 9, 3), value, np.uint8)).save(tmp_path / "folder" / name / "image.png")
-    loaded = names["load_folder"](tmp_path / "folder", 4)
-    assert loaded.images.shape == (2, 4, 4, 3)
-    assert loaded.class_names == ("a", "b")
-    np.testing.assert_array_equal(loaded.images[:, 0, 0, 0], [10, 200])
-    np.testing.assert_array_equal(loaded.labels, [0, 1])
+    assert names["dataset"].images.shape == (360, 8, 8, 1)
+    assert names["squares"].class_names == ("blue", "red")
 
 
 @pytest.mark.slow

@@ -720,6 +720,10 @@ ELSEWHERE = {
     "fm_jax.data.images": "tests/data, which need the extra",
     "fm_jax.data.digits": "tests/data, which need the extra",
     "fm_jax.data.pipeline": "tests/data, which need the extra",
+    **dict.fromkeys(
+        (f"fm_jax.data.{name}" for name in ("arrays", "folder", "lazy", "picture", "reading", "records")),
+        "tests/data, which need the extra",
+    ),
     "fm_jax.metrics.sinkhorn_divergence": "tests/metrics, which need the extra",
     "fm_jax.models.from_nnx": "tests/test_network_libraries.py",
     "fm_jax.models.from_equinox": "tests/test_network_libraries.py",

@@ -29,6 +29,19 @@ _WHERE = ("folder", "npz", "array_record", "data_dir", "csv")
 """Options that say where data are, which may move: what they are is told by their checksum."""
 MAY_CHANGE = tuple(f"data.{name}" for name in (*_WHERE, "stream"))
 _PICTURES = ("size", "colour", "background", "skip_broken", "stream")
+_TYPED = {
+    "skip_broken=True": "--skip-broken",
+    "stream=True": "--stream True",
+    "labels='none'": "--labels none",
+    "labels=False": "--labels none",
+    "give size,": "give --size,",
+    "a smaller size,": "a smaller --size,",
+    "test_share": "--test-share",
+    "value_range=(-inf, inf)": "--latents",
+    "value_range": "--value-range",
+    "image_entry": "--image-entry",
+}
+"""What options are called on a command line."""
 _TAKERS = {
     **dict.fromkeys(_PICTURES, ("folder", "tfds", "array_record")),
     "labels": ("folder", "npz", "tfds", "array_record"),
@@ -175,7 +188,13 @@ PRESETS = {
 
 def load(data: Data, progress: bool | None = None) -> Loaded:
     """Reads the images of both splits, or finds where they are."""
-    train, test = _load(data, progress)
+    try:
+        train, test = _load(data, progress)
+    except ValueError as error:  # in the words of the library
+        told = str(error)
+        for words, typed in _TYPED.items():
+            told = told.replace(words, typed)
+        raise type(error)(told) from error
     mean = std = None
     if data.latents:
         train, mean, std = standardise(train)

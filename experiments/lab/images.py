@@ -152,7 +152,7 @@ def build(config: Config, facts: Facts | None = None) -> Experiment:
         drop = DropCondition(config.label_dropout, null_cond=num_classes)
     model = NETWORKS[config.model](dropout=config.dropout, compute=Compute(config.dtype, config.remat), **options)
     try:
-        jax.eval_shape(lambda key: init_params(model, key, facts.shape), jax.random.key(0))
+        jax.eval_shape(lambda: init_params(model, jax.random.key(0), facts.shape))
     except ValueError as error:
         size = "x".join(map(str, facts.shape))
         raise ValueError(

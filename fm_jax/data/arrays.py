@@ -477,8 +477,12 @@ def _to_labels(
 
 def natural(name: str) -> tuple[Any, ...]:
     """A key to sort by: 2 before 10, the same in every locale."""
-    parts = re.split(r"(\d+)", name)
-    return tuple((int(each), "") if each.isascii() and each.isdigit() else (-1, each) for each in parts if each), name
+    parts = re.split(r"([0-9]+)", name)
+    # Not int, which refuses thousands of digits.
+    numbers = (
+        (len(each.lstrip("0")), each.lstrip("0")) if each[0] in "0123456789" else (-1, each) for each in parts if each
+    )
+    return tuple(numbers), name
 
 
 def _read_entries(path: Path) -> Any:

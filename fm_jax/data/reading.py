@@ -46,7 +46,7 @@ R = TypeVar("R")
 NAMED = 10
 """How many of what is wrong a message names."""
 _HEAD = 64 * 1024
-_CHUNK = 1024
+_CHUNK, _TASK = 1024, 16
 
 
 class Found(NamedTuple):
@@ -230,9 +230,15 @@ class _Work:
             except PictureError as error:
                 return error
 
+        def attempt_some(some: list[int]) -> list[R | PictureError]:
+            return list(map(attempt, some))
+
         def results(pool: ThreadPoolExecutor) -> Iterator[R | PictureError]:
+            # Several in a task, which would cost more than a small picture does; few enough tasks to be held at once.
             for start in range(0, len(indices), _CHUNK):
-                yield from pool.map(attempt, indices[start : start + _CHUNK])
+                stop = min(start + _CHUNK, len(indices))
+                for found in pool.map(attempt_some, (indices[i : i + _TASK] for i in range(start, stop, _TASK))):
+                    yield from found
 
         with ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="fm_jax_read") as pool:
             watching = watched(results(pool), len(indices), what, self.progress)

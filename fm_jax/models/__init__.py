@@ -71,7 +71,7 @@ def init_params(module: nn.Module, key: Key, event_shape: tuple[int, ...]) -> Pa
         return module.init(key, jnp.zeros(1), jnp.zeros((1, *event_shape)))["params"]
 
     # Random initialisers are slow to compile, and run once: 11 s become 3 s for a small U-Net on a CPU.
-    on_cpu = jax.default_backend() == "cpu" and not is_traced(key)
+    on_cpu = not is_traced(key) and jax.default_backend() == "cpu"
     return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None)(key)
 
 
