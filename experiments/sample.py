@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from experiments.lab import command_line, figures
 from experiments.lab.experiment import Experiment, Restored, read_run, restore_run
-from experiments.lab.method import Method
 from experiments.lab.options import SEED, check_options, option
 from experiments.lab.processes import by_first
 from experiments.lab.samplers import SAMPLERS, load_solver
@@ -34,15 +32,13 @@ from experiments.lab.sampling import (
     RuleName,
     Sampling,
     Weak,
+    check_interval,
     generate_many,
     make_generate,
     nfe_text,
-    sampler_and_times,
 )
 from fm_jax.checks import check_member
-from fm_jax.samplers import sample as draw
 from fm_jax.train.folder import make_folder, replacing
-from fm_jax.types import Array
 
 
 @dataclass(frozen=True)
@@ -159,29 +155,6 @@ def sampling_of(config: Drawing, of_run: Any) -> Sampling:
     if guides and (sampling.guidance != 1 or config.also is not None) and config.learned_solver is None:
         check_interval(sampling, of_run.method)
     return sampling
-
-
-def check_interval(sampling: Sampling, method: Method) -> None:
-    """Refuses an interval of guidance in which a sampler with fixed steps never asks for the velocity."""
-    low, high = sampling.guidance_interval
-    if (low, high) == (0.0, 1.0):
-        return
-    sampler, times = sampler_and_times(sampling, method)
-    if sampler.nfe_per_step is None:  # it goes where it will
-        return
-    key = jax.random.key(0) if sampler.stochastic else None
-
-    def solved(inside: float) -> np.ndarray:
-        def v(t: Array, x: Array) -> Array:
-            return jnp.where((low <= t) & (t <= high), inside, 0.0) * jnp.ones_like(x)
-
-        return np.asarray(draw(v, jnp.ones((1, 1)), sampler, times=times, key=key).x)
-
-    if np.array_equal(solved(0.0), solved(1.0), equal_nan=True):
-        raise ValueError(
-            f"--guidance-interval {low:g} {high:g} would have no effect: --solver {sampling.solver} with --steps "
-            f"{sampling.steps} never asks for the velocity within it. Take more steps, or a wider interval."
-        )
 
 
 def run(config: Config) -> None:

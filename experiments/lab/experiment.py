@@ -94,7 +94,12 @@ def restore_run(run_dir: Path, option: str = "--run") -> Restored:
     config, experiment = read_run(run_dir, option)
     shapes = jax.eval_shape(lambda key: init_params(experiment.model, key, experiment.event_shape), jax.random.key(0))
     state = restore(config, shapes)
-    return Restored(config, experiment, int(state.step), sampling_params(state, config.training))
+    params = sampling_params(state, config.training)
+    if bad := [name for name, leaf in _named(params) if not bool(jnp.isfinite(leaf).all())]:
+        raise SystemExit(
+            f"{option} {run_dir} has parameters that are not finite at step {int(state.step):,}: {bad[0]}."
+        )
+    return Restored(config, experiment, int(state.step), params)
 
 
 def begin_with(training: Training, params: Params) -> Params:

@@ -3,8 +3,9 @@
 Nothing here touches pyplot or the backend, so it may be imported in a notebook. A path's ending decides the format.
 """
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from experiments.lab.processes import by_first
 from fm_jax.data.images import to_uint8
+from fm_jax.train.folder import replacing
 
 # Okabe and Ito's palette; these also differ in lightness, so they survive a grey printer.
 BLUE, ORANGE, SKY = "#0072B2", "#E69F00", "#56B4E9"
@@ -105,7 +107,8 @@ def save_neighbours(path: PathLike, images: np.ndarray, neighbours: np.ndarray) 
 def save_sheet(path: PathLike, images: np.ndarray, *, columns: int = 8) -> None:
     """Draws images [n, h, w, c] in [-1, 1], row by row and nothing else."""
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
-    Image.fromarray(_montage(rows, min(columns, len(images)))).save(path)
+    with _whole(path) as unfinished:
+        Image.fromarray(_montage(rows, min(columns, len(images)))).save(unfinished)
 
 
 @by_first
@@ -148,8 +151,8 @@ def save_animation(
         pictures.append(picture.quantize(256, dither=Image.Dither.NONE))
     # GIF counts in hundredths of a second, and browsers slow down anything below two.
     duration = [max(20, 10 * round(300 / len(frames)))] * (len(frames) - 1) + [round(1000 * hold)]
-    Path(path).parent.mkdir(exist_ok=True)  # that of a run which was removed is not made anew
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
+    with _whole(path) as unfinished:
+        pictures[0].save(unfinished, save_all=True, append_images=pictures[1:], duration=duration, loop=0)
 
 
 @by_first
@@ -326,5 +329,13 @@ def _montage(rows: Sequence[np.ndarray], columns: int, size: int = 72, gap: int 
 
 
 def _save(figure: Figure, path: PathLike) -> None:
+    with _whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=_DPI, facecolor="white")
+
+
+@contextlib.contextmanager
+def _whole(path: PathLike) -> Iterator[Path]:
+    """A file to write to, which takes its name when it is whole."""
     Path(path).parent.mkdir(exist_ok=True)  # that of a run which was removed is not made anew
-    figure.savefig(path, dpi=_DPI, facecolor="white")
+    with replacing(path) as unfinished:
+        yield unfinished

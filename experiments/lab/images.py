@@ -20,17 +20,18 @@ from experiments.lab.experiment import Experiment, begin_with
 from experiments.lab.figures import save_animation, save_grid, save_neighbours
 from experiments.lab.judge import Classify, fit_classifier, nearest
 from experiments.lab.method import Method, couple_ahead, make_loss
-from experiments.lab.options import check_options, refuse_unused
+from experiments.lab.options import check_options, of_smoke, refuse_unused
 from experiments.lab.processes import from_first, mean_of_shares, own_folder
 from experiments.lab.sampling import (
     Sampling,
+    check_interval,
     frame_times,
     generate_many,
     generate_together,
     make_generate,
     nfe_text,
 )
-from experiments.lab.smoke import smoke
+from experiments.lab.smoke import TRAINING, smoke
 from experiments.lab.training import (
     Training,
     check_batch,
@@ -77,6 +78,10 @@ REAL = 512
 """Real images that those beside the samples are taken from."""
 MOST_VALUES = 1024
 """In an image that is judged by its pixels: of larger ones they alone say little, and take long."""
+
+
+SMOKE = {"sampling": {"solver": "euler", "steps": 2, "sample_batch": 20}, "num_samples": 20, "frames": 3}
+"""What a smoke run has of its own, besides its training and a small network of the kind of `model`."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,8 @@ class Config:
         yield from self.sampling.unused()
         if "dit" not in self.model:
             yield "scan_layers", "only a transformer, such as --model dit_tiny, has equal blocks"
+        if self.smoke:
+            yield from of_smoke(SMOKE | {"training": TRAINING | {"batch_size": None}})
         if self.data.labels == "none":
             yield "label_dropout", "--labels none trains without labels"
 
@@ -175,6 +182,7 @@ def fit_to(config: Config, facts: Facts) -> Config:
                 f"--label-dropout must be above 0 for --guidance {config.sampling.guidance:g}, which leads away from "
                 "what the network makes without a label; --guidance 1 goes without."
             )
+        check_interval(config.sampling, config.method)
         return config
     usual = dataclasses.replace(config, sampling=Sampling(), label_dropout=Config.label_dropout)
     without = "the images have no labels"
@@ -192,14 +200,9 @@ def fit_to(config: Config, facts: Facts) -> Config:
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
-    config = smoke(
-        config,
-        model="smoke_dit" if config.model.startswith("dit") else "smoke_unet",
-        sampling={"solver": "euler", "steps": 2, "sample_batch": 20},
-        data={"num_images": 512},
-        num_samples=20,
-        frames=3,
-    )
+    own: dict[str, Any] = {"model": "smoke_dit" if config.model.startswith("dit") else "smoke_unet"}
+    own |= {"data": {"num_images": config.data.num_images or 512}}
+    config = smoke(config, **SMOKE, **own)
     check_batch(config.training)
     if (config.training.steps_per_call or 1) > 1 and jax.default_backend() == "cpu" and "dit" not in config.model:
         raise ValueError(

@@ -161,6 +161,29 @@ def sampler_and_times(
     return sampler, frames
 
 
+def check_interval(sampling: Sampling, method: Method) -> None:
+    """Refuses an interval of guidance in which a sampler with fixed steps never asks for the velocity."""
+    low, high = sampling.guidance_interval
+    if (low, high) == (0.0, 1.0):
+        return
+    sampler, times = sampler_and_times(sampling, method)
+    if sampler.nfe_per_step is None:  # it goes where it will
+        return
+    key = jax.random.key(0) if sampler.stochastic else None
+
+    def solved(inside: float) -> np.ndarray:
+        def v(t: Array, x: Array) -> Array:
+            return jnp.where((low <= t) & (t <= high), inside, 0.0) * jnp.ones_like(x)
+
+        return np.asarray(sample(v, jnp.ones((1, 1)), sampler, times=times, key=key).x)
+
+    if np.array_equal(solved(0.0), solved(1.0), equal_nan=True):
+        raise ValueError(
+            f"--guidance-interval {low:g} {high:g} would have no effect: --solver {sampling.solver} with --steps "
+            f"{sampling.steps} never asks for the velocity within it. Take more steps, or a wider interval."
+        )
+
+
 def guided_velocity(
     sampling: Sampling,
     method: Method,
@@ -272,7 +295,13 @@ def generate_many(
         samples.append(found.x)
         nfe.append(found.nfe)
     mean_nfe = None if None in nfe else float(np.mean(np.asarray(nfe)))
-    return np.concatenate(samples)[:num], mean_nfe
+    drawn = np.concatenate(samples)[:num]
+    if bad := int((~np.isfinite(drawn).reshape(num, -1).all(axis=1)).sum()):
+        raise ValueError(
+            f"{bad} of {num} samples are not finite: the network, or its guidance, gives NaN or infinity on the way. "
+            "More steps or another solver do not help; an earlier checkpoint may."
+        )
+    return drawn, mean_nfe
 
 
 def generate_together(generate: Generate, params: Params, key: Key, x0: Array, labels: Cond) -> Solution:

@@ -58,6 +58,7 @@ def watching_controller() -> type:
         pid: diffrax.PIDController
         stages: int = eqx.field(static=True)
         fsal: bool = eqx.field(static=True)
+        probe: Any = eqx.field(static=True, default=None)  # v, where Newton's method may fail and its error be infinite
 
         def wrap(self, direction):
             return self
@@ -72,7 +73,8 @@ def watching_controller() -> type:
             # "First same as last" saves one stage a step, but only once a step has been accepted.
             saved = started if self.fsal else 0
             # Steps up to where the velocity ends are accepted, ever shorter ones: of the refused ones it is the last.
-            finite = jnp.where(keep, finite, jnp.isfinite(y_error).all())
+            asked = y_error if self.probe is None else self.probe(jnp.asarray(t1), y0)
+            finite = jnp.where(keep, finite, jnp.isfinite(asked).all())
             return keep, *rest, (state, nfe + self.stages - saved, started | keep, finite), result
 
     return WatchingController
@@ -194,7 +196,6 @@ class Adaptive:
         solver: Any = getattr(diffrax, SOLVERS[self.solver].name)() if isinstance(self.solver, str) else self.solver
         pid = diffrax.PIDController(self.rtol, self.atol)
         tableau = solver.tableau
-        controller = watching_controller()(self.rtol, self.atol, pid.norm, pid, tableau.num_stages, tableau.fsal)
         times = jnp.asarray(times)
         saveat = diffrax.SaveAt(t1=True, ts=times if trajectory else None, controller_state=True)
         # Recursive checkpointing is a custom_vjp, whose backward pass does not know the axis gathered over below.
@@ -212,6 +213,15 @@ class Adaptive:
 
         def solve(x: Array) -> tuple[Array, Array]:
             field = velocity_of_one if self.per_sample else velocity
+            controller = watching_controller()(
+                self.rtol,
+                self.atol,
+                pid.norm,
+                pid,
+                tableau.num_stages,
+                tableau.fsal,
+                field if self.implicit else None,
+            )
             start, end = times[0], times[-1]
             solution = diffrax.diffeqsolve(
                 diffrax.ODETerm(lambda t, x, _: field(jnp.asarray(t), x)),

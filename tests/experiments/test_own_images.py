@@ -306,3 +306,34 @@ def test_one_command_on_200_pictures_of_odd_sizes(tmp_path):
     assert "folder flowers: 180 images 16x16x3, 2 classes, 20 held out" in done.stdout
     for name in images.PICTURES:
         assert (tmp_path / "runs" / "images" / name).stat().st_size > 0
+
+
+def test_a_network_of_nan_is_named(finished, tmp_path, monkeypatch):
+    """Neither its tolerance nor its steps are to blame."""
+    import jax
+
+    from experiments.lab import experiment as module
+
+    config, _ = finished
+    run = restore_run(config.training.run_dir)
+    whole = module.restore(config, jax.eval_shape(lambda: run.params))
+    broken = whole._replace(ema=jax.tree.map(lambda x: x * np.nan, whole.ema))
+    monkeypatch.setattr(module, "restore", lambda *_: broken)
+    with pytest.raises(SystemExit, match="has parameters that are not finite at step 4: "):
+        sample.run(sample.Config(config.training.run_dir, out=tmp_path / "a.png", num=4))
+
+
+@pytest.mark.parametrize("solver", ["heun", "euler_maruyama"])
+def test_samples_that_are_not_finite_are_no_picture(solver, finished, tmp_path, monkeypatch):
+    config, _ = finished
+    run = restore_run(config.training.run_dir)
+
+    def apply_fn(params, t, x, cond, **_):
+        return x * np.nan
+
+    monkeypatch.setattr(
+        sample, "restore_run", lambda *_: run._replace(experiment=run.experiment._replace(apply_fn=apply_fn))
+    )
+    with pytest.raises(SystemExit, match="4 of 4 samples are not finite"):
+        sample.run(sample.Config(config.training.run_dir, out=tmp_path / "a.png", num=4, solver=solver))
+    assert not (tmp_path / "a.png").exists()
