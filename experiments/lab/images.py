@@ -72,10 +72,8 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
     ),
     "smoke_dit": partial(make_dit, "tiny", hidden=16, num_layers=1, num_heads=1, patch_size=4),
 }
-ROWS, COLUMNS = 10, 10
-"""Of the grid of samples."""
-REAL = 512
-"""Real images that those beside the samples are taken from."""
+ROWS, COLUMNS, REAL = 10, 10, 3
+"""Of the grid of samples, and the real images beside each row."""
 MOST_VALUES = 1024
 """In an image that is judged by its pixels: of larger ones they alone say little, and take long."""
 
@@ -369,15 +367,14 @@ def _save_grid(
     path: Path, images: np.ndarray, labels: np.ndarray, dataset: ImageDataset, experiment: Experiment
 ) -> None:
     """Samples, a row for each class, or rows of no class, beside real images."""
-    rng = np.random.default_rng(0)
-    # In order, for data that are read when drawn.
-    some = np.sort(rng.permutation(len(dataset.images))[:REAL]) if experiment.num_classes is None else None
-    if some is None:
-        some = np.concatenate([np.flatnonzero(dataset.labels == label)[:3] for label in _classes_shown(experiment)])
+    if experiment.num_classes is None:
+        some = np.random.default_rng(0).permutation(len(dataset.images))[: ROWS * REAL]
+    else:
+        some = np.concatenate([np.flatnonzero(dataset.labels == label)[:REAL] for label in _classes_shown(experiment)])
     real = dataset.subset(some)
     if experiment.num_classes is None:
         num = min(len(images), ROWS * COLUMNS)
-        labels, names, real_labels = np.arange(num) // COLUMNS, ("",) * ROWS, np.arange(len(some)) // 3
+        labels, names, real_labels = np.arange(num) // COLUMNS, ("",) * ROWS, np.arange(len(some)) // REAL
         images = images[:num]
     else:
         shown = np.isin(labels, _classes_shown(experiment))
