@@ -372,6 +372,9 @@ def check_coupling(coupling: Any) -> None:
 def check_holds(batch: Any, *names: str) -> None:
     """Refuses what is not a batch, a dict with these arrays."""
     if not isinstance(batch, Mapping):
+        if isinstance(batch, tuple | list):  # a pair (x, y)
+            wanted = f'{{"{names[-1] if names else "x1"}": data, "cond": labels}}'
+            raise ValueError(f"the batch must be a dict, {wanted}, got a {type(batch).__name__} of {len(batch)}.")
         held = f" with {' and '.join(map(repr, names))}" if names else ""
         raise ValueError(f"the batch must be a dict{held}, got {shown(batch)}.")
     for name in names:

@@ -342,6 +342,7 @@ BAD = [
     (checks.check_holds, (X, "x1"), "the batch must be a dict with 'x1', got float32 of shape (2, 3)."),
     (checks.check_holds, (None, "x0", "x1"), "the batch must be a dict with 'x0' and 'x1', got None."),
     (checks.check_holds, (None,), "the batch must be a dict, got None."),
+    (checks.check_holds, ((X, X), "x1"), 'the batch must be a dict, {"x1": data, "cond": labels}, got a tuple of 2.'),
     (checks.check_holds, ({"x": X, "a": X}, "x1"), "the batch must hold 'x1', got ['a', 'x']."),
     (checks.check_condition, (X, np.zeros(3)), f"cond {COND}(3,)."),
     (checks.check_condition, (X, {"text": np.zeros(())}), f"cond['text'] {COND}()."),

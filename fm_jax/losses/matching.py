@@ -187,7 +187,7 @@ def draw_pairs(
     drop: Drop | None = None,
 ) -> Pairs:
     """Source, times, pairing and conditions of a batch, as `flow_matching` says; raises `ValueError` where it does."""
-    check_batch(batch, "x1")
+    check_holds(batch, "x1")
     if key is not None:
         check_key(key)
     x1 = batch["x1"]
@@ -214,14 +214,6 @@ def draw_pairs(
     rngs = None if key is None else {"dropout": key_dropout}
     cond = dropped(drop, key_drop, pairing.cond)
     return Pairs(pairing.x0, pairing.x1, cond, weight, t, key_path, rngs)
-
-
-def check_batch(batch: Any, name: str) -> None:
-    """Raises `ValueError` for what is no batch with an array of that name, and says what to make of a pair (x, y)."""
-    if isinstance(batch, tuple | list):
-        wanted = f'{{"{name}": data, "cond": labels}}'
-        raise ValueError(f"the batch must be a dict, {wanted}, got a {type(batch).__name__} of {len(batch)}.")
-    check_holds(batch, name)
 
 
 def check_weight(batch: Batch, x: State) -> None:

@@ -11,6 +11,7 @@ from fm_jax.checks import (
     check_coupling,
     check_data,
     check_has,
+    check_holds,
     check_key,
     check_network,
 )
@@ -19,7 +20,6 @@ from fm_jax.couplings import independent
 from fm_jax.losses.matching import (
     Pairs,
     Times,
-    check_batch,
     check_drop,
     check_pairing,
     check_weight,
@@ -156,7 +156,7 @@ def trajectory_matching(
 
 def _draw(key: Key | None, batch: Batch, coupling: Coupling, times: Times, drop: Drop | None) -> tuple[Pairs, Array]:
     """What else than the path is random, and the coupled snapshots [batch, K, ...]."""
-    check_batch(batch, "x")
+    check_holds(batch, "x")
     x = batch["x"]
     check_data("x", x)
     if key is not None:
