@@ -17,6 +17,7 @@ import jax
 from experiments.lab.options import path_of, refuse_unused
 from experiments.lab.processes import Processes, check_same, connect, end_by_sigterm, ending_all
 from experiments.lab.xla import use_flags
+from fm_jax.data.picture import PictureError
 from fm_jax.train.checkpoint import CheckpointError, last_good
 from fm_jax.train.folder import OF_DISK, FolderInUseError, naming
 from fm_jax.train.loop import NonFiniteLossError
@@ -210,7 +211,9 @@ def _sentence(error: Exception, folder: Path | None = None, trains: bool = False
         where = "" if place is None else f" ({place})"
         return f"{error.strerror}{where}.{_then(error, folder if trains else None) if of_disk else ''}"
     told = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, NonFiniteLossError):
+    if isinstance(error, PictureError):  # a line for each
+        return str(error)
+    if isinstance(error, NonFiniteLossError) and "Begin a new run from it" in told:
         return (
             f"{told} To change what the run does not accept, begin a new one from its parameters, with --init-from "
             f"{folder or 'RUN'}, another --run-dir and a lower --learning-rate."
@@ -222,7 +225,7 @@ def _sentence(error: Exception, folder: Path | None = None, trains: bool = False
             "An adaptive solver came to the end of its steps before that of the path: raise --tolerance, or take a "
             "--solver with fixed steps, such as heun. Where training has diverged neither helps."
         )
-    if isinstance(error, CheckpointError | FolderInUseError | OSError) or _is_ours(error):
+    if isinstance(error, CheckpointError | FolderInUseError | NonFiniteLossError | OSError) or _is_ours(error):
         return told
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in told:
         return f"Not enough memory: lower what makes the arrays large, such as --batch-size. ({told[:300]})"
