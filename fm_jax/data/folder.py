@@ -224,7 +224,7 @@ def load_folder(
 def _checked_folder(folder: Any) -> Path:
     if not isinstance(folder, str | os.PathLike) or not os.fspath(folder):
         raise ValueError(f"folder must be the path of a folder with pictures, got {shown(folder)}.")
-    path = Path(folder).expanduser()
+    path = Path(os.path.expanduser(folder))
     if path.is_dir():
         return path
     if why := why_no_folder(path):
@@ -357,7 +357,7 @@ def _table_of(labels: Any) -> Path | None:
     wanted = "labels must be 'folders', 'none' or the path of a CSV file"
     if not isinstance(labels, str | os.PathLike) or not os.fspath(labels):
         raise ValueError(f"{wanted}, got {shown(labels)}.")
-    path = Path(labels).expanduser()
+    path = Path(os.path.expanduser(labels))
     if path.is_file():
         return path
     if path.exists():

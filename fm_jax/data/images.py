@@ -174,10 +174,10 @@ def prepare(name: str, *, data_dir: str | os.PathLike | None = None) -> Path:
 def _find_data_dir(data_dir: str | os.PathLike | None) -> tuple[Path, str]:
     # TFDS reads the variable only once, when it is imported.
     if data_dir is not None:
-        return Path(data_dir).expanduser(), "data_dir"
+        return Path(os.path.expanduser(data_dir)), "data_dir"
     if environment := os.environ.get("TFDS_DATA_DIR"):
-        return Path(environment).expanduser(), "TFDS_DATA_DIR"
-    return Path("~/tensorflow_datasets").expanduser(), "the default: neither data_dir nor TFDS_DATA_DIR is set"
+        return Path(os.path.expanduser(environment)), "TFDS_DATA_DIR"
+    return Path(os.path.expanduser("~/tensorflow_datasets")), "the default: neither data_dir nor TFDS_DATA_DIR is set"
 
 
 def _import_tfds(caller: str) -> ModuleType:

@@ -168,3 +168,12 @@ def test_to_float_refuses_floats():
 def test_what_has_no_pixel(x, message):
     with pytest.raises(ValueError, match=message):
         to_uint8(x)
+
+
+def test_without_a_home_the_default_is_told_as_it_is_written(monkeypatch, tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)  # as without HOME, of a user whom nobody knows
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"mnist is not prepared in ~/tensorflow_datasets \(the default"):
+        load_images("mnist", "train")
