@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,14 @@ _TYPED = {
     "give size,": "give --size,",
     "a smaller size,": "a smaller --size,",
     "test_share": "--test-share",
-    "value_range=(-inf, inf)": "--latents",
+    "value_range=(low, high), or (-inf, inf) for latents": "--value-range LOW HIGH, or --latents",
+    r"value_range=\(([^,]*), ([^)]*)\)": r"--value-range \1 \2",
     "value_range": "--value-range",
-    "image_entry": "--image-entry",
+    "name one by images": "name one by --image-entry",
+    "name one by labels": "name one by --label-entry",
+    "channels must be said": "--channels must be said",
+    "'first' for": "first for",
+    "'last' for": "last for",
 }
 """What options are called on a command line."""
 _TAKERS = {
@@ -50,6 +56,8 @@ _TAKERS = {
     "label_entry": ("npz",),
     "value_range": ("npz",),
     "latents": ("npz",),
+    "channels": ("npz",),
+    **dict.fromkeys(("fit", "width"), ("folder", "tfds", "array_record")),
     "test_share": ("folder", "npz", "tfds", "array_record"),
 }
 
@@ -88,6 +96,8 @@ class Data:
     """The entry of an .npz with the labels."""
     value_range: tuple[float, float] | None = None
     """What becomes -1 and 1, of arrays that are not uint8."""
+    channels: Literal["first", "last"] | None = None
+    """Where the channels of arrays are, where their shape does not say."""
     latents: bool = False
     """The arrays are latents: each channel is brought to mean 0 and variance 1, and samples are brought back."""
     test_share: float | None = None
@@ -193,7 +203,7 @@ def load(data: Data, progress: bool | None = None) -> Loaded:
     except ValueError as error:  # in the words of the library
         told = str(error)
         for words, typed in _TYPED.items():
-            told = told.replace(words, typed)
+            told = re.sub(words if "\\" in words else re.escape(words), typed, told)
         raise type(error)(told) from error
     mean = std = None
     if data.latents:
@@ -266,6 +276,7 @@ def _load_npz(data: Data, path: Path, split: Literal["train", "test"], say: Any)
         labels=data.label_entry,
         test_share=data.test_share,
         value_range=(-math.inf, math.inf) if data.latents else data.value_range,
+        channels=data.channels,
         say=say,
     )
     if data.labels == "none":

@@ -131,6 +131,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_options(self, dropout="[0, 1)", label_dropout="[0, 1)", frames=2)
+        if self.flip and self.data.latents:
+            raise ValueError("--flip must be left out with --latents: mirrored, they are not those of mirrored images.")
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Options of no effect, and why."""
@@ -201,6 +203,9 @@ def run(config: Config) -> dict[str, Any]:
     own: dict[str, Any] = {"model": "smoke_dit" if config.model.startswith("dit") else "smoke_unet"}
     own |= {"data": {"num_images": config.data.num_images or 512}}
     config = smoke(config, **SMOKE, **own)
+    folder, run_dir = config.data.folder, config.training.run_dir
+    if folder is not None and run_dir.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--run-dir must lie outside of --folder {folder}, whose pictures are data, got {run_dir}.")
     check_batch(config.training)
     if (config.training.steps_per_call or 1) > 1 and jax.default_backend() == "cpu" and "dit" not in config.model:
         raise ValueError(
@@ -229,6 +234,8 @@ def _run(config: Config) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(config.training.seed), 5)
     key_train, key_init, key_draw, key_judge, key_pairs = keys
     params = init_params(experiment.model, key_init, experiment.event_shape)
+    if facts.shape[-1] not in (1, 3):
+        print(f"Pictures show {experiment.visible(np.zeros(facts.shape)).shape[-1]} of {facts.shape[-1]} channels.")
     print(
         f"{_described(facts)}, {config.model} with {num_params(params):,} parameters, "
         f"{jax.device_count()} {jax.default_backend()} device(s)"

@@ -21,7 +21,10 @@ Split = Literal["train", "test", "all"]
 SPLITS: tuple[str, ...] = ("train", "test", "all")
 TEST_SHARE = 0.1
 """Held out of data without test images of their own, where no share is given."""
+_NAMES = ("class_names", "label_names", "target_names")
 _CHUNK = 4096
+_FILLED = 0.9
+"""How far values must reach to both sides for a range of [-1, 1] that nobody has declared."""
 _ENTRIES = {
     "images": ("images", "image", "x", "data", "samples", "pixels", "arr_0"),
     "labels": ("labels", "label", "y", "targets", "target", "classes", "arr_1"),
@@ -44,6 +47,7 @@ def make_dataset(
     *,
     class_names: Sequence[str] | None = None,
     value_range: tuple[float, float] | None = None,
+    channels: Literal["first", "last"] | None = None,
     levels: int = 256,
     say: Say | None = None,
 ) -> ImageDataset:
@@ -60,6 +64,7 @@ def make_dataset(
             integers from 1 count them.
         value_range: (low, high) of images that are not `uint8`, which become -1 and 1; (-inf, inf) for what is used as
             it is, such as latents.
+        channels: "first" for [n, c, h, w], "last" for [n, h, w, c]; `None` where that is clear from the shape.
         levels: evenly spaced values that pixels take, of floating-point images.
         say: called with a sentence for every change; by default each is a warning.
 
@@ -81,8 +86,12 @@ def make_dataset(
     say = say or warn
     if value_range is not None:
         value_range = _checked_range(value_range)
-    pixels, value_range = _to_pixels(_to_array("images", images), value_range, say)
+    if channels is not None:
+        check_member("channels", channels, ("first", "last"))
+    pixels, value_range = _to_pixels(_to_array("images", images), value_range, channels, say)
     numbers, names = _to_labels(labels, class_names, len(pixels), say)
+    if numbers is not None and (none := [name for i, name in enumerate(names) if i not in set(numbers.tolist())]):
+        say(f"no image is of the class {', '.join(map(repr, none[:5]))}{', ...' * (len(none) > 5)}.")
     dataset = ImageDataset(pixels, numbers, names, levels, value_range)
     return check_dataset(dataset)
 
@@ -109,7 +118,12 @@ def check_dataset(dataset: Any) -> ImageDataset:
         images = np.asarray(images)
     if images.ndim != 4:
         raise ValueError(f"images must be [n, h, w, c], got shape {images.shape}. {_MAKE}")
-    if _channels_first(images.shape):
+    if _layout(images.shape) == "n last":
+        raise ValueError(
+            f"images must be [n, h, w, c], got shape {images.shape}, which looks like [h, w, c, n]: "
+            "np.moveaxis(images, -1, 0) puts the images first."
+        )
+    if _layout(images.shape) == "first":
         raise ValueError(
             f"images must be [n, h, w, c], got {images.dtype} of shape {images.shape}, which looks like channels "
             "first: np.moveaxis(images, 1, -1) moves them, as make_dataset does. (If the images really are "
@@ -120,6 +134,8 @@ def check_dataset(dataset: Any) -> ImageDataset:
     if 0 in images.shape:
         raise ValueError(f"images must not be empty, got shape {images.shape}.")
     if images.dtype == np.uint8:
+        if type(images) is np.ndarray and images.max() == 1:
+            raise ValueError("images must reach to 255, got uint8 of 0 and 1 alone. make_dataset takes a value_range.")
         if dataset.levels != 256:
             raise ValueError(f"levels must be 256 for uint8 images, got {dataset.levels}.")
         if dataset.value_range not in (None, (0, 255), (0.0, 255.0)):
@@ -225,6 +241,7 @@ def load_npz(
     test_share: float | None = 0.0,
     class_names: Sequence[str] | None = None,
     value_range: tuple[float, float] | None = None,
+    channels: Literal["first", "last"] | None = None,
     levels: int = 256,
     say: Say | None = None,
 ) -> ImageDataset:
@@ -232,12 +249,13 @@ def load_npz(
 
     Args:
         path: of the file.
-        split: "all"; "train" or "test" by entries such as `x_train` and `test_images`, or by `test_share`.
+        split: "all"; "train" or "test" by entries such as `x_train` and `test_images` (or val), or by `test_share`.
         images: the entry with the images; by default one that is called images, x, data, samples or arr_0.
         labels: the entry with the labels; by default labels, y, targets or arr_1, if there is one.
         test_share: share of every class for testing, of a file without splits of its own; `None` for a tenth.
-        class_names: as in `make_dataset`, like the rest.
+        class_names: as in `make_dataset`, like the rest; by default an entry of that name.
         value_range: as there.
+        channels: as there.
         levels: as there.
         say: as there.
 
@@ -251,26 +269,43 @@ def load_npz(
         check_number("test_share", test_share, "[0, 1)")
     say = say or warn
     entries = _read_entries(path)
-    options: dict[str, Any] = {"class_names": class_names, "value_range": value_range, "levels": levels, "say": say}
+    if class_names is None:
+        class_names = next((tuple(map(str, entries[name])) for name in _NAMES if name in entries), None)
+    options: dict[str, Any] = {"value_range": value_range, "channels": channels, "levels": levels, "say": say}
     own = {which: _find(path, entries, "images", images, which) for which in ("train", "test")}
+    kinds = {which: _find(path, entries, "labels", labels, which) for which in ("train", "test")}
     if images is not None or own["train"] is None:
-        name = _find(path, entries, "images", images, None)
-        if name is None:
+        own = {"train": _find(path, entries, "images", images, None), "test": None}
+        kinds = {"train": _find(path, entries, "labels", labels, None), "test": None}
+        if own["train"] is None:
             raise ValueError(f"{path} must have an entry for the images, such as 'images', got {_described(entries)}.")
-        name_of_labels = _find(path, entries, "labels", labels, None)
-        dataset = make_dataset(entries[name], None if name_of_labels is None else entries[name_of_labels], **options)
+    if own["test"] is not None and (kinds["train"] is None) != (kinds["test"] is None):
+        with_labels = "train" if kinds["test"] is None else "test"
+        say(f"only the images for {with_labels}ing of {path.name} have labels; those for testing were left aside.")
+        own["test"], kinds["test"] = None, None
+    used = [name for name in (*own.values(), *kinds.values()) if name is not None]
+    if left := [name for name in entries if name not in (*used, *_NAMES)]:
+        say(f"of {path.name} {', '.join(used)} were read; left aside: {_described(left)}.")
+    pixels, numbers = entries[own["train"]], None if kinds["train"] is None else entries[kinds["train"]]
+    if own["test"] is None:
+        dataset = make_dataset(pixels, numbers, class_names=None if numbers is None else class_names, **options)
         share = TEST_SHARE if test_share is None else test_share
         mask = held_out(list(map(str, range(len(dataset.images)))), dataset.labels, share)
         return part(dataset, split, mask)
     if test_share:
         raise ValueError(f"test_share must be 0 for {path}, which has splits of its own: {_described(entries)}.")
-    parts = ["train"] if own["test"] is None else ["train", "test"]
-    pixels = [entries[own[which]] for which in parts]
-    names = [_find(path, entries, "labels", labels, which) for which in parts]
-    kinds = None if None in names else np.concatenate([entries[name] for name in names])
+    both = [pixels, entries[own["test"]]]
+    if both[0].shape[1:] != both[1].shape[1:]:
+        raise ValueError(
+            f"{path} must have images of one shape in both splits, got {both[0].shape} and {both[1].shape}."
+        )
+    if numbers is not None:
+        numbers = np.concatenate([numbers, entries[kinds["test"]]])
     # Both at once, so that they have the same classes.
-    both = make_dataset(np.concatenate(pixels), kinds, **options)
-    return part(both, split, np.arange(len(both.images)) >= len(pixels[0]))
+    dataset = make_dataset(
+        np.concatenate(both), numbers, class_names=None if numbers is None else class_names, **options
+    )
+    return part(dataset, split, np.arange(len(dataset.images)) >= len(pixels))
 
 
 def standardise(dataset: ImageDataset) -> tuple[ImageDataset, np.ndarray, np.ndarray]:
@@ -325,7 +360,7 @@ def _check_values(images: Any, value_range: tuple[float, float] | None) -> tuple
             raise ValueError(f"images must be finite, got NaN or infinity in image {i * _CHUNK + bad[0]}.")
         low, high = min(low, least), max(high, most)
     if value_range is None:
-        if -1 <= low < 0 and high <= 1:
+        if -1 <= low <= -_FILLED and _FILLED <= high <= 1:
             return -1.0, 1.0
         guess = (0.0, 1.0) if low >= 0 and high <= 1 else (0.0, 255.0) if low >= 0 and high <= 255 else None
         say = "(low, high), or (-inf, inf) for latents" if guess is None else f"{guess}, or what it is"
@@ -361,13 +396,25 @@ def _check_labels(labels: Any, class_names: Any, num: int) -> np.ndarray | None:
     return labels.astype(np.int32)
 
 
-def _channels_first(shape: Sequence[int]) -> bool:
-    """Whether [n, a, b, c] must be taken for channels, height, width: few before two equal or many."""
+def _layout(shape: Sequence[int]) -> str:
+    """What [n, a, b, c] must be: "last" or "first", by where the channels are; "n last"; "unclear"."""
     _, a, b, c = shape
-    return c > 4 and ((a <= 4 < b) or (a < b and b == c))
+    if c <= 4:
+        return "last"
+    if b <= 4 and shape[0] == a > 4:
+        return "n last"  # [h, w, c, n], as of MATLAB
+    if a <= 4 < b or a != b == c:
+        return "first"
+    return "last" if a == b != c else "unclear"
 
 
 def _to_array(name: str, value: Any) -> np.ndarray | LazyImages:
+    if isinstance(value, np.ma.MaskedArray):
+        if np.ma.is_masked(value):
+            raise ValueError(
+                f"{name} must not be masked, got {np.ma.count_masked(value)} masked values: leave them out."
+            )
+        value = value.data
     if isinstance(value, np.ndarray | LazyImages):
         return value
     if hasattr(value, "files") and hasattr(value, "keys"):
@@ -381,7 +428,7 @@ def _to_array(name: str, value: Any) -> np.ndarray | LazyImages:
 
 
 def _to_pixels(
-    x: Any, value_range: tuple[float, float] | None, say: Say
+    x: Any, value_range: tuple[float, float] | None, channels: str | None, say: Say
 ) -> tuple[np.ndarray | LazyImages, tuple[float, float] | None]:
     if x.dtype == object:
         raise ValueError("images must all have one shape, got several, or none: resize them before.")
@@ -390,14 +437,26 @@ def _to_pixels(
             raise ValueError(
                 f"images must be [n, h, w, c], got shape {x.shape}, which looks like one image: add an axis."
             )
+        n, h, w = x.shape
+        if (n == h != w) or (n <= 4 and h > 4):
+            raise ValueError(
+                f"images must be [n, h, w], got shape {x.shape}, which looks like [h, w, n] or one image: move "
+                "the axis of the images to the front, or add one."
+            )
         x = x[..., None]
     if x.ndim != 4:
         raise ValueError(f"images must be [n, h, w, c], [n, c, h, w] or [n, h, w], got shape {x.shape}.")
     if 0 in x.shape:
         raise ValueError(f"images must not be empty, got shape {x.shape}.")
-    if _channels_first(x.shape) and not isinstance(x, LazyImages):
+    layout = channels or ("last" if isinstance(x, LazyImages) else _layout(x.shape))
+    if layout in ("unclear", "n last"):
+        raise ValueError(
+            f"channels must be said of images of shape {x.shape}, 'first' for [n, c, h, w] or 'last' for [n, h, w, c]."
+        )
+    if layout == "first":
         moved = np.moveaxis(x, 1, -1)
-        say(f"images {list(x.shape)} have channels first; they were moved last, {list(moved.shape)}.")
+        if channels is None:
+            say(f"images {list(x.shape)} have channels first; they were moved last, {list(moved.shape)}.")
         x = moved
     if x.dtype == np.uint8 and value_range in (None, (0, 255)):
         if value_range is None and not isinstance(x, LazyImages) and x.max() == 1:
@@ -494,6 +553,8 @@ def _read_entries(path: Path) -> Any:
             return {"images": found}
         with found:
             return {name: found[name] for name in found.files}
+    except MemoryError:
+        raise MemoryError(f"{path} does not fit into memory: a .npy file of the images is not read into it.") from None
     except Exception as error:  # of many classes: of zip files, headers and pickles
         raise ValueError(
             f"{path} is no file of NumPy, .npz or .npy without pickled objects, or damaged: {error}"
@@ -508,12 +569,18 @@ def _find(path: Path, entries: Any, what: str, asked: str | None, which: str | N
         if asked not in entries:
             raise ValueError(f"{path} must have an entry {asked!r} for the {what}, got {_described(entries)}.")
         return asked
-    for name in _ENTRIES[what]:
-        wanted = {name} if which is None else {f"{name}_{which}", f"{which}_{name}"}
-        for each in entries:
-            if each.lower() in wanted:
-                return each
-    return None
+    found = []
+    for word in ("",) if which is None else ("train",) if which == "train" else ("test", "val", "valid", "validation"):
+        for name in _ENTRIES[what]:
+            wanted = {name} if which is None else {f"{name}_{word}", f"{word}_{name}"}
+            found += [each for each in entries if each.lower() in wanted]
+        if found:
+            break
+    if len(found) > 1:
+        raise ValueError(
+            f"{path} has several entries that could be the {what}, {', '.join(found)}: name one by {what}."
+        )
+    return found[0] if found else None
 
 
 def _described(entries: Any) -> str:

@@ -36,12 +36,15 @@ T = TypeVar("T")
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing", "val", "valid", "validation")
 _OF_SYSTEMS = ("thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r")
-_FOLDERS_OF_SYSTEMS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "__pycache__")
+_RUN = {"config.json", "checkpoints"}
+"""What the folder of a run holds, whose pictures are no data."""
+_FOLDERS_OF_SYSTEMS = ("__macosx", "@eadir", "$recycle.bin", "system volume information", "lost+found", "__pycache__")
 _ALONE = (
     "txt json jsonl csv tsv xml md rst yaml yml toml html htm css js url webloc lnk npy npz mat pkl pt pth parquet "
     "arrow tfrecord db sqlite ini cfg log py pyc ipynb sh aae xmp thm zip gz tar tgz bz2 xz 7z rar lock md5 sha256 "
-    "mp3 wav srt"
+    "mp3 wav srt bak tmp part crdownload download swp"
 )
+_NAMES_OF_TEXTS = ("readme", "license", "licence", "copying", "notice", "changelog", "makefile", "checksums")
 _NO_PICTURES = frozenset(_ALONE.split())
 """Endings of what commonly lies beside pictures, and is left alone."""
 _FILE_COLUMNS = (
@@ -56,6 +59,7 @@ _FILE_COLUMNS = (
     "image_id",
     "id",
 )
+_SPLIT_COLUMNS = ("split", "subset", "partition", "set", "fold")
 _LABEL_COLUMNS = ("label", "labels", "class", "class_name", "label_name", "category", "target", "species", "breed")
 
 
@@ -72,6 +76,7 @@ class _Tree(NamedTuple):
     refused: dict[str, str]
     alone: Counter[str]
     loops: list[str]
+    runs: list[str]
 
 
 def find_pictures(
@@ -114,9 +119,13 @@ def find_pictures(
     names = tuple("/".join(map(_text, file.parts)) for file in files)
     depth, has_splits, notes = _structure(files)
     is_test = np.array([f.parts[depth - 1].lower() not in _TRAIN for f in files]) if has_splits else None
+    if is_test is not None and not is_test.any():  # of which a share may be for testing
+        is_test = None
+    if labels == "folders" and not has_splits:
+        _refuse_splits_within(files, depth)
     by_class: list[str] | None = None
     if table is not None:
-        by_class = _classes_of_table(table, names, tree)
+        by_class = _classes_of_table(table, folder, names, tree)
     elif labels == "folders":
         by_class = _classes_of_folders(files, depth)
     if labels != "folders" and not has_splits:
@@ -143,6 +152,8 @@ def find_pictures(
         notes.append(f"{num} {which} left alone: {kinds}.")
     if loops := sorted(tree.loops, key=natural):
         notes.append(f"Not followed: {count(len(loops), 'link')} to a folder around it, {quoted(loops)}.")
+    if tree.runs:
+        notes.append(f"Not gone into: {count(len(tree.runs), 'run')} of a training, {quoted(tree.runs)}.")
     left_out = tuple(f"{name} cannot be read: {why}." for name, why in _in_order(tree.refused.items()))
     return Found(tuple(f.path for f in files), names, numbers, class_names, is_test, tuple(notes), left_out)
 
@@ -233,7 +244,7 @@ def _checked_folder(folder: Any) -> Path:
 
 
 def _walk(folder: Path) -> _Tree:
-    tree = _Tree([], [], {}, Counter(), [])
+    tree = _Tree([], [], {}, Counter(), [], [])
     status = os.stat(folder)
     # Not by recursion, which ends at a depth of 1000.
     waiting: list[tuple[str, tuple[str, ...], frozenset[tuple[int, int]]]] = [
@@ -248,6 +259,9 @@ def _walk(folder: Path) -> _Tree:
             if not parts:
                 raise ValueError(f"folder {shown_path(folder)} cannot be listed: {error.strerror}.") from error
             tree.refused[_shown(parts)] = f"the folder cannot be listed ({error.strerror})"
+            continue
+        if set(inside) >= _RUN and parts:
+            tree.runs.append(_shown(parts))
             continue
         for name in inside:
             if not name.startswith(".") and name.lower() not in _OF_SYSTEMS:
@@ -280,6 +294,8 @@ def _enter(
         waiting.append((path, parts, above | {this}))
     elif (ending := os.path.splitext(name)[1].lower())[1:] in _NO_PICTURES and stat.S_ISREG(status.st_mode):
         tree.alone[ending] += 1
+    elif name.lower() in _NAMES_OF_TEXTS and stat.S_ISREG(status.st_mode):
+        tree.alone[name] += 1
     elif not stat.S_ISREG(status.st_mode):
         tree.refused[_shown(parts)] = "it is a pipe, a socket or a device"
     elif kind_unread(name) and (kind := kind_unread(name, _beginning(path))):
@@ -315,6 +331,17 @@ def _structure(files: list[_File]) -> tuple[int, bool, list[str]]:
             return depth, False, notes
         notes.append(f"The folder {quoted(tops)} is around all others, and was gone into.")
         depth += 1
+
+
+def _refuse_splits_within(files: list[_File], depth: int) -> None:
+    """Refuses splits that lie within the classes, which would be mixed."""
+    inner = {file.parts[depth + 1].lower() for file in files if len(file.parts) > depth + 2}
+    if inner & {*_TRAIN} and inner & {*_TEST}:
+        splits = quoted(sorted(inner & {*_TRAIN, *_TEST}))
+        raise ValueError(
+            f"the folders {splits} lie within those of the classes, and would be taken together: put them above, as in "
+            "train/CLASS and test/CLASS, or give labels='none'."
+        )
 
 
 def _classes_of_folders(files: list[_File], depth: int) -> list[str] | None:
@@ -367,7 +394,7 @@ def _table_of(labels: Any) -> Path | None:
     raise FileNotFoundError(f"there is no file {shown_path(path)}: {wanted}.")
 
 
-def _classes_of_table(table: Path, names: tuple[str, ...], tree: _Tree) -> list[str]:
+def _classes_of_table(table: Path, folder: Path, names: tuple[str, ...], tree: _Tree) -> list[str]:
     """The class of each picture, as a CSV file says."""
     rows, file_column, label_column = _read_table(table)
     find = _finder(names)
@@ -378,7 +405,7 @@ def _classes_of_table(table: Path, names: tuple[str, ...], tree: _Tree) -> list[
         if len(row) <= max(file_column, label_column) or not row[file_column].strip() or not row[label_column].strip():
             short.append(f"line {line}")
             continue
-        cell, label = _key(row[file_column]), unicodedata.normalize("NFC", row[label_column].strip())
+        cell, label = _key(_within(row[file_column], folder)), unicodedata.normalize("NFC", row[label_column].strip())
         found = find(cell)
         if not found and cell not in known_apart:
             missing.append(f"{shown_path(cell)} (line {line})")
@@ -419,6 +446,12 @@ def _finder(names: tuple[str, ...]) -> Callable[[str], list[int]]:
     return lambda cell: whole.get(cell) or parts.get(cell) or []
 
 
+def _within(cell: str, folder: Path) -> str:
+    """A path relative to the folder, where it is given from the root."""
+    inside = os.path.isabs(cell) and Path(cell).is_relative_to(folder.absolute())
+    return os.path.relpath(cell, folder.absolute()) if inside else cell
+
+
 def _key(cell: str) -> str:
     path = unicodedata.normalize("NFC", cell.strip()).replace("\\", "/")
     return "/".join(part for part in path.split("/") if part not in ("", "."))
@@ -447,6 +480,12 @@ def _read_table(table: Path) -> tuple[list[tuple[int, list[str]]], int, int]:
     except csv.Error as error:
         raise ValueError(f"{where} cannot be read as CSV: {error} in line {reader.line_num}.") from error
     head = [cell.strip().lower() for cell in rows[0][1]]
+    for word in _SPLIT_COLUMNS:
+        if word in head and len({row[head.index(word)] for _, row in rows[1:] if len(row) > head.index(word)}) > 1:
+            raise ValueError(
+                f"{where} has a column {word!r}, which is not heeded: put the pictures into folders train and test, or "
+                "take the column out."
+            )
     files = next((head.index(word) for word in _FILE_COLUMNS if word in head), None)
     kinds = next((head.index(word) for word in _LABEL_COLUMNS if word in head), None)
     if files is not None and kinds is not None:

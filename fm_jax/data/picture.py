@@ -184,6 +184,8 @@ class PictureReader:
             if im.format == "PNG":  # Pillow checks the sums of the pixels only here
                 with Image.open(io.BytesIO(data)) as other:
                     other.verify()
+            if im.format in ("JPEG", "MPO") and not _has_end(data):
+                raise _Refusal("it is truncated: its end is missing")
             if _of_frames(im, data):
                 notes.add("of several frames or pages, of which the first is taken")
             before = 1 if im.format == "PNG" else _orientation(im, notes)  # a PNG may tell after its pixels
@@ -492,6 +494,16 @@ def _bits(im: Any) -> int:
     return 16 if im.mode == "I" or ";16" in im.mode or ";16" in _packing(im) else 8
 
 
+def _has_end(data: bytes) -> bool:
+    """Whether a JPEG's pixels are followed by the mark of its end; what is missing may have been filled up by zeros."""
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        if data[place + 1] == 0xDA:  # the pixels begin, in which an FF is never followed by D9
+            return data.find(b"\xff\xd9", place) >= 0
+        place += 1 if data[place + 1] == 0xFF else 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return True  # of another build, which the decoder judges
+
+
 def _of_frames(im: Any, data: bytes) -> bool:
     if im.format not in _OF_FRAMES:
         return False
@@ -558,6 +570,12 @@ def _split(im: Any, packing: str, bits: int) -> tuple[Image, Image | None]:
         most = 4095 if bits == 12 else 65535
         if values.size and not 0 <= values.min() <= values.max() <= most:
             raise _Refusal(f"its pixels reach from {values.min()} to {values.max()}, beyond {most}")
+        dark = most == 65535 and im.format != "PPM" and values.size and 0 < values.max() <= 4095
+        if dark and not (im.format == "TIFF" and im.tag_v2.get(262, 0) == 0):
+            raise _Refusal(
+                f"it has 16 bits, and its pixels reach to {values.max()} only, so that its range is not known; "
+                "fm_jax.data.arrays.make_dataset takes such numbers, with a value_range"
+            )
         if im.format == "TIFF" and im.tag_v2.get(262, 0) == 0:  # white is 0, which Pillow minds for 8 bits alone
             values = most - values
         return Image.fromarray(((values * 255 + most // 2) // most).astype(np.uint8)), alpha

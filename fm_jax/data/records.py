@@ -3,7 +3,7 @@
 import io
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fm_jax.checks import check_bool, imported, shown
-from fm_jax.data.arrays import Split, natural
+from fm_jax.data.arrays import Split, check_dataset, natural
 from fm_jax.data.images import ImageDataset, open_builder
 from fm_jax.data.picture import PictureError, shown_path
 from fm_jax.data.reading import Found, gather
@@ -52,20 +52,34 @@ def load_records(
     names = [f"{file.name}:{i}" for file, num in zip(files, sizes, strict=True) for i in range(num)]
     if not names:
         raise ValueError(f"{shown_path(path)} has no records.")
-    kinds = []
+
+    def record(number: int) -> bytes:
+        try:
+            return source[number]
+        except Exception as error:  # of its own library
+            told = " ".join(str(error).split())[:120] or type(error).__name__
+            raise PictureError(f"{names[number]} cannot be read: the record is damaged ({told}).") from None
+
+    kinds: list[tuple[int | None, str | None] | None] = []
     for start in range(0, len(names), _CHUNK):
         numbers = list(range(start, min(start + _CHUNK, len(names))))
-        for number, record in zip(numbers, source.__getitems__(numbers), strict=True):
-            kinds.append(_parsed(record, names[number])[1:])
+        try:
+            some: list[bytes | None] = source.__getitems__(numbers)
+        except Exception:  # one of them is damaged: each for itself
+            some = [_or_none(record, number) for number in numbers]
+        for number, each in zip(numbers, some, strict=True):
+            kinds.append(None if each is None else _parsed(each, names[number])[1:])
     words = [_SPLIT.search(file.name) for file in files]
     is_test = None
     if all(words) and any(word[1] == "train" for word in words if word):
         of_files = [word is not None and word[1] != "train" for word in words]
         is_test = np.repeat(of_files, np.diff(starts))
-    numbers_of, class_names = _classes(kinds, names) if labels else (None, ())
+    whole = next((i for i, kind in enumerate(kinds) if kind is not None), None)
+    listed = () if whole is None else _class_names(record(whole))
+    numbers_of, class_names = _classes(kinds, names, listed) if labels else (None, ())
 
     def read(number: int) -> bytes:
-        return _parsed(source[number], names[number])[0]
+        return _parsed(record(number), names[number])[0]
 
     reads = tuple(partial(read, number) for number in range(len(names)))
     found = Found(reads, tuple(names), numbers_of, class_names, is_test, (), ())
@@ -170,7 +184,7 @@ def write_records(path: str | os.PathLike[str], dataset: ImageDataset) -> Path:
     images = dataset.images
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
         raise ValueError(f"images must be uint8 [n, h, w, 1 or 3], got {shown(images)}.")
-    path = Path(path)
+    dataset, path = check_dataset(dataset), Path(path)
     writer = module.ArrayRecordWriter(str(path), "group_size:1")  # so that one is read without its neighbours
     try:
         for start in range(0, len(images), _CHUNK):
@@ -184,6 +198,10 @@ def write_records(path: str | os.PathLike[str], dataset: ImageDataset) -> Path:
                     example.features.feature["label"].int64_list.value.append(label)
                     name = dataset.class_names[label].encode("utf-8", "surrogateescape")
                     example.features.feature["class_name"].bytes_list.value.append(name)
+                    if start + offset == 0:  # also those of which there is no picture
+                        example.features.feature["class_names"].bytes_list.value.extend(
+                            each.encode("utf-8", "surrogateescape") for each in dataset.class_names
+                        )
                 writer.write(example.SerializeToString())
     finally:
         writer.close()
@@ -210,7 +228,7 @@ def _source_of(files: Sequence[Path]) -> Any:
     try:
         return module.ArrayRecordDataSource([str(each) for each in files])
     except Exception as error:  # of several classes
-        told = " ".join(str(error).split())[:200]
+        told = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(f"{shown_path(files[0])} is no file of ArrayRecord, or damaged: {told}") from None
 
 
@@ -238,18 +256,45 @@ def _parsed(record: bytes, name: str) -> tuple[bytes, int | None, str | None]:
     )
 
 
-def _classes(kinds: list[tuple[int | None, str | None]], names: list[str]) -> tuple[np.ndarray | None, tuple[str, ...]]:
-    """Labels from numbers and names: names count where all have one."""
-    if all(label is None and text is None for label, text in kinds):
+def _or_none(record: Callable[[int], bytes], number: int) -> bytes | None:
+    try:
+        return record(number)
+    except PictureError:  # told when it is read
+        return None
+
+
+def _class_names(record: bytes) -> tuple[str, ...]:
+    """The names of all classes, where the records say them."""
+    example = _example()
+    try:
+        example.ParseFromString(record)
+    except Exception:  # of protobuf: it is no Example
+        return ()
+    if "class_names" not in example.features.feature:
+        return ()
+    values = example.features.feature["class_names"].bytes_list.value
+    return tuple(value.decode("utf-8", "backslashreplace") for value in values)
+
+
+def _classes(
+    kinds: list[tuple[int | None, str | None] | None], names: list[str], listed: tuple[str, ...]
+) -> tuple[np.ndarray | None, tuple[str, ...]]:
+    """Labels from numbers and names: names count where all have one. Of damaged records they are 0, and not used."""
+    known = [kind for kind in kinds if kind is not None]
+    if all(label is None and text is None for label, text in known):
         return None, ()
-    words = [text if text is not None else label for label, text in kinds]
+    if listed and all(label is not None and 0 <= label < len(listed) for label, _ in known):
+        return np.array([0 if kind is None else kind[0] for kind in kinds], np.int32), listed
+    words: list[Any] = [
+        known[0][1] or known[0][0] if kind is None else kind[0] if kind[1] is None else kind[1] for kind in kinds
+    ]
     if any(word is None for word in words):
         raise ValueError(f"every record must have a label, got none in {names[words.index(None)]}: give labels=False.")
-    if all(label is not None and text is not None for label, text in kinds):
-        pairs = {(label, text) for label, text in kinds}
+    if all(label is not None and text is not None for label, text in known):
+        pairs: set[Any] = set(known)
         if len(pairs) == len({label for label, _ in pairs}) == len({text for _, text in pairs}):
             order = [text for _, text in sorted(pairs)]  # as they were numbered
-            return np.array([order.index(text) for _, text in kinds], np.int32), tuple(map(str, order))
+            return np.array([order.index(word) for word in words], np.int32), tuple(map(str, order))
     found = sorted(set(map(str, words)), key=natural)
     places = {word: number for number, word in enumerate(found)}
     return np.array([places[str(word)] for word in words], np.int32), tuple(found)

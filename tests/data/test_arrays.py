@@ -44,6 +44,7 @@ def first(dataset):
     return {name: value[np.argsort(order)] for name, value in batch.items()}
 
 
+CUBES = {"value_range": INFINITE}
 IMAGES = [
     ("as they are", PIXELS, {}, to_float(PIXELS), ""),
     ("JAX", jnp.asarray(PIXELS), {}, to_float(PIXELS), ""),
@@ -64,6 +65,15 @@ IMAGES = [
         np.zeros((12, 32, 32, 16)),
         "first",
     ),
+    ("as many first", FIRST[:, :, :8, :8], {"value_range": INFINITE}, np.moveaxis(FIRST[:, :, :8, :8], 1, -1), "first"),
+    (
+        "said to be first",
+        FIRST[:, :, :16, :16],
+        CUBES | {"channels": "first"},
+        np.moveaxis(FIRST[..., :16, :16], 1, -1),
+        "",
+    ),
+    ("said to be last", FIRST[:, :, :16, :16], CUBES | {"channels": "last"}, FIRST[:, :, :16, :16], ""),
     ("no channel axis", GREY[..., 0], {}, to_float(GREY), ""),
     ("one channel first", np.moveaxis(GREY, -1, 1), {}, to_float(GREY), "were moved last, [12, 6, 8, 1]"),
     ("bool", GREY > 127, {}, np.where(GREY > 127, 1.0, -1.0), "True and False; they became 255 and 0"),
@@ -96,6 +106,14 @@ REFUSED = [
     ("latents", 7 * UNIT - 3, {}, "value_range must be said", "(-inf, inf) for latents"),
     ("uint16", PIXELS.astype(np.uint16) * 257, {}, "value_range must be said of uint16 images", "65535"),
     ("a mask", (GREY > 127).astype(np.uint8), {}, "of uint8 images of 0 and 1 alone", ""),
+    ("half of [-1, 1]", UNIT - 0.5, {}, "value_range must be said of floating-point images from -0.5 to 0.5", ""),
+    ("[0, 1] with an undershoot", UNIT - 0.001, {}, "value_range must be said of floating-point images", ""),
+    ("cubes", FIRST[:, :, :16, :16], CUBES, "channels must be said of images of shape (12, 16, 16, 16)", "'first' for"),
+    ("oblong latents", FIRST[:, :, :20, :24], CUBES, "channels must be said of images of shape (12, 16, 20, 24)", ""),
+    ("of MATLAB", np.zeros((32, 32, 3, 50), np.uint8), {}, "channels must be said of images of shape", ""),
+    ("greys of MATLAB", np.zeros((32, 32, 50), np.uint8), {}, "images must be [n, h, w], got shape (32, 32, 50)", ""),
+    ("one, channels first", np.zeros((3, 32, 32), np.uint8), {}, "images must be [n, h, w], got shape (3, 32, 32)", ""),
+    ("masked", np.ma.masked_greater(PIXELS, 200), {}, "images must not be masked, got", "masked values"),
     ("outside", UNIT * 3, {"value_range": (0, 1)}, "images must lie in value_range=(0.0, 1.0), got values", "to 3"),
     ("a range upside down", UNIT, {"value_range": (1, 0)}, "value_range must be a pair (low, high)", ""),
     ("half a range", UNIT, {"value_range": (0, math.inf)}, "value_range must be a pair (low, high)", ""),
@@ -175,6 +193,11 @@ def test_labels_that_are_refused(labels, options, message):
         make_dataset(PIXELS, labels, **options)
 
 
+def test_a_class_without_images_is_told():
+    said = made(PIXELS, LABELS + 1, class_names=("a", "b", "c", "d"))[1]
+    assert said == "no image is of the class 'a'."
+
+
 def test_what_is_changed_is_warned_of_by_default():
     with pytest.warns(UserWarning, match="channels first"):
         make_dataset(np.moveaxis(PIXELS, -1, 1))
@@ -188,6 +211,12 @@ def test_what_is_changed_is_warned_of_by_default():
         (ImageDataset(PIXELS, LABELS), "class_names must be a tuple with a name for every class, got ()"),
         (ImageDataset(PIXELS, np.eye(3)[LABELS], ABC), "labels must be [n] = (12,) integers, got float64 (12, 3)"),
         (ImageDataset(PIXELS, np.array(ABC)[LABELS], ABC), "labels must be [n] = (12,) integers, got <U1"),
+        (ImageDataset((PIXELS > 9).astype(np.uint8)), "images must reach to 255, got uint8 of 0 and 1 alone"),
+        (
+            ImageDataset(np.zeros((32, 32, 3, 50), np.uint8)),
+            "which looks like [h, w, c, n]: np.moveaxis(images, -1, 0)",
+        ),
+        (ImageDataset(np.zeros((9, 16, 8, 8), np.float32)), "channels first: np.moveaxis(images, 1, -1)"),
         (ImageDataset(UNIT, LABELS, ABC), "value_range must be said of floating-point images from 0 to 1"),
         (ImageDataset(np.zeros((9, 4, 32, 32), np.float32)), "channels first: np.moveaxis(images, 1, -1)"),
         (ImageDataset(np.moveaxis(PIXELS, -1, 1)), "channels first"),
@@ -209,7 +238,7 @@ def test_batches_refuse_what_would_train_something_else(dataset, message):
 def test_few_rows_and_many_channels_have_a_way_in():
     """What is taken for channels first may be right; its height and width swapped it passes, the same images."""
     x = np.zeros((9, 4, 32, 32), np.float32)
-    x[0, 0, 0, 0] = -1
+    x[0, 0, 0, :2] = -1, 1
     assert check_dataset(ImageDataset(np.swapaxes(x, 1, 2))).images.shape == (9, 32, 4, 32)
 
 
@@ -263,6 +292,38 @@ def test_npz_with_splits(pattern, tmp_path):
     assert train.class_names == test.class_names == ("0", "1", "2")
     with pytest.raises(ValueError, match="which has splits of its own"):
         load_npz(tmp_path / "a.npz", "train", test_share=0.1)
+
+
+def loaded(path, split="all", **options):
+    said = []
+    return load_npz(path, split, say=said.append, **options), " ".join(said)
+
+
+def test_npz_whose_test_images_have_no_labels_keeps_those_for_training(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=PIXELS[:8], y_train=LABELS[:8], x_test=PIXELS[8:])
+    dataset, said = loaded(tmp_path / "a.npz", "train")
+    np.testing.assert_array_equal(dataset.labels, LABELS[:8])
+    assert "only the images for training of a.npz have labels; those for testing were left aside" in said
+    assert len(loaded(tmp_path / "a.npz", "test", test_share=0.5)[0].images) > 0
+
+
+def test_npz_of_which_something_is_left_aside(tmp_path):
+    entries = {"images": PIXELS, "fine_labels": LABELS, "labels": LABELS, "class_names": np.array(ABC)}
+    np.savez(tmp_path / "a.npz", **entries)
+    dataset, said = loaded(tmp_path / "a.npz")
+    assert said == "of a.npz images, labels were read; left aside: fine_labels."
+    assert dataset.class_names == ABC
+    np.savez(tmp_path / "a.npz", x_train=PIXELS[:8], x_val=PIXELS[8:])
+    np.testing.assert_array_equal(loaded(tmp_path / "a.npz", "test")[0].images, PIXELS[8:])
+    np.savez(tmp_path / "a.npz", x_train=PIXELS)
+    assert len(loaded(tmp_path / "a.npz", "test", test_share=0.25)[0].images) == 3
+    np.savez(tmp_path / "a.npz", x=PIXELS, labels=LABELS, y=LABELS)
+    with pytest.raises(
+        ValueError,
+        match="has several entries that could be the labels, labels, y",
+    ):
+        loaded(tmp_path / "a.npz")
+    np.testing.assert_array_equal(loaded(tmp_path / "a.npz", labels="y")[0].labels, LABELS)
 
 
 def test_npy_is_not_read_into_memory(tmp_path):

@@ -153,8 +153,40 @@ def test_a_class_that_is_called_test_is_a_class(tmp_path):
 def test_only_a_train_folder_has_nothing_for_testing(tmp_path):
     write(tmp_path, "train/a/1.png", "train/b/1.png")
     assert find_pictures(tmp_path).class_names == ("a", "b")
-    with pytest.raises(NoSplitError, match="its only split is train"):
+    with pytest.raises(NoSplitError, match="test_share is 0"):
         loaded(tmp_path, "test")
+    write(tmp_path, *(f"train/{name}/{i}.png" for name in "ab" for i in range(2, 6)))
+    assert len(loaded(tmp_path, "test", test_share=0.2).images) == 2
+
+
+def test_splits_within_the_classes_are_refused(tmp_path):
+    write(tmp_path, *(f"{name}/{split}/good/{i}.png" for name in "ab" for split in ("train", "test") for i in "12"))
+    with pytest.raises(ValueError, match="the folders 'test', 'train' lie within those of the classes"):
+        find_pictures(tmp_path)
+    assert find_pictures(tmp_path, labels="none").labels is None
+
+
+def test_runs_below_the_folder_are_no_classes(tmp_path):
+    write(tmp_path, "a/1.png", "b/1.png", "runs/x/samples.png", "runs/x/checkpoints/4/nothing")
+    (tmp_path / "runs" / "x" / "config.json").write_text("{}")
+    found = find_pictures(tmp_path)
+    assert found.class_names == ("a", "b")
+    assert any("Not gone into: 1 run of a training, 'runs/x'" in note for note in found.notes)
+
+
+def test_texts_without_an_ending_and_unfinished_downloads_are_left_alone(tmp_path):
+    write(tmp_path, "a/1.png", "b/1.png", "README", "a/LICENSE", "a/2.png.part", "b/c.png.bak", "lost+found/x.png")
+    assert find_pictures(tmp_path).names == ("a/1.png", "b/1.png")
+
+
+def test_a_table_with_splits_is_not_taken_without_them(tmp_path):
+    write(tmp_path, "1.png", "2.png")
+    table = tmp_path / "t.csv"
+    table.write_text("file,label,split\n1.png,a,train\n2.png,b,test\n")
+    with pytest.raises(ValueError, match="has a column 'split', which is not heeded"):
+        find_pictures(tmp_path, labels=table)
+    table.write_text(f"file,label\n{(tmp_path / '1.png').absolute()},a\n{(tmp_path / '2.png').absolute()},b\n")
+    assert find_pictures(tmp_path, labels=table).class_names == ("a", "b")
 
 
 def test_wrapper_is_gone_into(tmp_path):

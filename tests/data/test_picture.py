@@ -328,3 +328,37 @@ def test_wrong_settings_are_refused(settings, pattern):
 def test_wrong_sources_are_refused():
     with pytest.raises(ValueError, match="source must be a path or bytes, got 3"):
         PictureReader()(3)
+
+
+def jpeg(**options):
+    file = io.BytesIO()
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "JPEG", **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_blocks": 4}], ids=str)
+def test_a_jpeg_filled_up_with_zeros_is_truncated(options):
+    """As a download that was broken off; the decoder may take the zeros for pixels."""
+    data = jpeg(**options)
+    assert PictureReader()(data, "a.jpg").pixels.shape == (64, 64, 3)
+    assert PictureReader()(data + bytes(500), "a.jpg").pixels.shape == (64, 64, 3)  # behind the end
+    cut = data[: len(data) * 2 // 3]
+    with pytest.raises(PictureError, match=r"a\.jpg cannot be read: it is truncated"):
+        PictureReader()(cut + bytes(len(data) - len(cut)), "a.jpg")
+
+
+@pytest.mark.parametrize("most", [1, 255, 4095])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_sixteen_bits_of_which_few_are_used_have_no_known_range(kind, most):
+    """As of a camera or a microscope with 12 bits: nearly black."""
+
+    def stored(top):
+        file = io.BytesIO()
+        Image.fromarray(np.linspace(0, top, 64).astype(np.uint16).reshape(8, 8)).save(file, kind)
+        return file.getvalue()
+
+    with pytest.raises(PictureError, match=f"its pixels reach to {most} only, so that its range is not known"):
+        PictureReader(colour="grey")(stored(most), "a")
+    assert PictureReader(colour="grey")(stored(4096), "a").pixels.max() == 16
+    assert PictureReader(colour="grey")(stored(0), "a").pixels.max() == 0

@@ -131,6 +131,28 @@ def test_a_broken_record_is_named(tmp_path):
     assert "a.array_record:7" in " ".join(said)
 
 
+def test_classes_without_pictures_keep_their_numbers(tmp_path):
+    some = ImageDataset(PIXELS[:3], np.array([0, 2, 2]), ("a", "b", "c"))
+    found = load_records(write_records(tmp_path / "a.array_record", some), **QUIET)
+    assert (found.labels.tolist(), found.class_names) == ([0, 2, 2], ("a", "b", "c"))
+    with pytest.raises(ValueError, match="labels must be from 0 to 2"):
+        write_records(tmp_path / "b", some._replace(labels=np.array([0, 2, 3])))
+
+
+def test_a_damaged_file_names_the_record(tmp_path):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    path = write_records(tmp_path / "a.array_record", ImageDataset(pixels))
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 200] = bytes(200)
+    path.write_bytes(content)
+    with pytest.raises(PictureError, match=r"a\.array_record:\d+ cannot be read: the record is damaged"):
+        load_records(path, **QUIET)
+    found = load_records(path, skip_broken=True, **QUIET)
+    assert 30 <= len(found.images) < 40
+
+
 @pytest.mark.parametrize(
     ("records", "message"),
     [
