@@ -112,7 +112,7 @@ def run(config: Config) -> dict[str, Any]:
                 found[name] = decibels(make_sampler(name, method.schedule), grids.uniform(num_steps, t0, t1))
         path = config.run / f"learned_solver_{calls}.npz"
         if is_first():
-            save_solver(path, solver)
+            save_solver(path, solver, restored.params)
         print(f"{path}: {calls} calls, trained in {seconds:.0f} s; PSNR to the fine solution in dB:")
         print("  " + ", ".join(f"{name} {value:.1f}" for name, value in found.items()), flush=True)
         results[str(calls)] = found | {"seconds": seconds}

@@ -201,7 +201,7 @@ def generator(config: Drawing, restored: Restored) -> tuple[Sampling, Generate]:
         null_label=null_label,
         also=None if config.also is None else _label("--also", config.also, num_classes),
         weak=weak,
-        learned_solver=None if config.learned_solver is None else load_solver(config.learned_solver),
+        learned_solver=None if config.learned_solver is None else load_solver(config.learned_solver, restored.params),
     )
     return sampling, generate
 
@@ -224,7 +224,8 @@ def _labels(config: Config, num_classes: int | None) -> np.ndarray:
 def _write(config: Config, experiment: Experiment, samples: np.ndarray, labels: np.ndarray) -> None:
     with replacing(config.out) as unfinished:
         if config.out.suffix == ".npz":
-            np.savez(unfinished, samples=experiment.to_data(samples), labels=labels)
+            of_classes: dict[str, Any] = {} if experiment.num_classes is None else {"labels": labels}
+            np.savez(unfinished, samples=experiment.to_data(samples), **of_classes)
         elif samples.ndim == 4:
             figures.save_sheet(unfinished, experiment.visible(samples))
         else:

@@ -155,7 +155,7 @@ def _run(config: Config) -> dict[str, Any]:
     for each in (generate, animate):
         jax.eval_shape(each, params, key_sampler, x0, None)
     # A step takes a fraction of a millisecond, less than to dispatch it.
-    begin = partial(begin_with, config.training)
+    begin = partial(begin_with, config, ())
     state = train(config, key_train, params, loss_fn, paired, steps_per_call=STEPS_PER_CALL, begin=begin)
     params = sampling_params(state, config.training)
 

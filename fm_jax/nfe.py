@@ -5,6 +5,7 @@ or `functools.partial` around a guided velocity. A network bound to its paramete
 what functions of `fm_jax` make of those that carry a cost carries one too; `Counted(function, 1)` says it of any other.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -52,14 +53,28 @@ def cost(function: Callable[..., Any]) -> int | None:
     return function.nfe if isinstance(function, Counted) else None
 
 
+def _carrier(function: Callable[..., Any]) -> Any:
+    """What a function carries, through `jax.jit` and a `functools.partial` that leaves the time to be given."""
+    while True:
+        if isinstance(function, functools.partial) and not function.args:
+            function = function.func
+        elif hasattr(function, "lower") and hasattr(function, "__wrapped__"):
+            function = function.__wrapped__
+        else:
+            return function if isinstance(function, Counted) else None
+
+
 def domain_of(*functions: Callable[..., Any]) -> tuple[float, float] | None:
-    """The times at which all of the functions may be called; `None` where none of them says."""
-    return overlap(*(each.domain for each in functions if isinstance(each, Counted)))
+    """The times at which all of the functions may be called; `None` where none of them says.
+
+    It is known of a function under `jax.jit` or `functools.partial`, and not of a `lambda` around one.
+    """
+    return overlap(*(each.domain for each in map(_carrier, functions) if each is not None))
 
 
 def reach_of(*functions: Callable[..., Any]) -> tuple[float, float] | None:
     """The times at which a sampler may end that calls none of the functions there; `None` where none of them says."""
-    return overlap(*(each.reach or each.domain for each in functions if isinstance(each, Counted)))
+    return overlap(*(each.reach or each.domain for each in map(_carrier, functions) if each is not None))
 
 
 def overlap(*ranges: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -121,7 +121,9 @@ def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = 
     Returns:
         `v(t, x)`. Where `velocity_domain(kind, schedule)` is less than [0, 1], it carries that domain: `sample` takes a
         number of steps over it, and refuses times at which `v` would be called outside of it.
-        `dataclasses.replace(v, domain=velocity_domain(kind, schedule, margin=1e-5))` has another margin.
+        `dataclasses.replace(v, domain=velocity_domain(kind, schedule, margin=1e-5))` has another margin. It is still
+        known under `jax.jit`; a `lambda` around `v` hides it, and is then asked where the velocity is not finite:
+        `nfe.Counted(lambda t, x: ..., None, v.domain)` says it again.
 
     Raises:
         ValueError: if `model_fn` is no function, `kind` is unknown or `schedule` is none; when called, if the network

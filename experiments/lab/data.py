@@ -286,6 +286,14 @@ def _load_npz(data: Data, path: Path, split: Literal["train", "test"], say: Any)
     return dataset.subset(np.linspace(0, len(dataset.images) - 1, data.num_images).astype(int))
 
 
+def class_names_of(run_dir: Path) -> tuple[str, ...] | None:
+    """The names of the classes of a run; `None` where its folder does not say."""
+    try:
+        return tuple(json.loads((run_dir / FACTS).read_bytes())["class_names"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _nothing(text: str) -> None:
     """What was said of one split, or by one process, holds of the others."""
 

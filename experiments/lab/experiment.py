@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.lab.training import CONFIG, Training, from_json, restore, sampling_params
+from experiments.lab.data import class_names_of
+from experiments.lab.training import CONFIG, from_json, restore, sampling_params
 from fm_jax.checks import why_no_folder
 from fm_jax.conditions import DropCondition
 from fm_jax.models import init_params
@@ -102,32 +103,63 @@ def restore_run(run_dir: Path, option: str = "--run") -> Restored:
     return Restored(config, experiment, int(state.step), params)
 
 
-def begin_with(training: Training, params: Params) -> Params:
+def begin_with(config: Any, class_names: tuple[str, ...], params: Params) -> Params:
     """The parameters that a new run begins with: those of `--init-from`, where that is given.
 
-    Another number of classes, or none, has another embedding of labels, which is `params`' own.
+    Of the embedding of labels each class has the row of the class of its name; the others have `params`' own.
+
+    Args:
+        config: with a `training` and a `method`.
+        class_names: of the new run.
+        params: its parameters, as they were drawn.
 
     Raises:
         SystemExit: if there is no such run, or it has another network.
     """
-    if training.init_from is None:
+    run_dir = config.training.init_from
+    if run_dir is None:
         return params
-    restored = restore_run(training.init_from, "--init-from")
-    theirs = dict(_named(restored.params))
-    new: list[str] = []
-    wrong: list[str] = []
-    for name, own in _named(params):
-        if name not in theirs or theirs[name].shape != own.shape:
-            (new if name.startswith(_EMBEDDING) else wrong).append(name)
-    wrong += [name for name in theirs.keys() - dict(_named(params)).keys() if not name.startswith(_EMBEDDING)]
+    restored = restore_run(run_dir, "--init-from")
+    theirs, own = dict(_named(restored.params)), dict(_named(params))
+    wrong = [
+        name
+        for name in theirs.keys() | own.keys()
+        if not name.startswith(_EMBEDDING)
+        and (name not in theirs or name not in own or theirs[name].shape != own[name].shape)
+    ]
     if wrong:
         some = ", ".join(sorted(wrong)[:3]) + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-        raise SystemExit(f"--init-from {training.init_from} has another network: {some} differ. Give its --model.")
-    told = f", but for {', '.join(new)}, which begin anew" if new else ""
-    print(f"Begins with the parameters of {training.init_from} at step {restored.step:,}{told}.")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, own: own if _name(path) in new else jnp.asarray(theirs[_name(path)], own.dtype), params
-    )
+        raise SystemExit(f"--init-from {run_dir} has another network: {some} differ. Give its --model.")
+    told = [f"Begins with the parameters of {run_dir} at step {restored.step:,}."]
+    for field in dataclasses.fields(config.method):
+        before, now = (getattr(each.method, field.name) for each in (restored.config, config))
+        if before != now and field.name in ("path", "prediction"):
+            told.append(f"They were trained with --{field.name} {before}, and go on with {now}.")
+    begun = {name: jnp.asarray(theirs[name], leaf.dtype) for name, leaf in own.items() if name in theirs}
+    if table := next((name for name in own if name.startswith(_EMBEDDING)), None):
+        begun[table], anew = _rows(own[table], theirs.get(table), class_names, class_names_of(run_dir))
+        if anew:
+            told.append(f"The embedding begins anew for {', '.join(anew[:5])}{', ...' * (len(anew) > 5)}.")
+    elif any(name.startswith(_EMBEDDING) for name in theirs):
+        told.append("Its embedding of labels is left out.")
+    print(" ".join(told))
+    return jax.tree_util.tree_map_with_path(lambda path, _: begun[_name(path)], params)
+
+
+def _rows(own: Array, theirs: Array | None, names: tuple[str, ...], their_names: tuple[str, ...] | None) -> Any:
+    """A table [classes + 1, ...] of which the classes that were there have their rows, and which ones had none."""
+    if theirs is None:
+        return own, ["all classes"]
+    if their_names is None:  # of an older version: by their numbers
+        return (jnp.asarray(theirs, own.dtype), []) if theirs.shape == own.shape else (own, ["all classes"])
+    table, anew = np.array(own), []
+    table[-1] = theirs[-1]  # no class
+    for row, name in enumerate(names):
+        if name in their_names:
+            table[row] = theirs[their_names.index(name)]
+        else:
+            anew.append(name)
+    return jnp.asarray(table), anew
 
 
 def _named(params: Params) -> list[tuple[str, Array]]:

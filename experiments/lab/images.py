@@ -131,6 +131,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_options(self, dropout="[0, 1)", label_dropout="[0, 1)", frames=2)
+        if self.dequantize and self.data.latents:
+            raise ValueError("--dequantize must be left out with --latents, which have no levels.")
         if self.flip and self.data.latents:
             raise ValueError("--flip must be left out with --latents: mirrored, they are not those of mirrored images.")
 
@@ -267,7 +269,14 @@ def _run(config: Config) -> dict[str, Any]:
         _save_grid(run_dir / "samples" / f"step_{step:06d}.png", images, labels, dataset, experiment)
 
     state = train(
-        config, key_train, params, loss_fn, data, draw, facts=facts, begin=partial(begin_with, config.training)
+        config,
+        key_train,
+        params,
+        loss_fn,
+        data,
+        draw,
+        facts=facts,
+        begin=partial(begin_with, config, facts.class_names),
     )
     results = judge(config, experiment, sampling_params(state, config.training), key_judge, loaded, generate)
     results["training_images_per_second"] = median_rate(run_dir)

@@ -1,12 +1,14 @@
 """Samplers by name, for the command lines, and the files of learned solvers."""
 
 import dataclasses
+import hashlib
 import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -28,7 +30,7 @@ from fm_jax.samplers import (
 )
 from fm_jax.schedules import Linear
 from fm_jax.train.folder import replacing
-from fm_jax.types import Sampler, Schedule
+from fm_jax.types import Params, Sampler, Schedule
 
 OfSchedule = Callable[[Schedule], Sampler]
 SAMPLERS: dict[str, Sampler | OfSchedule] = {
@@ -106,23 +108,43 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def save_solver(path: Path, solver: LearnedSolver) -> None:
-    """Writes the numbers of a learned solver, for `load_solver`."""
+_NETWORK = "network"
+"""The entry of a solver's file that says whose solver it is."""
+
+
+def checksum_of(params: Params) -> str:
+    """16 hexadecimal digits that tell the parameters of one network from those of another."""
+    digest = hashlib.blake2b(digest_size=8)
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def save_solver(path: Path, solver: LearnedSolver, params: Params) -> None:
+    """Writes the numbers of a solver learned for the network of these parameters, for `load_solver`."""
     arrays: dict[str, Any] = {
         field.name: np.asarray(getattr(solver, field.name)) for field in dataclasses.fields(solver)
     }
+    arrays[_NETWORK] = np.array(checksum_of(params))
     with replacing(path) as unfinished:
         np.savez(unfinished, **arrays)
 
 
-def load_solver(path: Path) -> LearnedSolver:
-    """A learned solver from the file that `experiments.learned_solver` wrote."""
+def load_solver(path: Path, params: Params) -> LearnedSolver:
+    """A learned solver from the file that `experiments.learned_solver` wrote, for the network of these parameters."""
     if not path.exists():
         raise SystemExit(f"{path} does not exist: python -m experiments.learned_solver writes such a file.")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return LearnedSolver(**{name: jnp.asarray(values) for name, values in arrays.items()})
+            whose = str(arrays[_NETWORK]) if _NETWORK in arrays else None
+            solver = LearnedSolver(**{name: jnp.asarray(each) for name, each in arrays.items() if name != _NETWORK})
     except (ValueError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise SystemExit(
             f"{path} is not a learned solver, or damaged: python -m experiments.learned_solver writes such a file."
         ) from error
+    if whose not in (None, checksum_of(params)):
+        raise SystemExit(
+            f"{path} was learned for another network, or an earlier step of this one: python -m "
+            "experiments.learned_solver makes one for it."
+        )
+    return solver

@@ -271,7 +271,7 @@ def restore(config: Any, params: Params) -> TrainState:
     template = jax.eval_shape(lambda p: create_state(p, optimizer, training.ema_decays), params)
     if not (training.run_dir / "checkpoints").is_dir():
         raise FileNotFoundError(f"{training.run_dir} holds no checkpoints: give the folder of a run.")
-    checkpointer = _checkpointer(config)
+    checkpointer = _checkpointer(config, read_only=True)
     try:
         restored = checkpointer.restore(template)
     finally:
@@ -297,7 +297,7 @@ def _optimizer(training: Training):
     )
 
 
-def _checkpointer(config: Any, facts: Facts | None = None) -> Checkpointer:
+def _checkpointer(config: Any, facts: Facts | None = None, *, read_only: bool = False) -> Checkpointer:
     training = config.training
     # A longer run is the same run, unless the learning rate depends on where it ends.
     may_change = _MAY_CHANGE + (("training.total_steps",) if training.decay == "constant" else ())
@@ -309,6 +309,7 @@ def _checkpointer(config: Any, facts: Facts | None = None) -> Checkpointer:
         allow_change=may_change,
         name_of=option,
         data=None if facts is None else facts.identity(),
+        read_only=read_only,
     )
 
 

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -280,7 +280,7 @@ class PictureReader:
         return ground
 
 
-def read_header(file: BinaryIO, name: str) -> PictureHeader:
+def read_header(file: io.BufferedIOBase, name: str) -> PictureHeader:
     """Size and kind of the picture in an open file, without decoding it.
 
     Args:
@@ -305,7 +305,7 @@ def read_header(file: BinaryIO, name: str) -> PictureHeader:
 
 
 @contextlib.contextmanager
-def open_picture(path: str | os.PathLike[str], name: str) -> Iterator[BinaryIO]:
+def open_picture(path: str | os.PathLike[str], name: str) -> Iterator[io.BufferedIOBase]:
     """Opens a file that is a regular one; others, which might never end, are not touched.
 
     Args:
@@ -392,7 +392,7 @@ def _check_pillow() -> None:
 
 
 @contextlib.contextmanager
-def _opened(file: BinaryIO, name: str) -> Iterator[Any]:
+def _opened(file: io.BufferedIOBase, name: str) -> Iterator[Any]:
     """A picture before its pixels are decoded, if it is of a kind that can be read rightly."""
     from PIL import Image, UnidentifiedImageError
 
@@ -452,7 +452,7 @@ def _refuse_tiff(im: Any) -> None:
         raise _Refusal("its colours are YCbCr, not compressed, which Pillow may read wrongly; convert it to PNG")
 
 
-def _is_cut_tiff(file: BinaryIO) -> bool:
+def _is_cut_tiff(file: io.BufferedIOBase) -> bool:
     """Whether tags of the first page lie beyond the end of the file; Pillow would do without them, and misread it."""
     place = file.tell()
     end = file.seek(0, os.SEEK_END)
@@ -531,7 +531,7 @@ def _orientation(im: Any, notes: set[str]) -> int:
     return max(value, 1)  # 0: unknown
 
 
-def _tells_late(file: BinaryIO) -> bool:
+def _tells_late(file: io.BufferedIOBase) -> bool:
     """Whether a PNG has text or EXIF behind its pixels."""
     place, late, kind = file.tell(), False, b""
     file.seek(8)

@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from fm_jax.checks import check_function, check_integer, check_key, shown
+from fm_jax.checks import check_bool, check_function, check_integer, check_key, shown
 from fm_jax.train.checksum import shard_sum
 from fm_jax.train.folder import hold, is_at, make_folder
 from fm_jax.train.state import TrainState, check_train_state
@@ -70,6 +70,8 @@ class Checkpointer:
             JSON-like dict. A checkpoint of other data is refused. `None`, like a checkpoint in which nothing is said of
             them, leaves nothing to compare.
 
+        read_only: only to restore, also from where nothing can be written; `save` is then refused.
+
     Raises:
         ValueError: if `keep` or `save_every` is less than 1, or `config` or `data` is not JSON.
         OSError: if the folder cannot be made or written to.
@@ -85,7 +87,9 @@ class Checkpointer:
         allow_change: Collection[str] = ALLOW_CHANGE,
         name_of: Callable[[str], str] | None = None,
         data: Mapping[str, Any] | None = None,
+        read_only: bool = False,
     ):
+        check_bool("read_only", read_only)
         for name, value in (("keep", keep), ("save_every", save_every)):
             check_integer(name, value)
         if not isinstance(run_dir, str | os.PathLike):
@@ -110,9 +114,12 @@ class Checkpointer:
         with _one_verdict():
             if self.directory.exists() and not self.directory.is_dir():
                 raise CheckpointError(f"{self.directory} is a file, not a folder. Nothing was overwritten.")
-            if jax.process_index() == 0:
+            if read_only and not self.directory.is_dir():
+                raise CheckpointError(f"{self.directory} is not there: give the folder of a run.")
+            if jax.process_index() == 0 and not read_only:
                 make_folder(self.directory)
-        _check_shared(self.directory)
+        if not read_only:
+            _check_shared(self.directory)
         with _one_verdict():
             self._folder = hold(self.directory)
         # Orbax makes every folder above the one that it writes to. By this name there is none to make once it is gone.
@@ -120,8 +127,9 @@ class Checkpointer:
         held = Path(f"/proc/self/fd/{self._folder}")
         alone = jax.process_count() == 1
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
+            max_to_keep=None if read_only else keep,
             save_root_metadata=False,
+            read_only=read_only,
             single_host_load_and_broadcast=not alone,  # the steps that process 0 sees
             async_options=ocp.AsyncOptions() if alone else ocp.AsyncOptions(timeout_secs=_SECONDS),
         )
@@ -130,6 +138,7 @@ class Checkpointer:
             options=options,
             item_handlers={"state": _handler(), "meta": ocp.JsonCheckpointHandler()},
         )
+        self._read_only = read_only
         self._started_from = self.latest_step()
         self._restored = False
 
@@ -156,6 +165,8 @@ class Checkpointer:
             ValueError: if `data_state` does not survive JSON.
         """
         with _one_verdict():
+            if self._read_only:
+                raise CheckpointError(f"{self.directory} was opened with read_only=True, and nothing is saved to it.")
             check_train_state("state", state)
             check_key(key)
             if not isinstance(data_state, Mapping):
@@ -351,7 +362,8 @@ class Checkpointer:
             name = self._name_of(name)
             raise CheckpointError(
                 f"{path} comes from a run with {name}={before}, and this run has {name}={now}. Restore the old "
-                "value, or start anew with another --run-dir. Nothing was overwritten."
+                "value, or start anew with another --run-dir, with --init-from from these parameters. Nothing was "
+                "overwritten."
             )
 
     def _check_data(self, path: Path, saved: Mapping[str, Any] | None) -> None:

@@ -172,12 +172,16 @@ def test_a_run_begins_with_the_parameters_of_another(finished, tmp_path, capsys)
     options = {"init_from": config.training.run_dir, "learning_rate": 1e-12, "decay": "constant", "ema_decays": ()}
     images.run(small(tmp_path / "run", Data(folder=tmp_path / "more", size=8), training=options))
     assert "Begins with the parameters of" in (out := capsys.readouterr().out)
-    assert "at step 4, but for embed/" in out
+    assert "at step 4." in out
+    assert "The embedding begins anew for iris." in out
     second = restore_run(tmp_path / "run")
     for name in ("stem", "out"):
         for a, b in zip(*(list(r.params[name].values()) for r in (first, second)), strict=True):
             np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-9)
     assert second.experiment.num_classes == 3
+    tables = [np.asarray(run.params["embed"]["table"]) for run in (first, second)]
+    # iris, rose, tulip, none: each class has the row of its name.
+    np.testing.assert_allclose(tables[1][1:], tables[0], atol=1e-9)
     # It goes on without the other run.
     moved = dataclasses.replace(options and small(tmp_path / "run", Data(folder=tmp_path / "more", size=8)))
     training = dataclasses.replace(moved.training, **options, total_steps=6)
@@ -201,6 +205,24 @@ def test_a_beginning_that_is_refused(training, model, message, finished, flowers
         small(tmp_path / "run", config.data, training={"init_from": tmp_path / "run"})
 
 
+def test_what_a_beginning_changes_is_told(finished, flowers, tmp_path, capsys):
+    config, _ = finished
+    training = {"init_from": config.training.run_dir}
+    method = dataclasses.replace(config.method, prediction="noise")
+    images.run(small(tmp_path / "noise", config.data, training=training, method=method))
+    assert "They were trained with --prediction velocity, and go on with noise." in capsys.readouterr().out
+    images.run(small(tmp_path / "none", Data(folder=flowers, size=8, labels="none"), training=training, sampling=FEW))
+    assert "Its embedding of labels is left out." in capsys.readouterr().out
+
+
+def test_a_run_is_read_where_nothing_can_be_written(finished, tmp_path, monkeypatch):
+    config, _ = finished
+    monkeypatch.setattr("fm_jax.train.checkpoint.make_folder", lambda *_: pytest.fail("would write"))
+    sample.run(sample.Config(config.training.run_dir, out=tmp_path / "a.npz", num=4))
+    with np.load(tmp_path / "a.npz") as drawn:
+        assert sorted(drawn) == ["labels", "samples"]
+
+
 def test_toy2d_begins_with_another_too(tmp_path, capsys):
     def config(name, **training):
         training = dataclasses.replace(toy2d.CONFIG.training, run_dir=tmp_path / name, **SMALL, **training)
@@ -221,6 +243,8 @@ def test_unlabelled_images_have_no_guidance(flowers, tmp_path, capsys):
     config, experiment = read_run(tmp_path / "run")
     assert (experiment.num_classes, config.sampling.guidance) == (None, 1.0)
     sample.run(sample.Config(tmp_path / "run", out=tmp_path / "a.png", num=4))
+    sample.run(sample.Config(tmp_path / "run", out=tmp_path / "a.npz", num=4))
+    assert np.load(tmp_path / "a.npz").files == ["samples"]
     with pytest.raises(ValueError, match="--guidance 3 would have no effect: the images have no labels"):
         images.run(small(tmp_path / "run2", unlabelled, sampling=GUIDED))
     with pytest.raises(ValueError, match=re.escape("--label-dropout 0.5 would have no effect")):

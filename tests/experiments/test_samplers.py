@@ -89,9 +89,12 @@ def test_an_unknown_name_is_refused():
 def test_a_learned_solver_survives_its_file(tmp_path):
     solver = from_method("midpoint", 2, 0.1, 0.9)
     solver = dataclasses.replace(solver, log_steps=jnp.array([0.3, -0.2, 0.0, 0.1]))
-    save_solver(tmp_path / "a.npz", solver)
+    params = {"w": jnp.arange(3.0)}
+    save_solver(tmp_path / "a.npz", solver, params)
     x0 = jax.random.normal(jax.random.key(0), (3, 2))
-    ends = [sample(lambda t, x: t * x, x0, each).x for each in (solver, load_solver(tmp_path / "a.npz"))]
+    ends = [sample(lambda t, x: t * x, x0, each).x for each in (solver, load_solver(tmp_path / "a.npz", params))]
     np.testing.assert_array_equal(*ends)
     with pytest.raises(SystemExit, match=r"no.npz does not exist: python -m experiments.learned_solver writes"):
-        load_solver(tmp_path / "no.npz")
+        load_solver(tmp_path / "no.npz", params)
+    with pytest.raises(SystemExit, match="was learned for another network"):
+        load_solver(tmp_path / "a.npz", {"w": jnp.arange(3.0) + 1})

@@ -1,5 +1,7 @@
 """Times that lead out of where the velocity is: refused before anything is computed, by whatever takes times."""
 
+import functools
+
 import contracts
 import jax
 import jax.numpy as jnp
@@ -183,3 +185,16 @@ def test_without_an_absolute_tolerance_steps_would_never_end(atol):
     for make in (lambda: Adaptive(rtol=1e-3, atol=atol), lambda: DiffraxSDE(Linear(), rtol=1e-3, atol=atol)):
         with pytest.raises(ValueError, match=r"^atol must be positive and finite, got "):
             make()
+
+
+@pytest.mark.parametrize(
+    "wrapped", [jax.jit, functools.partial, lambda v: jax.jit(functools.partial(v))], ids=["jit", "partial", "both"]
+)
+def test_a_domain_is_carried_through_what_changes_nothing(wrapped):
+    """Else heun would ask a network of data at t = 1, and give NaN."""
+    v = velocity_fn(lambda t, x, cond: 0.5 * x, "data", Linear())
+    x0 = jnp.ones((3, 2))
+    expected = sample(v, x0, RungeKutta("heun"), times=8).x
+    assert jnp.isfinite(expected).all()
+    assert jnp.allclose(sample(wrapped(v), x0, RungeKutta("heun"), times=8).x, expected, atol=1e-6)
+    assert domain_of(functools.partial(v, 0.5)) is None  # of which the time is given

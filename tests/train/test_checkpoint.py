@@ -528,3 +528,21 @@ def test_descriptions_that_are_none(tmp_path):
         Checkpointer(tmp_path, CONFIG, data=3)
     with pytest.raises(ValueError, match="data must be JSON"):
         Checkpointer(tmp_path, CONFIG, data={"images": np.zeros(3)})
+
+
+def test_read_only_restores_and_does_not_save(tmp_path):
+    whole = Checkpointer(tmp_path, {"a": 1})
+    whole.save(make_state(3), jax.random.key(0), {"position": 2})
+    whole.wait()
+    whole.close()
+    before = sorted(tmp_path.rglob("*"))
+    only = Checkpointer(tmp_path, {"a": 1}, read_only=True)
+    state, _, position = only.restore(make_state(0))
+    assert (int(state.step), position) == (3, {"position": 2})
+    with pytest.raises(CheckpointError, match="was opened with read_only=True, and nothing is saved to it"):
+        only.save(make_state(4), jax.random.key(0), {})
+    only.close()
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(CheckpointError, match="is not there: give the folder of a run"):
+        Checkpointer(tmp_path / "none", {}, read_only=True)
+    assert not (tmp_path / "none").exists()
