@@ -403,7 +403,7 @@ def _opened(file: io.BufferedIOBase, name: str) -> Iterator[Any]:
         raise _Refusal(f"it is {kind}, which Pillow cannot open")
     file.seek(0)
     try:
-        opened = Image.open(file)
+        opened = Image.open(file)  # type: ignore[arg-type]
     except UnidentifiedImageError:
         if like := _begins_like(begin):
             raise _Refusal(f"it begins like a {like}, and is damaged or truncated") from None
