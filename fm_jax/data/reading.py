@@ -290,7 +290,7 @@ def _in_memory(
     except MemoryError:
         gigabytes = len(chosen) * np.prod(shape, dtype=float) / 1e9
         raise ValueError(
-            f"the {len(chosen):,} pictures of {shape} take {gigabytes:,.0f} GB, more than there is: give a smaller "
+            f"the {len(chosen):,} pictures of {shape} take {gigabytes:,.1f} GB, more than there is: give a smaller "
             "size, or stream=True."
         ) from None
     kept: list[int] = []
