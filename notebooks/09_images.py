@@ -10,22 +10,17 @@
 # Theorem 3 [(5.3)](05_losses.ipynb#eq-5-3) and classifier-free guidance [(6.4)](06_guidance.ipynb#eq-6-4).
 
 # %%
-import tempfile
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from lab import BLUE, GREY, INK, ORANGE, SMOKE, film
-from PIL import Image
 from scipy.spatial.distance import cdist
 from sklearn.svm import SVC
 
 from fm_jax.conditions import DropCondition
 from fm_jax.data.digits import load_digits
-from fm_jax.data.folder import load_folder
 from fm_jax.data.pipeline import batches
 from fm_jax.guidance import classifier_free_batched
 from fm_jax.losses import flow_matching
@@ -484,41 +479,6 @@ plt.show()
 agreement = [verdict[f"{name} at scale 2"][0] for name in networks]
 assert SMOKE or min(agreement) > 0.9
 print("the classifier agrees with the class asked for: U-Net {:.1%}, DiT {:.1%}; chance 10%".format(*agreement))
-
-# %% [markdown]
-# ## Your own pictures
-#
-# The digits come as one array; pictures come in files that many programs have written. One held-out digit is stored
-# here in six ways: in 8 and in 16 bits, as a mask of what is opaque, in a palette, on its side with a note in its EXIF
-# that says so, and as a JPEG of its negative in CMYK. `fm_jax.data.folder.load_folder` reads all of them as the same
-# array, up to rounding and the loss of JPEG; `python -m experiments.images --folder DIR` trains on such a folder.
-
-# %%
-folder = Path(tempfile.mkdtemp())
-grey = np.rint((1 - images[0, ..., 0]) * 127.5).astype(np.uint8).repeat(4, axis=0).repeat(4, axis=1)  # black on white
-picture = Image.fromarray(grey)
-picture.save(folder / "1_8_bits.png")
-Image.fromarray(grey.astype(np.uint16) * 257).save(folder / "2_16_bits.png")
-Image.merge("LA", (Image.new("L", picture.size), picture.point(lambda level: 255 - level))).save(folder / "3_alpha.png")
-picture.quantize(17).save(folder / "4_palette.gif")
-exif = Image.Exif()
-exif[0x0112] = 6  # to be turned a quarter to the right
-picture.transpose(Image.Transpose.ROTATE_90).save(folder / "5_on_its_side.png", exif=exif)
-Image.merge("CMYK", [picture.point(lambda level: 255 - level)] * 3 + [Image.new("L", picture.size)]).save(
-    folder / "6_cmyk.jpg", quality=95
-)
-read = load_folder(folder, size=32, colour="grey", say=print, progress=False).images
-error = np.abs(read.astype(int) - grey[..., None]).max(axis=(1, 2, 3))
-print("largest difference of a pixel, of 255:", error)
-assert error[:5].max() <= 1
-assert error[5] <= 16
-
-# %%
-figure, axes = plt.subplots(1, 6, figsize=(7, 1.2))
-for ax, path, x in zip(axes, sorted(folder.iterdir()), read, strict=True):
-    ax.imshow(x[..., 0], cmap="gray", vmin=0, vmax=255)
-    ax.set(xticks=[], yticks=[], title=path.stem[2:].replace("_", " "))
-plt.show()
 
 # %% [markdown]
 # The network is the one part of a flow that is not a theorem, and even it has parts with a known answer: features whose

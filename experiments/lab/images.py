@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.lab import command_line
-from experiments.lab.data import FACTS, Data, Facts, Loaded, load, read_facts
+from experiments.lab.data import FACTS, PRESETS, Data, Facts, Loaded, load, read_facts
 from experiments.lab.experiment import Experiment, begin_with
 from experiments.lab.figures import save_animation, save_grid, save_neighbours
 from experiments.lab.judge import Classify, fit_classifier, nearest
@@ -221,6 +221,8 @@ def run(config: Config) -> dict[str, Any]:
 def _run(config: Config) -> dict[str, Any]:
     run_dir = config.training.run_dir
     check_run_dir(config, [*PICTURES, FACTS], folders=["samples"])
+    if config.data.dataset is not None:  # of which enough is known to refuse a network that does not fit
+        build(config, PRESETS[config.data.dataset])
     loaded = load(config.data)
     dataset, facts = loaded.train, loaded.facts
     config = fit_to(config, facts)

@@ -182,7 +182,7 @@ def test_files_that_are_refused(tmp_path):
         write_records(tmp_path / "b", DATASET._replace(images=PIXELS.astype(np.float32)))
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10"])
+@pytest.mark.parametrize("name", ["mnist", pytest.param("cifar10", marks=pytest.mark.slow)])
 def test_tfds(name, prepared):
     tfds_dir = prepared(name)
     expected = load_images(name, "test", data_dir=tfds_dir)

@@ -102,6 +102,7 @@ def test_a_folder_of_odd_sizes_becomes_samples(finished):
     assert (experiment.num_classes, experiment.event_shape) == (2, (8, 8, 3))
 
 
+@pytest.mark.slow
 def test_streamed_it_is_the_same_run(finished, flowers, tmp_path):
     config, results = finished
     assert isinstance(load(dataclasses.replace(config.data, stream=True)).train.images, LazyImages)
@@ -205,6 +206,7 @@ def test_a_beginning_that_is_refused(training, model, message, finished, flowers
         small(tmp_path / "run", config.data, training={"init_from": tmp_path / "run"})
 
 
+@pytest.mark.slow
 def test_what_a_beginning_changes_is_told(finished, flowers, tmp_path, capsys):
     config, _ = finished
     training = {"init_from": config.training.run_dir}
@@ -223,6 +225,7 @@ def test_a_run_is_read_where_nothing_can_be_written(finished, tmp_path, monkeypa
         assert sorted(drawn) == ["labels", "samples"]
 
 
+@pytest.mark.slow
 def test_toy2d_begins_with_another_too(tmp_path, capsys):
     def config(name, **training):
         training = dataclasses.replace(toy2d.CONFIG.training, run_dir=tmp_path / name, **SMALL, **training)
@@ -361,3 +364,9 @@ def test_samples_that_are_not_finite_are_no_picture(solver, finished, tmp_path, 
     with pytest.raises(SystemExit, match="4 of 4 samples are not finite"):
         sample.run(sample.Config(config.training.run_dir, out=tmp_path / "a.png", num=4, solver=solver))
     assert not (tmp_path / "a.png").exists()
+
+
+def test_a_network_that_does_not_fit_is_refused_before_the_data_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "load", lambda *_: pytest.fail("read the data"))
+    with pytest.raises(ValueError, match="--model cifar10 does not fit the images of mnist, 28x28x1"):
+        images.run(small(tmp_path / "run", Data(dataset="mnist"), model="cifar10"))

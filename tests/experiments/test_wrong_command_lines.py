@@ -826,7 +826,7 @@ def test_a_network_that_is_not_finite_is_not_blamed_on_the_tolerance(world, monk
 
 def test_a_run_that_diverged_is_told_how_to_go_on(monkeypatch):
     def fails(config):
-        raise NonFiniteLossError("Not finite at step 3.")
+        raise NonFiniteLossError("Not finite at step 3. The last good checkpoint is 2. Begin a new run from it.")
 
     monkeypatch.setattr(cnf, "run", fails)
     monkeypatch.setattr(sys, "argv", ["cnf", "--run-dir", "mine"])

@@ -34,7 +34,7 @@ SCHEDULES = {
 }
 FIXED = ["euler", "heun", "ddim", "dpm_solver_2", "unipc_2", "euler_maruyama", "stochastic_heun", "churn"]
 FIXED += ["predictor_corrector"]
-OF_DIFFRAX = ["bosh3", "shark"]
+OF_DIFFRAX = ["bosh3", pytest.param("shark", marks=pytest.mark.slow)]
 X0 = np.linspace(-2, 2, 9, dtype=np.float32)[:, None]
 EVEN = [0.0, 0.25, 0.5, 0.75, 1.0]
 
