@@ -21,6 +21,7 @@ check = beartype(conf=BeartypeConf(is_pep484_tower=True))
 """An `int` is a `float`, as it is for mypy."""
 
 NEED_EXTRAS = ("fm_jax.data.digits", "fm_jax.data.images", "fm_jax.data.pipeline", "fm_jax.metrics.sinkhorn")
+NEED_EXTRAS += tuple(f"fm_jax.data.{name}" for name in ("folder", "picture", "reading", "records"))
 NEED_EXTRAS += ("fm_jax.couplings.entropic", "fm_jax.couplings.gromov", "fm_jax.couplings.unbalanced")
 LEAVES = ("fm_jax.models", "fm_jax.train")
 """Not annotated with shapes, and slow to run."""

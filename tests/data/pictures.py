@@ -6,8 +6,12 @@ import zlib
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, TiffImagePlugin
+import pytest
 
+Image, ImageCms, TiffImagePlugin = (
+    pytest.importorskip(f"PIL.{name}", reason="needs the extra fm_jax[data]")
+    for name in ("Image", "ImageCms", "TiffImagePlugin")
+)
 WHITE = 255
 TIFF_MODES = {mode for mode, _ in TiffImagePlugin.OPEN_INFO.values()}
 """That this version of Pillow opens."""
