@@ -238,7 +238,13 @@ def _load(data: Data, progress: bool | None) -> tuple[ImageDataset, ImageDataset
             for split in ("train", "test")
         )
         return train, test
-    labelled, said = data.labels == "given", print if is_first() else _nothing
+    labelled, notes = data.labels == "given", list[str]()
+
+    def said(text: str) -> None:
+        notes.append(text)
+        if is_first():
+            print(text)
+
     where: Any = getattr(data, data.source)
     of_pictures: dict[str, Any] = {
         "size": None if data.size is None else (data.size, data.width or data.size),
@@ -253,14 +259,22 @@ def _load(data: Data, progress: bool | None) -> tuple[ImageDataset, ImageDataset
         "progress": progress if is_first() else False,
     }
     both: tuple[Split, ...] = ("train", "test")
+    found: tuple[ImageDataset, ImageDataset | None] | None = None
     match data.source:
         case "folder":
             labels = data.csv or ("folders" if labelled else "none")
-            return load_folder(where, both, labels=labels, **of_pictures)
+            found = load_folder(where, both, labels=labels, **of_pictures)
         case "tfds":
-            return load_tfds(where, both, data_dir=data.data_dir, labels=labelled, **of_pictures)
+            found = load_tfds(where, both, data_dir=data.data_dir, labels=labelled, **of_pictures)
         case "array_record":
-            return load_records(where, both, labels=labelled, **of_pictures)
+            found = load_records(where, both, labels=labelled, **of_pictures)
+    if found is not None:
+        read = isinstance(found[0].images, np.ndarray)
+        if read and data.background != "white" and data.fit != "pad" and not any("laid on" in note for note in notes):
+            raise ValueError(
+                f"--background {data.background} would have no effect: no picture has transparent parts. Leave it out."
+            )
+        return found
     train = _load_npz(data, where, "train", said)
     try:
         return train, _load_npz(data, where, "test", _nothing)

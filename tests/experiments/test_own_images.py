@@ -370,3 +370,13 @@ def test_a_network_that_does_not_fit_is_refused_before_the_data_are_read(tmp_pat
     monkeypatch.setattr(images, "load", lambda *_: pytest.fail("read the data"))
     with pytest.raises(ValueError, match="--model cifar10 does not fit the images of mnist, 28x28x1"):
         images.run(small(tmp_path / "run", Data(dataset="mnist"), model="cifar10"))
+
+
+def test_a_background_behind_nothing_has_no_effect(flowers, tmp_path):
+    with pytest.raises(ValueError, match="--background black would have no effect: no picture has transparent parts"):
+        load(Data(folder=flowers, size=8, background="black"))
+    assert load(Data(folder=flowers, size=8, fit="pad", background="black")).facts.num_images == 22
+    Image.new("RGBA", (8, 8), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    Image.new("RGBA", (8, 8), (0, 255, 0, 255)).save(tmp_path / "b.png")
+    found = load(Data(folder=tmp_path, size=8, background="black", test_share=0.0))
+    assert found.train.images[0].max() == 0
