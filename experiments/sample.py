@@ -222,14 +222,14 @@ def _labels(config: Config, num_classes: int | None) -> np.ndarray:
 
 @by_first
 def _write(config: Config, experiment: Experiment, samples: np.ndarray, labels: np.ndarray) -> None:
-    with replacing(config.out) as unfinished:
-        if config.out.suffix == ".npz":
-            of_classes: dict[str, Any] = {} if experiment.num_classes is None else {"labels": labels}
+    if config.out.suffix == ".npz":
+        of_classes: dict[str, Any] = {} if experiment.num_classes is None else {"labels": labels}
+        with replacing(config.out) as unfinished:
             np.savez(unfinished, samples=experiment.to_data(samples), **of_classes)
-        elif samples.ndim == 4:
-            figures.save_sheet(unfinished, experiment.visible(samples))
-        else:
-            figures.save_points(unfinished, samples)
+    elif samples.ndim == 4:
+        figures.save_sheet(config.out, experiment.visible(samples))
+    else:
+        figures.save_points(config.out, samples)
 
 
 def main() -> None:

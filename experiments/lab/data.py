@@ -13,7 +13,7 @@ import numpy as np
 
 from experiments.lab.options import check_options, option
 from experiments.lab.processes import by_first, is_first
-from fm_jax.data.arrays import NoSplitError, Split, check_dataset, fingerprint, load_npz, standardise
+from fm_jax.data.arrays import Split, fingerprint, load_npz, standardise
 from fm_jax.data.digits import load_digits
 from fm_jax.data.folder import load_folder
 from fm_jax.data.images import ImageDataset, load_images
@@ -209,9 +209,8 @@ def load(data: Data, progress: bool | None = None) -> Loaded:
     if data.latents:
         train, mean, std = standardise(train)
         if test is not None:
-            scaled = ((np.asarray(test.images) - mean) / std).astype(np.float32)
+            scaled = ((test.images[:] - mean) / std).astype(np.float32)
             test = test._replace(images=scaled, value_range=train.value_range)
-    train, test = check_dataset(train), None if test is None else check_dataset(test)
     facts = Facts(
         data.dataset or data.tfds or f"{data.source} {Path(getattr(data, data.source)).name}",
         len(train.images),
@@ -230,7 +229,7 @@ def _load(data: Data, progress: bool | None) -> tuple[ImageDataset, ImageDataset
     """The images to train on, and those held out."""
     num = data.num_images
     if data.dataset == "digits":
-        train, test = (load_digits(split)._replace(fingerprint=None) for split in ("train", "test"))
+        train, test = (load_digits(split) for split in ("train", "test"))
         return train.subset(slice(num)), test.subset(slice(num))
     if data.dataset is not None:
         train, test = (
@@ -275,24 +274,21 @@ def _load(data: Data, progress: bool | None) -> tuple[ImageDataset, ImageDataset
                 f"--background {data.background} would have no effect: no picture has transparent parts. Leave it out."
             )
         return found
-    train = _load_npz(data, where, "train", said)
-    try:
-        return train, _load_npz(data, where, "test", _nothing)
-    except NoSplitError:
-        return train, None
-
-
-def _load_npz(data: Data, path: Path, split: Literal["train", "test"], say: Any) -> ImageDataset:
-    dataset = load_npz(
-        path,
-        split,
+    arrays = load_npz(
+        where,
+        both,
         images=data.image_entry,
         labels=data.label_entry,
         test_share=data.test_share,
         value_range=(-math.inf, math.inf) if data.latents else data.value_range,
         channels=data.channels,
-        say=say,
+        say=said,
     )
+    return _asked_for(data, arrays[0]), None if arrays[1] is None else _asked_for(data, arrays[1])
+
+
+def _asked_for(data: Data, dataset: ImageDataset) -> ImageDataset:
+    """Of arrays, as many as are asked for, with labels or without."""
     if data.labels == "none":
         dataset = dataset._replace(labels=None, class_names=())
     if data.num_images is None or data.num_images >= len(dataset.images):
@@ -306,10 +302,6 @@ def class_names_of(run_dir: Path) -> tuple[str, ...] | None:
         return tuple(json.loads((run_dir / FACTS).read_bytes())["class_names"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _nothing(text: str) -> None:
-    """What was said of one split, or by one process, holds of the others."""
 
 
 @by_first

@@ -221,12 +221,12 @@ def run(config: Config) -> dict[str, Any]:
 def _run(config: Config) -> dict[str, Any]:
     run_dir = config.training.run_dir
     check_run_dir(config, [*PICTURES, FACTS], folders=["samples"])
-    if config.data.dataset is not None:  # of which enough is known to refuse a network that does not fit
-        build(config, PRESETS[config.data.dataset])
+    # Of these enough is known to refuse a network that does not fit, before they are read.
+    experiment = None if config.data.dataset is None else build(config, PRESETS[config.data.dataset])
     loaded = load(config.data)
     dataset, facts = loaded.train, loaded.facts
     config = fit_to(config, facts)
-    experiment = build(config, facts)
+    experiment = experiment or build(config, facts)
     found = from_first(lambda: _finished(config, facts))
     if found is not None and (text := _report(config, found)):
         print(
@@ -343,18 +343,17 @@ def judge(config: Config, experiment: Experiment, params, key, loaded: Loaded, g
     classify: Classify | None = None
     results = dict[str, Any]()
     if _is_judged(loaded) and loaded.test is not None:
-        first = dataset.subset(np.arange(min(len(dataset.images), 10_000)))
+        first = dataset.subset(slice(10_000))
         classify = fit_classifier(in_unit_range(first), first.labels)
         results["classifier_accuracy_on_real"] = mean_of_shares(
             lambda x, y: classify(x) == y, in_unit_range(loaded.test), loaded.test.labels
         )
     labels = _classes_in_turn(experiment, config.num_samples)
-    drawn = {"guided": generate}
-    if experiment.num_classes is not None:
-        unguided = dataclasses.replace(config, sampling=dataclasses.replace(sampling, guidance=1.0))
-        drawn["unguided"] = _generator(unguided, experiment)
-    else:
+    if experiment.num_classes is None:
         drawn = {"unguided": generate}
+    else:
+        unguided = dataclasses.replace(config, sampling=dataclasses.replace(sampling, guidance=1.0))
+        drawn = {"guided": generate, "unguided": _generator(unguided, experiment)}
     for name, function in drawn.items():
         generate_many(function, params, key, experiment, labels[:size], size)  # compiles
         start = time.perf_counter()
@@ -415,7 +414,7 @@ def _save_neighbours(path: Path, images: np.ndarray, loaded: Loaded, experiment:
     save_neighbours(path, experiment.visible(images[:ROWS]), experiment.visible(beside))
     distances = {"samples": float(np.median(found.distances[:, 0]))}
     if loaded.test is not None:
-        held_out = in_unit_range(loaded.test.subset(np.arange(min(len(loaded.test.images), 100))))
+        held_out = in_unit_range(loaded.test.subset(slice(100)))
         distances["held_out"] = float(np.median(nearest(held_out, loaded.train).distances[:, 0]))
     return distances
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fm_jax.checks import check_array, check_has, check_integer, check_member, check_number, check_pair, shown
-from fm_jax.data.images import ImageDataset
+from fm_jax.data.images import ImageDataset, to_float
 from fm_jax.data.lazy import LazyImages
 
 Say = Callable[[str], None]
@@ -90,8 +90,10 @@ def make_dataset(
         check_member("channels", channels, ("first", "last"))
     pixels, value_range = _to_pixels(_to_array("images", images), value_range, channels, say)
     numbers, names = _to_labels(labels, class_names, len(pixels), say)
-    if numbers is not None and (none := [name for i, name in enumerate(names) if i not in set(numbers.tolist())]):
-        say(f"no image is of the class {', '.join(map(repr, none[:5]))}{', ...' * (len(none) > 5)}.")
+    if numbers is not None:
+        present = set(np.unique(numbers).tolist())
+        if none := [name for i, name in enumerate(names) if i not in present]:
+            say(f"no image is of the class {', '.join(map(repr, none[:5]))}{', ...' * (len(none) > 5)}.")
     dataset = ImageDataset(pixels, numbers, names, levels, value_range)
     return check_dataset(dataset)
 
@@ -157,9 +159,8 @@ def to_unit_range(images: np.ndarray, value_range: tuple[float, float] | None) -
         value_range: of the dataset, from `check_dataset`.
     """
     if images.dtype == np.uint8:
-        low, high = 0.0, 255.0
-    else:
-        low, high = value_range or (-1.0, 1.0)
+        return to_float(images)
+    low, high = value_range or (-1.0, 1.0)
     if (low, high) == (-1.0, 1.0) or math.isinf(low):
         return np.asarray(images, np.float32)
     return images.astype(np.float32) * np.float32(2 / (high - low)) - np.float32((high + low) / (high - low))
@@ -204,7 +205,7 @@ def held_out(names: Sequence[str], labels: np.ndarray | None, share: float) -> n
         bool [n]; of a class with two examples or more at least one is left for training.
     """
     check_number("share", share, "[0, 1)")
-    order = np.array([zlib.crc32(str(name).encode("utf-8", "surrogateescape")) for name in names], np.int64)
+    order = sums_of(names)
     chosen = np.zeros(len(order), bool)
     kinds = np.zeros(len(order), int) if labels is None else np.asarray(labels)
     for kind in np.unique(kinds):
@@ -212,6 +213,11 @@ def held_out(names: Sequence[str], labels: np.ndarray | None, share: float) -> n
         num = min(round(share * len(members)), len(members) - 1)
         chosen[members[np.argsort(order[members], kind="stable")[:num]]] = True
     return chosen
+
+
+def sums_of(names: Sequence[str]) -> np.ndarray:
+    """int64 [n], the CRC-32 of names: an order in which nothing that is near stays near, whatever else there is."""
+    return np.array([zlib.crc32(str(name).encode("utf-8", "surrogateescape")) for name in names], np.int64)
 
 
 def part(dataset: ImageDataset, split: Split, is_test: np.ndarray) -> ImageDataset:
@@ -234,7 +240,7 @@ def part(dataset: ImageDataset, split: Split, is_test: np.ndarray) -> ImageDatas
 
 def load_npz(
     path: str | os.PathLike[str],
-    split: Split = "all",
+    split: Split | tuple[Split, ...] = "all",
     *,
     images: str | None = None,
     labels: str | None = None,
@@ -244,12 +250,13 @@ def load_npz(
     channels: Literal["first", "last"] | None = None,
     levels: int = 256,
     say: Say | None = None,
-) -> ImageDataset:
+) -> Any:
     """Reads images, and labels if there are any, from an `.npz` or an `.npy` file; the latter is not read into memory.
 
     Args:
         path: of the file.
-        split: "all"; "train" or "test" by entries such as `x_train` and `test_images` (or val), or by `test_share`.
+        split: "all"; "train" or "test" by entries such as `x_train` and `test_images` (or val), or by `test_share`; or
+            ("train", "test") for both at once, which reads the file once.
         images: the entry with the images; by default one that is called images, x, data, samples or arr_0.
         labels: the entry with the labels; by default labels, y, targets or arr_1, if there is one.
         test_share: share of every class for testing, of a file without splits of its own; `None` for a tenth.
@@ -259,12 +266,16 @@ def load_npz(
         levels: as there.
         say: as there.
 
+    Returns:
+        A dataset; for several splits a tuple, with `None` for one without images.
+
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is none, or damaged; if an entry is missing; and as `make_dataset`.
     """
     path = Path(path)
-    check_member("split", split, SPLITS)
+    for each in split if isinstance(split, tuple) else (split,):
+        check_member("split", each, SPLITS)
     if test_share is not None:
         check_number("test_share", test_share, "[0, 1)")
     say = say or warn
@@ -287,25 +298,34 @@ def load_npz(
     if left := [name for name in entries if name not in (*used, *_NAMES)]:
         say(f"of {path.name} {', '.join(used)} were read; left aside: {_described(left)}.")
     pixels, numbers = entries[own["train"]], None if kinds["train"] is None else entries[kinds["train"]]
-    if own["test"] is None:
-        dataset = make_dataset(pixels, numbers, class_names=None if numbers is None else class_names, **options)
+    num_train = None
+    if own["test"] is not None:  # both at once, so that they have the same classes
+        if test_share:
+            raise ValueError(f"test_share must be 0 for {path}, which has splits of its own: {_described(entries)}.")
+        num_train, tests = len(pixels), entries[own["test"]]
+        if pixels.shape[1:] != tests.shape[1:]:
+            raise ValueError(
+                f"{path} must have images of one shape in both splits, got {pixels.shape} and {tests.shape}."
+            )
+        pixels = np.concatenate([pixels, tests])
+        numbers = None if numbers is None else np.concatenate([numbers, entries[kinds["test"]]])
+    dataset = make_dataset(pixels, numbers, class_names=None if numbers is None else class_names, **options)
+    places = range(len(dataset.images))
+    if num_train is None:
         share = TEST_SHARE if test_share is None else test_share
-        mask = held_out(list(map(str, range(len(dataset.images)))), dataset.labels, share)
-        return part(dataset, split, mask)
-    if test_share:
-        raise ValueError(f"test_share must be 0 for {path}, which has splits of its own: {_described(entries)}.")
-    both = [pixels, entries[own["test"]]]
-    if both[0].shape[1:] != both[1].shape[1:]:
-        raise ValueError(
-            f"{path} must have images of one shape in both splits, got {both[0].shape} and {both[1].shape}."
-        )
-    if numbers is not None:
-        numbers = np.concatenate([numbers, entries[kinds["test"]]])
-    # Both at once, so that they have the same classes.
-    dataset = make_dataset(
-        np.concatenate(both), numbers, class_names=None if numbers is None else class_names, **options
-    )
-    return part(dataset, split, np.arange(len(dataset.images)) >= len(pixels))
+        is_test = held_out(list(map(str, places)), dataset.labels, share)
+    else:
+        is_test = np.array(places) >= num_train
+    if isinstance(split, tuple):
+        return tuple(_part_or_none(dataset, each, is_test) for each in split)
+    return part(dataset, split, is_test)
+
+
+def _part_or_none(dataset: ImageDataset, split: Split, is_test: np.ndarray) -> ImageDataset | None:
+    try:
+        return part(dataset, split, is_test)
+    except NoSplitError:
+        return None
 
 
 def standardise(dataset: ImageDataset) -> tuple[ImageDataset, np.ndarray, np.ndarray]:

@@ -44,4 +44,4 @@ def load_digits(split: Split) -> ImageDataset:
     is_test[by_digit[np.arange(_NUM_TEST) * len(labels) // _NUM_TEST]] = True
     chosen = is_test if split == "test" else ~is_test
     class_names = tuple(str(digit) for digit in range(10))
-    return ImageDataset(images[chosen], labels[chosen].astype(np.int32), class_names, _LEVELS)
+    return ImageDataset(images[chosen], labels[chosen].astype(np.int32), class_names, _LEVELS, (-1.0, 1.0))

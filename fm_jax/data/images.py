@@ -49,8 +49,10 @@ class ImageDataset(NamedTuple):
 
     def subset(self, indices: np.ndarray | slice) -> "ImageDataset":
         """Some of the examples, by their numbers; a slice copies nothing."""
-        lazy = isinstance(self.images, LazyImages)
-        images = self.images.subset(indices) if lazy else self.images[indices]
+        images, lazy = self.images, isinstance(self.images, LazyImages)
+        if isinstance(images, np.memmap) and not isinstance(indices, slice):  # whose rows would be read into memory
+            images = LazyImages(images.__getitem__, len(images), images.shape[1:], images.dtype)
+        images = images.subset(indices) if isinstance(images, LazyImages) else images[indices]
         labels = None if self.labels is None else self.labels[indices]
         return self._replace(images=images, labels=labels, fingerprint=None if not lazy else self.fingerprint)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from fm_jax.checks import check_bool, check_integer, check_seed
 from fm_jax.data.arrays import check_dataset, to_unit_range
-from fm_jax.data.images import ImageDataset, to_float
+from fm_jax.data.images import ImageDataset
 
 if TYPE_CHECKING:
     import grain
@@ -102,8 +102,6 @@ def batches(
                 x = np.rint(_positions(x, value_range, dataset.levels))
             noise = _random_bytes(seed, _NOISE, 2 * start * x[0].size, 2 * x.size)
             x = _dequantize(x, dataset.levels, noise.view("<u2").reshape(x.shape))
-        elif x.dtype == np.uint8:
-            x = to_float(x)
         else:
             x = to_unit_range(x, value_range)
         return {"x1": x} if labels is None else {"x1": x, "cond": labels[indices]}

@@ -25,7 +25,7 @@ from fm_jax.checks import (
     check_member,
     check_number,
 )
-from fm_jax.data.arrays import SPLITS, TEST_SHARE, NoSplitError, Say, Split, held_out
+from fm_jax.data.arrays import SPLITS, TEST_SHARE, NoSplitError, Say, Split, held_out, sums_of
 from fm_jax.data.images import ImageDataset
 from fm_jax.data.lazy import LazyImages, available_memory, watched
 from fm_jax.data.picture import (
@@ -326,7 +326,7 @@ def _chosen(found: Found, split: Split, is_test: np.ndarray, num_images: int | N
     chosen = np.flatnonzero(mask)
     if num_images is None or num_images >= len(chosen):
         return chosen.tolist()
-    order = np.array([zlib.crc32(found.names[i].encode()) for i in chosen])
+    order = sums_of([found.names[i] for i in chosen])
     return np.sort(chosen[np.argsort(order, kind="stable")[:num_images]]).tolist()
 
 

@@ -48,7 +48,6 @@ def load_records(
     files = _files_of(Path(path))
     source = _source_of(files)
     sizes = [len(_source_of([each])) for each in files]
-    starts = np.concatenate([[0], np.cumsum(sizes)])
     names = [f"{file.name}:{i}" for file, num in zip(files, sizes, strict=True) for i in range(num)]
     if not names:
         raise ValueError(f"{shown_path(path)} has no records.")
@@ -73,7 +72,7 @@ def load_records(
     is_test = None
     if all(words) and any(word[1] == "train" for word in words if word):
         of_files = [word is not None and word[1] != "train" for word in words]
-        is_test = np.repeat(of_files, np.diff(starts))
+        is_test = np.repeat(of_files, sizes)
     whole = next((i for i, kind in enumerate(kinds) if kind is not None), None)
     listed = () if whole is None else _class_names(record(whole))
     numbers_of, class_names = _classes(kinds, names, listed) if labels else (None, ())
@@ -232,14 +231,19 @@ def _source_of(files: Sequence[Path]) -> Any:
         raise ValueError(f"{shown_path(files[0])} is no file of ArrayRecord, or damaged: {told}") from None
 
 
-def _parsed(record: bytes, name: str) -> tuple[bytes, int | None, str | None]:
-    """The file of a picture, its label and the name of its class."""
+def _features(record: bytes) -> Any:
+    """What a `tf.train.Example` holds, by name; nothing of a record that is none."""
     example = _example()
     try:
         example.ParseFromString(record)
-        features = example.features.feature
-    except Exception:  # of protobuf: it is no Example
-        return record, None, None
+    except Exception:  # of protobuf
+        return {}
+    return example.features.feature
+
+
+def _parsed(record: bytes, name: str) -> tuple[bytes, int | None, str | None]:
+    """The file of a picture, its label and the name of its class."""
+    features = _features(record)
     image = next((features[key].bytes_list.value for key in _IMAGE if key in features), None)
     if image is None:
         if features:
@@ -265,14 +269,8 @@ def _or_none(record: Callable[[int], bytes], number: int) -> bytes | None:
 
 def _class_names(record: bytes) -> tuple[str, ...]:
     """The names of all classes, where the records say them."""
-    example = _example()
-    try:
-        example.ParseFromString(record)
-    except Exception:  # of protobuf: it is no Example
-        return ()
-    if "class_names" not in example.features.feature:
-        return ()
-    values = example.features.feature["class_names"].bytes_list.value
+    features = _features(record)
+    values = features["class_names"].bytes_list.value if "class_names" in features else ()
     return tuple(value.decode("utf-8", "backslashreplace") for value in values)
 
 

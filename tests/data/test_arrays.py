@@ -20,6 +20,7 @@ from fm_jax.data.arrays import (
     to_unit_range,
 )
 from fm_jax.data.images import ImageDataset, to_float
+from fm_jax.data.lazy import LazyImages
 from fm_jax.data.pipeline import batches
 
 RNG = np.random.default_rng(0)
@@ -331,6 +332,15 @@ def test_npy_is_not_read_into_memory(tmp_path):
     dataset = load_npz(tmp_path / "a.npy")
     assert isinstance(dataset.images, np.memmap)
     assert dataset.labels is None
+    train, test = load_npz(tmp_path / "a.npy", ("train", "test"), test_share=0.25)
+    for each in (train, test):
+        assert isinstance(each.images, LazyImages)
+    together = np.concatenate([train.images[:], test.images[:]])
+    assert sorted(x.tobytes() for x in together) == sorted(x.tobytes() for x in PIXELS)
+    in_memory = load_npz(tmp_path / "a.npy")._replace(images=PIXELS)
+    assert fingerprint(train) == fingerprint(
+        in_memory.subset(np.flatnonzero(~held_out([str(i) for i in range(12)], None, 0.25)))
+    )
 
 
 @pytest.mark.parametrize(
