@@ -3,15 +3,15 @@
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fm_jax.checks import check_bool, check_integer, check_member, check_real, check_setting
-from fm_jax.models.compute import Compute, Dtype
+from fm_jax.models.attention import layer_norm
+from fm_jax.models.compute import Compute
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import SelfAttention, TimeEmbedding, check_image, check_options, zeros
-from fm_jax.models.stack import STACKED
+from fm_jax.models.stack import run_blocks
 from fm_jax.shapes import batch_time
 from fm_jax.types import Array, Cond
 
@@ -51,7 +51,8 @@ def unpatchify(patches: Array, patch_size: int, height: int, width: int) -> Arra
 def position_features(rows: int, columns: int, dim: int) -> np.ndarray:
     """Fixed sines and cosines of the row and of the column of each patch.
 
-    With `w_i = 10000^(-i / (dim / 4))`: `[sin(w row), cos(w row), sin(w column), cos(w column)]`.
+    With `w_i = 10000^(-i / (dim / 4))`: `[sin(w column), cos(w column), sin(w row), cos(w row)]`, the order of the
+    published weights of DiT, SiT, PixArt and Stable Diffusion 3.
 
     Args:
         rows: height of the grid of patches.
@@ -71,13 +72,8 @@ def position_features(rows: int, columns: int, dim: int) -> np.ndarray:
     # In NumPy and float64: a constant of the traced program, computed once.
     frequencies = 10_000.0 ** (-np.arange(dim // 4) / (dim // 4))
     row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
-    angles = [np.outer(position.reshape(-1), frequencies) for position in (row, column)]
+    angles = [np.outer(position.reshape(-1), frequencies) for position in (column, row)]
     return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=-1).astype(np.float32)
-
-
-def layer_norm(dtype: Dtype, name: str) -> nn.LayerNorm:
-    """Layer normalisation without scale and shift, with float32 statistics and an output in `dtype`."""
-    return nn.LayerNorm(epsilon=1e-6, use_scale=False, use_bias=False, dtype=dtype, name=name)
 
 
 def modulate(h: Array, shift: Array, scale: Array) -> Array:
@@ -200,7 +196,14 @@ class DiT(nn.Module):
         position = position_features(height // self.patch_size, width // self.patch_size, self.hidden)
         h = h + jnp.asarray(position, dtype=dtype)[None]
 
-        h = self._blocks(h, emb, train)
+        options = {
+            "num_heads": self.num_heads,
+            "mlp_ratio": self.mlp_ratio,
+            "dropout": self.dropout,
+            "compute": self.compute,
+        }
+        loop = {"scan": self.scan_layers, "remat": self.compute.remat}
+        h = run_blocks(DiTBlock, options, self.num_layers, h, emb, train=train, **loop)
 
         shift, scale = jnp.split(
             nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(nn.silu(emb))[:, None, :], 2, axis=-1
@@ -208,33 +211,6 @@ class DiT(nn.Module):
         h = modulate(layer_norm(jnp.float32, "norm")(h), shift, scale)
         h = nn.Dense(self.patch_size**2 * (self.out_channels or channels), kernel_init=zeros, name="out")(h)
         return unpatchify(h, self.patch_size, height, width)
-
-    def _blocks(self, h: Array, emb: Array, train: bool) -> Array:
-        block = DiTBlock
-        if self.scan_layers:
-            # A loop keeps for its backward pass whatever that wants, where unrolled blocks fuse some of it away again:
-            # keep products alone. And it tells the passes apart by itself.
-            policy = None if self.compute.remat else jax.checkpoint_policies.dots_saveable
-            block = nn.remat(DiTBlock, static_argnums=(3,), prevent_cse=False, policy=policy)
-        elif self.compute.remat:
-            block = nn.remat(DiTBlock, static_argnums=(3,))
-        options = (self.num_heads, self.mlp_ratio, self.dropout, self.compute)
-        if not self.scan_layers:
-            for i in range(self.num_layers):
-                h = block(*options, name=f"block_{i}")(h, emb, train)
-            return h
-
-        def layer(block: nn.Module, h: Array, emb: Array) -> tuple[Array, None]:
-            return block(h, emb, train), None
-
-        layers = nn.scan(
-            layer,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=nn.broadcast,
-            length=self.num_layers,
-        )
-        return layers(block(*options, name=STACKED), h, emb)[0]
 
 
 # Peebles & Xie 2022, table 1.

@@ -147,10 +147,10 @@ def num_norm_groups(channels: int, max_groups: int = 32) -> int:
     return max(groups for groups in range(1, max_groups + 1) if channels % groups == 0)
 
 
-def group_norm(channels: int, max_groups: int, dtype: Dtype, name: str) -> nn.GroupNorm:
-    """Group normalisation with float32 statistics and an output in `dtype`."""
+def group_norm(channels: int, max_groups: int, dtype: Dtype, name: str, *, epsilon: float = 1e-5) -> nn.GroupNorm:
+    """Group normalisation with two-pass statistics in float32 and an output in `dtype`."""
     groups = num_norm_groups(channels, max_groups)
-    return nn.GroupNorm(num_groups=groups, epsilon=1e-5, dtype=dtype, name=name)
+    return nn.GroupNorm(num_groups=groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def conv3x3(features: int, dtype: Dtype, name: str, *, stride: int = 1, init: Any = None) -> nn.Conv:

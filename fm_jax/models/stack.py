@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -12,6 +13,59 @@ from fm_jax.types import Array, Params
 
 STACKED = "blocks"
 """The name of the stacked blocks. That of a single one is `block_0`, `block_1`, ..."""
+
+
+def run_blocks(
+    block: type[nn.Module],
+    options: Mapping[str, Any],
+    length: int,
+    h: Any,
+    *args: Any,
+    train: bool,
+    scan: bool,
+    remat: bool,
+    name: str = "block",
+) -> Any:
+    """Runs blocks of one kind one after another, in a compact method: `h = block(h, *args, train)`.
+
+    Args:
+        block: Linen module.
+        options: its attributes, the same in every block.
+        length: number of blocks.
+        h: what goes from block to block, a pytree.
+        *args: what every block sees: pytrees of arrays.
+        train: last argument of a block.
+        scan: trace and compile one block, whose parameters are stacked in `{name}s`; otherwise `{name}_0`, ...
+        remat: recompute a block in the backward pass.
+        name: of a single block.
+
+    Returns:
+        What the last block gives.
+    """
+    static = (len(args) + 2,)
+    if scan:
+        # A loop keeps for its backward pass whatever that wants, where unrolled blocks fuse some of it away again:
+        # keep products alone. And it tells the passes apart by itself.
+        policy = None if remat else jax.checkpoint_policies.dots_saveable
+        block = nn.remat(block, static_argnums=static, prevent_cse=False, policy=policy)
+    elif remat:
+        block = nn.remat(block, static_argnums=static)
+    if not scan:
+        for i in range(length):
+            h = block(**options, name=f"{name}_{i}")(h, *args, train)
+        return h
+
+    def layer(block: nn.Module, h: Any, *args: Any) -> tuple[Any, None]:
+        return block(h, *args, train), None
+
+    layers = nn.scan(
+        layer,
+        variable_axes={"params": 0, "intermediates": 0},
+        split_rngs={"params": True, "dropout": True},
+        in_axes=nn.broadcast,
+        length=length,
+    )
+    return layers(block(**options, name=f"{name}s"), h, *args)[0]
 
 
 def stack_layers(params: Params) -> Params:

@@ -37,7 +37,7 @@ def test_position_features_closed_form():
     features = position_features(2, 3, 8)
     assert features.shape == (6, 8)
     row, column, w = 1, 2, np.array([1.0, 0.01])
-    expected = np.concatenate([np.sin(row * w), np.cos(row * w), np.sin(column * w), np.cos(column * w)])
+    expected = np.concatenate([np.sin(column * w), np.cos(column * w), np.sin(row * w), np.cos(row * w)])
     np.testing.assert_allclose(features[row * 3 + column], expected, rtol=1e-6)
     assert len(np.unique(features, axis=0)) == 6
 

@@ -1,0 +1,1 @@
+"""Published weights: read, written, and translated between their layouts and ours."""
