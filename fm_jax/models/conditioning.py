@@ -1,7 +1,7 @@
 """What a published network is told beside time and state: one NamedTuple, and the border between its time and ours."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -82,3 +82,9 @@ REPA = Border(scale=1.0, reverse=True, sign=-1.0)
 DDPM = Border(reverse=True, offset=-1.0)
 """DiT, ADM, PixArt, Stable Diffusion 1, 2 and XL: the step n = 1000 (1 - t) - 1 in 0, ..., 999 of `schedules.DDPM`,
 whose own count starts from 1; the prediction is the noise."""
+
+
+def check_border(border: Any) -> None:
+    """Raises `ValueError` for what is not a `Border`."""
+    if not isinstance(border, Border):
+        raise ValueError(f"border must be a Border, such as RECTIFIED, got {shown(border)}.")

@@ -9,6 +9,7 @@ import numpy as np
 from fm_jax.checks import check_bool, check_integer, check_member, check_real, check_setting
 from fm_jax.models.attention import layer_norm
 from fm_jax.models.compute import Compute
+from fm_jax.models.conditioning import OURS, Border, check_border
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import SelfAttention, TimeEmbedding, check_image, check_options, zeros
 from fm_jax.models.stack import run_blocks
@@ -133,6 +134,8 @@ class DiT(nn.Module):
         dropout: dropout rate at the end of both branches of a block.
         embed: module from a condition to a vector, see `fm_jax.models.embed`; `None` for an unconditional field.
             The paper's is `LabelEmbedding(1000, stddev=0.02)`.
+        border: between our time and sign and those of the network. Published weights have another than ours: `DDPM` for
+            DiT, which predicts the noise, `SIT` and `REPA`.
         compute: dtype, attention and rematerialisation.
         scan_layers: trace and compile one block and loop over it, for a program whose size does not grow with
             `num_layers`. The parameters of the blocks are stacked on a first axis: `fm_jax.models.stack_layers` makes
@@ -151,12 +154,14 @@ class DiT(nn.Module):
     out_channels: int | None = None
     dropout: float = 0.0
     embed: nn.Module | None = None
+    border: Border = OURS
     compute: Compute = Compute()
     scan_layers: bool = False
 
     def __post_init__(self) -> None:
         check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
         check_bool("scan_layers", self.scan_layers)
+        check_border(self.border)
         for name in ("patch_size", "hidden", "num_layers", "num_heads"):
             check_integer(name, getattr(self, name))
         if self.out_channels is not None:
@@ -187,8 +192,8 @@ class DiT(nn.Module):
         check_image(x, self.patch_size)
         x = x.astype(jnp.float32)
         _, height, width, channels = x.shape
-        time = TimeEmbedding(256, self.hidden, kernel_init=small_normal, name="time")
-        emb = add_condition(time(batch_time(t, x)), self.embed, cond)
+        time = TimeEmbedding(256, self.hidden, time_scale=1.0, kernel_init=small_normal, name="time")
+        emb = add_condition(time(self.border.time(batch_time(t, x))), self.embed, cond)
         dtype = self.compute.dtype
 
         # A product with the cut patches is the strided convolution of the paper, and fast inside loops on CPU too.
@@ -202,15 +207,15 @@ class DiT(nn.Module):
             "dropout": self.dropout,
             "compute": self.compute,
         }
-        loop = {"scan": self.scan_layers, "remat": self.compute.remat}
-        h = run_blocks(DiTBlock, options, self.num_layers, h, emb, train=train, **loop)
+        scan, remat = self.scan_layers, self.compute.remat
+        h = run_blocks(DiTBlock, options, self.num_layers, h, emb, train=train, scan=scan, remat=remat)
 
         shift, scale = jnp.split(
             nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(nn.silu(emb))[:, None, :], 2, axis=-1
         )
         h = modulate(layer_norm(jnp.float32, "norm")(h), shift, scale)
         h = nn.Dense(self.patch_size**2 * (self.out_channels or channels), kernel_init=zeros, name="out")(h)
-        return unpatchify(h, self.patch_size, height, width)
+        return self.border.output(unpatchify(h, self.patch_size, height, width))
 
 
 # Peebles & Xie 2022, table 1.
