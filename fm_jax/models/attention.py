@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -122,12 +123,27 @@ def rope_angles(ids: Array | np.ndarray, dims: Sequence[int], theta: float = 10_
     return numpy.concatenate([ids[..., a, None] * w for a, w in enumerate(frequencies)], axis=-1)
 
 
-def apply_rope(x: Array, angles: Array | np.ndarray) -> Array:
+class Rotation(NamedTuple):
+    """Cosines and sines of rotary positions, each [..., head_dim / 2]: a pytree that many layers share."""
+
+    cos: Array
+    sin: Array
+
+
+def rotation(angles: Array | np.ndarray) -> Rotation:
+    """Cosines and sines in float32, of constants (`angles` in NumPy) computed in float64."""
+    numpy = np if isinstance(angles, np.ndarray) else jnp
+    dtype = jnp.promote_types(jnp.result_type(angles), jnp.float32)
+    return Rotation(jnp.asarray(numpy.cos(angles), dtype), jnp.asarray(numpy.sin(angles), dtype))
+
+
+def apply_rope(x: Array, angles: Array | np.ndarray | Rotation) -> Array:
     """Turns the pairs of channels (0, 1), (2, 3), ... of every head by the angles of its token.
 
     Args:
         x: queries or keys, [batch, tokens, heads, head_dim].
-        angles: [tokens, head_dim / 2] or [batch, tokens, head_dim / 2].
+        angles: [tokens, head_dim / 2] or [batch, tokens, head_dim / 2], or the `rotation` by them, where layers in a
+            loop share it: what comes into a loop is no constant any more, and its angles would be float32.
 
     Returns:
         As `x`; turned in float32 or better.
@@ -135,13 +151,14 @@ def apply_rope(x: Array, angles: Array | np.ndarray) -> Array:
     Raises:
         ValueError: if `angles` does not fit `x`.
     """
-    if x.shape[-1] != 2 * angles.shape[-1] or angles.shape[-2] != x.shape[1]:
+    turn = angles if isinstance(angles, Rotation) else rotation(angles)
+    if x.shape[-1] != 2 * turn.cos.shape[-1] or turn.cos.shape[-2] != x.shape[1]:
         raise ValueError(
-            f"angles must be [tokens, head_dim / 2] = {(x.shape[1], x.shape[-1] // 2)}, got shape {angles.shape}."
+            f"angles must be [tokens, head_dim / 2] = {(x.shape[1], x.shape[-1] // 2)}, got shape {turn.cos.shape}."
         )
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    numpy = np if isinstance(angles, np.ndarray) else jnp
-    cos, sin = (jnp.asarray(f(angles), dtype)[..., None, :] for f in (numpy.cos, numpy.sin))
+    cos, sin = (part.astype(dtype)[..., None, :] for part in turn)
+    cos, sin = (part if part.ndim == x.ndim else part[None] for part in (cos, sin))
     even, odd = x[..., 0::2].astype(dtype), x[..., 1::2].astype(dtype)
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
