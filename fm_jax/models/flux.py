@@ -1,14 +1,23 @@
 """FLUX.1: a transformer in which image and text are two streams at first, then one."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_array, check_bool, check_integer, check_member, check_numbers_of, check_real, shown
-from fm_jax.models.attention import Rotation, apply_rope, attend, from_heads, layer_norm, rms_norm
-from fm_jax.models.attention import rope_angles, rotation, to_heads
+from fm_jax.checks import check_array, check_bool, check_integer, check_member, check_real, shown
+from fm_jax.models.attention import (
+    apply_rope,
+    attend,
+    from_heads,
+    layer_norm,
+    rms_norm,
+    rope_angles,
+    rotation,
+    to_heads,
+)
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import RECTIFIED, Conditions
 from fm_jax.models.dit import modulate, patchify, unpatchify
@@ -17,16 +26,10 @@ from fm_jax.models.stack import run_blocks
 from fm_jax.shapes import batch_time
 from fm_jax.types import Array
 
-PATCH = 2
-"""Side of a patch of latents."""
-MLP_RATIO = 4
-"""Width of the hidden layers in units of that of the tokens."""
-FEATURES = 256
-"""Sines and cosines of time and of the guidance scale."""
+PATCH, MLP_RATIO, MASK_SIDE = 2, 4, 8
+"""Side of a patch in latents, hidden layers in units of the width, side of a latent in pixels of a mask."""
 GUIDANCE_SCALE = 1000.0
 """What a guidance scale is multiplied by, as time is: 3.5 becomes 3500."""
-MASK_SIDE = 8
-"""Pixels of a mask along the side of a latent."""
 
 
 def fill_local(latents: Array, mask: Array) -> Array:
@@ -61,9 +64,7 @@ def joint_ids(rows: int, columns: int, tokens: int) -> np.ndarray:
 class Heads(nn.Module):
     """Queries and keys, each head of them normalised, and values.
 
-    Attributes:
-        num_heads, head_dim: of the attention.
-        dtype: of the products.
+    Attributes: see `Flux`.
     """
 
     num_heads: int
@@ -77,7 +78,7 @@ class Heads(nn.Module):
         return rms_norm(self.dtype, "norm_query")(q), rms_norm(self.dtype, "norm_key")(k), v
 
 
-def rotated_attention(q: Array, k: Array, v: Array, turn: Rotation, mask: Array | None, compute: Compute) -> Array:
+def rotated_attention(q: Array, k: Array, v: Array, turn: Any, mask: Array | None, compute: Compute) -> Array:
     """Attention of all tokens to all that there are, queries and keys turned by their positions."""
     return attend(apply_rope(q, turn), apply_rope(k, turn), v, mask=mask, implementation=compute.attention)
 
@@ -93,7 +94,7 @@ class DoubleBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, streams: tuple[Array, Array], emb: Array, turn: Rotation, mask: Array | None, train: bool
+        self, streams: tuple[Array, Array], emb: Array, turn: Any, mask: Array | None, train: bool
     ) -> tuple[Array, Array]:
         """Maps image [batch, n, d] and text [batch, m, d], with silu of the embedding [batch, d], to the same."""
         width, dtype = streams[0].shape[-1], self.compute.dtype
@@ -130,7 +131,7 @@ class SingleBlock(nn.Module):
     compute: Compute = Compute()
 
     @nn.compact
-    def __call__(self, h: Array, emb: Array, turn: Rotation, mask: Array | None, train: bool) -> Array:
+    def __call__(self, h: Array, emb: Array, turn: Any, mask: Array | None, train: bool) -> Array:
         """Maps tokens [batch, n, d], with silu of the embedding [batch, d], to the same shape."""
         width, dtype = h.shape[-1], self.compute.dtype
         head_dim = width // self.num_heads
@@ -192,9 +193,8 @@ class Flux(nn.Module):
             raise ValueError(f"axes must be three even integers, got {shown(self.axes)}.")
         rope_angles(np.zeros((1, 3)), self.axes)  # refuses what is odd
         if self.hidden != self.num_heads * sum(self.axes):
-            raise ValueError(
-                f"hidden must be num_heads times the sum of axes, {self.num_heads} x {sum(self.axes)}, got {self.hidden}."
-            )
+            product = f"{self.num_heads} x {sum(self.axes)}"
+            raise ValueError(f"hidden must be num_heads times the sum of axes, {product}, got {self.hidden}.")
         self.axes = tuple(self.axes)
         super().__post_init__()
 
@@ -217,28 +217,28 @@ class Flux(nn.Module):
             ValueError: if `x` does not fit, or `cond` has not what the network was built for.
         """
         check_image(x, PATCH)
-        cond = self._checked(x, cond)
+        given = self._checked(x, cond)
         _, height, width, _ = x.shape
-        dtype, texts = self.compute.dtype, cond.tokens.shape[1]
+        dtype, texts = self.compute.dtype, given.tokens.shape[1]
 
-        embed = {"time_features": FEATURES, "features": self.hidden, "time_scale": 1.0}
-        emb = TimeEmbedding(**embed, name="time")(RECTIFIED.time(batch_time(t, x)))
+        embed = partial(TimeEmbedding, 256, self.hidden, time_scale=1.0)
+        emb = embed(name="time")(RECTIFIED.time(batch_time(t, x)))
         if self.guidance:
-            emb = emb + TimeEmbedding(**embed, name="guidance")(GUIDANCE_SCALE * cond.guidance.astype(jnp.float32))
-        vector = nn.Dense(self.hidden, name="vector_in")(cond.vector.astype(jnp.float32))
+            emb = emb + embed(name="guidance")(GUIDANCE_SCALE * given.guidance.astype(jnp.float32))
+        vector = nn.Dense(self.hidden, name="vector_in")(given.vector.astype(jnp.float32))
         emb = nn.silu(emb + nn.Dense(self.hidden, name="vector_out")(nn.silu(vector)))
 
         x = x.astype(jnp.float32)
         if self.local_channels:
-            x = jnp.concatenate([x, cond.local.astype(jnp.float32)], axis=-1)
+            x = jnp.concatenate([x, given.local.astype(jnp.float32)], axis=-1)
         image = nn.Dense(self.hidden, dtype=dtype, name="patches")(patchify(x, PATCH))
-        text = nn.Dense(self.hidden, dtype=dtype, name="tokens")(cond.tokens)
+        text = nn.Dense(self.hidden, dtype=dtype, name="tokens")(given.tokens)
 
         patches = image.shape[1]
         turn = rotation(rope_angles(joint_ids(height // PATCH, width // PATCH, texts), self.axes))
         mask = None
-        if cond.mask is not None:
-            mask = jnp.concatenate([jnp.ones((x.shape[0], patches), bool), cond.mask], axis=1)
+        if given.mask is not None:
+            mask = jnp.concatenate([jnp.ones((x.shape[0], patches), bool), given.mask], axis=1)
 
         options = {"num_heads": self.num_heads, "compute": self.compute}
         loop = {"train": train, "scan": self.scan_layers, "remat": self.compute.remat}
@@ -247,57 +247,44 @@ class Flux(nn.Module):
         h = jnp.concatenate(streams, axis=1)
         h = run_blocks(SingleBlock, options, self.num_single, h, emb, turn, mask, name="single", **loop)
 
-        shift, scale = jnp.split(
-            nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(emb)[:, None, :], 2, -1
-        )
+        modulation = nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(emb)
+        shift, scale = jnp.split(modulation[:, None, :], 2, axis=-1)
         h = modulate(layer_norm(jnp.float32, "norm")(h[:, :patches]), shift, scale)
         h = nn.Dense(PATCH**2 * self.channels, kernel_init=zeros, name="out")(h)
         return RECTIFIED.output(unpatchify(h, PATCH, height, width))
 
-    def _checked(self, x: Array, cond: Any) -> Any:
+    def _checked(self, x: Array, given: Any) -> Any:
         """The condition, if it and the state fit the network."""
         if x.shape[-1] != self.channels:
             raise ValueError(f"x must have {self.channels} channels, got shape {x.shape}.")
-        if not isinstance(cond, Conditions):
-            raise ValueError(f"cond must be Conditions(vector=..., tokens=...), got {shown(cond)}.")
-        batch_size = x.shape[0]
-        local = (*x.shape[:3], self.local_channels) if self.local_channels else None
-        for name, wanted in (
-            ("vector", (batch_size, self.vector_dim)),
-            ("tokens", (batch_size, None, self.token_dim)),
-            ("local", local),
-            ("guidance", (batch_size,) if self.guidance else None),
-            ("label", None),
-        ):
-            value = getattr(cond, name)
-            if wanted is None:
-                if value is not None:
-                    raise ValueError(f"cond.{name} must be None: this network has no use for it, got {shown(value)}.")
-                continue
-            words = f"[{', '.join('n' if size is None else str(size) for size in wanted)}]"
-            check_array(f"cond.{name}", value, f"an array {words}")
-            check_real(f"cond.{name}", value)
-            if len(value.shape) != len(wanted) or any(b not in (None, a) for a, b in zip(value.shape, wanted)):
-                raise ValueError(f"cond.{name} must be {words}, got shape {value.shape}.")
-        if cond.mask is not None:
-            check_array("cond.mask", cond.mask)
-            if cond.mask.dtype != bool or cond.mask.shape != cond.tokens.shape[:2]:
-                raise ValueError(f"cond.mask must be bool {cond.tokens.shape[:2]}, got {shown(cond.mask)}.")
+        if not isinstance(given, Conditions):
+            raise ValueError(f"cond must be Conditions(vector=..., tokens=...), got {shown(given)}.")
+        cond: Any = given
+        length = cond.tokens.shape[1] if np.ndim(cond.tokens) == 3 else "n"
+        wanted: dict[str, tuple[Any, ...] | None] = {
+            "vector": (x.shape[0], self.vector_dim),
+            "tokens": (x.shape[0], length, self.token_dim),
+            "local": (*x.shape[:3], self.local_channels) if self.local_channels else None,
+            "guidance": x.shape[:1] if self.guidance else None,
+            "label": None,
+        }
+        for name, shape in wanted.items():
+            value, words = getattr(cond, name), str(shape).replace("'", "")
+            if shape is not None:
+                check_array(f"cond.{name}", value, f"an array of shape {words}")
+                check_real(f"cond.{name}", value)
+                if value.shape != shape:
+                    raise ValueError(f"cond.{name} must have shape {words}, got shape {value.shape}.")
+            elif value is not None:
+                raise ValueError(f"cond.{name} must be None: this network has no use for it, got {shown(value)}.")
+        if cond.mask is not None and (cond.mask.dtype != bool or cond.mask.shape != cond.tokens.shape[:2]):
+            raise ValueError(f"cond.mask must be bool of shape {cond.tokens.shape[:2]}, got {shown(cond.mask)}.")
         return cond
 
 
+TINY = {"hidden": 128, "num_heads": 4, "axes": (8, 12, 12), "num_double": 2, "num_single": 4}
 FLUX_CONFIGS: dict[str, dict[str, Any]] = {
-    "tiny": {
-        "channels": 4,
-        "hidden": 128,
-        "num_heads": 4,
-        "axes": (8, 12, 12),
-        "num_double": 2,
-        "num_single": 4,
-        "token_dim": 64,
-        "vector_dim": 32,
-        "guidance": False,
-    },
+    "tiny": TINY | {"channels": 4, "token_dim": 64, "vector_dim": 32, "guidance": False},
     "dev": {},
     "schnell": {"guidance": False},
     "fill": {"local_channels": 80},

@@ -98,7 +98,7 @@ def flux_rules(module: Flux, layout: str = "diffusers") -> Rules:
     """
     layouts = {"diffusers": _diffusers, "bfl": _bfl}
     check_member("layout", layout, tuple(layouts))
-    numbers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    numbers: Any = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     cond = Conditions(
         vector=numbers(1, module.vector_dim),
         tokens=numbers(1, 1, module.token_dim),
