@@ -98,6 +98,7 @@ class DiTBlock(nn.Module):
     num_heads: int
     mlp_ratio: float
     dropout: float
+    norm_mlp_epsilon: float = 1e-6
     compute: Compute = Compute()
 
     @nn.compact
@@ -112,7 +113,7 @@ class DiTBlock(nn.Module):
         h = SelfAttention(self.num_heads, xavier, xavier, self.compute, name="attention")(h)
         x = x + gate_a * drop(h)
 
-        h = modulate(layer_norm(dtype, "norm_mlp")(x), shift_m, scale_m)
+        h = modulate(layer_norm(dtype, "norm_mlp", epsilon=self.norm_mlp_epsilon)(x), shift_m, scale_m)
         h = nn.Dense(int(self.mlp_ratio * width), kernel_init=xavier, dtype=dtype, name="mlp_in")(h)
         h = nn.gelu(h, approximate=True)
         h = nn.Dense(width, kernel_init=xavier, dtype=dtype, name="mlp_out")(h)
@@ -136,6 +137,8 @@ class DiT(nn.Module):
             The paper's is `LabelEmbedding(1000, stddev=0.02)`.
         border: between our time and sign and those of the network. Published weights have another than ours: `DDPM` for
             DiT, which predicts the noise, `SIT` and `REPA`.
+        frequency_shift: of the time features, see `sinusoidal_features`; 1 in diffusers' class of a DiT.
+        norm_mlp_epsilon: of the second normalisation of a block; 1e-5 in diffusers' class of a DiT.
         compute: dtype, attention and rematerialisation.
         scan_layers: trace and compile one block and loop over it, for a program whose size does not grow with
             `num_layers`. The parameters of the blocks are stacked on a first axis: `fm_jax.models.stack_layers` makes
@@ -155,6 +158,8 @@ class DiT(nn.Module):
     dropout: float = 0.0
     embed: nn.Module | None = None
     border: Border = OURS
+    frequency_shift: float = 0.0
+    norm_mlp_epsilon: float = 1e-6
     compute: Compute = Compute()
     scan_layers: bool = False
 
@@ -166,7 +171,9 @@ class DiT(nn.Module):
             check_integer(name, getattr(self, name))
         if self.out_channels is not None:
             check_integer("out_channels", self.out_channels)
-        check_setting(self, "mlp_ratio", "(0, inf)")
+        for name in ("mlp_ratio", "norm_mlp_epsilon"):
+            check_setting(self, name, "(0, inf)")
+        check_setting(self, "frequency_shift", "[0, 1]")
         if self.hidden % 4:
             raise ValueError(f"hidden must be divisible by 4 (sines and cosines of two axes), got {self.hidden}.")
         if self.hidden % self.num_heads:
@@ -192,7 +199,7 @@ class DiT(nn.Module):
         check_image(x, self.patch_size)
         x = x.astype(jnp.float32)
         _, height, width, channels = x.shape
-        time = TimeEmbedding(256, self.hidden, time_scale=1.0, kernel_init=small_normal, name="time")
+        time = TimeEmbedding(256, self.hidden, 1.0, self.frequency_shift, kernel_init=small_normal, name="time")
         emb = add_condition(time(self.border.time(batch_time(t, x))), self.embed, cond)
         dtype = self.compute.dtype
 
@@ -205,6 +212,7 @@ class DiT(nn.Module):
             "num_heads": self.num_heads,
             "mlp_ratio": self.mlp_ratio,
             "dropout": self.dropout,
+            "norm_mlp_epsilon": self.norm_mlp_epsilon,
             "compute": self.compute,
         }
         scan, remat = self.scan_layers, self.compute.remat

@@ -9,8 +9,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fm_jax.checks import check_integer, check_number, check_real, check_state, shown
+from fm_jax.checks import check_bool, check_integer, check_number, check_real, check_state, shown
 from fm_jax.models.compute import Compute, Dtype
 from fm_jax.types import Array
 
@@ -43,10 +44,19 @@ def check_widths(name: str, widths: Any) -> None:
         check_integer(f"{name}[{i}]", width)
 
 
-def sinusoidal_features(t: Array, dim: int, *, scale: float = 1000.0, max_period: float = 10_000.0) -> Array:
+def sinusoidal_features(
+    t: Array,
+    dim: int,
+    *,
+    scale: float = 1000.0,
+    max_period: float = 10_000.0,
+    frequency_shift: float = 0.0,
+    sine_first: bool = False,
+) -> Array:
     """Cosines and sines of time at geometrically spaced frequencies.
 
-    `[cos(w_i scale t), sin(w_i scale t)]` with `w_i = max_period^(-i / (dim / 2))`, `i = 0, ..., dim / 2 - 1`.
+    `[cos(w_i scale t), sin(w_i scale t)]` with `w_i = max_period^(-i / (dim / 2 - frequency_shift))`, `i = 0, ...,
+    dim / 2 - 1`.
 
     Notebooks: (9.2).
 
@@ -55,12 +65,14 @@ def sinusoidal_features(t: Array, dim: int, *, scale: float = 1000.0, max_period
         dim: number of features, even.
         scale: factor on `t`; 1000 is the number of steps of the diffusion models that introduced these features.
         max_period: ratio of the largest to (nearly) the smallest frequency.
+        frequency_shift: 1 makes it exactly that ratio, as in the U-Nets of DDPM.
+        sine_first: sines before cosines, as in the U-Nets of DDPM.
 
     Returns:
         float32 features, [batch, dim].
 
     Raises:
-        ValueError: if `dim` is odd.
+        ValueError: if `dim` is odd, or leaves no frequencies.
 
     Example:
         >>> sinusoidal_features(jnp.zeros(1), 4)
@@ -78,9 +90,17 @@ def sinusoidal_features(t: Array, dim: int, *, scale: float = 1000.0, max_period
     check_number("max_period", max_period, "(0, inf)")
     if dim % 2:
         raise ValueError(f"The number of time features must be even, got {dim}.")
-    frequencies = scale * max_period ** (-jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
-    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+    check_number("frequency_shift", frequency_shift, "[0, inf)")
+    check_bool("sine_first", sine_first)
+    if frequency_shift >= dim // 2:
+        raise ValueError(f"frequency_shift must be less than dim / 2 = {dim // 2}, got {frequency_shift}.")
+    # A constant, rounded to float32 at every step: published networks were trained so, and for t of some hundreds the
+    # last digits of a frequency are seen in the output.
+    exponents = np.float32(-np.log(max_period)) * np.arange(dim // 2, dtype=np.float32)
+    frequencies = scale * np.exp((exponents / np.float32(dim // 2 - frequency_shift)).astype(np.float64))
+    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([sin, cos] if sine_first else [cos, sin], axis=-1)
 
 
 class TimeEmbedding(nn.Module):
@@ -92,18 +112,27 @@ class TimeEmbedding(nn.Module):
         time_features: number of sinusoidal features.
         features: width of the embedding.
         time_scale: factor on time in the sinusoidal features.
+        frequency_shift, sine_first: see `sinusoidal_features`.
         kernel_init: initialiser of the two linear layers.
     """
 
     time_features: int
     features: int
     time_scale: float = 1000.0
+    frequency_shift: float = 0.0
+    sine_first: bool = False
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     @nn.compact
     def __call__(self, t: Array) -> Array:
         """Maps `t` [batch] to float32 [batch, features]."""
-        h = sinusoidal_features(t, self.time_features, scale=self.time_scale)
+        h = sinusoidal_features(
+            t,
+            self.time_features,
+            scale=self.time_scale,
+            frequency_shift=self.frequency_shift,
+            sine_first=self.sine_first,
+        )
         h = nn.silu(nn.Dense(self.features, kernel_init=self.kernel_init, name="in")(h))
         return nn.Dense(self.features, kernel_init=self.kernel_init, name="out")(h)
 

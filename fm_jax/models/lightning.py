@@ -92,8 +92,8 @@ class LightningDiT(nn.Module):
                 check_integer(name, getattr(self, name))
         if self.hidden % (4 * self.num_heads):
             raise ValueError(
-                f"hidden must be divisible by 4 num_heads = {4 * self.num_heads}, as channels turn in pairs on two axes, "
-                f"got {self.hidden}."
+                f"hidden must be divisible by 4 num_heads = {4 * self.num_heads}, as channels turn in pairs on two "
+                f"axes, got {self.hidden}."
             )
         super().__post_init__()
 

@@ -1,44 +1,182 @@
-"""Rules of the diffusion transformers of `fm_jax.models.DiT`: the official layout of DiT and SiT."""
+"""Rules of `fm_jax.models.DiT`: the papers' own layout of DiT, SiT and REPA's SiT, and that of diffusers."""
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from fm_jax.checks import check_integer, check_member
+from fm_jax.models.conditioning import DDPM
 from fm_jax.models.dit import DiT, position_features
+from fm_jax.models.embed import LabelEmbedding
 from fm_jax.weights.rules import Piece, Rules, dense, patches, template_of
 
+Layout = Literal["official", "diffusers"]
 
-def dit_rules(module: DiT, size: int, channels: int = 4) -> Rules:
-    """Rules of a DiT or SiT in the layout of the papers' own files.
+
+def dit_from_config(config: Mapping[str, Any]) -> DiT:
+    """The network of a `config.json` of diffusers' `DiTTransformer2DModel`.
+
+    It is the network as diffusers computes it, which differs in two places from the authors': the time features, and
+    the small constant of the second normalisation of a block. The authors' is the same `DiT` with the defaults of
+    `frequency_shift` and `norm_mlp_epsilon`.
 
     Args:
-        module: a `DiT` with `LabelEmbedding`.
-        size: side of the latents that the position table of the file is for.
+        config: fields of the file.
+
+    Raises:
+        ValueError: for a field that asks for what this network does not have.
+    """
+    fixed = {
+        "activation_fn": "gelu-approximate",
+        "attention_bias": True,
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+        "upcast_attention": False,
+    }
+    defaults = {"attention_bias": False}
+    for name, value in fixed.items():
+        if config.get(name, defaults.get(name, value)) != value:
+            raise ValueError(f"{name} must be {value!r} for a DiT, got {config.get(name, defaults.get(name))!r}.")
+    heads = config.get("num_attention_heads", 16)
+    return DiT(
+        patch_size=config.get("patch_size", 2),
+        hidden=heads * config.get("attention_head_dim", 72),
+        num_layers=config.get("num_layers", 28),
+        num_heads=heads,
+        out_channels=config.get("out_channels") or config.get("in_channels", 4),
+        dropout=config.get("dropout", 0.0),
+        embed=LabelEmbedding(config.get("num_embeds_ada_norm", 1000), stddev=0.02),
+        border=DDPM,
+        frequency_shift=1.0,
+        norm_mlp_epsilon=config.get("norm_eps", 1e-5),
+        scan_layers=True,
+    )
+
+
+def dit_config(module: DiT, *, size: int = 32, channels: int = 4) -> dict[str, Any]:
+    """The `config.json` of diffusers for a network.
+
+    Args:
+        module: a `DiT` with a `LabelEmbedding`.
+        size: side of the latents.
         channels: channels of the latents.
     """
+    return {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": module.num_heads,
+        "attention_head_dim": module.hidden // module.num_heads,
+        "in_channels": channels,
+        "out_channels": module.out_channels or channels,
+        "num_layers": module.num_layers,
+        "dropout": module.dropout,
+        "attention_bias": True,
+        "sample_size": size,
+        "patch_size": module.patch_size,
+        "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": _label_embedding(module).num_classes,
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+        "norm_eps": module.norm_mlp_epsilon,
+    }
+
+
+def dit_rules(module: DiT, layout: Layout = "diffusers", *, size: int = 32, channels: int = 4) -> Rules:
+    """Rules of a DiT or SiT.
+
+    Args:
+        module: a `DiT` with `LabelEmbedding`, its blocks scanned or not.
+        layout: `"official"` for the authors' files of DiT, SiT and REPA, whose projectors of training are left out;
+            `"diffusers"`, which repeats the embedding of time and class in every block.
+        size: side of the latents that the position table of an official file is for.
+        channels: channels of the latents.
+
+    Raises:
+        ValueError: for another layout, or a network without `LabelEmbedding`.
+    """
+    check_member("layout", layout, get_args(Layout))
+    check_integer("size", size)
+    check_integer("channels", channels)
+    _label_embedding(module)
     x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-    template = template_of(module, jnp.zeros(1), x)
+    template = template_of(module, jax.ShapeDtypeStruct((1,), jnp.float32), x)
+    if layout == "diffusers":
+        return Rules(template, tuple(_diffusers(module)), copies=dict(_copies(module.num_layers)))
     grid = size // module.patch_size
-    table = lambda: position_features(grid, grid, module.hidden)[None]  # noqa: E731
-    return Rules(template, tuple(_pieces(module)), tables={"pos_embed": table}, optional=frozenset({"pos_embed"}))
+
+    def table() -> np.ndarray:
+        return position_features(grid, grid, module.hidden)[None]
+
+    return Rules(
+        template,
+        tuple(_official(module)),
+        tables={"pos_embed": table},
+        optional=frozenset({"pos_embed"}),
+        ignored=(r"projectors\..*",),
+    )
 
 
-def _pieces(module: DiT) -> Iterator[Piece]:
+def _label_embedding(module: DiT) -> LabelEmbedding:
+    if not isinstance(module, DiT) or not isinstance(module.embed, LabelEmbedding):
+        raise ValueError(f"module must be a DiT with embed=LabelEmbedding(...), got {module!r:.200}.")
+    return module.embed
+
+
+def _place(module: DiT, i: int) -> tuple[str, int | None]:
+    """Path of a block, and its place in the stack."""
+    return ("blocks", i) if module.scan_layers else (f"block_{i}", None)
+
+
+def _official(module: DiT) -> Iterator[Piece]:
     yield from patches("patches", "x_embedder.proj", module.patch_size)
     yield from dense("time/in", "t_embedder.mlp.0")
     yield from dense("time/out", "t_embedder.mlp.2")
     yield Piece("embed/table", "y_embedder.embedding_table.weight", "n d -> n d")
     for i in range(module.num_layers):
-        path: str
-        layer: dict[str, Any]
-        path, layer = ("blocks", {"layer": i}) if module.scan_layers else (f"block_{i}", {})
+        path, layer = _place(module, i)
         key = f"blocks.{i}"
-        yield from dense(f"{path}/modulation", f"{key}.adaLN_modulation.1", **layer)
-        yield from dense(f"{path}/attention/qkv", f"{key}.attn.qkv", **layer)
-        yield from dense(f"{path}/attention/out", f"{key}.attn.proj", **layer)
-        yield from dense(f"{path}/mlp_in", f"{key}.mlp.fc1", **layer)
-        yield from dense(f"{path}/mlp_out", f"{key}.mlp.fc2", **layer)
+        yield from dense(f"{path}/modulation", f"{key}.adaLN_modulation.1", layer=layer)
+        yield from dense(f"{path}/attention/qkv", f"{key}.attn.qkv", layer=layer)
+        yield from dense(f"{path}/attention/out", f"{key}.attn.proj", layer=layer)
+        yield from dense(f"{path}/mlp_in", f"{key}.mlp.fc1", layer=layer)
+        yield from dense(f"{path}/mlp_out", f"{key}.mlp.fc2", layer=layer)
     yield from dense("modulation", "final_layer.adaLN_modulation.1")
     yield from dense("out", "final_layer.linear")
+
+
+EMBEDDINGS = (
+    "timestep_embedder.linear_1.weight",
+    "timestep_embedder.linear_1.bias",
+    "timestep_embedder.linear_2.weight",
+    "timestep_embedder.linear_2.bias",
+    "class_embedder.embedding_table.weight",
+)
+
+
+def _copies(num_layers: int) -> Iterator[tuple[str, str]]:
+    for i in range(1, num_layers):
+        for name in EMBEDDINGS:
+            yield f"transformer_blocks.{i}.norm1.emb.{name}", f"transformer_blocks.0.norm1.emb.{name}"
+
+
+def _diffusers(module: DiT) -> Iterator[Piece]:
+    width = module.hidden
+    first = "transformer_blocks.0.norm1.emb"
+    yield from patches("patches", "pos_embed.proj", module.patch_size)
+    yield from dense("time/in", f"{first}.timestep_embedder.linear_1")
+    yield from dense("time/out", f"{first}.timestep_embedder.linear_2")
+    yield Piece("embed/table", f"{first}.class_embedder.embedding_table.weight", "n d -> n d")
+    for i in range(module.num_layers):
+        path, layer = _place(module, i)
+        key = f"transformer_blocks.{i}"
+        yield from dense(f"{path}/modulation", f"{key}.norm1.linear", layer=layer)
+        for j, name in enumerate("qkv"):
+            part = (j * width, (j + 1) * width)
+            yield from dense(f"{path}/attention/qkv", f"{key}.attn1.to_{name}", layer=layer, part=part)
+        yield from dense(f"{path}/attention/out", f"{key}.attn1.to_out.0", layer=layer)
+        yield from dense(f"{path}/mlp_in", f"{key}.ff.net.0.proj", layer=layer)
+        yield from dense(f"{path}/mlp_out", f"{key}.ff.net.2", layer=layer)
+    yield from dense("modulation", "proj_out_1")
+    yield from dense("out", "proj_out_2")
