@@ -167,9 +167,9 @@ def _in_folder(folder: Path) -> Path:
         raise WeightsError(f"{folder} holds {', '.join(taken)}: give one of them.")
     if taken:
         if len(found) > 1:
-            warnings.warn(f"Of {', '.join(found)} in {folder}, {taken[0]} is taken.", stacklevel=4)
+            warnings.warn(f"Of {', '.join(found)} in {folder}, {taken[0]} is taken.", stacklevel=3)
         elif not usual and any(re.match(rf"{stem}\.(safetensors\.index\.)?\w+\.", taken[0]) for stem in USUAL):
-            warnings.warn(f"{folder} holds a variant alone, {taken[0]}, which is taken.", stacklevel=4)
+            warnings.warn(f"{folder} holds a variant alone, {taken[0]}, which is taken.", stacklevel=3)
         return folder / taken[0]
     if shards := [name for name in names if _SHARD.search(name)]:
         raise WeightsError(f"{folder} holds shards, {shards[0]} and others, without their index: give a list of files.")
@@ -327,7 +327,15 @@ def write_tensors(
         WeightsError: for a name, a key, a dtype or a tensor that cannot be written.
         OSError: if the disk is full or cannot be written to; nothing is left behind.
     """
-    path = Path(path)
+    contents = contents_of(Path(path), tensors, metadata, max_shard_bytes)
+    replace_files(contents, old_files(path))
+    return list(contents)
+
+
+def contents_of(
+    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None, max_shard_bytes: float | None
+) -> dict[Path, Callable[[Any], Any]]:
+    """For each file of `write_tensors` what writes to it."""
     if path.suffix != ".safetensors":
         raise WeightsError(f"path must end with .safetensors, got {path}.")
     if max_shard_bytes is not None:
@@ -339,7 +347,7 @@ def write_tensors(
     shards = _cut(sizes, math.inf if max_shard_bytes is None else max_shard_bytes)
     stem = path.name.removesuffix(".safetensors")
     names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    contents: dict[Path, Callable[[Any], None]] = {}
+    contents: dict[Path, Callable[[Any], Any]] = {}
     for name, keys in zip([path.name] if len(shards) == 1 else names, shards, strict=True):
         part = {key: tensors[key] for key in keys}
         contents[path.with_name(name)] = functools.partial(_write, tensors=part, metadata=metadata)
@@ -347,8 +355,7 @@ def write_tensors(
         places = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
         contents[path.with_name(stem + INDEX)] = lambda file: file.write(json.dumps(index, indent=2).encode() + b"\n")
-    replace_files(contents, _old_files(path.parent, stem))
-    return list(contents)
+    return contents
 
 
 def _size_of(key: str, tensor: Any) -> int:
@@ -393,8 +400,9 @@ def _write(file: Any, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
-def _old_files(folder: Path, stem: str) -> Callable[[], list[Path]]:
-    """The files of that name that a reader might mistake for the new ones: index first, then file, then shards."""
+def old_files(path: PathLike) -> Callable[[], list[Path]]:
+    """A function that finds what a reader might mistake for the file at `path`: index, file, then shards."""
+    folder, stem = Path(path).parent, Path(path).stem
 
     def find() -> list[Path]:
         shard = re.compile(re.escape(stem) + _SHARD.pattern)
