@@ -72,7 +72,7 @@ def what_it_is(path: Path, head: bytes, tail: bytes) -> str:
             f"{path} is a tar archive, PyTorch's oldest form of a pickle, which is not read: save it anew with "
             f"PyTorch, and {CONVERT} makes safetensors of that."
         )
-    if _is_embedded(head):
+    if is_embedded(head):
         return f"{path} {_NO_PICKLE_READ}; {EMBEDDED}"
     if (head[0] == 0x80 and head[1:2] <= b"\x05") or (head[:1] in b"(c}])" and tail.endswith(b".")):
         return f"{path} {_NO_PICKLE_READ}: {convert}."
@@ -94,7 +94,8 @@ EMBEDDED = (
 )
 
 
-def _is_embedded(head: bytes) -> bool:
+def is_embedded(head: bytes) -> bool:
+    """Whether a pickle begins as those that hold the source code of their classes."""
     return b"torch_utils.persistence" in head or b"_reconstruct_persistent_obj" in head
 
 

@@ -1,0 +1,144 @@
+"""Networks in folders of diffusers' and transformers' layout: `config.json` says which, safetensors hold the rest."""
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from fm_jax.checks import shown
+from fm_jax.types import Params
+from fm_jax.weights.formats import WeightsError, read_json
+from fm_jax.weights.load import load
+from fm_jax.weights.rules import Rules
+from fm_jax.weights.safetensors import PathLike
+from fm_jax.weights.save import save
+
+CONFIG = "config.json"
+FAMILIES = {
+    "SD3Transformer2DModel": "mmdit:mmdit",
+    "FluxTransformer2DModel": "flux:flux",
+    "PixArtTransformer2DModel": "crossdit:crossdit",
+    "WanTransformer3DModel": "wan:wan",
+    "UNet2DConditionModel": "unet_condition:unet_condition",
+    "UNet2DModel": "unet:unet",
+    "DiTTransformer2DModel": "dit:dit",
+    "AutoencoderKL": "autoencoder:autoencoder",
+    "AutoencoderTiny": "tiny_autoencoder:tiny_autoencoder",
+    "AutoencoderKLWan": "wan_autoencoder:wan_autoencoder",
+    "CLIPTextModel": "clip:clip",
+    "CLIPTextModelWithProjection": "clip:clip",
+    "T5EncoderModel": "t5:t5",
+    "UMT5EncoderModel": "t5:t5",
+}
+"""By the class that `config.json` names, the file in `fm_jax/weights` and what its three functions begin with."""
+
+
+def open_model(folder: PathLike, *, dtype: Any = None, sharding: Any = None) -> tuple[nn.Module, Params]:
+    """A published network and its parameters from a folder, such as `transformer/` or `vae/` of a pipeline.
+
+    Args:
+        folder: holds `config.json` and safetensors, cut or not, as diffusers and transformers save them.
+        dtype: of the parameters; by default that of the files, see `load`.
+        sharding: where they go, see `load`; a function of paths needs no template.
+
+    Returns:
+        The module, and its parameters.
+
+    Raises:
+        WeightsError: names the file and the fault: no `config.json`, or one of a class that is not among `FAMILIES`, of
+            a quantised model, or with an option that the network has not; what `load` refuses.
+    """
+    if not isinstance(folder, str | Path):
+        raise ValueError(f"folder must be a path, got {shown(folder)}.")
+    folder = Path(folder)
+    config = read_config(folder)
+    path = folder / CONFIG
+    from_config = _function(class_of(config, path), "from_config")
+    try:
+        module = from_config(config)
+    except (ValueError, KeyError, TypeError) as error:
+        why = f"it has no {error}" if isinstance(error, KeyError) else error
+        raise WeightsError(f"{path} is of no network that is read: {why}") from error
+    return module, load(folder, _rules(class_of(config, path), module), dtype=dtype, sharding=sharding)
+
+
+def save_model(
+    folder: PathLike, module: nn.Module, params: Params, *, max_shard_bytes: float = 5e9, dtype: Any = None
+) -> list[Path]:
+    """Writes a network as a folder that diffusers or transformers, and `open_model`, load: the inverse of `open_model`.
+
+    Args:
+        folder: made if need be.
+        module: a network of one of the `FAMILIES`.
+        params: its parameters.
+        max_shard_bytes: see `save`.
+        dtype: see `save`.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        WeightsError: if there is no such folder of this network, or `params` are not its own.
+        OSError: as the system says, such as that the disk is full.
+    """
+    if not isinstance(folder, str | Path):
+        raise ValueError(f"folder must be a path, got {shown(folder)}.")
+    name = type(module).__module__.rpartition(".")[2]
+    found = next((each for each, place in FAMILIES.items() if place.split(":")[0] == name), None)
+    if found is None or not isinstance(module, nn.Module):
+        raise WeightsError(f"module must be a network with a published layout, got {shown(type(module))}.")
+    config = _function(found, "config")(module)
+    return save(folder, params, _rules(found, module), config=config, max_shard_bytes=max_shard_bytes, dtype=dtype)
+
+
+def read_config(folder: PathLike) -> dict[str, Any]:
+    """The `config.json` of a folder.
+
+    Raises:
+        WeightsError: if it is not there, is no JSON object, or is that of a quantised model.
+    """
+    folder = Path(folder)
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is not a folder; load reads single files by rules of your own.")
+    if (folder / "model_index.json").is_file() and not path.is_file():
+        parts = sorted(each.parent.name for each in folder.glob(f"*/{CONFIG}"))
+        raise WeightsError(f"{folder} is a whole pipeline: open its folders one by one, {', '.join(parts)}.")
+    if not path.is_file():
+        raise WeightsError(f"{folder} has no {CONFIG} to say what network it is; load reads its files by given rules.")
+    config = read_json(path, "configuration of a network")
+    if config.get("quantization_config"):
+        method = config["quantization_config"]
+        method = method.get("quant_method", "one") if isinstance(method, Mapping) else method
+        raise WeightsError(f"{path} is of a quantised model ({method}): give it in bfloat16 or float32.")
+    return config
+
+
+def class_of(config: Mapping[str, Any], path: Path) -> str:
+    """The class that a configuration names, one of `FAMILIES`.
+
+    Raises:
+        WeightsError: if it names none, or another.
+    """
+    name = config.get("_class_name")
+    if name is None and isinstance(config.get("architectures"), list) and config["architectures"]:
+        name = config["architectures"][0]
+    if not isinstance(name, str):
+        raise WeightsError(f"{path} names no class: it has neither '_class_name' nor 'architectures'.")
+    if name not in FAMILIES:
+        raise WeightsError(
+            f"{path} is of {name}, which is not among the networks that are read: {', '.join(FAMILIES)}."
+        )
+    return name
+
+
+def _function(name: str, what: str) -> Any:
+    """One of the three functions of a family."""
+    file, prefix = FAMILIES[name].split(":")
+    return getattr(importlib.import_module(f"fm_jax.weights.{file}"), f"{prefix}_{what}")
+
+
+def _rules(name: str, module: nn.Module) -> Rules:
+    return _function(name, "rules")(module)
