@@ -182,10 +182,21 @@ def group_norm(channels: int, max_groups: int, dtype: Dtype, name: str, *, epsil
     return nn.GroupNorm(num_groups=groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def conv3x3(features: int, dtype: Dtype, name: str, *, stride: int = 1, init: Any = None) -> nn.Conv:
-    """A 3x3 convolution with one pixel of zeros around the image: [h, w] -> [h / stride, w / stride]."""
+def conv3x3(
+    features: int,
+    dtype: Dtype,
+    name: str,
+    *,
+    stride: int = 1,
+    init: Any = None,
+    padding: tuple[int, int] = (1, 1),
+) -> nn.Conv:
+    """A 3x3 convolution with zeros around the image: [h, w] -> [h / stride, w / stride].
+
+    `padding` is how many zeros stand before and after an axis; DDPM's convolutions of stride 2 have (0, 1).
+    """
     init = nn.initializers.lecun_normal() if init is None else init
-    return nn.Conv(features, (3, 3), stride, padding=((1, 1), (1, 1)), kernel_init=init, dtype=dtype, name=name)
+    return nn.Conv(features, (3, 3), stride, padding=(padding, padding), kernel_init=init, dtype=dtype, name=name)
 
 
 def space_to_depth(x: Array, size: int) -> Array:
