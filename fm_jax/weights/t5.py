@@ -1,6 +1,6 @@
 """Rules of the encoders of the T5 family: the layout of transformers, which diffusers' folders hold too."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -10,9 +10,8 @@ from fm_jax.checks import check_member, shown
 from fm_jax.text.t5 import ACTIVATIONS, T5Encoder
 from fm_jax.weights.rules import Piece, Rules, dense, from_heads, norm, template_of, to_heads
 
-SHARED, OWN = "shared.weight", "encoder.embed_tokens.weight"
-LAYOUTS = {"transformers": SHARED, "diffusers": SHARED, "embed_tokens": OWN}
-"""Under which of its two names a file holds the table of tokens. The other one may be there too, the same."""
+TABLE, COPY = "shared.weight", "encoder.embed_tokens.weight"
+"""The two names of the table of tokens, of which a file may lack either."""
 MODEL_TYPES = ("t5", "mt5", "umt5")
 _DENSE = {"relu": "relu", "gated-gelu": "gelu_new", "gated-silu": "silu"}
 """`dense_act_fn` by `feed_forward_proj`: tanh's GELU, whatever the name of the latter."""
@@ -94,37 +93,29 @@ def t5_config(module: T5Encoder) -> dict[str, Any]:
     }
 
 
-def t5_layout(keys: Iterable[str]) -> str:
-    """The layout of a file with these keys: `"embed_tokens"` if there is no `shared.weight`."""
-    return "transformers" if SHARED in keys else "embed_tokens"
-
-
 def t5_rules(module: T5Encoder, layout: str = "transformers") -> Rules:
     """Rules of an encoder. The decoder of a whole model is ignored.
 
     Args:
         module: the encoder.
-        layout: `"transformers"` or `"diffusers"`, the same, for files that hold the table of tokens as `shared`, and
-            perhaps again as `encoder.embed_tokens`; `"embed_tokens"` for those that hold it as the latter.
+        layout: `"transformers"` or `"diffusers"`, the same.
 
     Raises:
         ValueError: for another layout.
     """
-    check_member("layout", layout, tuple(LAYOUTS))
+    check_member("layout", layout, ("transformers", "diffusers"))
     template = template_of(module, jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    original = LAYOUTS[layout]
-    copy = OWN if original == SHARED else SHARED
     return Rules(
         template,
-        tuple(_pieces(module, original)),
-        copies={copy: original},
-        optional=frozenset({copy}),
+        tuple(_pieces(module)),
+        copies={COPY: TABLE},
+        optional=frozenset({COPY}),
         ignored=(r"decoder\..*", r"lm_head\.weight"),
     )
 
 
-def _pieces(module: T5Encoder, table: str) -> Iterator[Piece]:
-    yield Piece("tokens/embedding", table, "n d -> n d")
+def _pieces(module: T5Encoder) -> Iterator[Piece]:
+    yield Piece("tokens/embedding", TABLE, "n d -> n d")
     distances = "layer.0.SelfAttention.relative_attention_bias.weight"
     if module.shared_bias:
         yield Piece("distance/table", f"encoder.block.0.{distances}", "n h -> n h")
