@@ -1,6 +1,7 @@
 """Networks in folders of diffusers' and transformers' layout: `config.json` says which, safetensors hold the rest."""
 
 import importlib
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ FAMILIES = {
 }
 """By the class that `config.json` names, the file in `fm_jax/weights` and what its three functions begin with."""
 
+_OPTIONS = {"size": "sample_size", "channels": "in_channels"}  # what some networks take from their input
+
 
 def open_model(folder: PathLike, *, dtype: Any = None, sharding: Any = None) -> tuple[nn.Module, Params]:
     """A published network and its parameters from a folder, such as `transformer/` or `vae/` of a pipeline.
@@ -60,12 +63,19 @@ def open_model(folder: PathLike, *, dtype: Any = None, sharding: Any = None) -> 
         module = from_config(config)
     except (ValueError, KeyError, TypeError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else error
-        raise WeightsError(f"{path} is of no network that is read: {why}") from error
-    return module, load(folder, _rules(class_of(config, path), module), dtype=dtype, sharding=sharding)
+        raise WeightsError(f"{path} is not of a network that is read: {why}") from error
+    given = {ours: config[theirs] for ours, theirs in _OPTIONS.items() if isinstance(config.get(theirs), int)}
+    return module, load(folder, _rules(class_of(config, path), module, given), dtype=dtype, sharding=sharding)
 
 
 def save_model(
-    folder: PathLike, module: nn.Module, params: Params, *, max_shard_bytes: float = 5e9, dtype: Any = None
+    folder: PathLike,
+    module: nn.Module,
+    params: Params,
+    *,
+    max_shard_bytes: float = 5e9,
+    dtype: Any = None,
+    **options: Any,
 ) -> list[Path]:
     """Writes a network as a folder that diffusers or transformers, and `open_model`, load: the inverse of `open_model`.
 
@@ -75,6 +85,7 @@ def save_model(
         params: its parameters.
         max_shard_bytes: see `save`.
         dtype: see `save`.
+        **options: what a network takes from its input and its configuration says: `size` and `channels` of a DiT.
 
     Returns:
         The files that were written.
@@ -89,8 +100,13 @@ def save_model(
     found = next((each for each, place in FAMILIES.items() if place.split(":")[0] == name), None)
     if found is None or not isinstance(module, nn.Module):
         raise WeightsError(f"module must be a network with a published layout, got {shown(type(module))}.")
-    config = _function(found, "config")(module)
-    return save(folder, params, _rules(found, module), config=config, max_shard_bytes=max_shard_bytes, dtype=dtype)
+    to_config = _function(found, "config")
+    if unknown := options.keys() - inspect.signature(to_config).parameters.keys():
+        raise ValueError(f"save_model takes no {', '.join(sorted(unknown))} for a {type(module).__name__}.")
+    rules = _rules(found, module, options)
+    return save(
+        folder, params, rules, config=to_config(module, **options), max_shard_bytes=max_shard_bytes, dtype=dtype
+    )
 
 
 def read_config(folder: PathLike) -> dict[str, Any]:
@@ -140,5 +156,7 @@ def _function(name: str, what: str) -> Any:
     return getattr(importlib.import_module(f"fm_jax.weights.{file}"), f"{prefix}_{what}")
 
 
-def _rules(name: str, module: nn.Module) -> Rules:
-    return _function(name, "rules")(module)
+def _rules(name: str, module: nn.Module, options: Mapping[str, Any]) -> Rules:
+    function = _function(name, "rules")
+    known = inspect.signature(function).parameters
+    return function(module, **{option: value for option, value in options.items() if option in known})

@@ -115,7 +115,10 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         WeightsError: if it is none, if a name comes twice, or if it is a pointer or a page that took its place.
         OSError: if it cannot be read.
     """
-    content = path.read_bytes()
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise WeightsError(f"{path} is not there.") from None
     try:
         found = parse_json(content)
     except ValueError as error:

@@ -180,6 +180,7 @@ def _in_folder(folder: Path) -> Path:
 
 
 def _of_index(path: Path) -> Tensors:
+    held = _File(path)
     index = read_json(path, "index of shards")
     places = index.get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(each, str) for each in places.values()) or not places:
@@ -190,7 +191,11 @@ def _of_index(path: Path) -> Tensors:
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise WeightsError(f"{path} names shards that are not there: {', '.join(missing)}.")
-    return _joined(shards, str(path))
+    tensors = _joined(shards, str(path))
+    # Whoever writes the shards anew removes the index before: if it is there still, all of them belong to it.
+    if not path.exists() or not os.path.samestat(os.fstat(held.file.fileno()), path.stat()):
+        raise WeightsError(f"{path} was written anew while it was opened: open it again.")
+    return tensors
 
 
 def _inside(index: Path, name: str) -> Path:
