@@ -176,9 +176,7 @@ class Rescale:
 
     def __post_init__(self) -> None:
         check_range(self.t_min, self.t_max)
-        check_has("sampler", self.sampler, ("domain", "__call__"), "a time sampler, such as LogitNormal()")
-        if self.sampler.domain != (0.0, 1.0):
-            raise ValueError(f"sampler must draw from [0, 1], got {list(self.sampler.domain)}.")
+        _check_unit("sampler", self.sampler)
 
     @property
     def domain(self) -> tuple[float, float]:
@@ -186,3 +184,37 @@ class Rescale:
 
     def __call__(self, key: Key, batch_size: int) -> PerExample:
         return self.t_min + (self.t_max - self.t_min) * self.sampler(key, batch_size)
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """Another sampler's draws from [0, 1], shifted towards the noise: sigma -> s sigma / (1 + (s - 1) sigma).
+
+    With sigma = 1 - t. For pictures of more pixels than those a distribution of times was chosen for; Esser et al. 2024
+    (arXiv:2403.03206, eq. 23) train at 1024 pixels with s = 3. `samplers.grids.shifted` is the grid that goes with it.
+
+    Raises:
+        ValueError: if `shift` is not positive, or `sampler` does not draw from [0, 1].
+    """
+
+    sampler: TimeSampler
+    shift: float
+
+    def __post_init__(self) -> None:
+        check_setting(self, "shift", "(0, inf)")
+        _check_unit("sampler", self.sampler)
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def __call__(self, key: Key, batch_size: int) -> PerExample:
+        t = self.sampler(key, batch_size)
+        return t / (t + self.shift * (1 - t))
+
+
+def _check_unit(name: str, sampler: TimeSampler) -> None:
+    """Raises `ValueError` for what is no time sampler on [0, 1]."""
+    check_has(name, sampler, ("domain", "__call__"), "a time sampler, such as LogitNormal()")
+    if sampler.domain != (0.0, 1.0):
+        raise ValueError(f"{name} must draw from [0, 1], got {list(sampler.domain)}.")

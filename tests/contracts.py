@@ -57,6 +57,7 @@ TIME_SAMPLERS = [
     times.EDMLogNormal(),
     times.EDMLogNormal(schedule=schedules.VP()),
     times.Rescale(times.LogitNormal(), 0.0, 0.9),
+    times.Shifted(times.LogitNormal(), 3.0),
 ]
 WEIGHTS = [losses.SNRWeight(), losses.SNRWeight(0.0), losses.MinSNRWeight(), losses.EDMWeight()]
 RULES = [
@@ -64,6 +65,7 @@ RULES = [
     guidance.Rescale(),
     guidance.ZeroStar(),
     guidance.Projected(schedules.Linear()),
+    guidance.FirstChannels(1),
 ]
 DIVERGENCES = [likelihood.Exact(), likelihood.Hutchinson(), likelihood.HutchPlusPlus()]
 COUPLINGS = {

@@ -333,6 +333,10 @@ FUNCTIONS: dict[str, Call] = {
     "grids.quantiles": Call(
         grids.quantiles, {"num_steps": 4, "time_sampler": times.LogitNormal(), "t0": 0.1, "t1": 0.9}
     ),
+    "grids.shifted": Call(grids.shifted, {"num_steps": 4, "shift": 3.0, "t0": 0.1, "t1": 0.9}),
+    "grids.stable_diffusion_3": Call(grids.stable_diffusion_3, {"num_steps": 4, "shift": 3.0}),
+    "grids.flux_shift": Call(grids.flux_shift, {"num_tokens": 256}),
+    "grids.linear_quadratic": Call(grids.linear_quadratic, {"num_steps": 4, "linear_steps": 2, "resolution": 1000}),
     "Tableau": Call(
         samplers.Tableau,
         {"order": 1, "a": ((),), "b": (1.0,), "c": (0.0,)},

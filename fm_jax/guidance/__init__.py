@@ -2,10 +2,11 @@
 
 from fm_jax.guidance.classifier import classifier
 from fm_jax.guidance.classifier_free import classifier_free, classifier_free_batched, compose
-from fm_jax.guidance.rules import Extrapolate, Projected, Rescale, Rule, ZeroStar
+from fm_jax.guidance.rules import Extrapolate, FirstChannels, Projected, Rescale, Rule, ZeroStar
 
 __all__ = [
     "Extrapolate",
+    "FirstChannels",
     "Projected",
     "Rescale",
     "Rule",

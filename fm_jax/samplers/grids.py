@@ -160,6 +160,112 @@ def quantiles(num_steps: int, time_sampler: TimeSampler, t0: float = 0.0, t1: fl
     return _with_ends(np.quantile(draws, u[1:-1]), t0, t1)
 
 
+def shifted(num_steps: int, shift: float, t0: float = 0.0, t1: float = 1.0) -> Grid:
+    """Equally spaced times, shifted towards the noise: sigma -> s sigma / (1 + (s - 1) sigma), with sigma = 1 - t.
+
+    A larger picture needs more noise to hide it as well: `s` is the square root of how many times as many pixels it
+    has. FLUX takes `s = flux_shift(num_tokens)`, for any number of steps.
+
+    Args:
+        num_steps: number of steps.
+        shift: s; 1 shifts nothing.
+        t0: first time before the shift.
+        t1: last time before the shift; `t1 < t0` runs backward.
+
+    Raises:
+        ValueError: as `uniform`; if `shift` is not positive, or the ends lie outside [0, 1].
+
+    Example:
+        >>> shifted(4, 3.0)
+        Array([0.  , 0.1 , 0.25, 0.5 , 1.  ], dtype=float32)
+
+    References:
+        Esser et al. 2024 (arXiv:2403.03206, eq. 23), in our direction of time.
+    """
+    check_number("shift", shift, "(0, inf)")
+    for name, value in (("t0", t0), ("t1", t1)):
+        check_number(name, value, "[0, 1]")
+    return jnp.asarray(_shift(_uniform(num_steps, t0, t1), shift))
+
+
+def stable_diffusion_3(num_steps: int, shift: float = 3.0) -> Grid:
+    """The times that Stable Diffusion 3 and 3.5 were published with, by their authors and in diffusers.
+
+    The last step before the data starts from a noise of 0.001 that is shifted twice: its first shift is in the ends of
+    the even grid already. 28 steps with shift 3 so begin their last at sigma = 0.0089, not 0.0030.
+
+    Args:
+        num_steps: number of steps, at least 2.
+        shift: of `shifted`; 3 for pictures of 1024 pixels.
+
+    Raises:
+        ValueError: if `num_steps` is less than 2 or `shift` not positive.
+
+    Example:
+        >>> [round(1 - float(t), 6) for t in stable_diffusion_3(28)[-3:]]
+        [0.110906, 0.008929, 0.0]
+    """
+    check_integer("num_steps", num_steps, least=2)
+    check_number("shift", shift, "(0, inf)")
+    last = _shift(np.array(1 - 0.001), shift)
+    return jnp.asarray(np.append(_shift(np.linspace(0, last, num_steps), shift), 1.0))
+
+
+def flux_shift(num_tokens: int) -> float:
+    """The shift of FLUX.1 for a picture of so many tokens, 16x16 pixels each: exponential in their number.
+
+    `log s` is 0.5 at 256 tokens (256x256 pixels) and 1.15 at 4096 (1024x1024), and linear in the number of tokens.
+
+    Raises:
+        ValueError: if `num_tokens` is less than 1.
+
+    Example:
+        >>> [round(flux_shift(tokens), 2) for tokens in (256, 1024, 4096)]
+        [1.65, 1.88, 3.16]
+    """
+    check_integer("num_tokens", num_tokens)
+    return math.exp(0.5 + (1.15 - 0.5) * (num_tokens - 256) / (4096 - 256))
+
+
+def linear_quadratic(num_steps: int, *, linear_steps: int | None = None, resolution: int = 1000) -> Grid:
+    """The steps of Movie Gen: the first ones are those of a fine even grid, the others grow evenly.
+
+    `t_i = i / resolution` for the first `linear_steps`; from there the parabola that goes on with the same slope and
+    ends in 1.
+
+    Args:
+        num_steps: number of steps.
+        linear_steps: how many are of the fine grid; half of them by default.
+        resolution: number of steps of the fine grid, more than `num_steps`.
+
+    Raises:
+        ValueError: unless 0 <= linear_steps < num_steps < resolution.
+
+    Example:
+        >>> [round(float(t), 4) for t in linear_quadratic(50)[24:29]]
+        [0.024, 0.025, 0.0275, 0.0331, 0.0417]
+
+    References:
+        Polyak et al. 2024, "Movie Gen: A Cast of Media Foundation Models" (arXiv:2410.13720), section 3.
+    """
+    check_integer("num_steps", num_steps)
+    linear_steps = num_steps // 2 if linear_steps is None else linear_steps
+    check_integer("linear_steps", linear_steps, least=0)
+    check_integer("resolution", resolution)
+    if not linear_steps < num_steps < resolution:
+        raise ValueError(
+            f"linear_steps < num_steps < resolution must hold, got {linear_steps}, {num_steps} and {resolution}."
+        )
+    i = np.arange(num_steps + 1)
+    u = np.clip((i - linear_steps) / (num_steps - linear_steps), 0, None)
+    return jnp.asarray(i / resolution + (1 - num_steps / resolution) * u**2)
+
+
+def _shift(t: np.ndarray, shift: float) -> np.ndarray:
+    """The shift sigma -> s sigma / (1 + (s - 1) sigma) for t = 1 - sigma; exact at both ends."""
+    return t / (t + shift * (1 - t))
+
+
 def _with_ends(interior: np.ndarray, t0: float, t1: float) -> Array:
     """The grid from `t0` through increasing interior times, or through their reverse, to `t1`."""
     times = np.array([min(t0, t1), *interior, max(t0, t1)])

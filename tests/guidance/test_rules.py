@@ -8,6 +8,7 @@ import pytest
 from fm_jax import oracles
 from fm_jax.guidance import (
     Extrapolate,
+    FirstChannels,
     Projected,
     Rescale,
     ZeroStar,
@@ -222,3 +223,16 @@ BAD = [
 def test_bad_input_is_refused(rule, options, message):
     with pytest.raises(ValueError, match=message):
         rule(**options)
+
+
+def test_first_channels_leaves_the_others_conditional():
+    t, x, conditional, unconditional = 0.5, *np.random.default_rng(0).normal(size=(3, 2, 4, 4, 5)).astype(np.float32)
+    rule = FirstChannels(3, Extrapolate())
+    guided = rule(t, x, conditional, unconditional, 4.0)
+    first = (slice(None),) * 3 + (slice(3),)
+    np.testing.assert_array_equal(
+        guided[first], Extrapolate()(t, x[first], conditional[first], unconditional[first], 4.0)
+    )
+    np.testing.assert_array_equal(guided[..., 3:], conditional[..., 3:])
+    with pytest.raises(ValueError, match="x must have at least 6 channels"):
+        FirstChannels(6)(t, x, conditional, unconditional, 4.0)

@@ -7,7 +7,17 @@ from contracts import SCHEDULES, TIME_SAMPLERS
 from scipy.special import expit
 
 from fm_jax import schedules, times
-from fm_jax.samplers.grids import cosine, edm, quantiles, time_grid, uniform
+from fm_jax.samplers.grids import (
+    cosine,
+    edm,
+    flux_shift,
+    linear_quadratic,
+    quantiles,
+    shifted,
+    stable_diffusion_3,
+    time_grid,
+    uniform,
+)
 
 X = jnp.zeros((2, 3))
 
@@ -164,3 +174,62 @@ def test_edm_on_every_schedule(schedule):
 def test_impossible_grids_are_not_made(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_shifted_in_closed_form():
+    t = np.linspace(0, 1, 8)
+    sigma = 3 * (1 - t) / (1 + 2 * (1 - t))
+    np.testing.assert_allclose(shifted(7, 3.0), 1 - sigma, atol=1e-7)
+    np.testing.assert_array_equal(shifted(7, 1.0), uniform(7))
+    np.testing.assert_allclose(shifted(7, 3.0, 1.0, 0.0), shifted(7, 3.0)[::-1], atol=1e-7)
+    assert shifted(7, 3.0)[0] == 0
+    assert shifted(7, 3.0)[-1] == 1
+
+
+def test_stable_diffusion_3_as_published():
+    # What diffusers' scheduler gives for 28 steps: its third value, and the last three.
+    sigma = 1 - np.asarray(stable_diffusion_3(28), np.float64)
+    np.testing.assert_allclose(sigma[-3:], [0.110906, 0.008929, 0.0], atol=1e-6)
+    assert len(sigma) == 29
+    assert sigma[0] == 1
+    once = 3 * 0.001 / (1 + 2 * 0.001)
+    np.testing.assert_allclose(sigma[-2], 3 * once / (1 + 2 * once), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("pixels", "shift"), [(256, 1.6487), (1024, 3.1582)])
+def test_flux_shift_at_its_two_ends(pixels, shift):
+    assert flux_shift((pixels // 16) ** 2) == pytest.approx(shift, abs=1e-4)
+
+
+def test_linear_quadratic_is_linear_and_then_a_parabola():
+    times = np.asarray(linear_quadratic(50), np.float64)
+    np.testing.assert_allclose(times[:26], np.arange(26) / 1000, atol=1e-7)
+    np.testing.assert_allclose(times[[26, 27, 48, 49, 50]], [0.02752, 0.03308, 0.85208, 0.92452, 1], atol=1e-6)
+    np.testing.assert_allclose(np.diff(times[25:], 3), 0, atol=1e-6)
+    np.testing.assert_allclose(
+        linear_quadratic(3, linear_steps=0, resolution=10), [0, 0.1 + 0.7 / 9, 0.2 + 2.8 / 9, 1], atol=1e-7
+    )
+
+
+def test_shifted_times_have_the_density_pushed_forward():
+    shift = 3.0
+    draws = np.asarray(times.Shifted(times.Beta(2.0, 3.0), shift)(jax.random.key(0), 20_000), np.float64)
+    back = shift * draws / (1 + (shift - 1) * draws)  # sigma -> sigma / (s - (s - 1) sigma), in t
+    assert scipy.stats.kstest(back, scipy.stats.beta(2.0, 3.0).cdf).pvalue > 0.01
+    assert scipy.stats.kstest(draws, scipy.stats.beta(2.0, 3.0).cdf).pvalue < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: shifted(4, 0.0), "shift must be positive and finite"),
+        (lambda: shifted(4, 3.0, 0.0, 1.5), r"t1 must be in \[0, 1\]"),
+        (lambda: stable_diffusion_3(1), "num_steps must be at least 2, got 1."),
+        (lambda: flux_shift(0), "num_tokens must be at least 1, got 0."),
+        (lambda: linear_quadratic(4, linear_steps=4), "linear_steps < num_steps < resolution must hold, got 4, 4"),
+        (lambda: linear_quadratic(1000), "linear_steps < num_steps < resolution must hold"),
+    ],
+)
+def test_published_grids_that_are_refused(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
