@@ -224,7 +224,7 @@ class Rules:
         for key, pieces in self.by_key.items():
             tensor = np.empty(self.shapes[key], leaves[pieces[0].path].dtype)
             for piece in pieces:
-                tensor[slice(None) if piece.rows is None else slice(*piece.rows)] = piece.to_theirs(leaves[piece.path])
+                tensor[... if piece.rows is None else slice(*piece.rows)] = piece.to_theirs(leaves[piece.path])
             tensors[key] = tensor
         return tensors | {key: tensors[original] for key, original in self.copies.items()}
 
