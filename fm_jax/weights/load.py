@@ -219,9 +219,16 @@ def _fill(
     value = piece.to_ours(np.asarray(tensors[name]))
     if piece.layer is not None:
         value = value[None]
-    value = value[tuple(slice(a - first, b - first) for (a, b), first in zip(overlap, begins, strict=True))]
-    target = block[tuple(slice(a - c, b - c) for (a, b), (c, _) in zip(overlap, bounds, strict=True))]
-    put(target, value, f"{name!r} of {where(tensors)}")
+    put(
+        _at(block, overlap, [start for start, _ in bounds]),
+        _at(value, overlap, begins),
+        f"{name!r} of {where(tensors)}",
+    )
+
+
+def _at(x: np.ndarray, places: list[tuple[int, int]], begins: list[int]) -> np.ndarray:
+    """The view of these places of a leaf, of an array that begins elsewhere in it."""
+    return x[(*(slice(a - begin, b - begin) for (a, b), begin in zip(places, begins, strict=True)), ...)]
 
 
 def put(target: np.ndarray, value: np.ndarray, name: str) -> None:
