@@ -6,11 +6,11 @@ from typing import Any, Literal, get_args
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fm_jax.checks import check_bool, check_integer, check_member, shown
+from fm_jax.checks import check_bool, check_integer, check_member, check_setting, shown
 from fm_jax.models.compute import Compute
+from fm_jax.models.conditioning import OURS, Border, check_border
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import (
-    SelfAttention,
     TimeEmbedding,
     check_image,
     check_options,
@@ -23,70 +23,11 @@ from fm_jax.models.layers import (
     space_to_depth,
     zeros,
 )
+from fm_jax.models.unet_blocks import AttentionBlock, ResBlock
 from fm_jax.shapes import batch_time
 from fm_jax.types import Array, Cond
 
 Resample = Literal["conv", "pool", "resblock"]
-
-
-class ResBlock(nn.Module):
-    """Two normalised convolutions around a time conditioning, added to the input; the identity at initialisation.
-
-    `x' + conv(silu(condition(norm(conv(silu(norm(x)))))))`, where `x'` is `x`, through a 1x1 convolution if the
-    number of channels changes. FiLM conditions by `norm(h) (1 + scale) + shift`, otherwise by `norm(h + shift)`.
-
-    Notebooks: (9.4).
-
-    Attributes:
-        features: output channels.
-        film: scale and shift (FiLM) instead of only shift.
-        resize: applied to the input of the first convolution and to `x`: `halve`, `double`, or `None`.
-        dropout, num_groups, compute: see `UNet`.
-    """
-
-    features: int
-    film: bool
-    dropout: float
-    num_groups: int
-    compute: Compute = Compute()
-    resize: Callable[[Array], Array] | None = None
-
-    @nn.compact
-    def __call__(self, x: Array, emb: Array, train: bool) -> Array:
-        """Maps `x` [batch, h, w, c] and the embedding [batch, d] to [batch, h', w', features]."""
-        dtype = self.compute.dtype
-        h = nn.silu(group_norm(x.shape[-1], self.num_groups, dtype, "norm_in")(x))
-        if self.resize is not None:
-            h, x = self.resize(h), self.resize(x)
-        h = conv3x3(self.features, dtype, "conv_in")(h)
-        width = 2 * self.features if self.film else self.features
-        modulation = jnp.expand_dims(nn.Dense(width, dtype=dtype, name="embed")(nn.silu(emb)), (1, 2))
-        norm = group_norm(self.features, self.num_groups, dtype, "norm_out")
-        if self.film:
-            scale, shift = jnp.split(modulation, 2, axis=-1)
-            h = norm(h) * (1.0 + scale) + shift
-        else:
-            h = norm(h + modulation)
-        h = nn.Dropout(self.dropout, deterministic=not train)(nn.silu(h))
-        h = conv3x3(self.features, dtype, "conv_out", init=zeros)(h)
-        if x.shape[-1] != self.features:
-            x = nn.Conv(self.features, (1, 1), dtype=dtype, name="skip")(x)
-        return x + h
-
-
-class AttentionBlock(nn.Module):
-    """Normalised self-attention over the pixels, added to the input; the identity at initialisation."""
-
-    num_heads: int
-    num_groups: int
-    compute: Compute = Compute()
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        norm = group_norm(x.shape[-1], self.num_groups, self.compute.dtype, "norm")
-        h = norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        attend = SelfAttention(self.num_heads, out_init=zeros, compute=self.compute, name="attention")
-        return x + attend(h).reshape(x.shape)
 
 
 class UNet(nn.Module):
@@ -114,6 +55,13 @@ class UNet(nn.Module):
         dropout: dropout rate inside residual blocks.
         embed: module from a condition to a vector, see `fm_jax.models.embed`; `None` for an unconditional field.
         compute: dtype, attention and rematerialisation.
+        in_channels: channels of the input, where they are to be checked; the rules of files need them.
+        time_channels: number of time features, a quarter of the width of their embedding; `channels` by default.
+        frequency_shift, sine_first: of the time features, see `sinusoidal_features`; 1 and true in DDPM's.
+        norm_epsilon: of every normalisation; 1e-6 in DDPM's.
+        down_padding: zeros before and after each axis in the strided convolutions, (1, 1) or DDPM's (0, 1).
+        border: between our time and sign and those of the network. Published weights have another than ours: `DDPM` for
+            DDPM and ADM, which predict the noise, `SIT` for TorchCFM.
 
     References:
         Ho et al. 2020, "Denoising Diffusion Probabilistic Models", appendix B; Dhariwal & Nichol 2021, "Diffusion
@@ -134,15 +82,28 @@ class UNet(nn.Module):
     dropout: float = 0.0
     embed: nn.Module | None = None
     compute: Compute = Compute()
+    in_channels: int | None = None
+    time_channels: int | None = None
+    frequency_shift: float = 0.0
+    sine_first: bool = False
+    norm_epsilon: float = 1e-5
+    down_padding: tuple[int, int] = (1, 1)
+    border: Border = OURS
 
     def __post_init__(self) -> None:
         check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
         check_member("resample", self.resample, get_args(Resample))
         check_widths("channel_mults", self.channel_mults)
         check_bool("film", self.film)
+        check_bool("sine_first", self.sine_first)
+        check_setting(self, "frequency_shift", "[0, 1]")
+        check_setting(self, "norm_epsilon", "(0, inf)")
+        check_border(self.border)
+        if self.down_padding not in ((1, 1), (0, 1)):
+            raise ValueError(f"down_padding must be (1, 1) or (0, 1), got {shown(self.down_padding)}.")
         for name in ("channels", "num_blocks", "num_heads", "num_groups", "patch_size"):
             check_integer(name, getattr(self, name))
-        for name in ("head_channels", "out_channels"):
+        for name in ("head_channels", "out_channels", "in_channels", "time_channels"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name))
         num_levels = len(self.channel_mults)
@@ -178,26 +139,31 @@ class UNet(nn.Module):
         """
         last = len(self.channel_mults) - 1
         check_image(x, self.patch_size * 2**last)
+        channels = x.shape[-1]
         x = space_to_depth(x.astype(jnp.float32), self.patch_size)
-        emb = TimeEmbedding(self.channels, 4 * self.channels, name="time")(batch_time(t, x))
+        if self.in_channels not in (None, channels):
+            raise ValueError(f"x must have {self.in_channels} channels, got shape {(*x.shape[:3], channels)}.")
+        emb = self._time(batch_time(t, x))
         emb = add_condition(emb, self.embed, cond)
-        dtype = self.compute.dtype
+        dtype, epsilon = self.compute.dtype, self.norm_epsilon
         # Names are explicit so that parameters do not depend on `remat`, which renames classes.
         res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.compute.remat else ResBlock
         attention_block = nn.remat(AttentionBlock) if self.compute.remat else AttentionBlock
 
         def residual(h: Array, features: int, name: str, resize: Callable[[Array], Array] | None = None) -> Array:
-            block = res_block(features, self.film, self.dropout, self.num_groups, self.compute, resize, name=name)
-            return block(h, emb, train)
+            options = self.film, self.dropout, self.num_groups, self.compute, resize, epsilon
+            return res_block(features, *options, name=name)(h, emb, train)
 
         def attend(h: Array, name: str) -> Array:
             heads = self.num_heads if self.head_channels is None else h.shape[-1] // self.head_channels
-            return attention_block(heads, self.num_groups, self.compute, name=name)(h)
+            return attention_block(heads, self.num_groups, self.compute, epsilon, name=name)(h)
 
         def down(h: Array, name: str) -> Array:
             if self.resample == "resblock":
                 return residual(h, h.shape[-1], name, halve)
-            return halve(h) if self.resample == "pool" else conv3x3(h.shape[-1], dtype, name, stride=2)(h)
+            if self.resample == "pool":
+                return halve(h)
+            return conv3x3(h.shape[-1], dtype, name, stride=2, padding=self.down_padding)(h)
 
         def up(h: Array, name: str) -> Array:
             if self.resample == "resblock":
@@ -228,9 +194,18 @@ class UNet(nn.Module):
             if level > 0:
                 h = up(h, f"up_{level}_resample")
 
-        h = nn.silu(group_norm(h.shape[-1], self.num_groups, jnp.float32, "norm")(h))
+        h = nn.silu(group_norm(h.shape[-1], self.num_groups, jnp.float32, "norm", epsilon=epsilon)(h))
         out_channels = x.shape[-1] if self.out_channels is None else self.out_channels * self.patch_size**2
-        return depth_to_space(conv3x3(out_channels, jnp.float32, "out", init=zeros)(h), self.patch_size)
+        h = conv3x3(out_channels, jnp.float32, "out", init=zeros)(h)
+        return self.border.output(depth_to_space(h, self.patch_size))
+
+    def _time(self, t: Array) -> Array:
+        """Embeds our time [batch]."""
+        # Our own border scales the frequencies instead of time, which rounds as trainings before there was one did.
+        scale, t = (self.border.scale, t) if self.border == OURS else (1.0, self.border.time(t))
+        features = self.channels if self.time_channels is None else self.time_channels
+        shift, sine_first = self.frequency_shift, self.sine_first
+        return TimeEmbedding(features, 4 * features, scale, shift, sine_first, name="time")(t)
 
 
 # Averages instead of strided convolutions, whose gradients are slow on a CPU.

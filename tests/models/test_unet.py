@@ -3,9 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fm_jax.models import LabelEmbedding, UNet, make_unet, num_params
+from fm_jax.models import Compute, LabelEmbedding, UNet, make_unet, num_params
+from fm_jax.models.conditioning import DDPM
 from fm_jax.models.layers import double, halve
 from fm_jax.models.unet import ResBlock
+from fm_jax.models.unet_blocks import ClassEmbedding
 
 
 def shapes(module, event_shape):
@@ -129,3 +131,87 @@ def test_make_unet_lists_its_names():
         ValueError, match="name must be one of 'tiny', 'mnist_fast', 'mnist', 'cifar10', 'cifar10_edm', got 'big'"
     ):
         make_unet("big")
+
+
+SMALL = {"channels": 8, "channel_mults": (1, 2), "num_blocks": 1, "num_heads": 2, "num_groups": 4, "in_channels": 3}
+PUBLISHED = {
+    "ddpm": {"frequency_shift": 1.0, "sine_first": True, "norm_epsilon": 1e-6, "down_padding": (0, 1), "border": DDPM},
+    "adm": {"resample": "resblock", "out_channels": 6, "embed": ClassEmbedding(4), "border": DDPM},
+}
+
+
+@pytest.fixture(scope="module", params=PUBLISHED)
+def published(request):
+    """A network with random parameters, and what it is called with."""
+    module = UNet(**SMALL, **PUBLISHED[request.param])
+    t, x = jnp.array([0.25, 0.8]), jax.random.normal(jax.random.key(0), (2, 4, 8, 3))
+    cond = None if module.embed is None else jnp.array([3, 0])
+    rng = np.random.default_rng(0)
+    params = jax.eval_shape(lambda: module.init(jax.random.key(1), t, x, cond)["params"])
+    params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), "float32"), params)
+    return module, params, t, x, cond
+
+
+def test_bfloat16_stays_close(published):
+    module, params, t, x, cond = published
+    out, low = (
+        jax.jit(each.apply)({"params": params}, t, x, cond)
+        for each in (module, module.clone(compute=Compute("bfloat16")))
+    )
+    assert low.dtype == jnp.float32
+    assert np.linalg.norm(low - out) <= 2e-2 * np.linalg.norm(out)
+
+
+def test_forward_derivatives(published):
+    module, params, t, x, cond = published
+    f = jax.jit(lambda t: module.apply({"params": params}, t, x, cond))
+    _, tangent = jax.jvp(f, (t,), (jnp.ones_like(t),))
+    step = 1e-4 * jnp.ones_like(t)
+    numeric = (f(t + step) - f(t - step)) / 2e-4
+    assert np.linalg.norm(tangent - numeric) <= 1e-2 * np.linalg.norm(tangent)
+
+
+def test_rematerialised_is_the_same(published):
+    module, params, t, x, cond = published
+    loss = lambda module: jax.jit(jax.grad(lambda p: (module.apply({"params": p}, t, x, cond) ** 2).sum()))  # noqa: E731
+    grads, again = loss(module)(params), loss(module.clone(compute=Compute(remat=True)))(params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-3), grads, again)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"down_padding": (1, 0)}, r"down_padding must be \(1, 1\) or \(0, 1\), got \(1, 0\)"),
+        ({"norm_epsilon": 0.0}, r"norm_epsilon must be in \(0, inf\), got 0.0"),
+        ({"frequency_shift": 2.0}, r"frequency_shift must be in \[0, 1\], got 2.0"),
+        ({"sine_first": 1}, "sine_first must be .*got 1"),
+        ({"border": 1000.0}, "border must be a Border, such as RECTIFIED, got 1000.0"),
+        ({"time_channels": 0}, "time_channels must be at least 1, got 0"),
+        ({"in_channels": 4}, r"x must have 4 channels, got shape \(1, 8, 8, 1\)"),
+    ],
+)
+def test_refuses_published_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        shapes(UNet(**({"channels": 8, "channel_mults": (1, 2)} | options)), (8, 8, 1))
+
+
+@pytest.mark.parametrize(
+    ("cond", "message"),
+    [
+        (None, r"cond must be labels \[batch\] = \(2,\): the network has no class for none, got None"),
+        (np.array([0, 4]), "cond must be from 0 to 3, got 0 to 4"),
+        (np.array([0, 1, 2]), r"cond must be \[batch\] = \(2,\), got shape \(3,\)"),
+        (np.array([0.0, 1.0]), "cond must hold integer labels, got dtype float64"),
+    ],
+)
+def test_classes_without_none_refuse(cond, message):
+    variables = {"params": {"table": jnp.zeros((4, 3))}}
+    with pytest.raises(ValueError, match=message):
+        ClassEmbedding(4).apply(variables, cond, 3, 2)
+
+
+def test_classes_without_none_are_the_rows_of_labels():
+    variables = {"params": {"table": jnp.arange(8.0).reshape(4, 2)}}
+    labels = jnp.array([3, 0])
+    out, same = (each.apply(variables, labels, 2, 2) for each in (ClassEmbedding(4), LabelEmbedding(3)))
+    np.testing.assert_array_equal(out, same)
