@@ -129,7 +129,8 @@ class ClipText(nn.Module):
         self._check(ids, mask)
         dtype = self.compute.dtype
         small = nn.initializers.normal(0.02)
-        h = nn.Embed(self.vocabulary, self.hidden, embedding_init=small, dtype=dtype, name="tokens")(ids)
+        # Cast behind the look-up: a table of bfloat16 is not made float32, nor the other way round.
+        h = nn.Embed(self.vocabulary, self.hidden, embedding_init=small, name="tokens")(ids).astype(dtype)
         places = self.param("positions", small, (self.max_tokens, self.hidden))
         h = h + jnp.asarray(places[None, : ids.shape[1]], dtype)
 

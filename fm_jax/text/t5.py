@@ -190,10 +190,8 @@ class T5Encoder(nn.Module):
             ValueError: if `ids` are no ids of the vocabulary (where they are not traced), or `mask` does not fit.
         """
         check_ids(ids, mask, self.vocabulary)
-        embedding = nn.Embed(
-            self.vocabulary, self.hidden, embedding_init=nn.initializers.normal(1.0), dtype=jnp.float32, name="tokens"
-        )
-        h = embedding(ids)
+        init = nn.initializers.normal(1.0)
+        h = nn.Embed(self.vocabulary, self.hidden, embedding_init=init, name="tokens")(ids).astype(jnp.float32)
         bias = None
         if self.shared_bias:
             bias = DistanceBias(self.num_heads, self.buckets, self.max_distance, name="distance")(ids.shape[1])

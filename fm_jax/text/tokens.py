@@ -50,7 +50,7 @@ def pad_tokens(rows: Sequence[Sequence[int]], length: int | None, pad: int, *, t
     for i, row in enumerate(rows):
         if len(row) > n and not truncate:
             raise ValueError(
-                f"prompt {i} has {len(row)} tokens, its start and end included, and the limit is {n}: shorten it, or "
+                f"prompt {i} has {len(row)} tokens, marks of its ends included, and the limit is {n}: shorten it, or "
                 f"drop its last {len(row) - n} with truncate=True."
             )
         kept = [*row[: n - 1], row[-1]] if len(row) > n else row

@@ -96,6 +96,12 @@ CASES = [
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+def peer(name):
+    return pytest.importorskip(
+        name, reason=f"{name} is not installed; see 'Parity with PyTorch peers' in CONTRIBUTING.md"
+    )
+
+
 @every_case
 def test_record(case):
     check_record(case)
@@ -110,7 +116,7 @@ def test_peer(case):
 @pytest.mark.parity
 @every_case
 def test_export_is_read_by_transformers(case, tmp_path):
-    import transformers
+    transformers = peer("transformers")
     from safetensors.numpy import load_file, save_file
 
     module, tensors = case.extra["module"], case.tensors()
@@ -135,7 +141,7 @@ def test_export_is_read_by_transformers(case, tmp_path):
 
 @pytest.mark.parity
 def test_bfloat16_is_near_that_of_pytorch():
-    import torch
+    torch = peer("torch")
 
     case = CASES[0]
     module = case.extra["module"].clone(compute=Compute("bfloat16"))

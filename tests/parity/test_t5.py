@@ -98,6 +98,12 @@ CASES = [
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+def peer(name):
+    return pytest.importorskip(
+        name, reason=f"{name} is not installed; see 'Parity with PyTorch peers' in CONTRIBUTING.md"
+    )
+
+
 @every_case
 def test_record(case):
     check_record(case)
@@ -112,7 +118,7 @@ def test_peer(case):
 @pytest.mark.parity
 @every_case
 def test_export_is_read_by_transformers(case, tmp_path):
-    import transformers
+    transformers = peer("transformers")
     from safetensors.numpy import load_file, save_file
 
     module, name = case.extra["module"], CLASSES[case.extra["module"].shared_bias]
@@ -137,18 +143,18 @@ def test_export_is_read_by_transformers(case, tmp_path):
 @pytest.mark.parity
 @pytest.mark.parametrize(("buckets", "max_distance"), [(32, 128), (16, 24), (8, 20), (64, 256)])
 def test_buckets_are_those_of_transformers(buckets, max_distance):
-    import torch
-    from transformers.models.t5.modeling_t5 import T5Attention
+    torch = peer("torch")
+    attention = peer("transformers.models.t5.modeling_t5").T5Attention
 
     distances = np.arange(-5000, 5001)
-    theirs = T5Attention._relative_position_bucket(torch.from_numpy(distances), True, buckets, max_distance)
+    theirs = attention._relative_position_bucket(torch.from_numpy(distances), True, buckets, max_distance)
     np.testing.assert_array_equal(distance_buckets(distances, buckets, max_distance), theirs.numpy())
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize("case", [CASES[1], CASES[4]], ids=str)
 def test_bfloat16_is_near_that_of_pytorch(case):
-    import torch
+    torch = peer("torch")
 
     module = case.extra["module"].clone(compute=Compute("bfloat16"))
     theirs = run_torch(torch_model(module, case.tensors()).to(torch.bfloat16), case.inputs())
