@@ -228,7 +228,8 @@ def _fill(
 
 def _at(x: np.ndarray, places: list[tuple[int, int]], begins: list[int]) -> np.ndarray:
     """The view of these places of a leaf, of an array that begins elsewhere in it."""
-    return x[(*(slice(a - begin, b - begin) for (a, b), begin in zip(places, begins, strict=True)), ...)]
+    index: list[Any] = [slice(a - begin, b - begin) for (a, b), begin in zip(places, begins, strict=True)]
+    return x[(*index, ...)]
 
 
 def put(target: np.ndarray, value: np.ndarray, name: str) -> None:
