@@ -286,15 +286,16 @@ def channels_before_patch(monkeypatch):
 
 
 PATCHIFY = crossdit.patchify
-MISTAKES = [
-    erf,
-    epsilon,
-    silu_of_the_last_embedding,
-    gate_on_cross_attention,
+MISTAKES = [erf, epsilon, silu_of_the_last_embedding, gate_on_cross_attention]
+MORE = [
     norm_before_cross_attention,
+    adaln_before_cross_attention,
+    rows_first,
+    positions_not_interpolated,
     step_from_one,
+    mask_forgotten,
+    channels_before_patch,
 ]
-MORE = [adaln_before_cross_attention, rows_first, positions_not_interpolated, mask_forgotten, channels_before_patch]
 EVERY = [*MISTAKES, *(pytest.param(mistake, marks=pytest.mark.slow) for mistake in MORE)]
 
 
