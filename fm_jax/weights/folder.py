@@ -2,7 +2,7 @@
 
 import importlib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from fm_jax.types import Params
 from fm_jax.weights.formats import WeightsError, read_json
 from fm_jax.weights.load import load
 from fm_jax.weights.rules import Rules
-from fm_jax.weights.safetensors import PathLike
+from fm_jax.weights.safetensors import PathLike, open_tensors
 from fm_jax.weights.save import save
 
 CONFIG = "config.json"
@@ -34,6 +34,14 @@ FAMILIES = {
     "UMT5EncoderModel": "t5:t5",
 }
 """By the class that `config.json` names, the file in `fm_jax/weights` and what its three functions begin with."""
+
+LAYOUTS = {
+    "autoencoder": ("diffusers", "diffusers-old"),
+    "clip": ("transformers", "bare"),
+    "unet": ("diffusers", "diffusers_old"),
+}
+"""By the file of a family, the layouts in which its folders come, where they are several: old diffusers called the parts
+of attention otherwise, and transformers 5 writes CLIP's text encoder without the prefix of all files before it."""
 
 _OPTIONS = {"size": "sample_size", "channels": "in_channels"}  # what some networks take from their input
 
@@ -65,7 +73,9 @@ def open_model(folder: PathLike, *, dtype: Any = None, sharding: Any = None) -> 
         why = f"it has no {error}" if isinstance(error, KeyError) else error
         raise WeightsError(f"{path} is not of a network that is read: {why}") from error
     given = {ours: config[theirs] for ours, theirs in _OPTIONS.items() if isinstance(config.get(theirs), int)}
-    return module, load(folder, _rules(class_of(config, path), module, given), dtype=dtype, sharding=sharding)
+    tensors = open_tensors(folder)
+    rules = _rules_for(tensors.keys(), class_of(config, path), module, given)
+    return module, load(tensors, rules, dtype=dtype, sharding=sharding)
 
 
 def save_model(
@@ -154,6 +164,15 @@ def _function(name: str, what: str) -> Any:
     """One of the three functions of a family."""
     file, prefix = FAMILIES[name].split(":")
     return getattr(importlib.import_module(f"fm_jax.weights.{file}"), f"{prefix}_{what}")
+
+
+def _rules_for(keys: Collection[str], name: str, module: nn.Module, options: Mapping[str, Any]) -> Rules:
+    """The rules of the layout to which most of these keys belong."""
+    layouts = LAYOUTS.get(FAMILIES[name].split(":")[0])
+    if layouts is None:
+        return _rules(name, module, options)
+    every = [_rules(name, module, {**options, "layout": layout}) for layout in layouts]
+    return max(every, key=lambda rules: sum(key in keys for key in rules.shapes))
 
 
 def _rules(name: str, module: nn.Module, options: Mapping[str, Any]) -> Rules:
