@@ -1,5 +1,6 @@
 """The U-Net with spatial transformers of latent diffusion: Stable Diffusion 1, 2 and XL."""
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -27,13 +28,7 @@ from fm_jax.types import Array
 
 
 class VectorEmbedding(nn.Module):
-    """Embeds pooled text and numbers: `W2 silu(W1 [pooled, features(n_1), ..., features(n_k)] + b1) + b2`, in float32.
-
-    Attributes:
-        num_sizes: how many numbers stand behind the pooled text.
-        size_features: sines and cosines of each.
-        features: width of the embedding.
-    """
+    """Embeds pooled text and numbers: `W2 silu(W1 [pooled, features(n_1), features(n_2), ...] + b1) + b2`, float32."""
 
     num_sizes: int
     size_features: int
@@ -44,7 +39,7 @@ class VectorEmbedding(nn.Module):
         """Maps `vector` [batch, pooled + num_sizes] to float32 [batch, features]."""
         pooled, sizes = jnp.split(vector.astype(jnp.float32), [vector.shape[1] - self.num_sizes], axis=1)
         waves = sinusoidal_features(sizes.reshape(-1), self.size_features, scale=1.0)
-        h = jnp.concatenate([pooled, waves.reshape(len(vector), -1)], axis=1)
+        h = jnp.concatenate([pooled, waves.reshape(vector.shape[0], -1)], axis=1)
         return nn.Dense(self.features, name="out")(nn.silu(nn.Dense(self.features, name="in")(h)))
 
 
@@ -58,21 +53,14 @@ class Attention(nn.Module):
     def __call__(self, x: Array, tokens: Array, mask: Array | None = None) -> Array:
         """Maps `x` [batch, n, d], which asks, and `tokens` [batch, m, e] to [batch, n, d]."""
         width, dtype = x.shape[-1], self.compute.dtype
-
-        def heads(of: Array, name: str) -> Array:
-            return to_heads(self.num_heads, width // self.num_heads, dtype, name, use_bias=False)(of)
-
-        q, k, v = heads(x, "query"), heads(tokens, "key"), heads(tokens, "value")
+        project = partial(to_heads, self.num_heads, width // self.num_heads, dtype, use_bias=False)
+        q, k, v = project("query")(x), project("key")(tokens), project("value")(tokens)
         h = attend(q, k, v, mask=mask, implementation=self.compute.attention)
         return from_heads(width, dtype, "out")(h)
 
 
 class TransformerBlock(nn.Module):
-    """Attention to the pixels, attention to the text, and an MLP of `value gelu(gate)`, the GELU of the error function.
-
-    References:
-        Shazeer 2020, "GLU Variants Improve Transformer", section 2.
-    """
+    """Attention to the pixels, attention to the text, and an MLP of `value gelu(gate)`, with the GELU by `erf`."""
 
     num_heads: int
     compute: Compute = Compute()
@@ -81,14 +69,12 @@ class TransformerBlock(nn.Module):
     def __call__(self, h: Array, tokens: Array, mask: Array | None, train: bool) -> Array:
         """Maps pixels [batch, n, d] and text [batch, m, e] to pixels; `train` changes nothing."""
         width, dtype = h.shape[-1], self.compute.dtype
-
-        def norm(name: str) -> Array:
-            return layer_norm(dtype, f"norm_{name}", affine=True, epsilon=1e-5)(h)
-
-        seen = norm("self")
+        norm = partial(layer_norm, dtype, affine=True, epsilon=1e-5)
+        seen = norm("norm_self")(h)
         h = h + Attention(self.num_heads, self.compute, name="self_attention")(seen, seen)
-        h = h + Attention(self.num_heads, self.compute, name="cross_attention")(norm("cross"), tokens, mask)
-        seen = norm("mlp")
+        seen = norm("norm_cross")(h)
+        h = h + Attention(self.num_heads, self.compute, name="cross_attention")(seen, tokens, mask)
+        seen = norm("norm_mlp")(h)
         value = nn.Dense(4 * width, dtype=dtype, name="mlp_in")(seen)
         gate = nn.Dense(4 * width, dtype=dtype, name="mlp_gate")(seen)
         return h + nn.Dense(width, dtype=dtype, name="mlp_out")(value * nn.gelu(gate, approximate=False))
@@ -106,10 +92,9 @@ class SpatialTransformer(nn.Module):
     @nn.compact
     def __call__(self, x: Array, tokens: Array | None, mask: Array | None, train: bool) -> Array:
         """Maps an image [batch, h, w, c] and text [batch, m, e] to an image."""
-        batch_size, height, width, channels = x.shape
-        dtype = self.compute.dtype
+        channels, dtype = x.shape[-1], self.compute.dtype
         h = group_norm(channels, self.num_groups, dtype, "norm", epsilon=1e-6)(x)
-        h = nn.Dense(channels, dtype=dtype, name="in")(h.reshape(batch_size, height * width, channels))
+        h = nn.Dense(channels, dtype=dtype, name="in")(h.reshape(x.shape[0], -1, channels))
         options = {"num_heads": self.num_heads, "compute": self.compute}
         loop: dict[str, Any] = {"train": train, "scan": self.scan_layers, "remat": self.compute.remat}
         h = run_blocks(TransformerBlock, options, self.num_layers, h, tokens, mask, **loop)
@@ -130,8 +115,7 @@ class UNetCondition(nn.Module):
     [batch, h, w, c], channels behind those of `x`, such as mask and masked latents of a network that fills holes.
 
     Attributes:
-        in_channels: channels of `x` and of `cond.local` together.
-        out_channels: channels of the output.
+        in_channels, out_channels: channels of `x` and `cond.local` together; channels of the output.
         widths: channels of each level.
         num_blocks: residual blocks of a level on the way down; one more on the way up.
         attention_levels: levels whose residual blocks are followed by a transformer. The middle always has one.
@@ -139,11 +123,9 @@ class UNetCondition(nn.Module):
         num_layers: transformer blocks in a transformer of each level, the last for the middle too.
         token_width: width of the text tokens.
         vector_width: width of the pooled text; `None` for a network that takes no `cond.vector`.
-        num_sizes: how many numbers stand behind the pooled text.
-        size_features: sines and cosines of each of these numbers.
+        num_sizes, size_features: how many numbers stand behind the pooled text; sines and cosines of each.
         num_groups: groups of the normalisation; divides all widths.
-        linear_projections: whether files hold the projections around a transformer as linear layers or, which is the
-            same, as 1x1 convolutions: only the rules of `fm_jax.weights` look at this.
+        linear_projections: in files, linear layers around a transformer; otherwise, the same as 1x1 convolutions.
         dropout: dropout rate inside residual blocks.
         border: between our time and the network's.
         compute: dtype, attention and rematerialisation.
@@ -174,31 +156,27 @@ class UNetCondition(nn.Module):
 
     def __post_init__(self) -> None:
         check_options(embed=None, dropout=self.dropout, compute=self.compute)
-        for name in ("in_channels", "out_channels", "num_blocks", "token_width", "num_sizes", "num_groups"):
+        more = () if self.vector_width is None else ("vector_width", "num_sizes", "size_features")
+        for name in ("in_channels", "out_channels", "num_blocks", "token_width", "num_groups", *more):
             check_integer(name, getattr(self, name))
-        check_integer("size_features", self.size_features, least=2)
-        if self.vector_width is not None:
-            check_integer("vector_width", self.vector_width)
         for name in ("linear_projections", "scan_layers"):
             check_bool(name, getattr(self, name))
         if not isinstance(self.border, Border):
             raise ValueError(f"border must be a Border, such as DDPM, got {shown(self.border)}.")
-        last = len(self.widths) - 1
         for name in ("widths", "num_heads", "num_layers"):
             check_widths(name, getattr(self, name))
-            if len(getattr(self, name)) != last + 1:
-                raise ValueError(f"{name} must have {last + 1} numbers, as widths has, got {getattr(self, name)}.")
+            if len(getattr(self, name)) != len(self.widths):
+                raise ValueError(f"{name} must be as many numbers as widths, got {getattr(self, name)}.")
+        last = len(self.widths) - 1
         if not isinstance(self.attention_levels, tuple | list):
             raise ValueError(f"attention_levels must be a tuple of levels, got {shown(self.attention_levels)}.")
         for i, level in enumerate(self.attention_levels):
             check_integer(f"attention_levels[{i}]", level, least=0, most=last)
-        for level, width in enumerate(self.widths):
+        for level, (width, heads) in enumerate(zip(self.widths, self.num_heads, strict=True)):
             if width % self.num_groups or width % 2:
                 raise ValueError(f"widths must be even and divisible by num_groups={self.num_groups}, got {width}.")
-            if width % self.num_heads[level] and level in (*self.attention_levels, last):
-                raise ValueError(
-                    f"num_heads[{level}] must divide widths[{level}]={width}, got {self.num_heads[level]}."
-                )
+            if width % heads and level in (*self.attention_levels, last):
+                raise ValueError(f"num_heads[{level}] must divide widths[{level}]={width}, got {heads}.")
         super().__post_init__()
 
     @nn.compact
@@ -215,55 +193,48 @@ class UNetCondition(nn.Module):
             float32, [batch, height, width, out_channels].
 
         Raises:
-            ValueError: if `x` is no image, its sides are not divisible by 2 for each level but the first, or `cond`
-                does not fit the model.
+            ValueError: if `x` is no image whose sides each further level can halve, or `cond` does not fit the model.
         """
         last = len(self.widths) - 1
         check_image(x, 2**last)
         cond = self._checked(x, cond)
         tokens, mask, dtype = cond.tokens, cond.mask, self.compute.dtype
         x = x.astype(jnp.float32)
-        time = self.border.time(batch_time(t, x))
-        emb = TimeEmbedding(self.widths[0], 4 * self.widths[0], time_scale=1.0, name="time")(time)
+        embed = TimeEmbedding(self.widths[0], 4 * self.widths[0], time_scale=1.0, name="time")
+        emb = embed(self.border.time(batch_time(t, x)))
         if self.vector_width is not None:
             emb = emb + VectorEmbedding(self.num_sizes, self.size_features, emb.shape[1], name="vector")(cond.vector)
         if cond.local is not None:
             x = jnp.concatenate([x, cond.local.astype(jnp.float32)], axis=-1)
 
-        # Names are explicit so that parameters do not depend on `remat`, which renames classes.
         res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.compute.remat else ResBlock
-        shared: dict[str, Any] = {
-            "film": False,
-            "dropout": self.dropout,
-            "num_groups": self.num_groups,
-            "compute": self.compute,
-        }
 
-        def block(h: Array, level: int, name: str) -> Array:
-            h = res_block(features=self.widths[level], **shared, name=name)(h, emb, train)
-            return look(h, level, f"{name}_transformer") if level in self.attention_levels else h
+        def residual(h: Array, level: int, name: str) -> Array:
+            block = res_block(self.widths[level], False, self.dropout, self.num_groups, self.compute, name=name)
+            return block(h, emb, train)
 
         def look(h: Array, level: int, name: str) -> Array:
             options = self.num_layers[level], self.num_heads[level], self.num_groups, self.compute, self.scan_layers
             return SpatialTransformer(*options, name=name)(h, tokens, mask, train)
 
+        def both(h: Array, level: int, name: str) -> Array:
+            h = residual(h, level, name)
+            return look(h, level, f"{name}_transformer") if level in self.attention_levels else h
+
         h = conv3x3(self.widths[0], dtype, "stem")(x)
         skips = [h]
         for level, width in enumerate(self.widths):
             for i in range(self.num_blocks):
-                h = block(h, level, f"down_{level}_{i}")
+                h = both(h, level, f"down_{level}_{i}")
                 skips.append(h)
             if level < last:
                 h = conv3x3(width, dtype, f"down_{level}_resample", stride=2)(h)
                 skips.append(h)
-
-        h = res_block(features=self.widths[last], **shared, name="middle_0")(h, emb, train)
-        h = look(h, last, "middle_transformer")
-        h = res_block(features=self.widths[last], **shared, name="middle_1")(h, emb, train)
-
+        h = look(residual(h, last, "middle_0"), last, "middle_transformer")
+        h = residual(h, last, "middle_1")
         for level in reversed(range(last + 1)):
             for i in range(self.num_blocks + 1):
-                h = block(jnp.concatenate([h, skips.pop()], axis=-1), level, f"up_{level}_{i}")
+                h = both(jnp.concatenate([h, skips.pop()], axis=-1), level, f"up_{level}_{i}")
             if level > 0:
                 h = conv3x3(self.widths[level], dtype, f"up_{level}_resample")(double(h))
 
@@ -277,31 +248,24 @@ class UNetCondition(nn.Module):
             raise ValueError(f"cond must be Conditions with tokens [batch, n, {self.token_width}], got {got}.")
         check_condition(x, cond)
         tokens, mask, vector, local = cond.tokens, cond.mask, cond.vector, cond.local
-        unused = ("label", "guidance", *(["vector"] if self.vector_width is None else []))
-        for name in unused:
+        for name in ("label", "guidance", "vector")[: 3 if self.vector_width is None else 2]:
             if getattr(cond, name) is not None:
                 raise ValueError(f"cond.{name} must be None, as this network takes none, got one.")
         if tokens.ndim != 3 or tokens.shape[2] != self.token_width or not jnp.issubdtype(tokens.dtype, jnp.floating):
-            wanted = f"floating point [batch, n, {self.token_width}]"
-            raise ValueError(f"cond.tokens must be {wanted}, got {tokens.dtype} of shape {tokens.shape}.")
+            raise ValueError(f"cond.tokens must be floating point [batch, n, {self.token_width}], got {shown(tokens)}.")
         if mask is not None and (mask.dtype != bool or mask.shape != tokens.shape[:2]):
-            wanted = f"bool [batch, n] = {tokens.shape[:2]}"
-            raise ValueError(f"cond.mask must be {wanted}, got {mask.dtype} of shape {mask.shape}.")
+            raise ValueError(f"cond.mask must be bool [batch, n] = {tokens.shape[:2]}, got {shown(mask)}.")
         if self.vector_width is not None:
-            wanted = f"float32 [batch, {self.vector_width} of pooled text + {self.num_sizes} numbers]"
-            if vector is None or vector.shape[1:] != (self.vector_features,) or vector.dtype.itemsize < 4:
-                raise ValueError(f"cond.vector must be {wanted}, got {shown(vector)}.")
+            shape = (x.shape[0], self.vector_width + self.num_sizes)
+            if vector is None or vector.shape != shape or vector.dtype.itemsize < 4:
+                wanted = f"[batch, {self.vector_width} of pooled text + {self.num_sizes} numbers]"
+                raise ValueError(f"cond.vector must be float32 {wanted}, got {shown(vector)}.")
         if local is not None and local.shape[:-1] != x.shape[:-1]:
             raise ValueError(f"cond.local must be [batch, h, w, c] with the sides of x {x.shape}, got {local.shape}.")
         channels = x.shape[-1] + (0 if local is None else local.shape[-1])
         if channels != self.in_channels:
             raise ValueError(f"x and cond.local must have {self.in_channels} channels together, got {channels}.")
         return cond
-
-    @property
-    def vector_features(self) -> int:
-        """Width of `cond.vector`: pooled text and sizes."""
-        return 0 if self.vector_width is None else self.vector_width + self.num_sizes
 
 
 UNET_CONDITION_CONFIGS: dict[str, dict[str, Any]] = {
@@ -312,15 +276,8 @@ UNET_CONDITION_CONFIGS: dict[str, dict[str, Any]] = {
     "sd1.5": {"scan_layers": False},
     "sd2": {"num_heads": (5, 10, 20, 20), "token_width": 1024, "linear_projections": True, "scan_layers": False},
     # Podell et al. 2023, table 1.
-    "sdxl": {
-        "widths": (320, 640, 1280),
-        "attention_levels": (1, 2),
-        "num_heads": (5, 10, 20),
-        "num_layers": (1, 2, 10),
-        "token_width": 2048,
-        "vector_width": 1280,
-        "linear_projections": True,
-    },
+    "sdxl": {"widths": (320, 640, 1280), "attention_levels": (1, 2), "num_heads": (5, 10, 20), "num_layers": (1, 2, 10)}
+    | {"token_width": 2048, "vector_width": 1280, "linear_projections": True},
 }
 
 

@@ -182,9 +182,9 @@ def unet_condition_rules(module: UNetCondition, layout: str = "diffusers") -> Ru
     side = 2 ** (len(module.widths) - 1)
     x = jax.ShapeDtypeStruct((1, side, side, module.in_channels), jnp.float32)
     tokens: Any = jax.ShapeDtypeStruct((1, 1, module.token_width), jnp.float32)
-    vector: Any = (
-        None if module.vector_width is None else jax.ShapeDtypeStruct((1, module.vector_features), jnp.float32)
-    )
+    vector: Any = None
+    if module.vector_width is not None:
+        vector = jax.ShapeDtypeStruct((1, module.vector_width + module.num_sizes), jnp.float32)
     template = template_of(module, jnp.zeros(1), x, Conditions(tokens=tokens, vector=vector))
     names = LAYOUTS.index(layout)
     pieces: list[Piece] = []
