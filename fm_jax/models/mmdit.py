@@ -18,11 +18,9 @@ from fm_jax.types import Array
 
 
 def position_table(rows: int, columns: int, size: int, base: int, dim: int, numpy: Any = np) -> Any:
-    """The middle of a square table of fixed sines and cosines of the column and of the row of each patch.
+    """The middle of a square table of sines and cosines of the column and of the row of each patch.
 
-    The places of the whole table are 0, 1, ..., `size - 1`, times `base / size`, so that a table of any size spans what
-    the network was first trained on. With `w_i = 10000^(-i / (dim / 4))`: `[sin(w column), cos(w column), sin(w row),
-    cos(w row)]`.
+    Its places are 0, ..., `size - 1` times `base / size`; the features are those of `position_features`.
 
     Args:
         rows: height of the grid of patches.
@@ -30,16 +28,13 @@ def position_table(rows: int, columns: int, size: int, base: int, dim: int, nump
         size: side of the table.
         base: what its places span.
         dim: width of the features, divisible by 4.
-        numpy: `jax.numpy` makes a program that holds the features of one row and one column instead of all.
+        numpy: with `jax.numpy`, a program holds the features of a row and a column alone.
 
     Returns:
         float32 [rows * columns, dim], in row-major order.
 
     Raises:
         ValueError: if the grid is larger than the table.
-
-    References:
-        Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", section 5.3.2.
     """
     if max(rows, columns) > size:
         raise ValueError(f"An image must have at most {size}x{size} patches, as the positions, got {rows}x{columns}.")
@@ -60,9 +55,6 @@ class JointAttention(nn.Module):
         qk_norm: whether queries and keys are normalised by their root mean square, head by head.
         pre_only: whether the context is only looked at: what would come of it is left out.
         compute: dtype and implementation.
-
-    References:
-        Esser et al. 2024, section 4 and figure 2.
     """
 
     num_heads: int
@@ -110,9 +102,6 @@ class JointBlock(nn.Module):
         dual: whether the image attends to itself too, after it attended to all.
         last: whether this is the last block, after which nothing asks for the context.
         skipped: indices in a run of blocks of those that hand on what they get.
-
-    References:
-        Esser et al. 2024, section 4 and figure 2.
     """
 
     num_heads: int
@@ -134,9 +123,8 @@ class JointBlock(nn.Module):
 
         def mlp(h: Array, prefix: str) -> Array:
             h = nn.Dense(4 * width, kernel_init=xavier, dtype=dtype, name=f"{prefix}mlp_in")(h)
-            return nn.Dense(width, kernel_init=xavier, dtype=dtype, name=f"{prefix}mlp_out")(
-                nn.gelu(h, approximate=True)
-            )
+            h = nn.gelu(h, approximate=True)
+            return nn.Dense(width, kernel_init=xavier, dtype=dtype, name=f"{prefix}mlp_out")(h)
 
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m, *second = modulation(9 if self.dual else 6, "modulation")
         shift_c, scale_c, *rest = modulation(2 if self.last else 6, "context_modulation")
@@ -173,18 +161,18 @@ class MMDiT(nn.Module):
         num_heads: attention heads.
         num_dual: number of blocks, the first ones, in which the image attends to itself too.
         qk_norm: whether queries and keys are normalised by their root mean square.
-        context_dim: channels of `cond.tokens`.
+        token_dim: channels of `cond.tokens`.
         vector_dim: length of `cond.vector`.
         table_size: side of the table of positions, in patches: the largest image.
         table_base: what the places of that table span: they are `table_base / table_size` apart.
         skip_layers: indices of blocks to leave out: the network that skip-layer guidance compares with.
             `module.clone(skip_layers=(7, 8, 9))` has the same parameters.
         compute: dtype, attention and rematerialisation.
-        scan_layers: trace and compile one block of each kind and loop over it: the parameters of equal blocks are
-            stacked on a first axis.
+        scan_layers: trace and compile one block of each kind and loop over it, its parameters stacked.
 
     References:
-        Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", section 4.
+        Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis", section 4
+        and figure 2.
     """
 
     patch_size: int = 2
@@ -195,7 +183,7 @@ class MMDiT(nn.Module):
     num_heads: int = 24
     num_dual: int = 0
     qk_norm: bool = False
-    context_dim: int = 4096
+    token_dim: int = 4096
     vector_dim: int = 2048
     table_size: int = 192
     table_base: int = 64
@@ -207,18 +195,16 @@ class MMDiT(nn.Module):
         check_options(embed=None, dropout=0.0, compute=self.compute)
         check_bool("scan_layers", self.scan_layers)
         check_bool("qk_norm", self.qk_norm)
-        names = ("patch_size", "channels", "hidden", "num_layers", "num_heads", "context_dim", "vector_dim")
+        names = ("patch_size", "channels", "hidden", "num_layers", "num_heads", "token_dim", "vector_dim")
         for name in (*names, "table_size", "table_base"):
             check_integer(name, getattr(self, name))
         if self.out_channels is not None:
             check_integer("out_channels", self.out_channels)
         check_integer("num_dual", self.num_dual, least=0, most=self.num_layers)
-        if self.hidden % 4:
-            raise ValueError(f"hidden must be divisible by 4 (sines and cosines of two axes), got {self.hidden}.")
-        if self.hidden % self.num_heads:
-            raise ValueError(f"num_heads must divide hidden={self.hidden}, got {self.num_heads}.")
+        if self.hidden % 4 or self.hidden % self.num_heads:
+            raise ValueError(f"hidden must be divisible by 4 and by num_heads={self.num_heads}, got {self.hidden}.")
         if not isinstance(self.skip_layers, tuple | list):
-            raise ValueError(f"skip_layers must be a tuple of indices of blocks, got {shown(self.skip_layers)}.")
+            raise ValueError(f"skip_layers must be a tuple of integers, got {shown(self.skip_layers)}.")
         for i, index in enumerate(self.skip_layers):
             check_integer(f"skip_layers[{i}]", index, least=0, most=self.num_layers - 1)
         super().__post_init__()
@@ -238,7 +224,7 @@ class MMDiT(nn.Module):
         Args:
             t: time, 0 for noise and 1 for data, scalar or [batch].
             x: latents, [batch, height, width, channels].
-            cond: `Conditions` of the text: `vector` [batch, vector_dim], `tokens` [batch, n, context_dim], and `mask`
+            cond: `Conditions` of the text: `vector` [batch, vector_dim], `tokens` [batch, n, token_dim], and `mask`
                 [batch, n] if some of the tokens are padding; the published networks were trained without one.
             train: makes no difference.
 
@@ -252,66 +238,65 @@ class MMDiT(nn.Module):
         check_image(x, self.patch_size)
         if x.shape[-1] != self.channels:
             raise ValueError(f"x must have channels={self.channels}, got shape {x.shape}.")
-        vector, tokens, mask = self._checked(x, cond)
+        given = self._checked(x, cond)
         x = x.astype(jnp.float32)
         _, height, width, _ = x.shape
         dtype = self.compute.dtype
 
         time = TimeEmbedding(256, self.hidden, time_scale=1.0, kernel_init=small_normal, name="time")
-        h = nn.silu(nn.Dense(self.hidden, kernel_init=small_normal, name="vector_in")(vector))
-        text = nn.Dense(self.hidden, kernel_init=small_normal, name="vector_out")(h)
+        h = nn.Dense(self.hidden, kernel_init=small_normal, name="vector_in")(given.vector.astype(jnp.float32))
+        text = nn.Dense(self.hidden, kernel_init=small_normal, name="vector_out")(nn.silu(h))
         emb = nn.silu(time(RECTIFIED.time(batch_time(t, x))) + text)
 
         h = nn.Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="patches")(patchify(x, self.patch_size))
         grid = height // self.patch_size, width // self.patch_size
         position = position_table(*grid, self.table_size, self.table_base, self.hidden, numpy=jnp)
         h = h + position.astype(dtype)[None]
-        c = nn.Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="context")(tokens)
+        c = nn.Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="context")(given.tokens)
 
-        options = {"num_heads": self.num_heads, "qk_norm": self.qk_norm, "compute": self.compute}
+        options: dict[str, Any] = {"num_heads": self.num_heads, "qk_norm": self.qk_norm, "compute": self.compute}
         loop = {"scan": self.scan_layers, "remat": self.compute.remat}
         for name, start, length in self.runs:
             skipped = tuple(i - start for i in self.skip_layers if start <= i < start + length)
             kind = options | {"dual": name == "dual_block", "skipped": skipped}
             streams = (h, c, jnp.zeros((), jnp.int32)) if skipped else (h, c)
-            h, c, *_ = run_blocks(JointBlock, kind, length, streams, emb, mask, train=train, name=name, **loop)
+            h, c, *_ = run_blocks(JointBlock, kind, length, streams, emb, given.mask, train=train, name=name, **loop)
         if self.is_initializing() or self.num_layers - 1 not in self.skip_layers:
             dual = self.num_dual == self.num_layers
             block = nn.remat(JointBlock, static_argnums=(4,)) if self.compute.remat else JointBlock
-            h, _ = block(**options, dual=dual, last=True, name="last_block")((h, c), emb, mask, train)
+            h, _ = block(**options, dual=dual, last=True, name="last_block")((h, c), emb, given.mask, train)
 
-        shift, scale = jnp.split(
-            nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(emb)[:, None, :], 2, axis=-1
-        )
+        modulation = nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(emb)[:, None, :]
+        shift, scale = jnp.split(modulation, 2, axis=-1)
         h = modulate(layer_norm(jnp.float32, "norm")(h), shift, scale)
         h = nn.Dense(self.patch_size**2 * (self.out_channels or self.channels), kernel_init=zeros, name="out")(h)
         return RECTIFIED.output(unpatchify(h, self.patch_size, height, width))
 
-    def _checked(self, x: Array, cond: Any) -> tuple[Array, Array, Array | None]:
-        wanted = "Conditions(vector=..., tokens=..., mask=None)"
+    def _checked(self, x: Array, cond: Any) -> Any:
         if not isinstance(cond, Conditions):
-            raise ValueError(f"cond must be {wanted}, got {shown(cond)}.")
-        if unused := [name for name in ("label", "local", "guidance") if getattr(cond, name) is not None]:
-            raise ValueError(f"cond must be {wanted}, got {', '.join(unused)} too, which an MMDiT does not look at.")
-        for name in ("vector", "tokens"):
-            check_real(f"cond.{name}", getattr(cond, name))
-        if cond.vector.shape != (x.shape[0], self.vector_dim):
-            expected = f"[batch, vector_dim] = {(x.shape[0], self.vector_dim)}"
-            raise ValueError(f"cond.vector must be {expected}, got shape {cond.vector.shape}.")
-        num_tokens = cond.tokens.shape[1] if cond.tokens.ndim == 3 else 0
-        if not num_tokens or cond.tokens.shape != (x.shape[0], num_tokens, self.context_dim):
-            expected = f"[batch, n, context_dim] = ({x.shape[0]}, n, {self.context_dim}) with n > 0"
-            raise ValueError(f"cond.tokens must be {expected}, got shape {cond.tokens.shape}.")
-        if cond.mask is not None:
-            check_array("cond.mask", cond.mask)
-            if cond.mask.dtype != bool or cond.mask.shape != cond.tokens.shape[:2]:
-                expected = f"bool [batch, n] = {cond.tokens.shape[:2]}, true where a token is"
-                raise ValueError(f"cond.mask must be {expected}, got {shown(cond.mask)}.")
-        return jnp.asarray(cond.vector, jnp.float32), cond.tokens, cond.mask
+            raise ValueError(f"cond must be Conditions(vector=..., tokens=...), got {shown(cond)}.")
+        given: Any = cond._asdict()
+        tokens = given["tokens"]
+        num_tokens = tokens.shape[1] if np.ndim(tokens) == 3 and tokens.shape[1] else "n"
+        shapes = {"vector": (x.shape[0], self.vector_dim), "tokens": (x.shape[0], num_tokens, self.token_dim)}
+        for name, shape in shapes.items():
+            words = str(shape).replace("'", "")
+            check_array(f"cond.{name}", given[name], f"an array of shape {words}")
+            check_real(f"cond.{name}", given[name])
+            if given[name].shape != shape:
+                raise ValueError(f"cond.{name} must have shape {words}, got shape {given[name].shape}.")
+        for name in ("label", "local", "guidance"):
+            if given[name] is not None:
+                raise ValueError(f"cond.{name} must be None: this network has no use for it, got {shown(given[name])}.")
+        if (mask := given["mask"]) is not None:
+            check_array("cond.mask", mask)
+            if mask.dtype != bool or mask.shape != tokens.shape[:2]:
+                raise ValueError(f"cond.mask must be bool of shape {tokens.shape[:2]}, got {shown(mask)}.")
+        return cond
 
 
 # Sizes of Esser et al. 2024 and of Stability AI's files; the tiny one takes small pictures and small encoders.
-_TINY = {"channels": 3, "context_dim": 128, "vector_dim": 128, "table_size": 32, "table_base": 32}
+_TINY = {"channels": 3, "token_dim": 128, "vector_dim": 128, "table_size": 32, "table_base": 32}
 _MEDIUM = {"hidden": 1536, "num_layers": 24, "num_heads": 24}
 MMDIT_CONFIGS: dict[str, dict[str, Any]] = {
     "tiny": {"hidden": 128, "num_layers": 4, "num_heads": 4} | _TINY,
@@ -325,7 +310,7 @@ def make_mmdit(name: str, **overrides: Any) -> MMDiT:
     """Builds a multimodal diffusion transformer by the name of its size.
 
     Args:
-        name: `"tiny"` (digits on a CPU), or Stable Diffusion 3 `"medium"`, `"3.5-medium"`, `"3.5-large"`.
+        name: `"tiny"` (small pictures on a CPU), or Stable Diffusion 3's `"medium"`, `"3.5-medium"`, `"3.5-large"`.
         **overrides: attributes of `MMDiT` to change.
 
     Raises:

@@ -68,7 +68,7 @@ def mmdit_from_config(config: Mapping[str, Any]) -> MMDiT:
         num_heads=fields["num_attention_heads"],
         num_dual=len(dual),
         qk_norm=fields["qk_norm"] is not None,
-        context_dim=fields["joint_attention_dim"],
+        token_dim=fields["joint_attention_dim"],
         vector_dim=fields["pooled_projection_dim"],
         table_size=fields["pos_embed_max_size"],
         table_base=fields["sample_size"] // fields["patch_size"],
@@ -85,7 +85,7 @@ def mmdit_config(module: MMDiT) -> dict[str, Any]:
         "num_layers": module.num_layers,
         "attention_head_dim": module.hidden // module.num_heads,
         "num_attention_heads": module.num_heads,
-        "joint_attention_dim": module.context_dim,
+        "joint_attention_dim": module.token_dim,
         "caption_projection_dim": module.hidden,
         "pooled_projection_dim": module.vector_dim,
         "out_channels": module.out_channels or module.channels,
@@ -108,10 +108,10 @@ def mmdit_rules(module: MMDiT, layout: str = "diffusers") -> Rules:
     """
     check_member("layout", layout, ("diffusers", "stability"))
     side = module.patch_size
-    cond = Conditions(
-        vector=jax.ShapeDtypeStruct((1, module.vector_dim), jnp.float32),
-        tokens=jax.ShapeDtypeStruct((1, 1, module.context_dim), jnp.float32),
+    vector, tokens = (
+        jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in ((module.vector_dim,), (1, module.token_dim))
     )
+    cond: Any = Conditions(vector, tokens=tokens)  # type: ignore[arg-type]
     x = jax.ShapeDtypeStruct((1, side, side, module.channels), jnp.float32)
     template = template_of(module, jax.ShapeDtypeStruct((1,), jnp.float32), x, cond)
 
