@@ -2,14 +2,14 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_integer, shown
+from fm_jax.checks import check_integer, check_member, check_number, shown
 from fm_jax.models.compute import Attention, Dtype
 from fm_jax.types import Array
 
@@ -51,7 +51,9 @@ def attend(
     References:
         Vaswani et al. 2017, "Attention Is All You Need", equation 1.
     """
-    _check_attention(q, k, v, mask, lengths)
+    _check_attention(q, k, v, mask, bias, lengths)
+    if implementation is not None:
+        check_member("implementation", implementation, get_args(Attention))
     if mask is not None and mask.ndim == 2:
         mask = mask[:, None, None, :]
     if implementation == "cudnn" and (why := _not_for_cudnn(q, bias)) is not None:
@@ -81,18 +83,29 @@ def _not_for_cudnn(q: Array, bias: Array | None) -> str | None:
     return None if bias is None else "a bias whose gradient is wanted for more than one example"
 
 
-def _check_attention(q: Array, k: Array, v: Array, mask: Array | None, lengths: Array | None) -> None:
+def _check_attention(
+    q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None, lengths: Array | None
+) -> None:
     for name, value in (("q", q), ("k", k), ("v", v)):
         if value.ndim != 4:
             raise ValueError(f"{name} must be [batch, tokens, heads, head_dim], got shape {value.shape}.")
     if k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
         raise ValueError(f"q, k and v must agree but for their tokens, got {q.shape}, {k.shape} and {v.shape}.")
+    batch_size, keys = k.shape[:2]
+    pairs = (batch_size, q.shape[2], q.shape[1], keys)
     if mask is not None and mask.dtype != bool:
         raise ValueError(f"mask must be bool, true where a key is seen, got {shown(mask)}.")
-    if mask is not None and mask.ndim == 2 and mask.shape != (k.shape[0], k.shape[1]):
-        raise ValueError(f"mask must be [batch, keys] = {(k.shape[0], k.shape[1])}, got shape {mask.shape}.")
-    if lengths is not None and (lengths.shape != (k.shape[0],) or not jnp.issubdtype(lengths.dtype, jnp.integer)):
-        raise ValueError(f"lengths must be integers [batch] = ({k.shape[0]},), got {shown(lengths)}.")
+    if mask is not None and mask.shape != (batch_size, keys) and not _broadcasts(mask, pairs):
+        wanted = f"[batch, keys] = {(batch_size, keys)} or broadcast to {pairs}"
+        raise ValueError(f"mask must be {wanted}, got shape {mask.shape}.")
+    if bias is not None and not _broadcasts(bias, pairs):
+        raise ValueError(f"bias must broadcast to {pairs}, got shape {bias.shape}.")
+    if lengths is not None and (lengths.shape != (batch_size,) or not jnp.issubdtype(lengths.dtype, jnp.integer)):
+        raise ValueError(f"lengths must be integers [batch] = ({batch_size},), got {shown(lengths)}.")
+
+
+def _broadcasts(x: Array, shape: tuple[int, ...]) -> bool:
+    return x.ndim == len(shape) and all(size in (1, wanted) for size, wanted in zip(x.shape, shape, strict=True))
 
 
 def rope_angles(ids: Array | np.ndarray, dims: Sequence[int], theta: float = 10_000.0) -> Array | np.ndarray:
@@ -107,7 +120,7 @@ def rope_angles(ids: Array | np.ndarray, dims: Sequence[int], theta: float = 10_
         [..., sum(dims) / 2].
 
     Raises:
-        ValueError: if `dims` has an odd number, or another length than `ids` has axes.
+        ValueError: if `dims` has an odd number, or another length than `ids` has axes, or `theta` is not positive.
 
     References:
         Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2.2.
@@ -118,8 +131,10 @@ def rope_angles(ids: Array | np.ndarray, dims: Sequence[int], theta: float = 10_
             raise ValueError(f"dims must be even, as channels turn in pairs, got {tuple(dims)}.")
     if ids.shape[-1] != len(dims):
         raise ValueError(f"ids must have {len(dims)} axes, as dims has, got shape {ids.shape}.")
+    check_number("theta", theta, "(0, inf)")
     numpy = np if isinstance(ids, np.ndarray) else jnp
-    frequencies = [theta ** (-np.arange(0, dim, 2) / dim) for dim in dims]
+    lead = (1,) * (ids.ndim - 1)
+    frequencies = [(theta ** (-np.arange(0, dim, 2) / dim)).reshape(*lead, -1) for dim in dims]
     return numpy.concatenate([ids[..., a, None] * w for a, w in enumerate(frequencies)], axis=-1)
 
 
@@ -152,10 +167,9 @@ def apply_rope(x: Array, angles: Array | np.ndarray | Rotation) -> Array:
         ValueError: if `angles` does not fit `x`.
     """
     turn = angles if isinstance(angles, Rotation) else rotation(angles)
-    if x.shape[-1] != 2 * turn.cos.shape[-1] or turn.cos.shape[-2] != x.shape[1]:
-        raise ValueError(
-            f"angles must be [tokens, head_dim / 2] = {(x.shape[1], x.shape[-1] // 2)}, got shape {turn.cos.shape}."
-        )
+    shared = (x.shape[1], x.shape[-1] // 2)
+    if x.shape[-1] % 2 or turn.cos.shape not in (shared, (1, *shared), (x.shape[0], *shared)):
+        raise ValueError(f"angles must be [tokens, head_dim / 2] = {shared}, got shape {turn.cos.shape}.")
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     cos, sin = (part.astype(dtype)[..., None, :] for part in turn)
     cos, sin = (part if part.ndim == x.ndim else part[None] for part in (cos, sin))

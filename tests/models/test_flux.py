@@ -282,7 +282,7 @@ def test_refuses_inputs(x, cond, message):
 
 def test_refuses_guidance_that_nobody_hears():
     module = MODULE.clone(guidance=False)
-    with pytest.raises(ValueError, match="cond.guidance must be None: this network has no use for it"):
+    with pytest.raises(ValueError, match=r"cond\.guidance must be None: this network has no use for it"):
         jax.eval_shape(module.init, jax.random.key(0), T, X, COND)
 
 
