@@ -99,6 +99,8 @@ class ClipTokenizer:
     def __post_init__(self) -> None:
         check_integer("length", self.length, least=2)
         check_bool("unescape", self.unescape)
+        if not all(isinstance(i, int) and i >= 0 for i in self.vocabulary.values()):
+            raise ValueError("vocabulary must map tokens to integers that are not negative.")
         for token in (START, END, *self.special):
             if token not in self.vocabulary:
                 raise ValueError(f"vocabulary must have {token!r}, got {len(self.vocabulary)} tokens without it.")
@@ -234,12 +236,12 @@ def _settings(folder: Path, vocabulary: Mapping[str, int]) -> dict[str, Any]:
         if name == "added_tokens.json":
             added |= found.keys()
         elif name == "tokenizer.json":
-            added |= {token["content"] for token in found.get("added_tokens", ())}
+            added |= {str(token.get("content")) for token in found.get("added_tokens", ())}
         else:
             pad = found.get("pad_token")
-            settings |= {"pad_token": pad["content"] if isinstance(pad, dict) else pad} if pad else {}
+            settings |= {"pad_token": pad.get("content") if isinstance(pad, dict) else pad} if pad else {}
             settings |= {"model_max_length": found["model_max_length"]} if "model_max_length" in found else {}
-            added |= {token["content"] for token in found.get("added_tokens_decoder", {}).values()}
+            added |= {str(token.get("content")) for token in found.get("added_tokens_decoder", {}).values()}
     if unknown := sorted(added - vocabulary.keys()):
         raise ValueError(f"{folder} adds tokens to CLIP's vocabulary, which are not supported: {unknown[:5]}.")
     return settings
