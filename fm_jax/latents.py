@@ -110,10 +110,11 @@ class LatentSpace:
     def _over(self, value: Constant, z: Array) -> np.ndarray:
         if not isinstance(value, tuple):
             return np.asarray(value)
-        if self.square == 1:
-            return np.asarray(value)
-        places = np.asarray(value).reshape(-1, self.square, self.square).transpose(1, 2, 0)
-        return np.tile(places, (z.shape[-3] // self.square, z.shape[-2] // self.square, 1))
+        numbers = np.asarray(value)
+        if self.square > 1:
+            places = numbers.reshape(-1, self.square, self.square).transpose(1, 2, 0)
+            numbers = np.tile(places, (z.shape[-3] // self.square, z.shape[-2] // self.square, 1))
+        return numbers.reshape((1,) * (z.ndim - numbers.ndim) + numbers.shape)
 
 
 PIXELS = LatentSpace()
