@@ -6,6 +6,7 @@ import json
 import os
 import re
 import unicodedata
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -221,8 +222,8 @@ def _of_folder(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     model = _json(folder / "tokenizer.json").get("model", {})
     if model.get("type") != "BPE" or model.get("end_of_word_suffix") != "</w>":
         raise ValueError(f"{folder / 'tokenizer.json'} is not of CLIP: its model is {model.get('type')!r}.")
-    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-    return model["vocab"], pairs
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model.get("merges", ())]
+    return model.get("vocab", {}), pairs
 
 
 def _settings(folder: Path, vocabulary: Mapping[str, int]) -> dict[str, Any]:
@@ -251,7 +252,7 @@ def _merges(path: Path) -> list[tuple[str, str]]:
     content = path.read_bytes()
     try:
         text = (gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ValueError(f"{path} must be a text of merges, or such a text zipped: {error}.") from None
     lines = text.split("\n")
     lines = [line for line in lines[lines[0].startswith(("#version", '"bpe_simple_vocab')) :] if line]

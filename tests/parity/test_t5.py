@@ -176,10 +176,9 @@ def test_the_sign_of_the_distances_is_seen(case, monkeypatch):
     check_mutation(case)
 
 
-@pytest.mark.parametrize("other", ["relu", "gated-silu"])
-def test_another_activation_in_the_gate_is_seen(other, monkeypatch):
+def test_relu_in_the_gate_is_seen(monkeypatch):
     activations = fm_jax.text.t5.ACTIVATIONS
-    monkeypatch.setitem(activations, "gated-gelu", activations[other])
+    monkeypatch.setitem(activations, "gated-gelu", activations["relu"])
     check_mutation(CASES[0])
 
 
