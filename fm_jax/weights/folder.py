@@ -40,8 +40,8 @@ LAYOUTS = {
     "clip": ("transformers", "bare"),
     "unet": ("diffusers", "diffusers_old"),
 }
-"""By the file of a family, the layouts in which its folders come, where they are several: old diffusers called the parts
-of attention otherwise, and transformers 5 writes CLIP's text encoder without the prefix of all files before it."""
+"""By the file of a family, the layouts in which its folders come, where they are several: diffusers once called what
+attention consists of otherwise, and transformers 5 writes CLIP's text encoder without the prefix of others."""
 
 _OPTIONS = {"size": "sample_size", "channels": "in_channels"}  # what some networks take from their input
 
