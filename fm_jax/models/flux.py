@@ -46,7 +46,7 @@ def fill_local(latents: Array, mask: Array) -> Array:
         ValueError: if the mask has another shape.
     """
     check_image(latents, 1)
-    check_array("mask", mask)
+    check_real("mask", mask)
     batch_size, height, width, _ = latents.shape
     wanted = (batch_size, MASK_SIDE * height, MASK_SIDE * width, 1)
     if mask.shape != wanted:
@@ -62,10 +62,7 @@ def joint_ids(rows: int, columns: int, tokens: int) -> np.ndarray:
 
 
 class Heads(nn.Module):
-    """Queries and keys, each head of them normalised, and values.
-
-    Attributes: see `Flux`.
-    """
+    """Queries and keys, each head of them normalised, and values."""
 
     num_heads: int
     head_dim: int
@@ -84,10 +81,7 @@ def rotated_attention(q: Array, k: Array, v: Array, turn: Any, mask: Array | Non
 
 
 class DoubleBlock(nn.Module):
-    """A block with weights of its own for each of two streams, which meet in the attention.
-
-    Attributes: see `Flux`.
-    """
+    """A block of two streams with weights of their own, which meet in the attention. Attributes: see `Flux`."""
 
     num_heads: int
     compute: Compute = Compute()
@@ -165,8 +159,8 @@ class Flux(nn.Module):
             and `singles`. Otherwise they are in `double_0`, ..., `single_0`, ...
 
     References:
-        Black Forest Labs et al. 2025, "FLUX.1 Kontext" (arXiv:2506.15742), section 2; Esser et al. 2024, "Scaling
-        Rectified Flow Transformers for High-Resolution Image Synthesis" (arXiv:2403.03206), section 4.
+        Black Forest Labs 2024, FLUX.1; Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution
+        Image Synthesis" (arXiv:2403.03206), section 4, from which it descends.
     """
 
     channels: int = 16
@@ -218,8 +212,7 @@ class Flux(nn.Module):
         """
         check_image(x, PATCH)
         given = self._checked(x, cond)
-        _, height, width, _ = x.shape
-        dtype, texts = self.compute.dtype, given.tokens.shape[1]
+        dtype, texts, (height, width) = self.compute.dtype, given.tokens.shape[1], x.shape[1:3]
 
         embed = partial(TimeEmbedding, 256, self.hidden, time_scale=1.0)
         emb = embed(name="time")(RECTIFIED.time(batch_time(t, x)))
@@ -228,28 +221,24 @@ class Flux(nn.Module):
         vector = nn.Dense(self.hidden, name="vector_in")(given.vector.astype(jnp.float32))
         emb = nn.silu(emb + nn.Dense(self.hidden, name="vector_out")(nn.silu(vector)))
 
-        x = x.astype(jnp.float32)
-        if self.local_channels:
-            x = jnp.concatenate([x, given.local.astype(jnp.float32)], axis=-1)
+        x = jnp.concatenate([part.astype(jnp.float32) for part in (x, given.local) if part is not None], axis=-1)
         image = nn.Dense(self.hidden, dtype=dtype, name="patches")(patchify(x, PATCH))
         text = nn.Dense(self.hidden, dtype=dtype, name="tokens")(given.tokens)
 
-        patches = image.shape[1]
         turn = rotation(rope_angles(joint_ids(height // PATCH, width // PATCH, texts), self.axes))
         mask = None
         if given.mask is not None:
-            mask = jnp.concatenate([jnp.ones((x.shape[0], patches), bool), given.mask], axis=1)
+            mask = jnp.concatenate([jnp.ones(image.shape[:2], bool), given.mask], axis=1)
 
         options = {"num_heads": self.num_heads, "compute": self.compute}
         loop = {"train": train, "scan": self.scan_layers, "remat": self.compute.remat}
-        streams = (image, text)
-        streams = run_blocks(DoubleBlock, options, self.num_double, streams, emb, turn, mask, name="double", **loop)
-        h = jnp.concatenate(streams, axis=1)
+        h = run_blocks(DoubleBlock, options, self.num_double, (image, text), emb, turn, mask, name="double", **loop)
+        h = jnp.concatenate(h, axis=1)
         h = run_blocks(SingleBlock, options, self.num_single, h, emb, turn, mask, name="single", **loop)
 
         modulation = nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(emb)
         shift, scale = jnp.split(modulation[:, None, :], 2, axis=-1)
-        h = modulate(layer_norm(jnp.float32, "norm")(h[:, :patches]), shift, scale)
+        h = modulate(layer_norm(jnp.float32, "norm")(h[:, : image.shape[1]]), shift, scale)
         h = nn.Dense(PATCH**2 * self.channels, kernel_init=zeros, name="out")(h)
         return RECTIFIED.output(unpatchify(h, PATCH, height, width))
 
@@ -277,8 +266,9 @@ class Flux(nn.Module):
                     raise ValueError(f"cond.{name} must have shape {words}, got shape {value.shape}.")
             elif value is not None:
                 raise ValueError(f"cond.{name} must be None: this network has no use for it, got {shown(value)}.")
-        if cond.mask is not None and (cond.mask.dtype != bool or cond.mask.shape != cond.tokens.shape[:2]):
-            raise ValueError(f"cond.mask must be bool of shape {cond.tokens.shape[:2]}, got {shown(cond.mask)}.")
+        seen = cond.tokens.shape[:2]
+        if cond.mask is not None and (getattr(cond.mask, "dtype", None) != np.bool_ or cond.mask.shape != seen):
+            raise ValueError(f"cond.mask must be bool of shape {seen}, got {shown(cond.mask)}.")
         return cond
 
 
