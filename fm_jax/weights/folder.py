@@ -167,12 +167,20 @@ def _function(name: str, what: str) -> Any:
 
 
 def _rules_for(keys: Collection[str], name: str, module: nn.Module, options: Mapping[str, Any]) -> Rules:
-    """The rules of the layout to which most of these keys belong."""
+    """The rules of the first layout whose keys are all there, or of that of which most are."""
     layouts = LAYOUTS.get(FAMILIES[name].split(":")[0])
     if layouts is None:
         return _rules(name, module, options)
-    every = [_rules(name, module, {**options, "layout": layout}) for layout in layouts]
-    return max(every, key=lambda rules: sum(key in keys for key in rules.shapes))
+    best, most = None, -1
+    for layout in layouts:
+        rules = _rules(name, module, {**options, "layout": layout})
+        there = sum(key in keys for key in rules.shapes)
+        if there > most:
+            best, most = rules, there
+        if there == len(rules.shapes):
+            break
+    assert best is not None
+    return best
 
 
 def _rules(name: str, module: nn.Module, options: Mapping[str, Any]) -> Rules:
