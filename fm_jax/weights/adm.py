@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fm_jax.models.conditioning import DDPM, SIT, Border
-from fm_jax.models.unet import UNet
+from fm_jax.models.unet import Resample, UNet
 from fm_jax.models.unet_blocks import ClassEmbedding
 from fm_jax.weights.unet import table_rows, width_options
 
@@ -78,7 +78,7 @@ def adm_from_config(config: Mapping[str, Any], *, border: Border | None = None) 
     if not keywords and not config.get("class_cond", False):
         classes = None
     head_channels = config.get("num_head_channels", -1)
-    convolutions = "conv" if config.get("conv_resample", True) else "pool"
+    resample: Resample = "conv" if config.get("conv_resample", True) else "pool"
     if border is None:
         border = SIT if "dim" in config else DDPM
     return UNet(
@@ -88,7 +88,7 @@ def adm_from_config(config: Mapping[str, Any], *, border: Border | None = None) 
         num_heads=heads,
         head_channels=None if head_channels == -1 else head_channels,
         film=config.get("use_scale_shift_norm", False),
-        resample="resblock" if config.get("resblock_updown", False) else convolutions,
+        resample="resblock" if config.get("resblock_updown", False) else resample,
         out_channels=config.get("out_channels", 2 * channels if config.get("learn_sigma", False) else channels),
         dropout=float(config.get("dropout", 0.0)),
         embed=None if classes is None else ClassEmbedding(classes),

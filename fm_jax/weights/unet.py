@@ -51,6 +51,7 @@ class Place(NamedTuple):
 
 
 def places(module: UNet) -> Iterator[Place]:
+    """The blocks and resampling convolutions of a network, in the order in which they are computed."""
     last = len(module.channel_mults) - 1
     widths = [module.channels * mult for mult in module.channel_mults]
     conv_or_block: Literal["residual", "conv"] = "residual" if module.resample == "resblock" else "conv"
@@ -292,7 +293,7 @@ def unet_config(module: UNet, *, size: int | None = None) -> dict[str, Any]:
         raise ValueError(f"time_channels must be {widths[0]}, the width of level 0, for diffusers' UNet2DModel.")
     if any(width % module.num_groups for width in widths) or module.in_channels is None:
         raise ValueError(f"diffusers' UNet2DModel has in_channels, and num_groups that divide the widths {widths}.")
-    dims = {module.head_channels}
+    dims: set[Any] = {module.head_channels}
     if module.head_channels is None and module.num_heads > 1:
         dims = {widths[level] // module.num_heads for level in {*module.attention_levels, last}}
     if len(dims) > 1:

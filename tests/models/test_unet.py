@@ -133,49 +133,45 @@ def test_make_unet_lists_its_names():
         make_unet("big")
 
 
-SMALL = {"channels": 8, "channel_mults": (1, 2), "num_blocks": 1, "num_heads": 2, "num_groups": 4, "in_channels": 3}
-PUBLISHED = {
-    "ddpm": {"frequency_shift": 1.0, "sine_first": True, "norm_epsilon": 1e-6, "down_padding": (0, 1), "border": DDPM},
-    "adm": {"resample": "resblock", "out_channels": 6, "embed": ClassEmbedding(4), "border": DDPM},
-}
-
-
-@pytest.fixture(scope="module", params=PUBLISHED)
-def published(request):
-    """A network with random parameters, and what it is called with."""
-    module = UNet(**SMALL, **PUBLISHED[request.param])
-    t, x = jnp.array([0.25, 0.8]), jax.random.normal(jax.random.key(0), (2, 4, 8, 3))
-    cond = None if module.embed is None else jnp.array([3, 0])
+@pytest.fixture(scope="module")
+def published():
+    """A network with all that published ones differ in and random parameters, compiled, and what it is called with."""
+    module = UNet(
+        channels=8,
+        channel_mults=(1, 2),
+        num_blocks=1,
+        num_heads=2,
+        num_groups=4,
+        in_channels=3,
+        out_channels=6,
+        embed=ClassEmbedding(4),
+        frequency_shift=1.0,
+        sine_first=True,
+        norm_epsilon=1e-6,
+        down_padding=(0, 1),
+        border=DDPM,
+    )
+    t, x, cond = jnp.array([0.25, 0.8]), jax.random.normal(jax.random.key(0), (2, 4, 8, 3)), jnp.array([3, 0])
     rng = np.random.default_rng(0)
     params = jax.eval_shape(lambda: module.init(jax.random.key(1), t, x, cond)["params"])
     params = jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), "float32"), params)
-    return module, params, t, x, cond
+    return module, params, jax.jit(lambda t: module.apply({"params": params}, t, x, cond)), t, x, cond
 
 
 def test_bfloat16_stays_close(published):
-    module, params, t, x, cond = published
-    out, low = (
-        jax.jit(each.apply)({"params": params}, t, x, cond)
-        for each in (module, module.clone(compute=Compute("bfloat16")))
-    )
+    module, params, f, t, x, cond = published
+    out, low = f(t), jax.jit(module.clone(compute=Compute("bfloat16")).apply)({"params": params}, t, x, cond)
+    assert out.shape == (2, 4, 8, 6)
     assert low.dtype == jnp.float32
     assert np.linalg.norm(low - out) <= 2e-2 * np.linalg.norm(out)
 
 
 def test_forward_derivatives(published):
-    module, params, t, x, cond = published
-    f = jax.jit(lambda t: module.apply({"params": params}, t, x, cond))
+    _, _, f, t, _, _ = published
     _, tangent = jax.jvp(f, (t,), (jnp.ones_like(t),))
-    step = 1e-4 * jnp.ones_like(t)
-    numeric = (f(t + step) - f(t - step)) / 2e-4
+    step = 1e-4
+    numeric = (f(t + step) - f(t - step)) / (2 * step)
     assert np.linalg.norm(tangent - numeric) <= 1e-2 * np.linalg.norm(tangent)
-
-
-def test_rematerialised_is_the_same(published):
-    module, params, t, x, cond = published
-    loss = lambda module: jax.jit(jax.grad(lambda p: (module.apply({"params": p}, t, x, cond) ** 2).sum()))  # noqa: E731
-    grads, again = loss(module)(params), loss(module.clone(compute=Compute(remat=True)))(params)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-3), grads, again)
 
 
 @pytest.mark.parametrize(
