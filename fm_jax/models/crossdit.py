@@ -232,7 +232,7 @@ class CrossDiT(nn.Module):
             third = self.hidden // 3
             resolution = embedding(features=third, name="resolution")(sizes[:, :2].reshape(-1))
             aspect = embedding(features=third, name="aspect")(sizes[:, 2])
-            emb = emb + jnp.concatenate([resolution.reshape(len(x), -1), aspect], axis=-1)
+            emb = emb + jnp.concatenate([resolution.reshape(-1, 2 * third), aspect], axis=-1)
         modulation = nn.Dense(6 * self.hidden, kernel_init=small_normal, name="modulation")(nn.silu(emb))
         text = TextProjection(self.hidden, self.compute, name="text")(tokens)
 
@@ -242,7 +242,7 @@ class CrossDiT(nn.Module):
         h = h + jnp.asarray(position_table(*grid, self.hidden, base, self.interpolation_scale), dtype)[None]
 
         options = {"num_heads": self.num_heads, "mlp_ratio": self.mlp_ratio, "compute": self.compute}
-        args = (modulation.reshape(len(x), 6, self.hidden), text, mask)
+        args = (modulation.reshape(-1, 6, self.hidden), text, mask)
         scan, remat = self.scan_layers, self.compute.remat
         h = run_blocks(CrossDiTBlock, options, self.num_layers, h, *args, train=train, scan=scan, remat=remat)
 

@@ -31,8 +31,8 @@ def patchify_video(x: Array, patch_size: Triple) -> Array:
 def unpatchify_video(patches: Array, patch_size: Triple, grid: Triple) -> Array:
     """Puts patches back into videos of `grid` patches: the inverse of `patchify_video`."""
     (f, h, w), (s, p, q) = grid, patch_size
-    x = patches.reshape(len(patches), f, h, w, s, p, q, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
-    return x.reshape(len(patches), f * s, h * p, w * q, -1)
+    x = patches.reshape(patches.shape[0], f, h, w, s, p, q, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
+    return x.reshape(patches.shape[0], f * s, h * p, w * q, -1)
 
 
 def _linear(features: int, dtype: Any, name: str, init: Any = small_normal) -> nn.Dense:
@@ -158,9 +158,9 @@ class VideoDiT(nn.Module):
         scan_layers: see `DiT`.
 
     References:
-        Polyak et al. 2024, "Movie Gen: A Cast of Media Foundation Models", sections 3.1.2 to 3.1.4. It has no public
-        weights and gives no epsilon: 1e-5 is that of the open implementation of MindSpore's mindone, as are `"1B"` and
-        `"5B"` of `VIDEODIT_CONFIGS`.
+        Polyak et al. 2024, "Movie Gen: A Cast of Media Foundation Models", sections 3.1.3 and 3.1.4. It has no public
+        weights: `epsilon`, and `"1B"` and `"5B"` of `VIDEODIT_CONFIGS`, are those of the open implementation in
+        MindSpore, mindone.
     """
 
     patch_size: Triple = (1, 2, 2)
@@ -212,7 +212,7 @@ class VideoDiT(nn.Module):
         grid = self._grid(x)
         tokens, masks = self._text(x, cond)
         x = x.astype(jnp.float32)
-        dtype, batch = self.compute.dtype, len(x)
+        dtype = self.compute.dtype
         emb = VideoTime(self.hidden, name="time")(OURS.time(batch_time(t, x)))
         modulation = _linear(6 * self.hidden, jnp.float32, "modulation", zeros)(nn.silu(emb))
         text = [
@@ -222,7 +222,7 @@ class VideoDiT(nn.Module):
 
         h = _linear(self.hidden, dtype, "patches")(patchify_video(x, self.patch_size))
         options = {name: getattr(self, name) for name in ("num_heads", "mlp_hidden", "epsilon", "compute")}
-        args = (positions, modulation.reshape(batch, 6, self.hidden), jnp.concatenate(text, axis=1), masks)
+        args = (positions, modulation.reshape(-1, 6, self.hidden), jnp.concatenate(text, axis=1), masks)
         scan, remat = self.scan_layers, self.compute.remat
         h = run_blocks(VideoDiTBlock, options, self.num_layers, h, *args, train=train, scan=scan, remat=remat)
 
@@ -256,7 +256,7 @@ class VideoDiT(nn.Module):
                 got = sorted(map(str, value)) if isinstance(value, Mapping) else shown(value)
                 raise ValueError(f"cond.{field} must be a dict of {', '.join(map(repr, names))}, got {got}.")
         for name, features in self.encoders:
-            check_tokens(tokens[name], masks.get(name), len(x), features, f"[{name!r}]")
+            check_tokens(tokens[name], masks.get(name), x.shape[0], features, f"[{name!r}]")
         if all(masks.get(name) is None for name in names):
             return {name: tokens[name] for name in names}, None
         seen = [jnp.ones(tokens[name].shape[:2], bool) if masks.get(name) is None else masks[name] for name in names]

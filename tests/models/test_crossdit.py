@@ -94,7 +94,7 @@ def test_blocks_in_a_loop_are_the_blocks_written_out():
     out, gradient = jit(functools.partial(derivatives, written))(params)
     assert out.shape == (2, 4, 6, 8)
     assert out.dtype == jnp.float32
-    assert_close(found, (out, stack_layers(gradient)), 2e-6)
+    assert_close(found, (out, stack_layers(gradient)), 1e-6)
 
 
 @pytest.fixture(scope="module")

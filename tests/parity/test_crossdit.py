@@ -22,6 +22,7 @@ from parity.harness import (
 from fm_jax.models import Compute, crossdit
 from fm_jax.models.conditioning import Border, Conditions
 from fm_jax.weights.crossdit import crossdit_config, crossdit_from_config, crossdit_rules
+from fm_jax.weights.folder import open_model, save_model
 
 CONFIG = {
     "_class_name": "PixArtTransformer2DModel",
@@ -183,19 +184,20 @@ def test_bfloat16_is_close_to_the_peer_in_bfloat16():
 
 
 @pytest.mark.parity
-def test_an_export_is_loaded_by_the_peer(tmp_path):
-    """Our config and our tensors are the class's own."""
+def test_folders_go_to_the_peer_and_come_back(tmp_path):
     diffusers = pytest.importorskip("diffusers")
-    config = crossdit_config(SIZED.extra["module"])
-    model = diffusers.PixArtTransformer2DModel.from_config(config)
-    written = {name: value for name, value in model.config.items() if name[0] != "_"}
-    assert written == {name: value for name, value in config.items() if name[0] != "_"}
-    rules = SIZED.rules()
-    tensors = rules.to_theirs(rules.to_ours(SIZED.tensors()))
-    model.load_state_dict(to_torch(tensors), strict=True)
-    model.save_pretrained(tmp_path)
-    again = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path).eval()
-    assert distances({"out": call(again, SIZED.inputs())}, SIZED.recorded())["out"] < 1e-6
+    module, tensors = SIZED.extra["module"], SIZED.tensors()
+    params = SIZED.rules().to_ours(tensors)
+    save_model(tmp_path / "ours", module, params)
+    model = diffusers.PixArtTransformer2DModel.from_pretrained(tmp_path / "ours").eval()
+    assert distances({"out": call(model, SIZED.inputs())}, SIZED.recorded())["out"] < 1e-6
+    config = crossdit_config(module)
+    del config["_class_name"]
+    assert {name: model.config[name] for name in config} == config
+    model.save_pretrained(tmp_path / "theirs")
+    again, back = open_model(tmp_path / "theirs")
+    assert again == module
+    jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
 @pytest.mark.parity
