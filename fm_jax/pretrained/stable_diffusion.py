@@ -1,0 +1,74 @@
+"""Stable Diffusion 1, 2 and XL: a conditional U-Net that predicts noise in latents of 4 channels."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fm_jax.models.conditioning import Conditions
+from fm_jax.pretrained.parts import Parts, check_texts
+from fm_jax.pretrained.steps import steps_of
+from fm_jax.pretrained.system import Request, System
+
+
+def stable_diffusion(parts: Parts, *, solver: str | None = None, truncate: bool = False) -> System:
+    """The system of a folder of Stable Diffusion 1 or 2; see `open_pretrained`."""
+    clip = parts.encoder("", truncate=truncate)
+
+    def conditions(request: Request) -> tuple[Any, Any]:
+        texts = check_texts(request.prompts, "Stable Diffusion")
+        negative = list(request.negative or [""] * len(texts))
+        told, null = (Conditions(tokens=clip(each)[0].last) for each in (texts, negative))
+        return told, None if request.guidance == 1 else null
+
+    return _system("StableDiffusionPipeline", parts, solver, conditions, 7.5)
+
+
+def stable_diffusion_xl(parts: Parts, *, solver: str | None = None, truncate: bool = False) -> System:
+    """The system of a folder of Stable Diffusion XL; see `open_pretrained`.
+
+    The network is told that nothing has been cropped and that the original size is the one asked for.
+    """
+    clips = [parts.encoder(suffix, truncate=truncate) for suffix in ("", "_2")]
+    zeros = parts.index().get("force_zeros_for_empty_prompt", True)
+
+    def tell(texts: list[str], sizes: list[int]) -> Conditions:
+        features = [encode(texts)[0] for encode in clips]
+        tokens = jnp.concatenate([each.hidden[-2] for each in features], axis=-1)
+        pooled: Any = features[-1].projected
+        return Conditions(vector=_with_sizes(pooled, sizes), tokens=tokens)
+
+    def conditions(request: Request) -> tuple[Any, Any]:
+        texts = check_texts(request.prompts, "Stable Diffusion XL")
+        sizes = [request.height, request.width, 0, 0, request.height, request.width]
+        told: Any = tell(texts, sizes)
+        if request.guidance == 1:
+            return told, None
+        if request.negative is None and zeros:
+            pooled = jnp.zeros((len(texts), told.vector.shape[1] - len(sizes)))
+            return told, Conditions(vector=_with_sizes(pooled, sizes), tokens=jnp.zeros_like(told.tokens))
+        return told, tell(list(request.negative or [""] * len(texts)), sizes)
+
+    return _system("StableDiffusionXLPipeline", parts, solver, conditions, 5.0)
+
+
+def _with_sizes(pooled: jax.Array, sizes: list[int]) -> jax.Array:
+    numbers = jnp.broadcast_to(jnp.asarray(sizes, jnp.float32), (len(pooled), len(sizes)))
+    return jnp.concatenate([pooled.astype(jnp.float32), numbers], axis=1)
+
+
+def _system(name: str, parts: Parts, solver: str | None, conditions: Any, guidance: float) -> System:
+    module, params = parts.network("unet")
+    decoding = parts.decoding()
+    return System(
+        name=name,
+        module=module,
+        params=params,
+        steps=steps_of(parts.scheduler(), solver),
+        conditions=conditions,
+        **decoding,
+        patch_size=2 ** (len(module.widths) - 1),
+        size=parts.config("unet")["sample_size"] * decoding["factor"],
+        num_steps=50,
+        guidance=guidance,
+    )
