@@ -247,6 +247,16 @@ def test_an_export_is_loaded_by_the_peer(case, tmp_path):
     assert distance(call(again, case.inputs()), case.recorded()["out"]) < 1e-6
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("name", flux.FLUX_CONFIGS)
+def test_names_and_shapes_are_the_peers(name):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    module = flux.make_flux(name)
+    with torch.device("meta"):
+        model = diffusers.FluxTransformer2DModel.from_config(flux_config(module))
+    assert {key: tuple(value.shape) for key, value in model.state_dict().items()} == flux_rules(module).shapes
+
+
 # Mistakes, each of which has to show.
 
 
