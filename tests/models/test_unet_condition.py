@@ -10,7 +10,13 @@ import pytest
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import DDPM, Conditions
 from fm_jax.models.stack import stack_layers, unstack_layers
-from fm_jax.models.unet_condition import UNET_CONDITION_CONFIGS, UNetCondition, make_unet_condition
+from fm_jax.models.unet_condition import (
+    UNET_CONDITION_CONFIGS,
+    SpatialTransformer,
+    UNetCondition,
+    make_unet_condition,
+)
+from fm_jax.weights.rules import template_of
 from fm_jax.weights.unet_condition import (
     _layers,
     unet_condition_config,
@@ -30,6 +36,8 @@ SMALL = UNetCondition(
     num_sizes=2,
     size_features=4,
 )
+# A transformer in the middle alone, for what has to be compiled.
+ONE = replace(SMALL, widths=(8,), attention_levels=(), num_heads=(2,), num_layers=(2,))
 RNG = np.random.default_rng(0)
 T = np.array([0.25, 0.875], np.float32)
 X = RNG.standard_normal((2, 4, 6, 4)).astype(np.float32)
@@ -69,12 +77,12 @@ def random_params(template):
 
 
 @functools.cache
-def params():
-    return random_params(unet_condition_rules(SMALL).template)
+def params(module=ONE):
+    return random_params(unet_condition_rules(module).template)
 
 
 @functools.cache
-def call(module=SMALL):
+def call(module=ONE):
     """Compiled once."""
     return jax.jit(lambda params, x, cond: module.apply({"params": params}, T, x, cond))
 
@@ -121,35 +129,39 @@ def test_ldm_names_of_stable_diffusion():
 
 def test_rules_go_both_ways():
     for layout in ("diffusers", "ldm"):
-        rules = unet_condition_rules(SMALL, layout)
+        rules = unet_condition_rules(ONE, layout)
         back = rules.to_ours(rules.to_theirs(params()))
         jax.tree.map(np.testing.assert_array_equal, back, params())
 
 
 def test_zero_at_initialisation():
-    out = SMALL.apply(SMALL.init(jax.random.key(0), T, X, COND), T, X, COND)
-    assert (out.shape, out.dtype) == ((2, 4, 6, 4), jnp.float32)
-    assert not out.any()
+    out = jax.jit(lambda key: ONE.init(key, T, X, COND)["params"]["out"])(jax.random.key(0))
+    assert not any(leaf.any() for leaf in jax.tree.leaves(out))
 
 
 def test_scanned_and_unrolled_are_equal():
-    unrolled = replace(SMALL, scan_layers=False)
+    x, tokens, mask = RNG.standard_normal((2, 2, 3, 8)).astype(np.float32), COND.tokens, np.ones((2, 3), bool)
+    weights = random_params(template_of(SpatialTransformer(3, 2, 4), x, tokens, mask, train=False))
 
-    def loss(module):
-        square = lambda params: jnp.sum(module.apply({"params": params}, T, X, COND) ** 2)  # noqa: E731
-        return jax.jit(jax.value_and_grad(square))
+    def square(module, params):
+        return jnp.sum(module.apply({"params": params}, x, tokens, mask, train=False) ** 2)
 
-    one, grad = loss(SMALL)(params())
-    other, grad_other = loss(unrolled)(unstack_layers(params()))
-    np.testing.assert_allclose(one, other, rtol=1e-6)
+    def value_and_grad(scan, params):
+        module = SpatialTransformer(3, 2, 4, scan_layers=scan)
+        return jax.jit(jax.value_and_grad(functools.partial(square, module)))(params)
+
+    one, grad = value_and_grad(True, weights)
+    other, grad_other = value_and_grad(False, unstack_layers(weights))
     flat = lambda tree: np.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(tree)])  # noqa: E731
+    np.testing.assert_allclose(one, other, rtol=1e-6)
     gap = np.linalg.norm(flat(grad) - flat(stack_layers(grad_other))) / np.linalg.norm(flat(grad))
     assert gap < 1e-6, gap
 
 
 def test_bfloat16_and_remat():
     expected = call()(params(), X, COND)
-    out = call(replace(SMALL, compute=Compute("bfloat16", remat=True)))(params(), X, COND)
+    assert (expected.shape, expected.dtype) == ((2, 4, 6, 4), jnp.float32)
+    out = call(replace(ONE, compute=Compute("bfloat16", remat=True)))(params(), X, COND)
     assert out.dtype == jnp.float32
     assert 1e-4 < jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected) < 2e-2
 
@@ -167,9 +179,10 @@ def test_masked_tokens_and_padding_have_no_influence():
 
 
 def test_jvp_is_the_derivative():
-    f = lambda t, x: SMALL.apply({"params": params()}, t, x, COND)  # noqa: E731
+    f = lambda t, x: ONE.apply({"params": params()}, t, x, COND)  # noqa: E731
     step, dt, dx = 2.0**-7, np.array([2.0**-10, -(2.0**-10)], np.float32), X[::-1]
-    there, back = (jax.jit(f)(T + sign * step * dt, X + sign * step * dx) for sign in (1, -1))
+    compiled = jax.jit(f)
+    there, back = (compiled(T + sign * step * dt, X + sign * step * dx) for sign in (1, -1))
     _, derivative = jax.jit(lambda: jax.jvp(f, (T, X), (dt, dx)))()
     quotient = (there - back) / (2 * step)
     assert jnp.linalg.norm(quotient - derivative) / jnp.linalg.norm(derivative) < 1e-3
@@ -223,7 +236,7 @@ def test_options_are_refused(options, message):
 )
 def test_conditions_are_refused(x, cond, message):
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda x, cond: SMALL.apply({"params": params()}, T, x, cond), x, cond)
+        jax.eval_shape(lambda x, cond: SMALL.init(jax.random.key(0), T, x, cond), x, cond)
 
 
 @pytest.mark.parametrize(
