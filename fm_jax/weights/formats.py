@@ -35,8 +35,8 @@ class WeightsError(ValueError):
 
 
 def is_safetensors(head: bytes) -> bool:
-    """Whether a file begins as safetensors do: the length of a header that is a JSON object."""
-    return len(head) > 8 and head[8:9] == b"{" and not head.startswith((b"PK", b"GGUF", b"{"))
+    """Whether a file begins as safetensors do: the length of a header, below 4 GB, and a JSON object."""
+    return len(head) > 8 and head[4:9] == b"\0\0\0\0{"
 
 
 def read_ends(path: Path) -> tuple[bytes, bytes]:

@@ -92,7 +92,8 @@ def _shardings(rules: Rules, sharding: Any) -> dict[str, Sharding | None]:
     if sharding is None or isinstance(sharding, Sharding | jax.Device):
         found = dict.fromkeys(rules.leaves, sharding)
     elif isinstance(sharding, Mapping):
-        given = {path_of(path): each for path, each in jax.tree_util.tree_leaves_with_path(sharding)}
+        every = jax.tree_util.tree_leaves_with_path(sharding, is_leaf=lambda each: each is None)
+        given = {path_of(path): each for path, each in every}
         if given.keys() != rules.leaves.keys():
             lacking, unknown = rules.leaves.keys() - given.keys(), given.keys() - rules.leaves.keys()
             wrong = f"it lacks {listed(lacking)}, and has {listed(unknown)}"

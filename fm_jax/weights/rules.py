@@ -238,7 +238,7 @@ def _grouped(pieces: Iterable[Piece], name: Callable[[Piece], str]) -> dict[str,
 
 def path_of(path: tuple[Any, ...]) -> str:
     """`"a/b/kernel"` of a path of `jax.tree_util`."""
-    return "/".join(str(entry.key) for entry in path)
+    return "/".join(str(getattr(entry, "key", entry)) for entry in path)
 
 
 def nested(leaves: Mapping[str, Any]) -> Params:

@@ -136,6 +136,7 @@ def open_tensors(path: PathLike | Sequence[PathLike]) -> Tensors:
         WeightsError: names the file and the fault: one that is no safetensors, among them pickles, of which nothing is
             unpickled; that is cut off or malformed; a shard that is missing or outside of the folder; a key that comes
             twice or that its shard lacks.
+        OSError: if a file cannot be read.
 
     References:
         https://huggingface.co/docs/safetensors, "Format".
@@ -262,11 +263,13 @@ def _entry(file: _File, key: str, said: Any, data: int) -> _Entry:
     for name, numbers in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(numbers, list) or any(type(each) is not int or each < 0 for each in numbers):
             raise WeightsError(f"{bad}has the {name} {shown(numbers)}, which are no lengths.")
-    if len(shape) > 64:
-        raise WeightsError(f"{bad}has {len(shape)} axes.")
+    if len(shape) > 32:
+        raise WeightsError(f"{bad}has {len(shape)} axes; NumPy takes 32.")
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         raise WeightsError(f"{bad}has data_offsets {shown(offsets)}: they must be a beginning and an end.")
     dtype = DTYPES[said["dtype"]]
+    if math.prod(each for each in shape if each) * dtype.itemsize >= 2**63:
+        raise WeightsError(f"{bad}has the shape {shown(shape)}, which is too large.")
     size = math.prod(shape) * dtype.itemsize
     if offsets[1] - offsets[0] != size:
         raise WeightsError(

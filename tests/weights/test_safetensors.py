@@ -74,6 +74,13 @@ class TestRead:
             np.testing.assert_array_equal(theirs[key], value)
             np.testing.assert_array_equal(ours[key], value)
 
+    @pytest.mark.parametrize("length", [123, 19280, 0x7B7B, 0x0280])
+    def test_a_length_that_looks_like_another_format(self, write, length):
+        """Like `{`, like a zip archive, like a pickle."""
+        text = json.dumps({"a": entry(0, 4)})
+        path = write(raw((text + " " * (length - len(text))).encode(), b"abcd"))
+        assert open_tensors(path)["a"].tobytes() == b"abcd"
+
     def test_unaligned(self, write):
         data = np.float32([1, 2]).tobytes()
         path = write(raw({"a": entry(0, 1), "b": entry(1, 9, [2], "F32")}, b"\1" + data))
@@ -136,7 +143,9 @@ MALFORMED = {
     "negative shape": (raw({"a": entry(0, 4, [-2, -2])}, bytes(4)), r"has the shape \[-2, -2\]"),
     "shape of floats": (raw({"a": entry(0, 4, [4.0])}, bytes(4)), r"has the shape \[4.0\]"),
     "shape of bools": (raw({"a": entry(0, 1, [True])}, bytes(1)), r"has the shape \[True\]"),
-    "huge shape": (raw({"a": entry(0, 4, [2**62, 2**62])}, bytes(4)), "has 4 bytes"),
+    "huge shape": (raw({"a": entry(0, 4, [2**62, 2**62])}, bytes(4)), "which is too large"),
+    "huge and empty": (raw({"a": entry(0, 0, [0, 2**70])}), "which is too large"),
+    "a header of 2^63 bytes": (raw(GOOD, bytes(8), length=2**63), "not begin with the length of a header"),
     "too many axes": (raw({"a": entry(0, 1, [1] * 65)}, bytes(1)), "65 axes"),
     "backwards": (raw({"a": {"dtype": "U8", "shape": [0], "data_offsets": [4, 0]}}), "must be a beginning and an end"),
     "negative offset": (raw({"a": {"dtype": "U8", "shape": [4], "data_offsets": [-4, 0]}}), "has the data_offsets"),

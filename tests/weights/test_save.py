@@ -107,6 +107,7 @@ def without(params, path):
         (lambda x: x | {"count": np.zeros(4)}, r"count is \[4\], must be \[3\]"),
         (lambda x: {"params": x}, "lack .*; have besides"),
         (lambda x: None, "params must be nested dicts of arrays"),
+        (lambda x: x | {"image": [1, 2]}, r"lack .*; have besides 'image/\[0\]'"),
     ],
 )
 def test_parameters_of_another_network(tmp_path, change, message):
