@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax import latents
-from fm_jax.checks import check_bool, check_integer, check_member, shown
+from fm_jax.checks import check_bool, check_has, check_integer, check_member, shown
 from fm_jax.latents import LatentSpace
-from fm_jax.models.attention import attend
-from fm_jax.models.compute import Compute, Dtype
-from fm_jax.models.layers import check_image, check_options, check_widths, conv3x3, double, group_norm
+from fm_jax.models.autoencoder_blocks import ResidualBlock, middle, norm
+from fm_jax.models.compute import Compute
+from fm_jax.models.layers import check_image, check_options, check_widths, conv3x3, double
 from fm_jax.types import Array, Key, Params
 
-EPSILON = 1e-6
-"""Of every normalisation."""
 DOWN_PADDING = ((0, 1), (0, 1))
 """Of the strided convolutions: zeros below and to the right of the image alone."""
 LOG_VARIANCE = (-30.0, 20.0)
@@ -48,56 +46,6 @@ def sample_moments(key: Key, moments: Moments) -> Array:
     return mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)
 
 
-def _norm(channels: int, num_groups: int, dtype: Dtype, name: str) -> nn.GroupNorm:
-    return group_norm(channels, num_groups, dtype, name, epsilon=EPSILON)
-
-
-class ResidualBlock(nn.Module):
-    """Two normalised convolutions, added to the input; no condition.
-
-    `x' + conv(silu(norm(conv(silu(norm(x))))))`, where `x'` is `x`, projected if the number of channels changes.
-
-    Attributes:
-        features: output channels.
-        num_groups, compute: see `Autoencoder`.
-    """
-
-    features: int
-    num_groups: int
-    compute: Compute = Compute()
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps [batch, h, w, c] to [batch, h, w, features]."""
-        dtype = self.compute.dtype
-        h = nn.silu(_norm(x.shape[-1], self.num_groups, dtype, "norm_in")(x))
-        h = conv3x3(self.features, dtype, "conv_in")(h)
-        h = nn.silu(_norm(self.features, self.num_groups, dtype, "norm_out")(h))
-        h = conv3x3(self.features, dtype, "conv_out")(h)
-        if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=dtype, name="skip")(x)
-        return x + h
-
-
-class PixelAttention(nn.Module):
-    """Normalised self-attention of one head over all pixels, added to the input.
-
-    The head is as wide as the image has channels: more than cuDNN takes, so it runs on XLA.
-    """
-
-    num_groups: int
-    compute: Compute = Compute()
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """Maps [batch, h, w, c] to the same shape."""
-        width, dtype = x.shape[-1], self.compute.dtype
-        h = _norm(width, self.num_groups, dtype, "norm")(x).reshape(x.shape[0], -1, width)
-        q, k, v = (nn.Dense(width, dtype=dtype, name=name)(h)[:, :, None] for name in ("query", "key", "value"))
-        h = attend(q, k, v, implementation="xla")[:, :, 0]
-        return x + nn.Dense(width, dtype=dtype, name="out")(h).reshape(x.shape)
-
-
 class Encoder(nn.Module):
     """From images to `out_channels` numbers a latent pixel. Attributes: see `Autoencoder`."""
 
@@ -120,8 +68,8 @@ class Encoder(nn.Module):
             if level < len(self.channels) - 1:
                 name = f"down_{level}_resample"
                 h = nn.Conv(features, (3, 3), 2, padding=DOWN_PADDING, dtype=dtype, name=name)(h)
-        h = _middle(self, h)
-        h = nn.silu(_norm(h.shape[-1], self.num_groups, jnp.float32, "norm")(h))
+        h = middle(h, self.num_groups, self.attention, self.compute)
+        h = nn.silu(norm(h.shape[-1], self.num_groups, jnp.float32, "norm")(h))
         return conv3x3(self.out_channels, jnp.float32, "out")(h)
 
 
@@ -140,36 +88,15 @@ class Decoder(nn.Module):
         """Maps [batch, h, w, latent_channels] to float32 [batch, f h, f w, out_channels]."""
         dtype = self.compute.dtype
         block = nn.remat(ResidualBlock) if self.compute.remat else ResidualBlock
-        h = _middle(self, conv3x3(self.channels[-1], dtype, "stem")(z))
+        h = conv3x3(self.channels[-1], dtype, "stem")(z)
+        h = middle(h, self.num_groups, self.attention, self.compute)
         for level, features in reversed(list(enumerate(self.channels))):
             for i in range(self.num_blocks + 1):
                 h = block(features, self.num_groups, self.compute, name=f"up_{level}_{i}")(h)
             if level > 0:
                 h = conv3x3(features, dtype, f"up_{level}_resample")(double(h))
-        h = nn.silu(_norm(h.shape[-1], self.num_groups, jnp.float32, "norm")(h))
+        h = nn.silu(norm(h.shape[-1], self.num_groups, jnp.float32, "norm")(h))
         return conv3x3(self.out_channels, jnp.float32, "out")(h)
-
-
-def _middle(half: Encoder | Decoder, h: Array) -> Array:
-    """The blocks at the lowest resolution, in a compact method of either half."""
-    block = nn.remat(ResidualBlock) if half.compute.remat else ResidualBlock
-    attention = nn.remat(PixelAttention) if half.compute.remat else PixelAttention
-    h = block(h.shape[-1], half.num_groups, half.compute, name="middle_0")(h)
-    if half.attention:
-        h = attention(half.num_groups, half.compute, name="middle_attention")(h)
-    return block(h.shape[-1], half.num_groups, half.compute, name="middle_1")(h)
-
-
-class Statistics(nn.Module):
-    """Means and variances of latents, which are measured and not trained."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self) -> tuple[Array, Array]:
-        """Two vectors [features]."""
-        mean = self.param("mean", nn.initializers.zeros_init(), (self.features,))
-        return mean, self.param("variance", nn.initializers.ones_init(), (self.features,))
 
 
 class Autoencoder(nn.Module):
@@ -251,7 +178,9 @@ class Autoencoder(nn.Module):
             self.encoder_out = nn.Dense(2 * self.latent_channels)
             self.decoder_in = nn.Dense(self.latent_channels)
         if self.statistics:
-            self.latent_statistics = Statistics(4 * self.latent_channels)
+            size = (4 * self.latent_channels,)
+            self.latent_mean = self.param("latent_mean", nn.initializers.zeros_init(), size)
+            self.latent_variance = self.param("latent_variance", nn.initializers.ones_init(), size)
 
     def encode(self, x: Array) -> Moments:
         """The latents of images.
@@ -293,22 +222,25 @@ class Autoencoder(nn.Module):
 
     def __call__(self, x: Array) -> Array:
         """Images [batch, height, width, image_channels] there and back, through the means of their latents."""
-        if self.statistics:
-            self.latent_statistics()
         return self.decode(self.encode(x).mean)
 
 
-def latent_space(module: Autoencoder, params: Params) -> LatentSpace:
+def latent_space(module: nn.Module, params: Params) -> LatentSpace:
     """What a model sees of an autoencoder's latents: its `latents`, or what the statistics of its parameters say.
 
     Args:
-        module: autoencoder.
+        module: an `Autoencoder` or a `TinyAutoencoder`.
         params: its parameters.
+
+    Raises:
+        ValueError: if it is no autoencoder, or its parameters lack the statistics.
     """
-    if not module.statistics:
-        return module.latents
-    measured = params["latent_statistics"]
-    return latents.flux2_latents(measured["mean"], measured["variance"])
+    check_has("module", module, ("latents",), "an autoencoder, such as make_autoencoder('sd')")
+    if not getattr(module, "statistics", False):
+        return module.latents  # type: ignore[attr-defined]
+    if not {"latent_mean", "latent_variance"} <= params.keys():
+        raise ValueError(f"params must hold latent_mean and latent_variance, got {sorted(map(str, params))}.")
+    return latents.flux2_latents(params["latent_mean"], params["latent_variance"])
 
 
 _KL16: dict[str, Any] = {"latent_channels": 16, "quantize": False}

@@ -132,8 +132,8 @@ def _pieces(module: Autoencoder, layout: Layout) -> Iterator[Piece]:
         yield from conv1x1("encoder_out", "quant_conv")
         yield from conv1x1("decoder_in", "post_quant_conv")
     if module.statistics:
-        yield Piece("latent_statistics/mean", "bn.running_mean", "d -> d")
-        yield Piece("latent_statistics/variance", "bn.running_var", "d -> d")
+        yield Piece("latent_mean", "bn.running_mean", "d -> d")
+        yield Piece("latent_variance", "bn.running_var", "d -> d")
 
 
 def _half(

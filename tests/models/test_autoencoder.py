@@ -179,14 +179,15 @@ def test_rematerialised_blocks_have_the_same_names(module, rules):
 
 def test_statistics_say_what_a_model_sees():
     module = SMALL.clone(statistics=True)
-    measured = autoencoder_rules(module).template["latent_statistics"]
-    assert {name: leaf.shape for name, leaf in measured.items()} == {"mean": (12,), "variance": (12,)}
-    params = PARAMS | {"latent_statistics": {"mean": np.arange(12.0), "variance": np.ones(12)}}
+    template = autoencoder_rules(module).template
+    assert template["latent_mean"].shape == template["latent_variance"].shape == (12,)
+    params = PARAMS | {"latent_mean": np.arange(12.0), "latent_variance": np.ones(12)}
     space = latent_space(module, params)
     assert space.shift == tuple(np.arange(12.0))
     np.testing.assert_allclose(space.scale, 1 / np.sqrt(1 + 1e-4))
     assert (ENCODE(params).mean == ENCODE(PARAMS).mean).all()  # they take no part
     assert latent_space(make_autoencoder("sd"), {}) == latents.SD
+    assert latent_space(TINY, {}) == latents.PIXELS
 
 
 def test_published_latents():
@@ -237,6 +238,14 @@ def test_wrong_arrays(module, call, shape, said):
             "latents must be a LatentSpace, such as fm_jax.latents.SD, got 0.18215.",
         ),
         (lambda: SMALL.clone(quantize=1), "quantize must be"),
+        (
+            lambda: latent_space(Compute(), {}),
+            "module must be an autoencoder, such as make_autoencoder('sd'), got Compute(",
+        ),
+        (
+            lambda: latent_space(make_autoencoder("flux2"), {"decoder": 0}),
+            "params must hold latent_mean and latent_variance, got ['decoder'].",
+        ),
         (lambda: make_tiny_autoencoder("taesd"), "name must be one of 'sd', '16ch', 'taef2', got 'taesd'."),
         (lambda: TinyAutoencoder(8, (1, 1), (1,)), "encoder_blocks and decoder_blocks must have as many levels"),
         (lambda: TinyAutoencoder(latents=None), "latents must be a LatentSpace"),

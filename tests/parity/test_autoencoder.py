@@ -18,8 +18,8 @@ from parity.harness import (
     to_torch,
 )
 
-import fm_jax.models.autoencoder as autoencoder
 from fm_jax.latents import FLUX, SD
+from fm_jax.models import autoencoder, autoencoder_blocks
 from fm_jax.models.autoencoder import Autoencoder, latent_space
 from fm_jax.models.compute import Compute
 from fm_jax.weights.autoencoder import autoencoder_config, autoencoder_rules
@@ -149,10 +149,12 @@ def test_blocks_have_the_peers_names(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("DOWN_PADDING", ((1, 1), (1, 1))), ("EPSILON", 1e-5)], ids=["symmetric", "epsilon"]
+    ("file", "name", "value"),
+    [(autoencoder, "DOWN_PADDING", ((1, 1), (1, 1))), (autoencoder_blocks, "EPSILON", 1e-5)],
+    ids=["symmetric", "epsilon"],
 )
-def test_sees_mistake(name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(autoencoder, name, value)
+def test_sees_mistake(file: Any, name: str, value: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file, name, value)
     check_mutation(CASES[0])
 
 
