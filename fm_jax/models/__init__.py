@@ -21,7 +21,7 @@ from fm_jax.models.icnn import ICNN, linen_potential
 from fm_jax.models.mlp import MLP, PlainMLP
 from fm_jax.models.stack import stack_layers, unstack_layers
 from fm_jax.models.unet import UNet, make_unet
-from fm_jax.types import Key, Params
+from fm_jax.types import Cond, Key, Params
 
 __all__ = [
     "ICNN",
@@ -47,13 +47,14 @@ __all__ = [
 ]
 
 
-def init_params(module: nn.Module, key: Key, event_shape: tuple[int, ...]) -> Params:
+def init_params(module: nn.Module, key: Key, event_shape: tuple[int, ...], cond: Cond = None) -> Params:
     """Draws the initial parameters of a module, those of its `embed` included.
 
     Args:
-        module: called as `module(t, x)`.
+        module: called as `module(t, x)`, or `module(t, x, cond)` where it needs a condition.
         key: PRNG key.
         event_shape: shape of one example, without the batch.
+        cond: a condition of one example, [1, ...], for a network that cannot be without: `Conditions(tokens=...)`.
 
     Returns:
         The parameters, float32.
@@ -68,7 +69,7 @@ def init_params(module: nn.Module, key: Key, event_shape: tuple[int, ...]) -> Pa
     _check_event_shape(event_shape)
 
     def init(key: Key) -> Params:
-        return module.init(key, jnp.zeros(1), jnp.zeros((1, *event_shape)))["params"]
+        return module.init(key, jnp.zeros(1), jnp.zeros((1, *event_shape)), *_given(cond))["params"]
 
     # Random initialisers are slow to compile, and run once: 11 s become 3 s for a small U-Net on a CPU.
     on_cpu = not is_traced(key) and jax.default_backend() == "cpu"
@@ -85,22 +86,29 @@ def num_params(params: Params) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-def forward_flops(module: nn.Module, event_shape: tuple[int, ...]) -> float:
+def forward_flops(module: nn.Module, event_shape: tuple[int, ...], cond: Cond = None) -> float:
     """Counts the floating-point operations of one evaluation on one example, as XLA counts them before optimising.
 
     A multiplication and the addition that follows are two, and what is in a `jax.lax.scan` counts as often as it runs;
     in a loop of unknown length, once. Nothing is computed and nothing compiled.
 
     Args:
-        module: called as `module(t, x)`.
+        module: called as `module(t, x)`, or `module(t, x, cond)` where it needs a condition.
         event_shape: shape of one example, without the batch.
+        cond: a condition of one example, [1, ...]; shapes suffice, as `jax.eval_shape` gives them.
     """
     check_kind("module", module, nn.Module, "flax.linen.Module")
     _check_event_shape(event_shape)
     t, x = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, *event_shape), jnp.float32)
-    variables = jax.eval_shape(module.init, jax.random.key(0), t, x)
-    program = _unrolled(jax.make_jaxpr(module.apply)(variables, t, x))
-    return jax.jit(jaxpr_as_fun(program)).lower(*jax.tree.leaves((variables, t, x))).cost_analysis()["flops"]
+    variables = jax.eval_shape(module.init, jax.random.key(0), t, x, *_given(cond))
+    given = (variables, t, x, *_given(cond))
+    program = _unrolled(jax.make_jaxpr(module.apply)(*given))
+    return jax.jit(jaxpr_as_fun(program)).lower(*jax.tree.leaves(given)).cost_analysis()["flops"]
+
+
+def _given(cond: Cond) -> tuple[Cond, ...]:
+    """The condition as the last argument of a call, if there is one."""
+    return () if cond is None else (cond,)
 
 
 def _unrolled(value: Any) -> Any:

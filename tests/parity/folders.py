@@ -3,24 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import torch
+import pytest
 from parity.harness import random_tensor
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
 
-WORDS = ["a</w>", "re", "red</w>", "bo", "at</w>", "boat</w>"]
+torch = pytest.importorskip("torch", reason="torch is not installed")
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
 MERGES = [("r", "e"), ("re", "d</w>"), ("b", "o"), ("a", "t</w>"), ("bo", "at</w>")]
 
 
-def drawn(network: torch.nn.Module) -> torch.nn.Module:
+def drawn(network: Any) -> Any:
     """The same network, its parameters drawn by key and shape."""
     state = network.state_dict()
     tables = {name for name in state if name.endswith(("pos_embed.pos_embed", "position_ids"))}
@@ -28,24 +21,24 @@ def drawn(network: torch.nn.Module) -> torch.nn.Module:
         for name, value in state.items():
             if name not in tables and value.is_floating_point():
                 value.copy_(torch.from_numpy(random_tensor(name, tuple(value.shape))))
-    if isinstance(network, T5EncoderModel):
+    if isinstance(network, transformers.T5EncoderModel):
         network.encoder.embed_tokens.weight = network.shared.weight
     return network.eval()
 
 
-def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
+def clip_tokenizer(pad: str = "<|endoftext|>") -> Any:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [byte for byte in range(256) if byte not in printable]
     characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(rest))]
     tokens = characters + [c + "</w>" for c in characters] + [a + b for a, b in MERGES]
     vocabulary = {token: i for i, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=MERGES, pad_token=pad, model_max_length=77)
+    return transformers.CLIPTokenizer(vocab=vocabulary, merges=MERGES, pad_token=pad, model_max_length=77)
 
 
 def clip(width: int, projection: int | None = None, *, activation: str = "quick_gelu") -> Any:
     tokenizer = clip_tokenizer()
     end = tokenizer.eos_token_id
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
@@ -57,10 +50,10 @@ def clip(width: int, projection: int | None = None, *, activation: str = "quick_
         bos_token_id=end - 1,
         pad_token_id=end,
     )
-    return drawn((CLIPTextModelWithProjection if projection else CLIPTextModel)(config))
+    return drawn((transformers.CLIPTextModelWithProjection if projection else transformers.CLIPTextModel)(config))
 
 
-def t5_tokenizer() -> T5Tokenizer:
+def t5_tokenizer() -> Any:
     pieces = [
         ("<pad>", 0.0),
         ("</s>", 0.0),
@@ -71,11 +64,11 @@ def t5_tokenizer() -> T5Tokenizer:
         ("▁a", -2.5),
     ]
     pieces += [(chr(c), -5.0 - c / 100) for c in range(97, 123)]
-    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    return transformers.T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def t5(width: int) -> T5EncoderModel:
-    config = T5Config(
+def t5(width: int) -> Any:
+    config = transformers.T5Config(
         vocab_size=64,
         d_model=width,
         d_kv=8,
@@ -86,10 +79,10 @@ def t5(width: int) -> T5EncoderModel:
         pad_token_id=0,
         eos_token_id=1,
     )
-    return drawn(T5EncoderModel(config))
+    return drawn(transformers.T5EncoderModel(config))
 
 
-def autoencoder(channels: int, *, quantize: bool = True, **constants: float) -> diffusers.AutoencoderKL:
+def autoencoder(channels: int, *, quantize: bool = True, **constants: float) -> Any:
     return drawn(
         diffusers.AutoencoderKL(
             block_out_channels=(8, 16, 16, 16),
@@ -105,7 +98,7 @@ def autoencoder(channels: int, *, quantize: bool = True, **constants: float) -> 
     )
 
 
-def stable_diffusion_3(*, with_t5: bool = True, **options: Any) -> diffusers.DiffusionPipeline:
+def stable_diffusion_3(*, with_t5: bool = True, **options: Any) -> Any:
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=16,
         patch_size=2,
@@ -133,7 +126,7 @@ def stable_diffusion_3(*, with_t5: bool = True, **options: Any) -> diffusers.Dif
     )
 
 
-def flux(*, guidance: bool = True) -> diffusers.DiffusionPipeline:
+def flux(*, guidance: bool = True) -> Any:
     transformer = diffusers.FluxTransformer2DModel(
         patch_size=1,
         in_channels=16,
@@ -160,7 +153,7 @@ def flux(*, guidance: bool = True) -> diffusers.DiffusionPipeline:
 DISCRETE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
-def stable_diffusion(*, prediction: str = "epsilon") -> diffusers.DiffusionPipeline:
+def stable_diffusion(*, prediction: str = "epsilon") -> Any:
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
@@ -179,7 +172,7 @@ def stable_diffusion(*, prediction: str = "epsilon") -> diffusers.DiffusionPipel
     )
 
 
-def stable_diffusion_xl() -> diffusers.DiffusionPipeline:
+def stable_diffusion_xl() -> Any:
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
@@ -208,7 +201,7 @@ def stable_diffusion_xl() -> diffusers.DiffusionPipeline:
     )
 
 
-def pixart() -> diffusers.DiffusionPipeline:
+def pixart() -> Any:
     transformer = diffusers.PixArtTransformer2DModel(
         sample_size=16,
         num_layers=3,
@@ -225,7 +218,7 @@ def pixart() -> diffusers.DiffusionPipeline:
     )
 
 
-def dit() -> diffusers.DiffusionPipeline:
+def dit() -> Any:
     transformer = diffusers.DiTTransformer2DModel(
         sample_size=8,
         num_layers=2,
@@ -257,7 +250,7 @@ SYSTEMS = {
 }
 
 
-def write(name: str, folder: Path) -> diffusers.DiffusionPipeline:
+def write(name: str, folder: Path) -> Any:
     """Makes a system, and lets diffusers write it."""
     torch.set_num_threads(1)
     pipeline = SYSTEMS[name]()

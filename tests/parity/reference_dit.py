@@ -3,9 +3,10 @@
 import math
 
 import numpy as np
-import torch
-from torch import nn
-from torch.nn import functional as F
+import pytest
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+nn, F = torch.nn, torch.nn.functional
 
 
 def features(s: torch.Tensor, dim: int = 256) -> torch.Tensor:
