@@ -8,7 +8,7 @@ import pytest
 from parity.harness import Case, check_mutation, check_peer, check_record, first_last, random_input, to_torch
 
 from fm_jax.models import song_unet
-from fm_jax.models.conditioning import DDPM, Conditions
+from fm_jax.models.conditioning import Conditions
 from fm_jax.models.song_unet import SongUNet, make_song_unet
 from fm_jax.weights import song_unet as rules_of_song_unet
 from fm_jax.weights.song_unet import blocks_of, song_unet_config, song_unet_from_config, song_unet_rules
@@ -157,20 +157,29 @@ def test_prefix_of_the_preconditioning():
     assert behind.tables.keys() == {f"model.{key}" for key in bare.tables}
 
 
-def test_border_turns_time():
-    """The border stands before the features: t = 0.9 of DDPM is its step 99."""
-    module = MODULES["skip"]
-    params, arrays = CASES["skip"].rules().to_ours(CASES["skip"].tensors()), inputs(module)
-    out = call(module.clone(border=DDPM), params, arrays | {"t": np.float32([0.5, 0.75])})
-    expected = call(module, params, arrays | {"t": np.float32([499.0, 249.0])})
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+SIZES_OF_NAMES = {"ddpmpp": 55_733_891, "ncsnpp": 56_397_827}
 
 
-@pytest.mark.parametrize(("name", "count"), [("ddpmpp", 55_733_891), ("ncsnpp", 62_721_923)])
-def test_published_sizes(name, count):
-    rules = song_unet_rules(make_song_unet(name))
-    buffers = {"map_noise.freqs"}
-    assert sum(int(np.prod(shape)) for key, shape in rules.shapes.items() if key not in buffers) == count
+@pytest.mark.parametrize("name", SIZES_OF_NAMES)
+def test_published_sizes(name):
+    shapes = song_unet_rules(make_song_unet(name)).shapes
+    count = sum(int(np.prod(shape)) for key, shape in shapes.items() if key != "map_noise.freqs")
+    assert count == SIZES_OF_NAMES[name]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", SIZES_OF_NAMES)
+def test_keys_of_published_sizes(name):
+    torch = pytest.importorskip("torch")
+    from parity import reference_song_unet
+
+    module = make_song_unet(name, num_classes=10)
+    config = {key: value for key, value in song_unet_config(module).items() if key != "_class_name"}
+    with torch.device("meta"):
+        network = reference_song_unet.SongUNet(**config)
+    rules = song_unet_rules(module)
+    filters = {key: table().shape for key, table in rules.tables.items()}
+    assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == rules.shapes | filters
 
 
 @pytest.mark.parametrize(
