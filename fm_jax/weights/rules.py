@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import flax.linen as nn
@@ -261,7 +261,21 @@ def template_of(module: nn.Module, *args: Any, **options: Any) -> Params:
         *args: what it is called with, arrays or `jax.ShapeDtypeStruct`.
         **options: static keyword arguments of the call.
     """
-    init = jax.eval_shape(lambda key, *args: module.init(key, *args, **options), jax.random.key(0), *args)
+    leaves, structure = jax.tree.flatten(args)
+    shapes = tuple((tuple(leaf.shape), np.dtype(leaf.dtype)) for leaf in leaves)
+    key = (module, shapes, structure, tuple(sorted(options.items())), jax.dtypes.canonicalize_dtype(float))
+    try:
+        template = _traced(*key)
+    except TypeError:  # a module that has no hash
+        template = _traced.__wrapped__(*key)
+    return jax.tree.map(lambda leaf: leaf, template)  # dicts of one's own
+
+
+@lru_cache(maxsize=64)
+def _traced(module: nn.Module, shapes: Any, structure: Any, options: Any, float_dtype: Any) -> Params:
+    """Tracing takes seconds, and one network is asked for when its rules are made for loading and for saving."""
+    args = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*each) for each in shapes])
+    init = jax.eval_shape(lambda key, *args: module.init(key, *args, **dict(options)), jax.random.key(0), *args)
     return init["params"]
 
 

@@ -3,6 +3,7 @@
 import re
 import warnings
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -12,9 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from weights import toy
 from weights.toy import same_bits
 
+from fm_jax.models import MLP
 from fm_jax.weights.formats import WeightsError
 from fm_jax.weights.load import load
-from fm_jax.weights.rules import Piece, Rules, nested
+from fm_jax.weights.rules import Piece, Rules, nested, template_of
 from fm_jax.weights.safetensors import write_tensors
 
 RULES = toy.rules()
@@ -374,3 +376,30 @@ class TestTables:
         load(toy.tensors() | {"positions": np.arange(3)}, rules)
         with pytest.raises(WeightsError, match="'positions'"):
             load(toy.tensors() | {"positions": np.array([0, 1, 3])}, rules)
+
+
+class TestTemplate:
+    def test_one_network_is_traced_once(self, monkeypatch):
+        traced = []
+        original = MLP.__call__
+        monkeypatch.setattr(MLP, "__call__", lambda *x, **options: traced.append(1) or original(*x, **options))
+        first = template_of(MLP(features=(5,)), jnp.zeros(1), jnp.zeros((1, 2)))
+        again = template_of(MLP(features=(5,)), jax.ShapeDtypeStruct((1,), "float32"), jnp.zeros((1, 2)))
+        assert first == again
+        assert len(traced) == 1
+        first.clear()
+        assert template_of(MLP(features=(5,)), jnp.zeros(1), jnp.zeros((1, 2))) == again
+        assert template_of(MLP(features=(5,)), jnp.zeros(1), jnp.zeros((1, 3))) != again
+        assert template_of(MLP(features=(6,)), jnp.zeros(1), jnp.zeros((1, 2))) != again
+        assert len(traced) == 3
+
+    def test_a_network_without_a_hash(self):
+        class Table(nn.Module):
+            numbers: dict
+
+            @nn.compact
+            def __call__(self, t, x):
+                return nn.Dense(self.numbers["width"])(x)
+
+        template = template_of(Table({"width": 3}), jnp.zeros(1), jnp.zeros((1, 2)))
+        assert template["Dense_0"]["kernel"].shape == (2, 3)
