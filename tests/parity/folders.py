@@ -16,13 +16,11 @@ MERGES = [("r", "e"), ("re", "d</w>"), ("b", "o"), ("a", "t</w>"), ("bo", "at</w
 def drawn(network: Any) -> Any:
     """The same network, its parameters drawn by key and shape."""
     state = network.state_dict()
-    tables = {name for name in state if name.endswith(("pos_embed.pos_embed", "position_ids"))}
+    left = ("pos_embed.pos_embed", "position_ids", "encoder.embed_tokens.weight")  # tables, and what is tied
     with torch.no_grad():
         for name, value in state.items():
-            if name not in tables and value.is_floating_point():
+            if not name.endswith(left) and value.is_floating_point():
                 value.copy_(torch.from_numpy(random_tensor(name, tuple(value.shape))))
-    if isinstance(network, transformers.T5EncoderModel):
-        network.encoder.embed_tokens.weight = network.shared.weight
     return network.eval()
 
 

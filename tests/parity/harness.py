@@ -50,6 +50,13 @@ def random_input(name: str, shape: tuple[int, ...]) -> np.ndarray:
     return np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
 
 
+def tensors_of(rules: Rules) -> Arrays:
+    """A random tensor for every key of a layout, and what it repeats and computes."""
+    tables = {key: np.asarray(table(), np.float32) for key, table in rules.tables.items()}
+    random = random_tensors({key: shape for key, shape in rules.shapes.items() if key not in rules.copies})
+    return random | {key: random[original] for key, original in rules.copies.items()} | tables
+
+
 @dataclass(frozen=True)
 class Case:
     """One network in one configuration.
@@ -79,10 +86,7 @@ class Case:
         return self.name
 
     def tensors(self) -> Arrays:
-        rules = self.rules()
-        tables = {key: np.asarray(table(), np.float32) for key, table in rules.tables.items()}
-        random = random_tensors({key: shape for key, shape in rules.shapes.items() if key not in rules.copies})
-        return random | {key: random[original] for key, original in rules.copies.items()} | tables
+        return tensors_of(self.rules())
 
     def outputs(self, dtype: Any = None) -> Arrays:
         """What our network gives."""

@@ -1,13 +1,18 @@
 """Whole systems against diffusers' pipelines: the same folder, noise and prompts, the same latents at every step."""
 
+import importlib
+import json
+import os
+
 import numpy as np
 import pytest
-from parity.harness import first_last, random_input
+from parity.harness import RECORDS, first_last, random_input, tensors_of
 
 from fm_jax.pretrained import open_pretrained
 from fm_jax.schedules import coefficients
+from fm_jax.weights.folder import FAMILIES
+from fm_jax.weights.save import save
 
-pytestmark = pytest.mark.parity
 SYSTEMS = ["sd3", "sd3_without_t5", "sd35", "flux_dev", "flux_schnell", "sd15", "sd2_v", "sdxl", "pixart", "dit"]
 PROMPTS = ["a red boat", "boat"]
 CLASSES = [7, 999]
@@ -50,21 +55,18 @@ def of_diffusers(name, pipeline, noise, guidance, height, width):
     return np.stack([first_last(each) for each in seen]), images
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
-def test_latents_of_every_step_are_those_of_diffusers(name, tmp_path):
-    pytest.importorskip("torch", reason="torch is not installed; see 'Parity with PyTorch peers' in CONTRIBUTING.md")
-    from parity.folders import write
+def request(name):
+    """Size and guidance."""
+    return ((64, 64) if name == "dit" else (64, 96)), 1.0 if name == "flux_schnell" else 3.0
 
-    pipeline = write(name, tmp_path)
-    options = {"guided_channels": 4} if name == "dit" else {}
-    system = open_pretrained(tmp_path, **options)
-    height, width = (64, 64) if name == "dit" else (64, 96)
-    noise = random_input("noise", system.state_shape(2, height, width))
-    guidance = 1.0 if name == "flux_schnell" else 3.0
-    theirs, images = of_diffusers(name, pipeline, noise, guidance, height, width)
+
+def check(name, folder, theirs, images):
+    """Our latents after every step, and our pictures, against those of diffusers."""
+    (height, width), guidance = request(name)
+    system = open_pretrained(folder, **({"guided_channels": 4} if name == "dit" else {}))
     drawn = system.draw(
         CLASSES if name == "dit" else PROMPTS,
-        noise=noise,
+        noise=random_input("noise", system.state_shape(2, height, width)),
         num_steps=STEPS,
         guidance=guidance,
         height=height,
@@ -77,4 +79,65 @@ def test_latents_of_every_step_are_those_of_diffusers(name, tmp_path):
     assert ours.shape == theirs.shape
     for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
         assert np.abs(mine - other).max() <= TOLERANCE * max(1, np.abs(other).max()), i
-    np.testing.assert_allclose(drawn.images, images, atol=2e-4)
+    np.testing.assert_allclose(np.asarray(drawn.images)[:, ::8, ::8], images, atol=2e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_latents_of_every_step_are_those_of_diffusers(name, tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed; see 'Parity with PyTorch peers' in CONTRIBUTING.md")
+    from parity.folders import write
+
+    pipeline = write(name, tmp_path)
+    (height, width), guidance = request(name)
+    channels = pipeline.vae.config.latent_channels
+    noise = random_input("noise", (2, height // 8, width // 8, channels))
+    states, images = of_diffusers(name, pipeline, noise, guidance, height, width)
+    images = images[:, ::8, ::8]
+    if os.environ.get("FM_JAX_WRITE_RECORDS"):
+        texts = {
+            str(path.relative_to(tmp_path)): path.read_text(encoding="utf-8")
+            for path in sorted(tmp_path.rglob("*"))
+            if path.suffix in (".json", ".txt")
+        }
+        np.savez_compressed(record(name), files=json.dumps(texts), states=states, images=images)
+        assert record(name).stat().st_size < 64_000
+    check(name, tmp_path, states, images)
+
+
+def record(name):
+    return RECORDS / f"pretrained_{name}.npz"
+
+
+def write_weights(folder):
+    """The safetensors of a part of a system, drawn by key and shape as those were that diffusers wrote."""
+    config = json.loads((folder / "config.json").read_text())
+    kind = config.get("_class_name") or config["architectures"][0]
+    file, prefix = FAMILIES[kind].split(":")
+    family = importlib.import_module(f"fm_jax.weights.{file}")
+    module = getattr(family, f"{prefix}_from_config")(config)
+    options = {"layout": "bare"} if kind == "CLIPTextModel" else {}
+    if kind == "DiTTransformer2DModel":
+        options = {"size": config["sample_size"]}
+    rules = getattr(family, f"{prefix}_rules")(module, **options)
+    save(folder / "model.safetensors", rules.to_ours(tensors_of(rules)), rules)
+
+
+QUICK = ("sd3_without_t5", "dit")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SYSTEMS]
+)
+def test_record(name, tmp_path):
+    with np.load(record(name)) as file:
+        texts, states, images = json.loads(str(file["files"])), file["states"], file["images"]
+    for path, text in texts.items():
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text, encoding="utf-8")
+    if any(path.endswith("tokenizer.json") and '"Unigram"' in text for path, text in texts.items()):
+        pytest.importorskip("tokenizers", reason="tokenizers is not installed: pip install 'fm-jax[text]'")
+    for path in texts:
+        if path.endswith("/config.json"):
+            write_weights((tmp_path / path).parent)
+    check(name, tmp_path, states, images)
