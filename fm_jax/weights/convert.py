@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from fm_jax.checks import imported
+from fm_jax.checks import imported, shown
+from fm_jax.weights.files import check_path
 from fm_jax.weights.formats import EMBEDDED, WeightsError, is_embedded, is_safetensors, read_ends, what_it_is
 from fm_jax.weights.safetensors import DTYPES, Lazy, PathLike, write_tensors
 from fm_jax.weights.save import METADATA
@@ -46,10 +47,12 @@ def convert(source: PathLike, target: PathLike, *, key: str | None = None) -> li
             but tensors by name.
         OSError: if a file cannot be read or written.
     """
+    source, target = check_path("source", source), check_path("target", target)
+    if key is not None and not isinstance(key, str):
+        raise ValueError(f"key must be a name, or names joined by dots, got {shown(key)}.")
     torch = _torch()
-    source, target = Path(source), Path(target)
     if target.suffix != ".safetensors":
-        raise WeightsError(f"The file to write must end with .safetensors, got {target}.")
+        raise WeightsError(f"target must end with .safetensors, got {target}.")
     content = _unpickled(torch, source)
     tensors, said = _chosen(torch, source, content, key)
     dtypes = {f"torch.{each.name}": name for name, each in DTYPES.items()}

@@ -8,12 +8,21 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fm_jax.checks import shown, why_no_folder
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 _SECONDS = 60  # after which a file that nobody holds is nobody's
+
+
+def check_path(name: str, path: Any) -> Path:
+    """Refuses what is not a path."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise ValueError(f"{name} must be a path, got {shown(path)}.")
+    return Path(path)
 
 
 def replace_files(contents: Mapping[Path, Callable[[Any], Any]], old: Callable[[], list[Path]] = list) -> None:
@@ -27,6 +36,8 @@ def replace_files(contents: Mapping[Path, Callable[[Any], Any]], old: Callable[[
         OSError: as the system says; the old files are as they were.
     """
     folder = next(iter(contents)).parent
+    if why := why_no_folder(folder):
+        raise NotADirectoryError(f"{folder} cannot be a folder: {why}. Give another folder.")
     made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     unfinished: dict[Path, tuple[Path, Any]] = {}

@@ -10,6 +10,7 @@ import flax.linen as nn
 
 from fm_jax.checks import shown
 from fm_jax.types import Params
+from fm_jax.weights.files import check_path
 from fm_jax.weights.formats import WeightsError, read_json
 from fm_jax.weights.load import load
 from fm_jax.weights.rules import Rules
@@ -61,9 +62,7 @@ def open_model(folder: PathLike, *, dtype: Any = None, sharding: Any = None) -> 
         WeightsError: names the file and the fault: no `config.json`, or one of a class that is not among `FAMILIES`, of
             a quantised model, or with an option that the network has not; what `load` refuses.
     """
-    if not isinstance(folder, str | Path):
-        raise ValueError(f"folder must be a path, got {shown(folder)}.")
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     config = read_config(folder)
     path = folder / CONFIG
     from_config = _function(class_of(config, path), "from_config")
@@ -104,8 +103,7 @@ def save_model(
         WeightsError: if there is no such folder of this network, or `params` are not its own.
         OSError: as the system says, such as that the disk is full.
     """
-    if not isinstance(folder, str | Path):
-        raise ValueError(f"folder must be a path, got {shown(folder)}.")
+    folder = check_path("folder", folder)
     name = type(module).__module__.rpartition(".")[2]
     found = next((each for each, place in FAMILIES.items() if place.split(":")[0] == name), None)
     if found is None or not isinstance(module, nn.Module):
@@ -125,7 +123,7 @@ def read_config(folder: PathLike) -> dict[str, Any]:
     Raises:
         WeightsError: if it is not there, is no JSON object, or is that of a quantised model.
     """
-    folder = Path(folder)
+    folder = check_path("folder", folder)
     path = folder / CONFIG
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder; load reads single files by rules of your own.")

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from fm_jax.checks import check_number, shown
-from fm_jax.weights.files import replace_files
+from fm_jax.weights.files import check_path, replace_files
 from fm_jax.weights.formats import WeightsError, is_safetensors, parse_json, read_ends, read_json, what_it_is
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -141,12 +141,12 @@ def open_tensors(path: PathLike | Sequence[PathLike]) -> Tensors:
     References:
         https://huggingface.co/docs/safetensors, "Format".
     """
-    if isinstance(path, Sequence) and not isinstance(path, str):
+    if isinstance(path, list | tuple):
         if not path:
             raise WeightsError("path must be a file, a folder or a list of files, got an empty list.")
-        files = [Path(each) for each in path]
+        files = [check_path("Each of several paths", each) for each in path]
         return _joined(dict.fromkeys(files), f"{files[0]} and {len(files) - 1} more")
-    if not isinstance(path, str | os.PathLike):
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise WeightsError(f"path must be a file, a folder or a list of files, got {shown(path)}.")
     path = Path(path)
     if path.is_dir():
@@ -335,7 +335,10 @@ def write_tensors(
         WeightsError: for a name, a key, a dtype or a tensor that cannot be written.
         OSError: if the disk is full or cannot be written to; nothing is left behind.
     """
-    contents = contents_of(Path(path), tensors, metadata, max_shard_bytes)
+    path = check_path("path", path)
+    if not isinstance(tensors, Mapping):
+        raise ValueError(f"tensors must be arrays by key, got {shown(tensors)}.")
+    contents = contents_of(path, tensors, metadata, max_shard_bytes)
     replace_files(contents, old_files(path))
     return list(contents)
 
@@ -348,6 +351,8 @@ def contents_of(
         raise WeightsError(f"path must end with .safetensors, got {path}.")
     if max_shard_bytes is not None:
         check_number("max_shard_bytes", max_shard_bytes, "(0, inf)")
+    if metadata is not None and not isinstance(metadata, Mapping):
+        raise WeightsError(f"metadata must be strings by name, got {shown(metadata)}.")
     metadata = dict(metadata or {})
     if not all(isinstance(each, str) for pair in metadata.items() for each in pair):
         raise WeightsError(f"metadata must be strings by name, got {shown(metadata)}.")

@@ -12,7 +12,7 @@ import numpy as np
 
 from fm_jax.checks import shown
 from fm_jax.types import Params
-from fm_jax.weights.files import replace_files
+from fm_jax.weights.files import check_path, replace_files
 from fm_jax.weights.formats import WeightsError
 from fm_jax.weights.keys import listed
 from fm_jax.weights.load import common, is_float, put
@@ -55,6 +55,7 @@ def save(
         ValueError: if another argument is wrong.
         OSError: as the system says, such as that the disk is full.
     """
+    path = check_path("path", path)
     if not isinstance(rules, Rules):
         raise ValueError(f"rules must be Rules, such as dit_rules(module), got {shown(rules)}.")
     if dtype is not None and not is_float(dtype):
@@ -66,7 +67,6 @@ def save(
     for key, function in rules.tables.items():
         table = np.asarray(function())
         tensors[key] = Lazy(table.shape, table.dtype, function)
-    path = Path(path)
     if path.suffix != ".safetensors":
         diffusers = config is not None and "_class_name" in config
         path = path / f"{'diffusion_pytorch_model' if diffusers else 'model'}.safetensors"

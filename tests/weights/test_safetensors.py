@@ -302,7 +302,23 @@ class TestWrite:
             write_tensors(tmp_path / "a.safetensors", {"a": np.zeros(2)}, max_shard_bytes=0)
         with pytest.raises(WeightsError, match="'a' was to be"):
             write_tensors(tmp_path / "a.safetensors", {"a": Lazy((3,), np.float32, lambda: np.zeros(2, np.float32))})
+        for tensors, options, message in (
+            ([np.zeros(2)], {}, "tensors must be arrays by key"),
+            ({"a": np.zeros(2)}, {"metadata": "pt"}, "metadata must be strings"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                write_tensors(tmp_path / "a.safetensors", tensors, **options)
+        for path in (None, 3, "", b"a.safetensors"):
+            with pytest.raises(ValueError, match="path must be a"):
+                write_tensors(path, {"a": np.zeros(2)})
+            with pytest.raises(ValueError, match="path must be a file, a folder or a list"):
+                open_tensors(path)
+            with pytest.raises(ValueError, match="Each of several paths must be a path"):
+                open_tensors([path])
         assert not list(tmp_path.iterdir())
+        (tmp_path / "file").touch()
+        with pytest.raises(NotADirectoryError, match="file is a file"):
+            write_tensors(tmp_path / "file" / "a.safetensors", {"a": np.zeros(2)})
 
     def test_an_error_on_the_way_leaves_the_old_one(self, tmp_path):
         path = tmp_path / "new" / "a.safetensors"
