@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_member, shown
+from fm_jax.checks import check_integer, check_member, shown
 from fm_jax.models.conditioning import Conditions
 from fm_jax.models.unet_condition import UNetCondition
 from fm_jax.weights.rules import Piece, Rules, conv, conv1x1, dense, from_heads, norm, template_of, to_heads
@@ -91,6 +91,9 @@ def unet_condition_from_config(config: Mapping[str, Any], *, num_sizes: int = 6,
         if any(each not in allowed for each in values):
             raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {shown(value)}.")
     fields = _DEFAULTS | {name: value for name, value in config.items() if name in _DEFAULTS}
+    for name in ("block_out_channels", "down_block_types", "up_block_types"):
+        if not isinstance(fields[name], list | tuple):
+            raise ValueError(f"{name} must be a list, got {shown(fields[name])}.")
     widths, down = tuple(fields["block_out_channels"]), tuple(fields["down_block_types"])
     up = tuple(kind.replace("Down", "Up") for kind in reversed(down))
     if not set(down) <= {_PLAIN, _SEEING} or len(down) != len(widths):
@@ -130,6 +133,7 @@ def unet_condition_from_config(config: Mapping[str, Any], *, num_sizes: int = 6,
         "scan_layers": set(each("transformer_layers_per_block")) != {1},
     }
     if config.get("addition_embed_type") is not None:
+        check_integer("num_sizes", num_sizes)
         waves, width = fields["addition_time_embed_dim"], fields["projection_class_embeddings_input_dim"]
         if not isinstance(waves, int) or not isinstance(width, int) or width <= num_sizes * waves:
             raise ValueError(

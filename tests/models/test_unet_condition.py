@@ -254,6 +254,7 @@ def test_conditions_are_refused(x, cond, message):
         ({"up_block_types": ["UpBlock2D"] * 4}, "up_block_types must be down_block_types read backwards"),
         ({"time_embedding_dim": 5}, "time_embedding_dim must be None or 4 x 320 = 1280, got 5"),
         ({"addition_embed_type": "text_time"}, "projection_class_embeddings_input_dim must be the width of the pooled"),
+        ({"block_out_channels": 320}, "block_out_channels must be a list, got 320"),
         ({"new": 1}, "fields that UNetCondition does not know: new"),
     ],
 )

@@ -15,7 +15,7 @@ from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import Border, Conditions
 from fm_jax.models.unet_condition import UNetCondition
 from fm_jax.weights import unet_condition as weights
-from fm_jax.weights.unet_condition import unet_condition_config, unet_condition_rules
+from fm_jax.weights.unet_condition import unet_condition_config, unet_condition_from_config, unet_condition_rules
 
 SMALL = {"widths": (16, 32), "num_blocks": 1, "num_groups": 8, "token_width": 24}
 MODULES = {
@@ -153,6 +153,15 @@ def test_bfloat16_of_the_peer(name):
     one = case(name, replace(module, compute=Compute("bfloat16")))
     theirs = torch_call(module, torch_model(module, one.tensors(), "bfloat16"), inputs(name))
     assert distances(one.outputs(), {"out": theirs})["out"] < 2e-2
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", MODULES)
+def test_the_whole_configuration_of_the_peer_is_read(name):
+    pytest.importorskip("torch")
+    module = MODULES[name]
+    config = dict(torch_model(module, case(name).tensors()).config)
+    assert unet_condition_from_config(config, scan_layers=module.scan_layers) == module
 
 
 @pytest.mark.parity
