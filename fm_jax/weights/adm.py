@@ -8,6 +8,29 @@ from fm_jax.models.unet import Resample, UNet
 from fm_jax.models.unet_blocks import ClassEmbedding
 from fm_jax.weights.unet import table_rows, width_options
 
+_ADM: dict[str, Any] = {
+    "attention_resolutions": "32,16,8",
+    "class_cond": True,
+    "learn_sigma": True,
+    "num_res_blocks": 2,
+    "num_channels": 256,
+    "num_head_channels": 64,
+    "resblock_updown": True,
+    "use_scale_shift_norm": True,
+}
+ADM_FLAGS: dict[str, dict[str, Any]] = {
+    "64": _ADM
+    | {"image_size": 64, "num_channels": 192, "num_res_blocks": 3, "dropout": 0.1, "use_new_attention_order": True},
+    "128": _ADM | {"image_size": 128, "num_heads": 4, "num_head_channels": -1},
+    "256": _ADM | {"image_size": 256},
+    "256-unconditional": _ADM | {"image_size": 256, "class_cond": False},
+    "512": _ADM | {"image_size": 512},
+}
+"""Flags of the networks of Dhariwal & Nichol 2021 on ImageNet, as guided diffusion's README has them.
+
+The file of `"64"` has the layout `"adm_new"`.
+"""
+
 _MULTS = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
     256: (1, 1, 2, 2, 4, 4),

@@ -21,7 +21,7 @@ from parity.harness import (
 from fm_jax.models import LabelEmbedding, UNet, make_unet
 from fm_jax.models.conditioning import DDPM, SIT
 from fm_jax.models.unet_blocks import ClassEmbedding
-from fm_jax.weights.adm import adm_config, adm_from_config
+from fm_jax.weights.adm import ADM_FLAGS, adm_config, adm_from_config
 from fm_jax.weights.unet import places, unet_config, unet_from_config, unet_rules
 
 # 1000 (1 - t) - 1 is exact in float32, and moderate: PyTorch's exponential is off in the last digit of one frequency in
@@ -273,10 +273,7 @@ def test_config_there_and_back(name):
 
 
 def test_flags_of_the_published_adm():
-    """README of guided diffusion: ImageNet at 64, 256 and 512 pixels."""
-    flags = {"class_cond": True, "learn_sigma": True, "resblock_updown": True, "use_scale_shift_norm": True}
-    flags |= {"attention_resolutions": "32,16,8", "num_head_channels": 64, "noise_schedule": "cosine"}
-    module = adm_from_config(flags | {"image_size": 64, "num_channels": 192, "num_res_blocks": 3, "dropout": 0.1})
+    module = adm_from_config(ADM_FLAGS["64"] | {"noise_schedule": "cosine"})
     assert module == UNet(
         channels=192,
         channel_mults=(1, 2, 3, 4),
@@ -290,9 +287,30 @@ def test_flags_of_the_published_adm():
         in_channels=3,
         border=DDPM,
     )
-    large = adm_from_config(flags | {"image_size": 512, "num_channels": 256, "num_res_blocks": 2})
+    large = adm_from_config(ADM_FLAGS["512"])
     assert (large.channels, large.time_channels, large.attention_levels) == (128, 256, (4, 5, 6))
     assert large.channel_mults == (1, 2, 2, 4, 4, 8, 8)
+
+
+PUBLISHED = ADM_FLAGS | {
+    "torchcfm-cifar10": {"dim": (3, 32, 32), "num_channels": 128, "num_res_blocks": 2, "num_head_channels": 64}
+    | {"channel_mult": (1, 2, 2, 2), "num_heads": 4, "attention_resolutions": "16"},
+}
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_keys_of_published_sizes(name):
+    torch = pytest.importorskip("torch")
+    from torchcfm.models.unet.unet import UNetModel
+
+    module = adm_from_config(PUBLISHED[name])
+    config = {key: value for key, value in adm_config(module, size=32).items() if key != "_class_name"}
+    with torch.device("meta"):
+        network = UNetModel(**config)
+    shapes = unet_rules(module, "adm").shapes
+    assert {key: tuple(value.shape) for key, value in network.state_dict().items()} == shapes
 
 
 @pytest.mark.parametrize(
