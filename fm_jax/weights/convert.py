@@ -17,8 +17,9 @@ import numpy as np
 from fm_jax.checks import imported, shown
 from fm_jax.weights.files import check_path
 from fm_jax.weights.formats import EMBEDDED, WeightsError, is_embedded, is_safetensors, read_ends, what_it_is
-from fm_jax.weights.safetensors import DTYPES, Lazy, PathLike, write_tensors
+from fm_jax.weights.safetensors import DTYPES, PathLike
 from fm_jax.weights.save import METADATA
+from fm_jax.weights.write import Lazy, write_tensors
 
 LEAST = (2, 10)
 """The version of PyTorch from which on `weights_only` is relied upon."""

@@ -1,14 +1,12 @@
-"""Tensors of safetensors files, mapped one by one rather than read; such files, written as a whole or not at all."""
+"""Tensors of safetensors files, in one or in many, mapped one by one rather than read."""
 
-import functools
-import json
 import math
 import mmap
 import os
 import re
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,8 +14,8 @@ from typing import Any, TypeAlias
 import ml_dtypes
 import numpy as np
 
-from fm_jax.checks import check_number, shown
-from fm_jax.weights.files import check_path, replace_files
+from fm_jax.checks import shown
+from fm_jax.weights.files import check_path
 from fm_jax.weights.formats import WeightsError, is_safetensors, parse_json, read_ends, read_json, what_it_is
 
 PathLike: TypeAlias = str | os.PathLike[str]
@@ -48,7 +46,8 @@ MAX_HEADER = 100_000_000
 INDEX = ".safetensors.index.json"
 USUAL = ("diffusion_pytorch_model", "model")
 """The names, before their endings, that diffusers and transformers give to the weights in a folder."""
-_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+"""What the name of one of several files ends with."""
 _INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 _NOT_READ = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".onnx", ".h5", ".msgpack")
 
@@ -160,7 +159,7 @@ def _in_folder(folder: Path) -> Path:
     """The file or index of a folder."""
     names = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
     found = [
-        name for name in names if _INDEX.search(name) or (name.endswith(".safetensors") and not _SHARD.search(name))
+        name for name in names if _INDEX.search(name) or (name.endswith(".safetensors") and not SHARD.search(name))
     ]
     usual = [name for name in found if name in {f"{stem}{end}" for stem in USUAL for end in (".safetensors", INDEX)}]
     taken = usual or found
@@ -172,7 +171,7 @@ def _in_folder(folder: Path) -> Path:
         elif not usual and any(re.match(rf"{stem}\.(safetensors\.index\.)?\w+\.", taken[0]) for stem in USUAL):
             warnings.warn(f"{folder} holds a variant alone, {taken[0]}, which is taken.", stacklevel=3)
         return folder / taken[0]
-    if shards := [name for name in names if _SHARD.search(name)]:
+    if shards := [name for name in names if SHARD.search(name)]:
         raise WeightsError(f"{folder} holds shards, {shards[0]} and others, without their index: give a list of files.")
     if others := [name for name in names if name.endswith(_NOT_READ)]:
         head, tail = read_ends(folder / others[0])
@@ -292,134 +291,3 @@ def _check_tiling(path: Path, entries: Mapping[str, _Entry], data: int, size: in
         raise WeightsError(f"{path} is cut off: its tensors end at byte {end}, and the file at {size}.")
     if end < size:
         raise WeightsError(f"{path} is malformed: {size - end} bytes behind its last tensor are no one's.")
-
-
-@dataclass(frozen=True)
-class Lazy:
-    """A tensor that is made when it is written.
-
-    Attributes:
-        shape: of the array that `make` returns.
-        dtype: of it.
-        make: returns the array.
-    """
-
-    shape: tuple[int, ...]
-    dtype: Any
-    make: Callable[[], np.ndarray]
-
-
-def write_tensors(
-    path: PathLike,
-    tensors: Mapping[str, Any],
-    *,
-    metadata: Mapping[str, str] | None = None,
-    max_shard_bytes: float | None = None,
-) -> list[Path]:
-    """Writes a file of safetensors, or several with an index, tensor by tensor.
-
-    The old files stay as they are until the new ones are complete, and what was not completed is removed. Of processes
-    that write the same file at once, the last one to finish has written it.
-
-    Args:
-        path: ends with `.safetensors`. Its folder is made if need be.
-        tensors: arrays or `Lazy` by key.
-        metadata: strings by name; PyTorch's readers want `{"format": "pt"}`.
-        max_shard_bytes: when the tensors have more bytes than this, they go to `<name>-00001-of-00003.safetensors` and
-            so on, with `<name>.safetensors.index.json`; a tensor is never cut. `None` writes one file.
-
-    Returns:
-        The files that were written.
-
-    Raises:
-        WeightsError: for a name, a key, a dtype or a tensor that cannot be written.
-        OSError: if the disk is full or cannot be written to; nothing is left behind.
-    """
-    path = check_path("path", path)
-    if not isinstance(tensors, Mapping):
-        raise ValueError(f"tensors must be arrays by key, got {shown(tensors)}.")
-    contents = contents_of(path, tensors, metadata, max_shard_bytes)
-    replace_files(contents, old_files(path))
-    return list(contents)
-
-
-def contents_of(
-    path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str] | None, max_shard_bytes: float | None
-) -> dict[Path, Callable[[Any], Any]]:
-    """For each file of `write_tensors` what writes to it."""
-    if path.suffix != ".safetensors":
-        raise WeightsError(f"path must end with .safetensors, got {path}.")
-    if max_shard_bytes is not None:
-        check_number("max_shard_bytes", max_shard_bytes, "(0, inf)")
-    if metadata is not None and not isinstance(metadata, Mapping):
-        raise WeightsError(f"metadata must be strings by name, got {shown(metadata)}.")
-    metadata = dict(metadata or {})
-    if not all(isinstance(each, str) for pair in metadata.items() for each in pair):
-        raise WeightsError(f"metadata must be strings by name, got {shown(metadata)}.")
-    sizes = {key: _size_of(key, each) for key, each in tensors.items()}
-    shards = _cut(sizes, math.inf if max_shard_bytes is None else max_shard_bytes)
-    stem = path.name.removesuffix(".safetensors")
-    names = [f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    contents: dict[Path, Callable[[Any], Any]] = {}
-    for name, keys in zip([path.name] if len(shards) == 1 else names, shards, strict=True):
-        part = {key: tensors[key] for key in keys}
-        contents[path.with_name(name)] = functools.partial(_write, tensors=part, metadata=metadata)
-    if len(shards) > 1:
-        places = {key: name for name, keys in zip(names, shards, strict=True) for key in keys}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
-        contents[path.with_name(stem + INDEX)] = lambda file: file.write(json.dumps(index, indent=2).encode() + b"\n")
-    return contents
-
-
-def _size_of(key: str, tensor: Any) -> int:
-    if not isinstance(key, str) or key == "__metadata__":
-        raise WeightsError(f"A key must be a string, other than '__metadata__', got {shown(key)}.")
-    if not hasattr(tensor, "shape") or np.dtype(getattr(tensor, "dtype", object)) not in NAMES:
-        raise WeightsError(f"{key!r} must be an array of {', '.join(NAMES.values())}, got {shown(tensor)}.")
-    return math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize
-
-
-def _cut(sizes: Mapping[str, int], most: float) -> list[list[str]]:
-    """The keys of each shard, in their order."""
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for key, size in sizes.items():
-        if shards[-1] and filled + size > most:
-            shards.append([])
-            filled = 0
-        shards[-1].append(key)
-        filled += size
-    return shards
-
-
-def _write(file: Any, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    # The widest first: whatever the length of a tensor, all are aligned.
-    ordered = sorted(tensors.items(), key=lambda item: -np.dtype(item[1].dtype).itemsize)
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for key, tensor in ordered:
-        start, end = end, end + _size_of(key, tensor)
-        shape = [int(each) for each in tensor.shape]
-        header[key] = {"dtype": NAMES[np.dtype(tensor.dtype)], "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    if len(text) > MAX_HEADER:
-        raise WeightsError(f"The names of {len(ordered)} tensors have {len(text)} bytes, more than {MAX_HEADER}.")
-    file.write(len(text).to_bytes(8, "little") + text)
-    for key, tensor in ordered:
-        array = np.asarray(tensor.make() if isinstance(tensor, Lazy) else tensor)
-        if array.shape != tuple(tensor.shape) or array.dtype != np.dtype(tensor.dtype):
-            raise WeightsError(f"{key!r} was to be {tensor.dtype} {tuple(tensor.shape)}, and is {shown(array)}.")
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def old_files(path: PathLike) -> Callable[[], list[Path]]:
-    """A function that finds what a reader might mistake for the file at `path`: index, file, then shards."""
-    folder, stem = Path(path).parent, Path(path).stem
-
-    def find() -> list[Path]:
-        shard = re.compile(re.escape(stem) + _SHARD.pattern)
-        shards = sorted(each for each in folder.iterdir() if shard.match(each.name))
-        return [folder / (stem + INDEX), folder / (stem + ".safetensors"), *shards]
-
-    return find

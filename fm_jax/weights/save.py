@@ -17,7 +17,8 @@ from fm_jax.weights.formats import WeightsError
 from fm_jax.weights.keys import listed
 from fm_jax.weights.load import common, is_float, put
 from fm_jax.weights.rules import Piece, Rules, path_of
-from fm_jax.weights.safetensors import Lazy, PathLike, contents_of, old_files
+from fm_jax.weights.safetensors import PathLike
+from fm_jax.weights.write import Lazy, contents_of, old_files
 
 METADATA = {"format": "pt"}
 """What diffusers and transformers want to read in a file."""

@@ -14,7 +14,8 @@ from weights.toy import same_bits
 from fm_jax.models import MLP
 from fm_jax.weights.folder import FAMILIES, LAYOUTS, open_model, save_model
 from fm_jax.weights.formats import WeightsError
-from fm_jax.weights.safetensors import open_tensors, write_tensors
+from fm_jax.weights.safetensors import open_tensors
+from fm_jax.weights.write import write_tensors
 
 # Written by diffusers 0.42 and transformers 5.24 for small networks of each class.
 CONFIGS = json.loads((Path(__file__).parent / "configs.json").read_text())

@@ -17,7 +17,7 @@ from fm_jax.models import MLP
 from fm_jax.weights.formats import WeightsError
 from fm_jax.weights.load import load
 from fm_jax.weights.rules import Piece, Rules, nested, template_of
-from fm_jax.weights.safetensors import write_tensors
+from fm_jax.weights.write import write_tensors
 
 RULES = toy.rules()
 

@@ -16,7 +16,8 @@ import pytest
 
 from fm_jax.weights import files
 from fm_jax.weights.formats import WeightsError
-from fm_jax.weights.safetensors import DTYPES, Lazy, open_tensors, write_tensors
+from fm_jax.weights.safetensors import DTYPES, open_tensors
+from fm_jax.weights.write import Lazy, write_tensors
 
 NUMBERS = {
     name: np.arange(6).astype(dtype).reshape(2, 3) if name != "BOOL" else np.array([[True, False]])
@@ -335,7 +336,7 @@ class TestWrite:
     def test_a_full_disk_leaves_nothing(self, tmp_path):
         code = """
         import resource, signal, sys, numpy as np
-        from fm_jax.weights.safetensors import write_tensors
+        from fm_jax.weights.write import write_tensors
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
@@ -395,7 +396,7 @@ class TestWrite:
         write_tensors(path, {"a": np.zeros(2)})
         code = """
         import sys, time, numpy as np
-        from fm_jax.weights.safetensors import Lazy, write_tensors
+        from fm_jax.weights.write import Lazy, write_tensors
         def slowly():
             print("writing", flush=True)
             time.sleep(60)
@@ -430,7 +431,7 @@ class TestWrite:
     def test_two_processes_write_the_same_file(self, tmp_path):
         code = """
         import sys, numpy as np
-        from fm_jax.weights.safetensors import write_tensors
+        from fm_jax.weights.write import write_tensors
         for _ in range(8):
             write_tensors(sys.argv[1], {key: np.full(100, float(sys.argv[2])) for key in "abc"}, max_shard_bytes=800)
         """

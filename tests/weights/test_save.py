@@ -144,7 +144,7 @@ import resource, sys
 import jax, jax.numpy as jnp, ml_dtypes, numpy as np
 from fm_jax.weights.load import load
 from fm_jax.weights.rules import Rules, dense, nested
-from fm_jax.weights.safetensors import Lazy, write_tensors
+from fm_jax.weights.write import Lazy, write_tensors
 from fm_jax.weights.save import save
 
 folder, width, layers, dtype = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), np.dtype(sys.argv[4])
