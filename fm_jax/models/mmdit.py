@@ -34,8 +34,12 @@ def position_table(rows: int, columns: int, size: int, base: int, dim: int, nump
         float32 [rows * columns, dim], in row-major order.
 
     Raises:
-        ValueError: if the grid is larger than the table.
+        ValueError: if the grid is larger than the table, or `dim` is not divisible by 4.
     """
+    for name, value in {"rows": rows, "columns": columns, "size": size, "base": base, "dim": dim}.items():
+        check_integer(name, value)
+    if dim % 4:
+        raise ValueError(f"dim must be divisible by 4, got {dim}.")
     if max(rows, columns) > size:
         raise ValueError(f"An image must have at most {size}x{size} patches, as the positions, got {rows}x{columns}.")
     places = np.arange(size, dtype=np.float32) / np.float32(size / base)

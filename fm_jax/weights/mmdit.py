@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_member, shown
+from fm_jax.checks import check_integer, check_member, shown
 from fm_jax.models.conditioning import Conditions
 from fm_jax.models.mmdit import MMDiT, position_table
 from fm_jax.weights.rules import Piece, Rules, dense, from_heads, norm, patches, template_of, to_heads
@@ -44,22 +44,24 @@ def mmdit_from_config(config: Mapping[str, Any]) -> MMDiT:
         >>> mmdit_from_config({"num_attention_heads": 2, "caption_projection_dim": 128, "num_layers": 3}).hidden
         128
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"The configuration must be a dict, as config.json holds, got {shown(config)}.")
     name = config.get("_class_name", "SD3Transformer2DModel")
     if name != "SD3Transformer2DModel":
         raise ValueError(f"The configuration must be of an SD3Transformer2DModel, got {shown(name)}.")
     if unknown := sorted(key for key in config if not key.startswith("_") and key not in _DEFAULTS):
         raise ValueError(f"The configuration has fields that are not known: {', '.join(unknown)}.")
     fields = _DEFAULTS | {key: value for key, value in config.items() if not key.startswith("_")}
+    for name in _DEFAULTS.keys() - {"out_channels", "dual_attention_layers", "qk_norm"}:
+        check_integer(name, fields[name])
     hidden = fields["num_attention_heads"] * fields["attention_head_dim"]
     if fields["caption_projection_dim"] != hidden:
         raise ValueError(f"caption_projection_dim must be {hidden}, got {fields['caption_projection_dim']}.")
     if fields["qk_norm"] not in (None, "rms_norm"):
         raise ValueError(f"qk_norm must be None or 'rms_norm', got {shown(fields['qk_norm'])}.")
-    dual = tuple(sorted(fields["dual_attention_layers"] or ()))
-    if dual != tuple(range(len(dual))):
-        raise ValueError(f"dual_attention_layers must be the first ones, 0, 1, ..., got {list(dual)}.")
-    if not fields["pos_embed_max_size"]:
-        raise ValueError(f"pos_embed_max_size must be the side of a table, got {fields['pos_embed_max_size']}.")
+    dual = fields["dual_attention_layers"] or ()
+    if not isinstance(dual, list | tuple) or set(dual) != set(range(len(dual))):
+        raise ValueError(f"dual_attention_layers must be the first ones, 0, 1, ..., got {shown(dual)}.")
     return MMDiT(
         **{key: fields[key] for key in _SAME},
         channels=fields["in_channels"],
@@ -77,6 +79,7 @@ def mmdit_from_config(config: Mapping[str, Any]) -> MMDiT:
 
 def mmdit_config(module: MMDiT) -> dict[str, Any]:
     """The `config.json` of a network for diffusers: the inverse of `mmdit_from_config`."""
+    _check_module(module)
     return {
         "_class_name": "SD3Transformer2DModel",
         "sample_size": module.table_base * module.patch_size,
@@ -104,8 +107,9 @@ def mmdit_rules(module: MMDiT, layout: str = "diffusers") -> Rules:
             `model.diffusion_model.`
 
     Raises:
-        ValueError: for another layout.
+        ValueError: for another module or layout.
     """
+    _check_module(module)
     check_member("layout", layout, ("diffusers", "stability"))
     side = module.patch_size
     vector, tokens = (
@@ -123,6 +127,11 @@ def mmdit_rules(module: MMDiT, layout: str = "diffusers") -> Rules:
         (_diffusers(module), "pos_embed.pos_embed") if layout == "diffusers" else (_stability(module), "pos_embed")
     )
     return Rules(template, tuple(pieces), tables={key: table}, optional=frozenset({key}))
+
+
+def _check_module(module: Any) -> None:
+    if not isinstance(module, MMDiT):
+        raise ValueError(f"module must be an MMDiT, such as make_mmdit('medium'), got {shown(module)}.")
 
 
 def _blocks(module: MMDiT) -> Iterator[tuple[int, str, dict[str, Any], bool, bool]]:

@@ -266,7 +266,8 @@ def test_inputs_that_are_refused(x, cond, message):
         ({"qk_norm": "layer_norm"}, "qk_norm must be None or 'rms_norm', got 'layer_norm'"),
         ({"dual_attention_layers": [0, 2]}, r"dual_attention_layers must be the first ones, 0, 1, ..., got \[0, 2\]"),
         ({"caption_projection_dim": 64}, "caption_projection_dim must be 1536, got 64"),
-        ({"pos_embed_max_size": None}, "pos_embed_max_size must be the side of a table, got None"),
+        ({"dual_attention_layers": 2}, "dual_attention_layers must be the first ones, 0, 1, ..., got 2"),
+        ({"pos_embed_max_size": None}, "pos_embed_max_size must be an integer, got None"),
         ({"guidance_embeds": True}, "fields that are not known: guidance_embeds"),
     ],
 )
@@ -280,6 +281,13 @@ def test_names_and_layouts_that_are_refused():
         make_mmdit("large")
     with pytest.raises(ValueError, match="layout must be one of 'diffusers', 'stability', got 'bfl'"):
         mmdit_rules(make_mmdit("tiny"), "bfl")
+    for function in (mmdit_rules, mmdit_config):
+        with pytest.raises(ValueError, match=r"module must be an MMDiT, such as make_mmdit\('medium'\), got None"):
+            function(None)
+    with pytest.raises(ValueError, match=r"The configuration must be a dict, as config.json holds, got None"):
+        mmdit_from_config(None)
+    with pytest.raises(ValueError, match="dim must be divisible by 4, got 6"):
+        position_table(2, 2, 4, 4, 6)
 
 
 def mmdit_sharding(path, shape, mesh):

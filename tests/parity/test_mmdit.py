@@ -217,7 +217,9 @@ def mutated(old, new):
 )
 def test_a_mistake_shows(mistake, monkeypatch):
     case, old, new = (MISTAKES | MORE_MISTAKES)[mistake]
-    monkeypatch.setattr(mmdit, "MMDiT", mutated(old, new).MMDiT)
+    network = mutated(old, new).MMDiT
+    monkeypatch.setattr(mmdit, "MMDiT", network)
+    monkeypatch.setattr(weights, "MMDiT", network)
     check_mutation(case)
 
 
