@@ -5,7 +5,8 @@ import pytest
 
 from fm_jax.models import Compute
 from fm_jax.models.conditioning import REPA, Conditions
-from fm_jax.models.song_unet import SongUNet, filtered, make_song_unet
+from fm_jax.models.song_blocks import filtered
+from fm_jax.models.song_unet import SongUNet, make_song_unet
 
 SIZES = {"channels": 16, "channel_mults": (1, 2), "num_blocks": 1, "in_channels": 3}
 

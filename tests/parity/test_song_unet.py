@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from parity.harness import Case, check_mutation, check_peer, check_record, first_last, random_input, to_torch
 
-from fm_jax.models import song_unet
+from fm_jax.models import song_blocks, song_unet
 from fm_jax.models.conditioning import Conditions
 from fm_jax.models.song_unet import SongUNet, make_song_unet
 from fm_jax.weights import song_unet as rules_of_song_unet
@@ -108,7 +108,7 @@ def test_rules_are_a_bijection(name):
     assert all(np.array_equal(back[key], tensors[key]) for key in back)
 
 
-SINES, FILTERED, PIECE = song_unet.sinusoidal_features, song_unet.filtered, rules_of_song_unet.Piece
+SINES, FILTERED, PIECE = song_unet.sinusoidal_features, song_blocks.filtered, rules_of_song_unet.Piece
 
 
 def ragged(x, weights, *, up, pad=None):
@@ -117,22 +117,26 @@ def ragged(x, weights, *, up, pad=None):
 
 
 def norm_of_32_groups(x, dtype, name):
-    return song_unet.group_norm(x.shape[-1], 32, dtype, name, epsilon=1e-6)(x)
+    return song_blocks.group_norm(x.shape[-1], 32, dtype, name, epsilon=1e-6)(x)
 
 
 MUTATIONS = {
-    "epsilon": ("EPSILON", 1e-5),
-    "cosine first": ("sinusoidal_features", lambda t, dim, **_: SINES(t, dim, scale=1.0, frequency_shift=1.0)),
-    "frequencies": ("sinusoidal_features", lambda t, dim, **_: SINES(t, dim, scale=1.0, sine_first=True)),
-    "groups": ("norm", norm_of_32_groups),
-    "filter": ("filtered", ragged),
+    "epsilon": (song_blocks, "EPSILON", 1e-5),
+    "cosine first": (
+        song_unet,
+        "sinusoidal_features",
+        lambda t, dim, **_: SINES(t, dim, scale=1.0, frequency_shift=1.0),
+    ),
+    "frequencies": (song_unet, "sinusoidal_features", lambda t, dim, **_: SINES(t, dim, scale=1.0, sine_first=True)),
+    "groups": (song_blocks, "norm", norm_of_32_groups),
+    "filter": (song_blocks, "filtered", ragged),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MUTATIONS)
 def test_mutation(mistake, monkeypatch):
-    monkeypatch.setattr(song_unet, *MUTATIONS[mistake])
+    monkeypatch.setattr(*MUTATIONS[mistake])
     check_mutation(CASES["ddpmpp"])
 
 

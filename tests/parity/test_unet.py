@@ -11,6 +11,7 @@ from parity.harness import (
     check_mutation,
     check_peer,
     check_record,
+    distance,
     first_difference,
     first_last,
     manifest,
@@ -18,7 +19,7 @@ from parity.harness import (
     to_torch,
 )
 
-from fm_jax.models import LabelEmbedding, UNet, make_unet
+from fm_jax.models import Compute, LabelEmbedding, UNet, make_unet
 from fm_jax.models.conditioning import DDPM, SIT
 from fm_jax.models.unet_blocks import ClassEmbedding
 from fm_jax.weights.adm import ADM_FLAGS, adm_config, adm_from_config
@@ -164,6 +165,23 @@ def test_mutation(mistake):
 @pytest.mark.parametrize("mistake", SLOW_MUTATIONS)
 def test_slow_mutation(mistake):
     check_mistake(*SLOW_MUTATIONS[mistake])
+
+
+@pytest.mark.parity
+def test_bfloat16_is_as_close_as_that_of_pytorch():
+    torch = pytest.importorskip("torch")
+    from diffusers import UNet2DModel
+
+    _, module = MODULES["ddpm"]
+    arrays, tensors = inputs(module), CASES["ddpm"].tensors()
+    network = UNet2DModel.from_config(unet_config(module, size=8))
+    network.load_state_dict(to_torch(tensors))
+    with torch.no_grad():
+        x = torch.from_numpy(np.moveaxis(arrays["x"], -1, 1).copy()).bfloat16()
+        out = network.bfloat16()(x, torch.from_numpy(1000 * (1 - T) - 1)).sample.float()
+    params = CASES["ddpm"].rules().to_ours(tensors)
+    near = ours(module.clone(compute=Compute("bfloat16")), params, arrays)["out"]
+    assert distance(np.asarray(near), first_last(out)) <= 2e-2
 
 
 @pytest.mark.parity
