@@ -32,7 +32,7 @@ def dit(parts: Parts, *, solver: str | None = None, guided_channels: int = 3) ->
             raise ValueError("negative must be left out for a network of classes.")
         for i, label in enumerate(request.prompts):
             if isinstance(label, bool) or not isinstance(label, int | np.integer) or not 0 <= label < num_classes:
-                raise ValueError(f"prompts[{i}] must be a class from 0 to {num_classes - 1}, got {label!r}.")
+                raise ValueError(f"prompts[{i}] must be a class from 0 to {num_classes - 1} for {name}, got {label!r}.")
         labels = jnp.asarray(request.prompts, jnp.int32)
         return labels, None if request.guidance == 1 else jnp.full_like(labels, num_classes)
 

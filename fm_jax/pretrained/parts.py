@@ -106,5 +106,5 @@ def check_texts(prompts: Sequence[Any], name: str) -> list[str]:
     """The prompts of a system that takes texts."""
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise ValueError(f"prompts[{i}] must be a text for a {name}, got {prompt!r}.")
+            raise ValueError(f"prompts[{i}] must be a text for {name}, not a class, got {prompt!r}.")
     return list(prompts)

@@ -104,7 +104,7 @@ class System:
         for name, side in (("height", height), ("width", width)):
             check_integer(name, side)
             if side % least:
-                raise ValueError(f"{name} must be a multiple of {least} for a {self.name}, got {side}.")
+                raise ValueError(f"{name} must be a multiple of {least} for {self.name}, got {side}.")
         return num, height // self.factor, width // self.factor, self.channels
 
     def draw(
