@@ -76,6 +76,7 @@ def test_options_of_loading_and_saving(tmp_path):
 # Of the library; of inputs that a network takes in any size; of what the class has not; what is None is as good as one.
 SAYS_NOTHING = {"_name_or_path", "name_or_path", "dtype", "_diffusers_version", "transformers_version"}
 SAYS_NOTHING |= {"sample_size", "bos_token_id", "projection_dim", "is_encoder_decoder", "interpolation_scale"}
+SAYS_NOTHING |= {"scale_factor_temporal", "scale_factor_spatial"}  # of pipelines; theirs here are the class's defaults
 
 
 @pytest.mark.parity
