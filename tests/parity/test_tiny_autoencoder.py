@@ -65,15 +65,17 @@ def peer(module: TinyAutoencoder, layout: Layout, tensors: Arrays) -> Any:
 
 
 def run_peer(model: Any, layout: Layout, inputs: Arrays) -> Arrays:
+    """In float64: PyTorch's float32 differs from itself with another number of threads."""
     import torch
 
+    model = model.double()
     with torch.no_grad():
-        x, z = (torch.from_numpy(np.moveaxis(inputs[name], -1, 1).copy()) for name in ("x", "z"))
+        x, z = (torch.from_numpy(np.moveaxis(inputs[name], -1, 1).copy()).double() for name in ("x", "z"))
         if layout == "diffusers":
             outputs = {"z": model.encode(x).latents, "decoded": model.decode(z).sample}
         else:
             outputs = {"z": model.encoder((x + 1) / 2), "decoded": 2 * model.decoder(z) - 1}
-    return {name: first_last(value) for name, value in outputs.items()}
+    return {name: first_last(value.float()) for name, value in outputs.items()}
 
 
 def paths(module: TinyAutoencoder, layout: Layout) -> tuple[tuple[str, str], ...]:
