@@ -6,6 +6,9 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from fm_jax.checks import shown
 from fm_jax.weights.formats import WeightsError, scales_of_quantised
 from fm_jax.weights.rules import Rules
@@ -137,12 +140,18 @@ def check_keys(
         for key, shape in shapes.items()
         if key in there and tuple(tensors[there[key]].shape) != shape
     ]
+    kinds = [
+        f"{there[key]} is {tensors[there[key]].dtype}, must be {'floating point' if real else 'integers'}"
+        for key, real in _kinds(rules).items()
+        if key in there and is_float(tensors[there[key]].dtype) != real
+    ]
     lines = [
         f"{len(keys)} {what}: {', '.join(keys)}"
         for keys, what in (
             (missing, "missing"),
             ([f"{name}{_of(tensors, name)}" for name in unused], "unused"),
             (wrong, "of another shape"),
+            (kinds, "of another kind"),
         )
         if keys
     ]
@@ -152,6 +161,12 @@ def check_keys(
             + _elsewhere(tensors, missing)
         )
     return there
+
+
+def _kinds(rules: Rules) -> dict[str, bool]:
+    """Whether each tensor holds floating-point numbers."""
+    kinds = {piece.key: is_float(rules.leaves[piece.path].dtype) for piece in rules.pieces}
+    return kinds | {copy: kinds[original] for copy, original in rules.copies.items()}
 
 
 def _of(tensors: Mapping[str, Any], key: str) -> str:
@@ -178,3 +193,16 @@ def where(tensors: Mapping[str, Any]) -> str:
 def listed(names: Iterable[str]) -> str:
     """Names in quotes, one after another."""
     return ", ".join(map(repr, sorted(names))) or "nothing else"
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether a dtype is that of floating-point numbers, the short ones among them."""
+    return jnp.issubdtype(known_dtype(dtype), jnp.floating)
+
+
+def known_dtype(dtype: Any) -> np.dtype:
+    """A dtype of NumPy or of JAX; of another library, that of objects."""
+    try:
+        return np.dtype(dtype)
+    except TypeError:
+        return np.dtype(object)

@@ -11,7 +11,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from fm_jax.checks import check_array, check_function, shown
 from fm_jax.types import Params
 from fm_jax.weights.formats import WeightsError
-from fm_jax.weights.keys import check_keys, listed, names_of, where
+from fm_jax.weights.keys import check_keys, is_float, known_dtype, listed, names_of, where
 from fm_jax.weights.rules import Piece, Rules, nested, path_of
 from fm_jax.weights.safetensors import NAMES, PathLike, Tensors, open_tensors
 
@@ -79,7 +79,7 @@ def load(
 def _arrays(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in () if isinstance(tensors, Tensors) else tensors:
         check_array(repr(key), tensors[key])
-        if _dtype(tensors[key].dtype) not in NAMES:
+        if known_dtype(tensors[key].dtype) not in NAMES:
             raise WeightsError(f"{key!r} must be an array of {', '.join(NAMES.values())}, got {shown(tensors[key])}.")
     return tensors
 
@@ -172,9 +172,8 @@ def _load_leaf(
 ) -> jax.Array:
     shape, pieces = rules.leaves[path].shape, rules.by_path[path]
     dtypes = [tensors[sources[piece.key]].dtype for piece in pieces]
-    wanted = np.dtype(jax.dtypes.canonicalize_dtype(common(dtypes) if dtype is None else dtype))
-    if dtype is not None and not all(map(is_float, dtypes)):
-        wanted = np.dtype(jax.dtypes.canonicalize_dtype(common(dtypes)))
+    cast = dtype is not None and is_float(rules.leaves[path].dtype)
+    wanted = np.dtype(jax.dtypes.canonicalize_dtype(dtype if cast else common(dtypes)))
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         bounds = [each.indices(size)[:2] for each, size in zip(index, shape, strict=True)]
@@ -234,7 +233,7 @@ def _at(x: np.ndarray, places: list[tuple[int, int]], begins: list[int]) -> np.n
 
 
 def put(target: np.ndarray, value: np.ndarray, name: str) -> None:
-    """Writes numbers into an array of another dtype, and refuses those that become infinite there.
+    """Writes numbers into an array of another dtype, and refuses those that it has not.
 
     Raises:
         WeightsError: names the number, and what `name` says they are.
@@ -249,18 +248,8 @@ def put(target: np.ndarray, value: np.ndarray, name: str) -> None:
                 f"{name} holds {float(value[lost][0]):.3g}, which {target.dtype} has not: its largest number is "
                 f"{_largest(target.dtype):.3g}. Take bfloat16."
             )
-
-
-def is_float(dtype: Any) -> bool:
-    """Whether a dtype is that of floating-point numbers, the short ones among them."""
-    return jnp.issubdtype(_dtype(dtype), jnp.floating)
-
-
-def _dtype(dtype: Any) -> np.dtype:
-    try:
-        return np.dtype(dtype)
-    except TypeError:  # of another library
-        return np.dtype(object)
+    elif not is_float(target.dtype) and target.dtype != value.dtype and not np.array_equal(target, value):
+        raise WeightsError(f"{name} holds integers that {target.dtype} has not.")
 
 
 def _largest(dtype: Any) -> float:

@@ -14,8 +14,8 @@ from fm_jax.checks import shown
 from fm_jax.types import Params
 from fm_jax.weights.files import check_path, replace_files
 from fm_jax.weights.formats import WeightsError
-from fm_jax.weights.keys import listed
-from fm_jax.weights.load import common, is_float, put
+from fm_jax.weights.keys import is_float, listed
+from fm_jax.weights.load import common, put
 from fm_jax.weights.rules import Piece, Rules, path_of
 from fm_jax.weights.safetensors import PathLike
 from fm_jax.weights.write import Lazy, contents_of, old_files

@@ -184,6 +184,24 @@ class TestKeys:
         with pytest.raises(WeightsError, match=f"1 of another shape: {re.escape(key)} is "):
             load(tensors, RULES)
 
+    @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.bool_])
+    def test_codes_are_no_numbers(self, dtype):
+        """A tensor of codes has the shape of what it stands for."""
+        tensors = toy.tensors()
+        tensors["image.weight"] = np.zeros(tensors["image.weight"].shape, dtype)
+        tensors["count"] = np.zeros(3, np.float32)
+        with pytest.raises(WeightsError) as caught:
+            load(tensors, RULES, dtype=jnp.float32)
+        name = np.dtype(dtype).name
+        assert str(caught.value).endswith(
+            f"2 of another kind: image.weight is {name}, must be floating point, count is float32, must be integers"
+        )
+
+    def test_integers_that_are_too_large(self):
+        assert load(toy.tensors() | {"count": np.array([1, 2, 3])}, RULES)["count"].dtype == jnp.int32
+        with pytest.raises(WeightsError, match="'count' of the mapping of tensors holds integers that int32 has not"):
+            load(toy.tensors() | {"count": np.array([1, 2, 2**32])}, RULES)
+
     def test_what_says_nothing_is_ignored(self):
         for key in ("position_ids", "text.position_ids"):
             load(toy.tensors() | {key: np.arange(3)}, RULES)

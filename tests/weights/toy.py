@@ -55,14 +55,15 @@ def pieces():
 
 
 def rules(**changes) -> Rules:
-    template = nested({path: jax.ShapeDtypeStruct(shape, jnp.float32) for path, shape in SHAPES.items()})
+    dtypes = {"count": jnp.int32}
+    template = {path: jax.ShapeDtypeStruct(shape, dtypes.get(path, jnp.float32)) for path, shape in SHAPES.items()}
     options = {
         "copies": {"tied.weight": "embed.weight"},
         "tables": {"positions": table},
         "optional": frozenset({"tied.weight", "positions"}),
         "ignored": (r"(.*\.)?position_ids",),
     }
-    return Rules(template, tuple(pieces()), **(options | changes))
+    return Rules(nested(template), tuple(pieces()), **(options | changes))
 
 
 def params(dtype=np.float32, seed=0):
