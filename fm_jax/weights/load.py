@@ -60,7 +60,7 @@ def load(
         ValueError: if an argument is wrong, or `rules` do not tile the network.
     """
     if not isinstance(rules, Rules):
-        raise ValueError(f"rules must be Rules, such as dit_rules(module, 32), got {shown(rules)}.")
+        raise ValueError(f"rules must be Rules, such as dit_rules(module), got {shown(rules)}.")
     if dtype is not None and not is_float(dtype):
         raise ValueError(f"dtype must be a floating-point dtype or None, got {shown(dtype)}.")
     shapes = rules.shapes
