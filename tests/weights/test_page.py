@@ -8,13 +8,10 @@ import jax
 import pytest
 from weights.toy import same_bits
 
-from fm_jax import weights
-
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "weights.md"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(weights, "open_model"), reason="the package does not have its names yet")
 def test_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "weights"}
