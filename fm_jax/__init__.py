@@ -11,7 +11,8 @@ Time runs from 0 (source, noise) to 1 (data). The core, imported here, needs jax
 * `fewstep`: straight flows and flows of one step: reflow, distillation, Optimal Flow Matching;
 * `oracles`: the closed forms that all of it is checked against.
 
-`fm_jax.models`, `fm_jax.train`, `fm_jax.data` and `fm_jax.metrics` are imported by name.
+`fm_jax.models`, `fm_jax.train`, `fm_jax.data` and `fm_jax.metrics` are imported by name; so are, for published systems,
+`fm_jax.text`, `fm_jax.latents`, `fm_jax.weights` and `fm_jax.pretrained`.
 """
 
 from fm_jax import (

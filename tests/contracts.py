@@ -13,6 +13,7 @@ from fm_jax import (
     guidance,
     likelihood,
     losses,
+    models,
     oracles,
     paths,
     samplers,
@@ -23,6 +24,7 @@ from fm_jax import (
 from fm_jax.data.toy import moons
 from fm_jax.guidance import classifier_free
 from fm_jax.models import MLP, DiT, LabelEmbedding, PlainMLP, TokenEmbedding, UNet, VectorEmbedding
+from fm_jax.models.unet_blocks import ClassEmbedding
 from fm_jax.nfe import Counted
 from fm_jax.samplers.learned import from_method
 from fm_jax.samplers.runge_kutta import TABLEAUX
@@ -146,6 +148,17 @@ MODELS = {
     "dit": functools.partial(DiT, patch_size=2, hidden=16, num_layers=2, num_heads=2),
 }
 """By name: the small network of an `embed` and a `compute`, for images [batch, 4, 4, 2]."""
+PUBLISHED = {
+    "lightning": models.make_lightning,
+    "mmdit": models.make_mmdit,
+    "flux": models.make_flux,
+    "crossdit": models.make_crossdit,
+    "unet_condition": models.make_unet_condition,
+    "song_unet": lambda name: models.SongUNet(channels=8, channel_mults=(1, 2), num_blocks=1),
+    "videodit": models.make_videodit,
+    "wan": models.make_wan,
+}
+"""By name: the small network of a published family, made by the name "tiny"; each has a file of tests of its own."""
 PLAIN_MODELS = {"plain_mlp": PlainMLP}
 """Those without conditions."""
 EMBEDS = {
@@ -153,6 +166,8 @@ EMBEDS = {
     "vector": lambda: VectorEmbedding(5),
     "token": lambda: TokenEmbedding(4),
 }
+OTHER_EMBEDS = {"class": lambda: ClassEmbedding(3)}
+"""Those without a value for "no condition", which published networks have."""
 LEARNED = {"learned": lambda s: from_method("midpoint", 4)}
 """Those with times of their own."""
 

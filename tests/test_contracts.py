@@ -46,9 +46,13 @@ CALLED = {
     "divergence": (["v", "probes", "t", "x"], contracts.DIVERGENCES),
     "model": (
         ["t", "x", "cond", "train"],
-        [make() for make in (contracts.MODELS | contracts.PLAIN_MODELS).values()],
+        [make() for make in (contracts.MODELS | contracts.PLAIN_MODELS).values()]
+        + [make("tiny") for make in contracts.PUBLISHED.values()],
     ),
-    "embed": (["cond", "features", "batch_size"], [make() for make in contracts.EMBEDS.values()]),
+    "embed": (
+        ["cond", "features", "batch_size"],
+        [make() for make in (contracts.EMBEDS | contracts.OTHER_EMBEDS).values()],
+    ),
 }
 
 

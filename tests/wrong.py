@@ -33,6 +33,7 @@ from fm_jax import (
     schedules,
     shapes,
     sources,
+    text,
     times,
     train,
 )
@@ -666,6 +667,19 @@ FUNCTIONS: dict[str, Call] = {
     "position_features": Call(position_features, {"rows": 2, "columns": 3, "dim": 8}),
     "make_unet": Call(models.make_unet, {"name": "tiny"}, lambda module: module.channels),
     "make_dit": Call(models.make_dit, {"name": "tiny"}, lambda module: module.hidden),
+    **{
+        f"make_{name}": Call(getattr(models, f"make_{name}"), {"name": "tiny"}, lambda module: None)
+        for name in contracts.PUBLISHED | {"autoencoder": None}
+        if name != "song_unet"
+    },
+    "make_song_unet": Call(models.make_song_unet, {"name": "ddpmpp"}, lambda module: None),
+    "make_tiny_autoencoder": Call(models.make_tiny_autoencoder, {"name": "sd"}, lambda module: None),
+    "make_clip_text": Call(text.make_clip_text, {"name": "tiny"}, lambda module: None),
+    "make_t5": Call(text.make_t5, {"name": "tiny"}, lambda module: None),
+    "Border": Call(
+        models.Border, {"scale": 1000.0, "reverse": True, "offset": -1.0}, lambda border: border.time(jnp.asarray(0.5))
+    ),
+    "rope_angles": Call(models.rope_angles, {"ids": np.ones((3, 2)), "dims": (2, 2), "theta": 100.0}),
     "Compute": Call(models.Compute, {"dtype": "float32", "remat": False}, lambda compute: compute.remat),
 }
 
@@ -734,6 +748,20 @@ ELSEWHERE = {
     "fm_jax.metrics.sinkhorn_divergence": "tests/metrics, which need the extra",
     "fm_jax.models.from_nnx": "tests/test_network_libraries.py",
     "fm_jax.models.from_equinox": "tests/test_network_libraries.py",
+    "fm_jax.models.fill_local": "tests/models/test_flux.py",
+    **dict.fromkeys((f"fm_jax.models.{name}" for name in ("attend", "apply_rope")), "tests/models/test_attention.py"),
+    "fm_jax.models.sample_moments": "tests/models/test_autoencoder.py",
+    **dict.fromkeys(
+        (f"fm_jax.models.{type(make('tiny')).__name__}" for make in contracts.PUBLISHED.values()),
+        "a file of its own in tests/models",
+    ),
+    **dict.fromkeys(
+        (f"fm_jax.models.{name}" for name in ("Autoencoder", "TinyAutoencoder")), "tests/models/test_autoencoder.py"
+    ),
+    "fm_jax.latents": "tests/test_latents.py",
+    "fm_jax.text": "tests/text",
+    "fm_jax.weights": "tests/weights, tests/parity",
+    "fm_jax.pretrained": "tests/parity/test_pretrained.py, tests/experiments/test_sample_pretrained.py",
     "fm_jax.models.stack_layers": "tests/models/test_scan_layers.py",
     "fm_jax.models.unstack_layers": "tests/models/test_scan_layers.py",
     "fm_jax.train.loop": "tests/train",

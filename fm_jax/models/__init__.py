@@ -14,34 +14,74 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from fm_jax.checks import check_integer, check_key, is_traced, shown
 from fm_jax.models.adapters import check_kind, from_equinox, from_nnx, linen_apply
+from fm_jax.models.attention import apply_rope, attend, rope_angles
+from fm_jax.models.autoencoder import Autoencoder, Moments, make_autoencoder, sample_moments
 from fm_jax.models.compute import Compute
+from fm_jax.models.conditioning import Border, Conditions
+from fm_jax.models.crossdit import CrossDiT, make_crossdit
 from fm_jax.models.dit import DiT, make_dit
 from fm_jax.models.embed import LabelEmbedding, TokenEmbedding, VectorEmbedding
+from fm_jax.models.flux import Flux, fill_local, make_flux
 from fm_jax.models.icnn import ICNN, linen_potential
+from fm_jax.models.lightning import LightningDiT, make_lightning
 from fm_jax.models.mlp import MLP, PlainMLP
+from fm_jax.models.mmdit import MMDiT, make_mmdit
+from fm_jax.models.song_unet import SongUNet, make_song_unet
 from fm_jax.models.stack import stack_layers, unstack_layers
+from fm_jax.models.tiny_autoencoder import TinyAutoencoder, make_tiny_autoencoder
 from fm_jax.models.unet import UNet, make_unet
+from fm_jax.models.unet_condition import UNetCondition, make_unet_condition
+from fm_jax.models.videodit import VideoDiT, make_videodit
+from fm_jax.models.wan import Wan, make_wan
 from fm_jax.types import Cond, Key, Params
 
 __all__ = [
     "ICNN",
     "MLP",
+    "Autoencoder",
+    "Border",
     "Compute",
+    "Conditions",
+    "CrossDiT",
     "DiT",
+    "Flux",
     "LabelEmbedding",
+    "LightningDiT",
+    "MMDiT",
+    "Moments",
     "PlainMLP",
+    "SongUNet",
+    "TinyAutoencoder",
     "TokenEmbedding",
     "UNet",
+    "UNetCondition",
     "VectorEmbedding",
+    "VideoDiT",
+    "Wan",
+    "apply_rope",
+    "attend",
+    "fill_local",
     "forward_flops",
     "from_equinox",
     "from_nnx",
     "init_params",
     "linen_apply",
     "linen_potential",
+    "make_autoencoder",
+    "make_crossdit",
     "make_dit",
+    "make_flux",
+    "make_lightning",
+    "make_mmdit",
+    "make_song_unet",
+    "make_tiny_autoencoder",
     "make_unet",
+    "make_unet_condition",
+    "make_videodit",
+    "make_wan",
     "num_params",
+    "rope_angles",
+    "sample_moments",
     "stack_layers",
     "unstack_layers",
 ]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_integer, check_member, check_number, shown
+from fm_jax.checks import check_integer, check_member, check_number, check_real, shown
 from fm_jax.models.compute import Attention, Dtype
 from fm_jax.types import Array
 
@@ -125,11 +125,14 @@ def rope_angles(ids: Array | np.ndarray, dims: Sequence[int], theta: float = 10_
     References:
         Su et al. 2021, "RoFormer: Enhanced Transformer with Rotary Position Embedding", section 3.2.2.
     """
+    check_real("ids", ids)
+    if not isinstance(dims, tuple | list):
+        raise ValueError(f"dims must be a tuple, one number for each axis, got {shown(dims)}.")
     for i, dim in enumerate(dims):
         check_integer(f"dims[{i}]", dim, least=2)
         if dim % 2:
             raise ValueError(f"dims must be even, as channels turn in pairs, got {tuple(dims)}.")
-    if ids.shape[-1] != len(dims):
+    if ids.ndim < 1 or ids.shape[-1] != len(dims):
         raise ValueError(f"ids must have {len(dims)} axes, as dims has, got shape {ids.shape}.")
     check_number("theta", theta, "(0, inf)")
     numpy = np if isinstance(ids, np.ndarray) else jnp
