@@ -85,6 +85,8 @@ def blocks(module: Autoencoder) -> tuple[tuple[str, str], ...]:
     for level in range(last + 1):
         for i in range(module.num_blocks):
             pairs.append((f"encoder/down_{level}_{i}", f"encoder.down_blocks.{level}.resnets.{i}"))
+        if level < last:
+            pairs.append((f"encoder/down_{level}_resample", f"encoder.down_blocks.{level}.downsamplers.0"))
     for half in ("encoder", "decoder"):
         pairs.append((f"{half}/middle_1", f"{half}.mid_block"))
         if half == "encoder":
@@ -92,6 +94,8 @@ def blocks(module: Autoencoder) -> tuple[tuple[str, str], ...]:
     for level in range(last, -1, -1):
         for i in range(module.num_blocks + 1):
             pairs.append((f"decoder/up_{level}_{i}", f"decoder.up_blocks.{last - level}.resnets.{i}"))
+        if level > 0:
+            pairs.append((f"decoder/up_{level}_resample", f"decoder.up_blocks.{last - level}.upsamplers.0"))
     return (*pairs, ("decoder/out", "decoder.conv_out"))
 
 
