@@ -66,7 +66,7 @@ class WanAutoencoder(nn.Module):
         >>> model = make_wan_autoencoder("tiny")
         >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1, 8, 8, 3)))["params"]
         >>> model.apply({"params": params}, jnp.zeros((1, 5, 8, 12, 3)), method="encode").mean.shape
-        (1, 2, 2, 3, 4)
+        (1, 3, 2, 3, 4)
 
     References:
         Wan Team 2025, "Wan: Open and Advanced Large-Scale Video Generative Models" (arXiv:2503.20314), section 4.1.
