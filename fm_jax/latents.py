@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_finite, check_integer, check_number, check_real, is_traced, shown
+from fm_jax.checks import check_finite, check_integer, check_number, check_state, is_traced, shown
 from fm_jax.types import Array
 
 Constant = float | tuple[float, ...]
@@ -54,10 +54,11 @@ class LatentSpace:
             lengths.add(len(value))
         if len(lengths) > 1:
             raise ValueError(f"shift and scale must be of one length, got {len(self.shift)} and {len(self.scale)}.")  # type: ignore[arg-type]
-        if lengths and (0 in lengths or lengths.pop() % self.square**2):
+        num = lengths.pop() if lengths else self.square**2
+        if not num or num % self.square**2:
             raise ValueError(
                 f"shift and scale must have a number for each channel and each place of {self.square}x{self.square} "
-                f"squares, got {shown(self)}."
+                f"squares, got {num}."
             )
 
     def to_model(self, z: Array) -> Array:
@@ -95,7 +96,7 @@ class LatentSpace:
         return z.astype(shift.dtype) / scale + shift
 
     def _constants(self, z: Array) -> tuple[Array, Array]:
-        check_real("z", z)
+        check_state(z, "z")
         sizes = [len(value) for value in (self.shift, self.scale) if isinstance(value, tuple)]
         squares = self.square**2
         if sizes and (z.ndim < 3 or z.shape[-1] * squares != sizes[0]):
@@ -170,6 +171,8 @@ def latent_space_of(config: Mapping[str, Any]) -> LatentSpace:
         >>> latent_space_of({"_class_name": "AutoencoderKL", "scaling_factor": 0.3611, "shift_factor": 0.1159}) == FLUX
         True
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config must be a mapping, as config.json holds, got {shown(config)}.")
     if "batch_norm_eps" in config:
         raise ValueError("The latent space of this autoencoder is in its file, not in its config: see flux2_latents.")
     defaults = {"AutoencoderKL": 0.18215, "AutoencoderTiny": 1.0}

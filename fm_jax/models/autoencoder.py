@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax import latents
-from fm_jax.checks import check_bool, check_has, check_integer, check_member, shown
+from fm_jax.checks import check_bool, check_has, check_integer, check_key, check_member, shown
 from fm_jax.latents import LatentSpace
 from fm_jax.models.autoencoder_blocks import ResidualBlock, middle, norm
 from fm_jax.models.compute import Compute
@@ -41,7 +41,13 @@ def sample_moments(key: Key, moments: Moments) -> Array:
 
     Returns:
         As `moments.mean`.
+
+    Raises:
+        ValueError: if `moments` are none, or `key` is not one key.
     """
+    check_key(key)
+    if not isinstance(moments, tuple) or len(moments) != 2:
+        raise ValueError(f"moments must be Moments, as Autoencoder.encode gives, got {shown(moments)}.")
     mean, log_variance = moments
     return mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, mean.dtype)
 

@@ -10,11 +10,11 @@ from fm_jax.latents import PIXELS, LatentSpace, latent_space_of
 from fm_jax.models.autoencoder import Autoencoder
 from fm_jax.weights.rules import Piece, Rules, conv, conv1x1, dense, norm, template_of
 
-Layout = Literal["diffusers", "diffusers-old", "ldm"]
+Layout = Literal["diffusers", "diffusers_old", "ldm"]
 
 _ATTENTION = {
     "diffusers": ("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
-    "diffusers-old": ("group_norm", "query", "key", "value", "proj_attn"),
+    "diffusers_old": ("group_norm", "query", "key", "value", "proj_attn"),
     "ldm": ("norm", "q", "k", "v", "proj_out"),
 }
 
@@ -28,6 +28,8 @@ def autoencoder_from_config(config: Mapping[str, Any]) -> Autoencoder:
     Raises:
         ValueError: for another class, and a field with a value that is not supported.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config must be a mapping, as config.json holds, got {shown(config)}.")
     name = config.get("_class_name", "AutoencoderKL")
     check_member("_class_name", name, ("AutoencoderKL", "AutoencoderKLFlux2"))
     flux2 = name == "AutoencoderKLFlux2"
@@ -68,8 +70,10 @@ def autoencoder_config(module: Autoencoder) -> dict[str, Any]:
     """The `config.json` of an autoencoder: the inverse of `autoencoder_from_config`.
 
     Raises:
-        ValueError: for channels of the decoder that diffusers' class of this network cannot have.
+        ValueError: for another module, or what diffusers' class of this network cannot have.
     """
+    if not isinstance(module, Autoencoder):
+        raise ValueError(f"module must be an Autoencoder, got {shown(module)}.")
     levels = len(module.channels)
     config: dict[str, Any] = {
         "_class_name": "AutoencoderKLFlux2" if module.statistics else "AutoencoderKL",
@@ -112,12 +116,14 @@ def autoencoder_rules(module: Autoencoder, layout: Layout = "diffusers") -> Rule
 
     Args:
         module: an `Autoencoder`.
-        layout: `"diffusers"`; `"diffusers-old"`, whose attention says query, key, value and proj_attn; `"ldm"`, the
+        layout: `"diffusers"`; `"diffusers_old"`, whose attention says query, key, value and proj_attn; `"ldm"`, the
             layout of latent diffusion's own files and of those of SD3 and FLUX, with pointwise convolutions.
 
     Raises:
-        ValueError: for another layout.
+        ValueError: for another module or layout.
     """
+    if not isinstance(module, Autoencoder):
+        raise ValueError(f"module must be an Autoencoder, got {shown(module)}.")
     check_member("layout", layout, get_args(Layout))
     side = module.factor
     template = template_of(module, jnp.zeros((1, side, side, module.image_channels)))

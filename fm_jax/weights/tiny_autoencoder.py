@@ -26,6 +26,8 @@ def tiny_autoencoder_from_config(config: Mapping[str, Any]) -> TinyAutoencoder:
     Raises:
         ValueError: for another class, and a field with a value that is not supported.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config must be a mapping, as config.json holds, got {shown(config)}.")
     check_member("_class_name", config.get("_class_name", "AutoencoderTiny"), ("AutoencoderTiny", "TAESD"))
     blocks = {half: tuple(config.get(f"num_{half}_blocks", default)) for half, default in _BLOCKS.items()}
     widths = {half: tuple(config.get(f"{half}_block_out_channels", (64,) * len(blocks[half]))) for half in _BLOCKS}
@@ -64,8 +66,10 @@ def tiny_autoencoder_config(module: TinyAutoencoder) -> dict[str, Any]:
     """The `config.json` of a tiny autoencoder: the inverse of `tiny_autoencoder_from_config`.
 
     Raises:
-        ValueError: for a latent space with a number for each channel, which the class cannot have.
+        ValueError: for another module, and a latent space with a number for each channel, which the class cannot have.
     """
+    if not isinstance(module, TinyAutoencoder):
+        raise ValueError(f"module must be a TinyAutoencoder, got {shown(module)}.")
     shift, scale = module.latents.shift, module.latents.scale
     if isinstance(shift, tuple) or isinstance(scale, tuple):
         raise ValueError(f"AutoencoderTiny has one shift and one scale, got {shown(module.latents)}.")
@@ -98,8 +102,10 @@ def tiny_autoencoder_rules(module: TinyAutoencoder, layout: Layout = "diffusers"
             are the parameters; those of two files are joined by `|`.
 
     Raises:
-        ValueError: for another layout or half.
+        ValueError: for another module, layout or half.
     """
+    if not isinstance(module, TinyAutoencoder):
+        raise ValueError(f"module must be a TinyAutoencoder, got {shown(module)}.")
     check_member("layout", layout, get_args(Layout))
     if half is not None:
         check_member("half", half, get_args(Half))

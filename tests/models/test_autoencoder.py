@@ -118,7 +118,7 @@ def test_configurations_of_other_kinds_there_and_back():
         assert autoencoder_from_config(autoencoder_config(module)) == module
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "diffusers-old", "ldm"])
+@pytest.mark.parametrize("layout", ["diffusers", "diffusers_old", "ldm"])
 def test_layouts_are_bijections(layout):
     rules = autoencoder_rules(SMALL, layout)
     tensors = rules.to_theirs(PARAMS)
@@ -246,12 +246,23 @@ def test_wrong_arrays(module, call, shape, said):
             lambda: latent_space(make_autoencoder("flux2"), {"decoder": 0}),
             "params must hold latent_mean and latent_variance, got ['decoder'].",
         ),
+        (lambda: sample_moments(0, Moments(X, X)), "key must be one typed key, as from jax.random.key(0), got 0."),
+        (
+            lambda: sample_moments(jax.random.key(0), X),
+            "moments must be Moments, as Autoencoder.encode gives, got",
+        ),
+        (lambda: autoencoder_rules(TINY), "module must be an Autoencoder, got TinyAutoencoder("),
+        (lambda: autoencoder_config(None), "module must be an Autoencoder, got None."),
+        (lambda: autoencoder_from_config(None), "config must be a mapping, as config.json holds, got None."),
+        (lambda: tiny_autoencoder_rules(SMALL), "module must be a TinyAutoencoder, got Autoencoder("),
+        (lambda: tiny_autoencoder_config(None), "module must be a TinyAutoencoder, got None."),
+        (lambda: tiny_autoencoder_from_config([]), "config must be a mapping, as config.json holds, got []."),
         (lambda: make_tiny_autoencoder("taesd"), "name must be one of 'sd', '16ch', 'taef2', got 'taesd'."),
         (lambda: TinyAutoencoder(8, (1, 1), (1,)), "encoder_blocks and decoder_blocks must have as many levels"),
         (lambda: TinyAutoencoder(latents=None), "latents must be a LatentSpace"),
         (
             lambda: autoencoder_rules(SMALL, "bfl"),
-            "layout must be one of 'diffusers', 'diffusers-old', 'ldm', got 'bfl'.",
+            "layout must be one of 'diffusers', 'diffusers_old', 'ldm', got 'bfl'.",
         ),
         (lambda: tiny_autoencoder_rules(TINY, "ldm"), "layout must be one of 'diffusers', 'official', got 'ldm'."),
         (lambda: tiny_autoencoder_rules(TINY, half="both"), "half must be one of 'encoder', 'decoder', got 'both'."),
