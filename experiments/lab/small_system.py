@@ -1,4 +1,4 @@
-"""A published system in small, with random weights: a DiT of ten classes in the layout of diffusers."""
+"""A published system in small, with random weights: a DiT, or a SiT, of ten classes in the layout of diffusers."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import jax
 
 from fm_jax.models import LabelEmbedding, init_params
 from fm_jax.models.autoencoder import Autoencoder
-from fm_jax.models.conditioning import DDPM
+from fm_jax.models.conditioning import DDPM, SIT
 from fm_jax.models.dit import DiT
 from fm_jax.weights.folder import save_model
 
@@ -15,11 +15,17 @@ SIZE = 8
 CHANNELS = 4
 
 
-def write_small_system(folder: Path) -> None:
-    """Writes the folder; a tenth of a megabyte."""
+def write_small_system(folder: Path, *, flow: bool = False) -> None:
+    """Writes the folder, a tenth of a megabyte, of a DiT, or of a SiT for a `flow`."""
     embed = LabelEmbedding(10, stddev=0.02)
     dit = DiT(
-        hidden=32, num_layers=2, num_heads=2, out_channels=2 * CHANNELS, embed=embed, border=DDPM, scan_layers=True
+        hidden=32,
+        num_layers=2,
+        num_heads=2,
+        out_channels=2 * CHANNELS,
+        embed=embed,
+        border=SIT if flow else DDPM,
+        scan_layers=True,
     )
     autoencoder = Autoencoder(channels=(8, 8), num_blocks=1, latent_channels=CHANNELS, num_groups=4)
     keys = jax.random.split(jax.random.key(0))
@@ -29,8 +35,8 @@ def write_small_system(folder: Path) -> None:
     decoded = jax.jit(autoencoder.init)(keys[1], jax.numpy.zeros((1, 2 * SIZE, 2 * SIZE, 3)))["params"]
     save_model(folder / "vae", autoencoder, decoded)
     index = {
-        "_class_name": "DiTPipeline",
-        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "_class_name": "SiTPipeline" if flow else "DiTPipeline",
+        "transformer": ["fm_jax", "SiT"] if flow else ["diffusers", "DiTTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", "DDIMScheduler"],
     }

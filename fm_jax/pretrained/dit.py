@@ -25,6 +25,8 @@ def dit(parts: Parts, *, solver: str | None = None, guided_channels: int = 3) ->
     module, params = parts.network("transformer")
     decoding = parts.decoding()
     name = parts.index()["_class_name"]
+    config = parts.config("transformer")
+    size = config["input_size"] if name == "SiTPipeline" else config["sample_size"]
     num_classes = module.embed.num_classes
 
     def conditions(request: Request) -> tuple[Any, Any]:
@@ -44,7 +46,7 @@ def dit(parts: Parts, *, solver: str | None = None, guided_channels: int = 3) ->
         conditions=conditions,
         **decoding,
         patch_size=module.patch_size,
-        size=parts.config("transformer")["sample_size"] * decoding["factor"],
+        size=size * decoding["factor"],
         num_steps=250 if name == "SiTPipeline" else 50,
         guidance=4.0,
         rule=FirstChannels(guided_channels),

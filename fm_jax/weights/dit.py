@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm_jax.checks import check_integer, check_member
-from fm_jax.models.conditioning import DDPM
+from fm_jax.models.conditioning import DDPM, SIT
 from fm_jax.models.dit import DiT, position_features
 from fm_jax.models.embed import LabelEmbedding
 from fm_jax.weights.rules import Piece, Rules, dense, patches, template_of
@@ -63,7 +63,12 @@ def dit_config(module: DiT, *, size: int = 32, channels: int = 4) -> dict[str, A
         module: a `DiT` with a `LabelEmbedding`.
         size: side of the latents.
         channels: channels of the latents.
+
+    Raises:
+        ValueError: for a network that does not predict noise in the steps of DDPM.
     """
+    if module.border != DDPM:
+        raise ValueError(f"border must be DDPM for diffusers' DiT, whose steps and noise it has, got {module.border}.")
     return {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": module.num_heads,
@@ -81,6 +86,78 @@ def dit_config(module: DiT, *, size: int = 32, channels: int = 4) -> dict[str, A
         "norm_elementwise_affine": False,
         "norm_eps": module.norm_mlp_epsilon,
     }
+
+
+def sit_from_config(config: Mapping[str, Any]) -> DiT:
+    """The network of a configuration of SiT: the keywords that the authors' class is made with.
+
+    Args:
+        config: fields of the file.
+
+    Raises:
+        ValueError: for a field that the authors' class does not have.
+    """
+    defaults = {
+        "input_size": 32,
+        "patch_size": 2,
+        "in_channels": 4,
+        "hidden_size": 1152,
+        "depth": 28,
+        "num_heads": 16,
+        "mlp_ratio": 4.0,
+        "class_dropout_prob": 0.1,
+        "num_classes": 1000,
+        "learn_sigma": True,
+    }
+    if unknown := sorted(name for name in config if name not in defaults and not name.startswith("_")):
+        raise ValueError(f"config must have fields of SiT, got {', '.join(unknown)} too.")
+    given = defaults | dict(config)
+    return DiT(
+        patch_size=given["patch_size"],
+        hidden=given["hidden_size"],
+        num_layers=given["depth"],
+        num_heads=given["num_heads"],
+        mlp_ratio=given["mlp_ratio"],
+        out_channels=given["in_channels"] * (2 if given["learn_sigma"] else 1),
+        embed=LabelEmbedding(given["num_classes"], stddev=0.02),
+        border=SIT,
+        scan_layers=True,
+    )
+
+
+def sit_config(module: DiT, *, size: int = 32, channels: int = 4) -> dict[str, Any]:
+    """The configuration of a SiT: the inverse of `sit_from_config`.
+
+    Args:
+        module: a `DiT` with a `LabelEmbedding` and `border=SIT`.
+        size: side of the latents.
+        channels: channels of the latents.
+
+    Raises:
+        ValueError: for another border, or another number of channels than once or twice those of the latents.
+    """
+    out = module.out_channels or channels
+    if module.border != SIT or out not in (channels, 2 * channels):
+        raise ValueError(
+            f"module must have border=SIT and {channels} or {2 * channels} out_channels, got {module!r:.200}."
+        )
+    return {
+        "_class_name": "SiT",
+        "input_size": size,
+        "patch_size": module.patch_size,
+        "in_channels": channels,
+        "hidden_size": module.hidden,
+        "depth": module.num_layers,
+        "num_heads": module.num_heads,
+        "mlp_ratio": module.mlp_ratio,
+        "num_classes": _label_embedding(module).num_classes,
+        "learn_sigma": out == 2 * channels,
+    }
+
+
+def sit_rules(module: DiT, *, size: int = 32, channels: int = 4) -> Rules:
+    """Rules of a SiT in its authors' layout, the only one; see `dit_rules`."""
+    return dit_rules(module, "official", size=size, channels=channels)
 
 
 def dit_rules(module: DiT, layout: Layout = "diffusers", *, size: int = 32, channels: int = 4) -> Rules:

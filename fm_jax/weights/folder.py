@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from fm_jax.checks import shown
+from fm_jax.models.conditioning import SIT
 from fm_jax.types import Params
 from fm_jax.weights.files import check_path
 from fm_jax.weights.formats import WeightsError, read_json
@@ -26,6 +27,8 @@ FAMILIES = {
     "UNet2DConditionModel": "unet_condition:unet_condition",
     "UNet2DModel": "unet:unet",
     "DiTTransformer2DModel": "dit:dit",
+    "SiT": "dit:sit",
+    "VideoDiT": "videodit:videodit",
     "AutoencoderKL": "autoencoder:autoencoder",
     "AutoencoderTiny": "tiny_autoencoder:tiny_autoencoder",
     "AutoencoderKLWan": "wan_autoencoder:wan_autoencoder",
@@ -37,14 +40,19 @@ FAMILIES = {
 """By the class that `config.json` names, the file in `fm_jax/weights` and what its three functions begin with."""
 
 LAYOUTS = {
-    "autoencoder": ("diffusers", "diffusers-old"),
+    "autoencoder": ("diffusers", "diffusers_old"),
     "clip": ("transformers", "bare"),
     "unet": ("diffusers", "diffusers_old"),
 }
 """By the file of a family, the layouts in which its folders come, where they are several: diffusers once called what
 attention consists of otherwise, and transformers 5 writes CLIP's text encoder without the prefix of others."""
 
-_OPTIONS = {"size": "sample_size", "channels": "in_channels"}  # what some networks take from their input
+_OLD = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+"""By its `norm_type`, what diffusers once called `Transformer2DModel`."""
+_WHOLE = {"CLIPModel": "CLIPTextModelWithProjection", "T5ForConditionalGeneration": "T5EncoderModel"}
+"""Networks of which the text encoder is read, and what that is called by itself."""
+_OPTIONS = {"size": ("sample_size", "input_size"), "channels": ("in_channels",)}
+"""What some networks take from their input, and what it is called in a configuration."""
 
 
 def open_model(folder: PathLike, *, dtype: Any = None, sharding: Any = None) -> tuple[nn.Module, Params]:
@@ -71,7 +79,12 @@ def open_model(folder: PathLike, *, dtype: Any = None, sharding: Any = None) -> 
     except (ValueError, KeyError, TypeError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else error
         raise WeightsError(f"{path} is not of a network that is read: {why}") from error
-    given = {ours: config[theirs] for ours, theirs in _OPTIONS.items() if isinstance(config.get(theirs), int)}
+    given = {
+        ours: config[theirs]
+        for ours, names in _OPTIONS.items()
+        for theirs in names
+        if isinstance(config.get(theirs), int)
+    }
     tensors = open_tensors(folder)
     rules = _rules_for(tensors.keys(), class_of(config, path), module, given)
     return module, load(tensors, rules, dtype=dtype, sharding=sharding)
@@ -106,6 +119,8 @@ def save_model(
     folder = check_path("folder", folder)
     name = type(module).__module__.rpartition(".")[2]
     found = next((each for each, place in FAMILIES.items() if place.split(":")[0] == name), None)
+    if found == "DiTTransformer2DModel" and getattr(module, "border", None) == SIT:
+        found = "SiT"
     if found is None or not isinstance(module, nn.Module):
         raise WeightsError(f"module must be a network with a published layout, got {shown(type(module))}.")
     to_config = _function(found, "config")
@@ -151,6 +166,9 @@ def class_of(config: Mapping[str, Any], path: Path) -> str:
         name = config["architectures"][0]
     if not isinstance(name, str):
         raise WeightsError(f"{path} names no class: it has neither '_class_name' nor 'architectures'.")
+    if name == "Transformer2DModel":
+        name = _OLD.get(config.get("norm_type", "layer_norm"), name)
+    name = _WHOLE.get(name, name)
     if name not in FAMILIES:
         raise WeightsError(
             f"{path} is of {name}, which is not among the networks that are read: {', '.join(FAMILIES)}."

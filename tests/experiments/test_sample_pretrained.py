@@ -49,6 +49,26 @@ def test_arrays_are_those_of_the_library(call, folder, tmp_path):
         assert file["images"].max() <= 1
 
 
+def test_a_flow_of_classes_is_sampled_as_any_flow(tmp_path):
+    import jax
+
+    from fm_jax.guidance import FirstChannels, classifier_free_batched
+    from fm_jax.samplers import RungeKutta, sample
+    from fm_jax.schedules import Linear
+
+    write_small_system(tmp_path, flow=True)
+    system = open_pretrained(tmp_path)
+    noise = jax.random.normal(jax.random.key(0), (2, 8, 8, 4))
+    drawn = system.draw([3, 9], noise=noise, num_steps=2, guidance=2.5)
+
+    def network(t, x, cond):
+        return system.module.apply({"params": system.params}, t, x, cond)[..., :4]
+
+    v = classifier_free_batched(network, "velocity", Linear(), np.array([3, 9]), 10, 2.5, rule=FirstChannels(3))
+    np.testing.assert_allclose(drawn.latents, sample(v, noise, RungeKutta("heun"), times=2).x, rtol=1e-4, atol=1e-5)
+    assert (system.name, drawn.nfe) == ("SiTPipeline", 8)
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

@@ -190,7 +190,7 @@ def test_the_peer_opens_our_export_of_old_names(tmp_path: Any) -> None:
     config = autoencoder_config(MODULES[case.name])
     (tmp_path / "config.json").write_text(json.dumps(config))
     params = case.rules().to_ours(case.tensors())
-    old = autoencoder_rules(MODULES[case.name], "diffusers-old").to_theirs(params)
+    old = autoencoder_rules(MODULES[case.name], "diffusers_old").to_theirs(params)
     assert "decoder.mid_block.attentions.0.proj_attn.bias" in old
     safetensors.save_file(old, tmp_path / "diffusion_pytorch_model.safetensors")
     model = peer_class("AutoencoderKL").from_pretrained(tmp_path)

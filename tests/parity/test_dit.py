@@ -5,6 +5,7 @@ import math
 from functools import partial
 
 import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 from parity.harness import (
@@ -22,11 +23,12 @@ from parity.harness import (
 from fm_jax.models import DiT, LabelEmbedding, dit, unstack_layers
 from fm_jax.models.conditioning import DDPM, REPA, SIT
 from fm_jax.models.lightning import LightningDiT
-from fm_jax.weights.dit import dit_config, dit_from_config, dit_rules
+from fm_jax.weights import open_model, save_model
+from fm_jax.weights.dit import dit_config, dit_from_config, dit_rules, sit_config, sit_from_config, sit_rules
 from fm_jax.weights.lightning import lightning_rules
 
 WIDTH, DEPTH, HEADS, CLASSES = 32, 3, 2, 5
-SIZES = {"hidden": WIDTH, "num_layers": DEPTH, "num_heads": HEADS, "embed": LabelEmbedding(CLASSES)}
+SIZES = {"hidden": WIDTH, "num_layers": DEPTH, "num_heads": HEADS, "embed": LabelEmbedding(CLASSES, stddev=0.02)}
 T = np.float32([0.31, 0.875])
 CONFIG = dit_config(DiT(**SIZES, out_channels=8, border=DDPM, norm_mlp_epsilon=1e-5), size=12)
 
@@ -186,6 +188,23 @@ def test_manifest_of_diffusers():
 
 def test_configuration_comes_back():
     assert dit_config(dit_from_config(CONFIG), size=12) == CONFIG
+    sit = dataclasses.replace(CASES[1].ours.args[0], parent=None)
+    assert sit_from_config(sit_config(sit, size=12)) == sit
+
+
+def test_folder_of_a_sit(tmp_path):
+    module = CASES[1].ours.args[0]
+    params = sit_rules(module, size=12).to_ours(CASES[1].tensors())
+    save_model(tmp_path, module, params, size=12)
+    opened, loaded = open_model(tmp_path)
+    assert opened == module
+    jax.tree.map(np.testing.assert_array_equal, loaded, params)
+
+
+def test_a_velocity_is_not_written_as_a_network_of_noise(tmp_path):
+    module = DiT(**SIZES)
+    with pytest.raises(ValueError, match="border must be DDPM for diffusers' DiT"):
+        save_model(tmp_path, module, {}, size=12)
 
 
 @pytest.mark.parametrize(
