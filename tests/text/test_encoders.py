@@ -69,7 +69,9 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.parametrize(("make", "name", "options", "layout", "count", "manifest"), PUBLISHED, ids=lambda p: str(p))
+@pytest.mark.parametrize(
+    ("make", "name", "options", "layout", "count", "manifest"), PUBLISHED, ids=lambda p: getattr(p, "__name__", str(p))
+)
 def test_published_sizes(make, name, options, layout, count, manifest):
     found = rules(make(name, **options), layout)
     assert sum(math.prod(leaf.shape) for leaf in found.leaves.values()) == count
