@@ -14,6 +14,7 @@ from parity.harness import (
     check_peer,
     check_record,
     distances,
+    first_difference,
     first_last,
     random_input,
     to_torch,
@@ -89,6 +90,43 @@ def run_peer(model: Any, inputs: Arrays, dtype: Any = None) -> Arrays:
     return {name: first_last(value.float()) for name, value in outputs.items()}
 
 
+def blocks(module: WanAutoencoder) -> tuple[tuple[str, str], ...]:
+    """What has convolutions over frames, rows and columns, in the order of running."""
+    pairs = []
+    for piece in wan_autoencoder_rules(module).pieces:
+        path, key = piece.path.split("/"), piece.key.split(".")
+        if path[-2:] == ["conv_out", "kernel"]:
+            pairs.append(("/".join(path[:-2]), ".".join(key[:-2])))
+        elif path[-1] == "kernel" and path[1] in ("stem", "out"):
+            pairs.append(("/".join(path[:-1]), ".".join(key[:-1])))
+    order = [["stem", "down", "middle", "out"], ["stem", "middle", "up", "out"]]
+    place = lambda half, name: order[half == "decoder"].index(name.split("_")[0])  # noqa: E731
+    return tuple(sorted(pairs, key=lambda pair: (pair[0][:2] == "de", place(*pair[0].split("/")))))
+
+
+def longest(arrays: Arrays) -> Arrays:
+    frames = max(int(name[1:]) for name in arrays)
+    return {name: value for name, value in arrays.items() if name[1:] == str(frames)}
+
+
+def trace_ours(module: WanAutoencoder, params: Any, arrays: Arrays) -> dict[str, Any]:
+    outputs = {}
+    for name, value in longest(arrays).items():
+        method, half = ("encode", "encoder") if name[0] == "x" else ("decode", "decoder")
+        _, state = module.apply({"params": params}, value, method=method, capture_intermediates=True)
+        layers = state["intermediates"][half].items()
+        outputs |= {f"{half}/{key}": v["__call__"][0] for key, v in layers if key != "__call__"}
+    return outputs
+
+
+def trace_theirs(module: WanAutoencoder, tensors: Arrays, arrays: Arrays) -> Arrays:
+    model, pieces = peer(module, tensors), {}
+    for name, layer in model.named_modules():
+        layer.register_forward_hook(lambda _, __, out, name=name: pieces.setdefault(name, []).append(out))
+    run_peer(model, longest(arrays))
+    return {name: first_last(np.concatenate(pieces[name], axis=2)) for _, name in blocks(module)}
+
+
 class Faint(Case):
     """With small numbers in the last convolution, so that few pixels are clipped."""
 
@@ -105,6 +143,9 @@ def case(name: str) -> Case:
         cache(lambda: inputs(name)),
         lambda params, inputs: ours(module, params, inputs),
         lambda tensors, inputs: run_peer(peer(module, tensors), inputs),
+        blocks(module),
+        lambda params, inputs: trace_ours(module, params, inputs),
+        lambda tensors, inputs: trace_theirs(module, tensors, inputs),
     )
 
 
@@ -263,3 +304,13 @@ EVERY = [
 def test_mistakes_show(mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mistake(monkeypatch)
     check_mutation(RESIDUAL if mistake in OF_RESIDUALS else COLOUR)
+
+
+@pytest.mark.parity
+@each
+def test_a_failure_names_its_block(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    assert "all blocks agree" in first_difference(case)
+    first_frame_is_seen_when_frames_double(monkeypatch)
+    level = len(MODULES[case.name].channels) - 2
+    assert f"first difference: decoder/up_{level}_0 and decoder.up_blocks.1.resnets.0 " in first_difference(case)
