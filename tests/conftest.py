@@ -24,6 +24,12 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("parity"):
+        reason = "torch is not installed; see 'Parity with PyTorch peers' in CONTRIBUTING.md"
+        pytest.importorskip("torch", reason=reason)
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

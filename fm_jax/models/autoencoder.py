@@ -128,8 +128,9 @@ class Autoencoder(nn.Module):
 
     Example:
         >>> model = make_autoencoder("tiny")
-        >>> params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-        >>> model.apply({"params": params}, jnp.zeros((1, 28, 28, 3)), method="encode").mean.shape
+        >>> x = jax.ShapeDtypeStruct((1, 28, 28, 3), jnp.float32)  # only shapes, nothing is computed
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        >>> jax.eval_shape(lambda variables, x: model.apply(variables, x, method="encode"), variables, x).mean.shape
         (1, 7, 7, 4)
 
     References:

@@ -113,9 +113,11 @@ class TinyAutoencoder(nn.Module):
         compute: dtype and rematerialisation.
 
     Example:
+        >>> import jax
         >>> model = make_tiny_autoencoder("taef2")
-        >>> params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-        >>> model.apply({"params": params}, jnp.zeros((1, 32, 32, 3)), method="encode").shape
+        >>> x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)  # only shapes, nothing is computed
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        >>> jax.eval_shape(lambda variables, x: model.apply(variables, x, method="encode"), variables, x).shape
         (1, 4, 4, 32)
 
     References:

@@ -207,7 +207,7 @@ def stable_diffusion_3(num_steps: int, shift: float = 3.0) -> Grid:
     """
     check_integer("num_steps", num_steps, least=2)
     check_number("shift", shift, "(0, inf)")
-    last = _shift(np.array(1 - 0.001), shift)
+    last = _shift(1 - 0.001, shift)
     return jnp.asarray(np.append(_shift(np.linspace(0, last, num_steps), shift), 1.0))
 
 
@@ -261,7 +261,7 @@ def linear_quadratic(num_steps: int, *, linear_steps: int | None = None, resolut
     return jnp.asarray(i / resolution + (1 - num_steps / resolution) * u**2)
 
 
-def _shift(t: np.ndarray, shift: float) -> np.ndarray:
+def _shift(t: np.ndarray | float, shift: float) -> Any:
     """The shift sigma -> s sigma / (1 + (s - 1) sigma) for t = 1 - sigma; exact at both ends."""
     return t / (t + shift * (1 - t))
 
