@@ -1,22 +1,16 @@
 """Wan: a transformer over the patches of a video with adaLN-single, rotary positions and cross-attention to text."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from fm_jax.checks import check_bool, check_integer, check_member, check_real, check_setting, check_state, shown
 from fm_jax.models.attention import (
-    Rotation,
-    apply_rope,
-    attend,
-    from_heads,
     layer_norm,
-    rope_angles,
     rotation,
-    to_heads,
 )
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import RECTIFIED, Conditions
@@ -25,104 +19,9 @@ from fm_jax.models.dit import modulate, small_normal, xavier
 from fm_jax.models.layers import TimeEmbedding, check_options, zeros
 from fm_jax.models.stack import run_blocks
 from fm_jax.models.videodit import Triple, patchify_video, unpatchify_video
+from fm_jax.models.wan_blocks import ImageProjection, WanBlock, grid_angles, spread
 from fm_jax.shapes import batch_time, time_dtype
 from fm_jax.types import Array
-
-
-def rope_axes(head_dim: int) -> Triple:
-    """Channels of a head that turn with frame, row and column: two sixths to either side, the rest to frames."""
-    side = 2 * (head_dim // 6)
-    return head_dim - 2 * side, side, side
-
-
-def grid_angles(grid: Triple, head_dim: int) -> np.ndarray:
-    """Rotary angles of every patch of a grid, in row-major order: float64 [frames rows columns, head_dim / 2]."""
-    ids = np.stack(np.meshgrid(*(np.arange(n) for n in grid), indexing="ij"), axis=-1).reshape(-1, 3)
-    return np.asarray(rope_angles(ids, rope_axes(head_dim)))
-
-
-def spread(part: Array, x: Array) -> Array:
-    """What time says of every token of `x` [batch, n, d]: [batch, 1, d], or [batch, n, d] of times for each frame.
-
-    Args:
-        part: [batch times, 1, d] with a number of times an example, one behind another.
-        x: tokens, frame by frame.
-    """
-    part = part.reshape(x.shape[0], -1, x.shape[-1])
-    times = part.shape[1]
-    return part if times == 1 else jnp.repeat(part, x.shape[1] // times, axis=1, total_repeat_length=x.shape[1])
-
-
-class WanAttention(nn.Module):
-    """Attention whose queries and keys are normalised, all heads of a token together, and turned by their positions.
-
-    Attributes: see `Wan`.
-    """
-
-    num_heads: int
-    epsilon: float = 1e-6
-    compute: Compute = Compute()
-
-    @nn.compact
-    def __call__(
-        self, x: Array, context: Array, *, mask: Array | None = None, positions: Rotation | None = None
-    ) -> Array:
-        """Maps `x` [batch, n, d] and `context` [batch, m, d], of which `mask` [batch, m] is seen, to [batch, n, d]."""
-        width, dtype = x.shape[-1], self.compute.dtype
-        head = (self.num_heads, width // self.num_heads, dtype)
-        q, k, v = (to_heads(*head, name)(h) for name, h in (("query", x), ("key", context), ("value", context)))
-        q, k = self._norm("norm_query")(q), self._norm("norm_key")(k)
-        if positions is not None:
-            q, k = apply_rope(q, positions), apply_rope(k, positions)
-        h = attend(q, k, v, mask=mask, implementation=self.compute.attention)
-        return from_heads(width, dtype, "out")(h)
-
-    def _norm(self, name: str) -> nn.RMSNorm:
-        """Over heads and their channels; the scale is [heads, head_dim]."""
-        axes, dtype = (-2, -1), self.compute.dtype
-        return nn.RMSNorm(self.epsilon, dtype, reduction_axes=axes, feature_axes=axes, name=name)
-
-
-class WanBlock(nn.Module):
-    """Self-attention and MLP, shifted, scaled and gated by time; between them cross-attention behind an affine norm.
-
-    Attributes: see `Wan`.
-    """
-
-    num_heads: int
-    mlp_hidden: int
-    epsilon: float = 1e-6
-    compute: Compute = Compute()
-
-    @nn.compact
-    def __call__(
-        self, x: Array, positions: Rotation, modulation: Array, text: Array, mask: Array | None, train: bool
-    ) -> Array:
-        """Maps tokens [batch, n, d] to tokens [batch, n, d].
-
-        Args:
-            x: tokens.
-            positions: turns of the tokens.
-            modulation: of time, [batch times, 6, d], see `spread`.
-            text: [batch, m, d].
-            mask: which of it is seen, [batch, m].
-            train: changes nothing.
-        """
-        width, dtype, epsilon = x.shape[-1], self.compute.dtype, self.epsilon
-        options = (self.num_heads, epsilon, self.compute)
-        table = self.param("table", nn.initializers.normal(width**-0.5), (6, width))
-        parts = [spread(part.astype(dtype), x) for part in modulations(table, modulation)]
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = parts
-
-        h = modulate(layer_norm(dtype, "norm_attention", epsilon=epsilon)(x), shift_a, scale_a)
-        x = x + gate_a * WanAttention(*options, name="attention")(h, h, positions=positions)
-        h = layer_norm(dtype, "norm_cross", affine=True, epsilon=epsilon)(x)
-        x = x + WanAttention(*options, name="cross")(h, text, mask=mask)
-
-        h = modulate(layer_norm(dtype, "norm_mlp", epsilon=epsilon)(x), shift_m, scale_m)
-        h = nn.Dense(self.mlp_hidden, kernel_init=xavier, dtype=dtype, name="mlp_in")(h)
-        h = nn.gelu(h, approximate=True)
-        return x + gate_m * nn.Dense(width, kernel_init=xavier, dtype=dtype, name="mlp_out")(h)
 
 
 class Wan(nn.Module):
@@ -131,6 +30,9 @@ class Wan(nn.Module):
     It gives the velocity. `cond` is `Conditions(tokens=...)`: the last hidden states of UMT5-XXL [batch, n, 4096]. The
     published networks were trained on 512 of them with zeros in place of padding, which they see, so give them just
     that: `jnp.where(mask[..., None], features, 0)`. `cond.mask` [batch, n] hides padding in networks of your own.
+
+    Wan 2.1's networks from an image have `image_features`, and blocks that attend to the features of CLIP of the given
+    frame too: `cond.tokens` is `{"text": ..., "image": [batch, 257, 1280]}`, the hidden states before the last layer.
 
     Time may be one for each frame of patches, [batch, frames], where some frames are given: Wan 2.2's 5B has the first
     frame at `t = 1` where it continues an image.
@@ -145,8 +47,8 @@ class Wan(nn.Module):
         time_features: number of sines and cosines of time.
         channels: of the latents, in and out.
         local_channels: channels of `cond.local` [batch, frames, height, width, local_channels], which are joined to
-            those of `x`: 0 for none, 20 in Wan 2.2's A14B from an image (4 of a mask, 16 of the latents of the given
-            frames).
+            those of `x`: 0 for none, 20 in a 14B from an image (4 of a mask, 16 of the latents of the given frames).
+        image_features: width of the features of an image, 0 for none.
         epsilon: of all norms.
         compute: dtype, attention and rematerialisation.
         scan_layers: see `DiT`.
@@ -164,6 +66,7 @@ class Wan(nn.Module):
     time_features: int = 256
     channels: int = 16
     local_channels: int = 0
+    image_features: int = 0
     epsilon: float = 1e-6
     compute: Compute = Compute()
     scan_layers: bool = True
@@ -172,7 +75,8 @@ class Wan(nn.Module):
         check_options(embed=None, dropout=0.0, compute=self.compute)
         for name in ("hidden", "num_layers", "num_heads", "mlp_hidden", "text_features", "time_features", "channels"):
             check_integer(name, getattr(self, name))
-        check_integer("local_channels", self.local_channels, least=0)
+        for name in ("local_channels", "image_features"):
+            check_integer(name, getattr(self, name), least=0)
         if not isinstance(self.patch_size, tuple | list) or len(self.patch_size) != 3:
             raise ValueError(f"patch_size must be (frames, rows, columns), got {shown(self.patch_size)}.")
         for i, number in enumerate(self.patch_size):
@@ -205,7 +109,7 @@ class Wan(nn.Module):
             ValueError: if `x` is no video, patches do not tile it, or `t` or `cond` does not fit the model.
         """
         grid = self._grid(x)
-        tokens, mask, local = self._conditions(x, cond)
+        tokens, features, mask, local = self._conditions(x, cond)
         t = self._times(t, x, grid[0])
         x = x.astype(jnp.float32)
         x = x if local is None else jnp.concatenate([x, local.astype(jnp.float32)], axis=-1)
@@ -214,11 +118,12 @@ class Wan(nn.Module):
         emb = embedding(RECTIFIED.time(t))
         modulation = nn.Dense(6 * self.hidden, kernel_init=small_normal, name="modulation")(nn.silu(emb))
         text = TextProjection(self.hidden, self.compute, name="text")(tokens)
+        image = None if features is None else ImageProjection(self.hidden, self.compute, name="image")(features)
         h = nn.Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="patches")(patchify_video(x, self.patch_size))
 
         options = {name: getattr(self, name) for name in ("num_heads", "mlp_hidden", "epsilon", "compute")}
         positions = rotation(grid_angles(grid, self.hidden // self.num_heads))
-        args = (positions, modulation.reshape(-1, 6, self.hidden), text, mask)
+        args = (positions, modulation.reshape(-1, 6, self.hidden), text, mask, image)
         scan, remat = self.scan_layers, self.compute.remat
         h = run_blocks(WanBlock, options, self.num_layers, h, *args, train=train, scan=scan, remat=remat)
 
@@ -250,17 +155,25 @@ class Wan(nn.Module):
             )
         return t.astype(time_dtype(x)).reshape(-1)
 
-    def _conditions(self, x: Array, cond: Any) -> tuple[Array, Array | None, Array | None]:
-        """Text, its mask, and what is joined to the latents, checked."""
-        local = self.local_channels
-        wanted = "tokens=text" + (", local=..." if local else "")
+    def _conditions(self, x: Array, cond: Any) -> tuple[Array, Array | None, Array | None, Array | None]:
+        """Text, features of an image, the mask of the text, and what is joined to the latents, checked."""
+        local, image = self.local_channels, self.image_features
+        wanted = 'tokens={"text": ..., "image": ...}' if image else "tokens=text"
+        wanted += ", local=..." if local else ""
         cond = check_fields(cond, ("tokens", "mask", "local") if local else ("tokens", "mask"), wanted)
-        check_tokens(cond.tokens, cond.mask, x.shape[0], self.text_features)
+        tokens, features = cond.tokens, None
+        if image:
+            if not isinstance(tokens, Mapping) or tokens.keys() != {"text", "image"}:
+                got = sorted(map(str, tokens)) if isinstance(tokens, Mapping) else shown(tokens)
+                raise ValueError(f'cond.tokens must be a dict of "text" and "image", got {got}.')
+            tokens, features = tokens["text"], tokens["image"]
+            check_tokens(features, None, x.shape[0], image, '["image"]')
+        check_tokens(tokens, cond.mask, x.shape[0], self.text_features, '["text"]' if image else "")
         if local:
             check_real("cond.local", cond.local)
             if cond.local.shape != (shape := (*x.shape[:-1], local)):
                 raise ValueError(f"cond.local must be {list(shape)}, got shape {cond.local.shape}.")
-        return cond.tokens, cond.mask, cond.local
+        return tokens, features, cond.mask, cond.local
 
 
 WAN_CONFIGS: dict[str, dict[str, Any]] = {
@@ -276,7 +189,7 @@ def make_wan(name: str, **overrides: Any) -> Wan:
 
     Args:
         name: `"tiny"` (a CPU), `"1.3B"` and `"14B"` of Wan 2.1, `"2.2-5B"`. Each of the two networks of Wan 2.2's A14B
-            is a `"14B"`, from an image with `local_channels=20`.
+            is a `"14B"`, from an image with `local_channels=20`, and Wan 2.1's from one has `image_features=1280` too.
         **overrides: attributes of `Wan` to change.
 
     Raises:

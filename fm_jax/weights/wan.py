@@ -17,11 +17,8 @@ _FIXED: dict[str, Any] = {
     "_class_name": CLASS,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
-    "image_dim": None,
-    "added_kv_proj_dim": None,
     "pos_embed_seq_len": None,
 }
-_IMAGE = ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len")
 _READ: dict[str, Any] = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 40,
@@ -33,6 +30,8 @@ _READ: dict[str, Any] = {
     "ffn_dim": 13824,
     "num_layers": 40,
     "eps": 1e-6,
+    "image_dim": None,
+    "added_kv_proj_dim": None,
 }
 _IDLE = {"rope_max_seq_len": 1024}  # the length of a table of what is computed here
 
@@ -44,8 +43,8 @@ def wan_from_config(config: Mapping[str, Any]) -> Wan:
         config: its contents.
 
     Raises:
-        ValueError: if it is that of another network, such as Wan 2.1's from an image, whose blocks attend to CLIP's
-            features of it, or has a field or a value that is not known here; by name.
+        ValueError: if it is that of another network, such as Wan 2.1's from a first and a last frame, or has a field or
+            a value that is not known here; by name.
 
     Example:
         >>> wan_from_config({"_class_name": "WanTransformer3DModel", "num_layers": 30}).num_layers
@@ -53,8 +52,7 @@ def wan_from_config(config: Mapping[str, Any]) -> Wan:
     """
     for name, only in _FIXED.items():
         if name in config and config[name] != only:
-            why = ": attention to an image is not read" if name in _IMAGE else ""
-            raise ValueError(f"{name} must be {only!r} in {CLASS}, got {shown(config[name])}{why}.")
+            raise ValueError(f"{name} must be {only!r} in {CLASS}, got {shown(config[name])}.")
     known = {*_FIXED, *_READ, *_IDLE}
     if unknown := sorted(name for name in config if name not in known and not name.startswith("_")):
         raise ValueError(f"config must have fields of {CLASS}, got {', '.join(unknown)} too.")
@@ -64,9 +62,13 @@ def wan_from_config(config: Mapping[str, Any]) -> Wan:
         check_integer(name, read[name])
     if read["in_channels"] < channels:
         raise ValueError(f"in_channels must be at least out_channels={channels}, got {read['in_channels']}.")
+    hidden = read["num_attention_heads"] * read["attention_head_dim"]
+    if read["added_kv_proj_dim"] != (None if read["image_dim"] is None else hidden):
+        wanted = f"None, or {hidden} beside an image_dim, here {read['image_dim']}"
+        raise ValueError(f"added_kv_proj_dim must be {wanted}, got {shown(read['added_kv_proj_dim'])}.")
     return Wan(
         patch_size=tuple(read["patch_size"]),
-        hidden=read["num_attention_heads"] * read["attention_head_dim"],
+        hidden=hidden,
         num_layers=read["num_layers"],
         num_heads=read["num_attention_heads"],
         mlp_hidden=read["ffn_dim"],
@@ -74,6 +76,7 @@ def wan_from_config(config: Mapping[str, Any]) -> Wan:
         time_features=read["freq_dim"],
         channels=channels,
         local_channels=read["in_channels"] - channels,
+        image_features=read["image_dim"] or 0,
         epsilon=read["eps"],
     )
 
@@ -94,6 +97,8 @@ def wan_config(module: Wan) -> dict[str, Any]:
             "ffn_dim": module.mlp_hidden,
             "num_layers": module.num_layers,
             "eps": module.epsilon,
+            "image_dim": module.image_features or None,
+            "added_kv_proj_dim": module.hidden if module.image_features else None,
         }
     )
 
@@ -109,7 +114,10 @@ def wan_rules(module: Wan, layout: str = "diffusers") -> Rules:
     shape: Any = jax.ShapeDtypeStruct
     x = shape((1, *module.patch_size, module.channels), jnp.float32)
     local = shape((*x.shape[:-1], module.local_channels), jnp.float32) if module.local_channels else None
-    cond = Conditions(tokens=shape((1, 1, module.text_features), jnp.float32), local=local)
+    tokens = shape((1, 1, module.text_features), jnp.float32)
+    if module.image_features:
+        tokens = {"text": tokens, "image": shape((1, 1, module.image_features), jnp.float32)}
+    cond = Conditions(tokens=tokens, local=local)
     return Rules(template_of(module, shape((1,), jnp.float32), x, cond), tuple(_pieces(module)))
 
 
@@ -121,11 +129,26 @@ def _pieces(module: Wan) -> Iterator[Piece]:
         yield from dense(f"{path}/in", f"condition_embedder.{key}.linear_1")
         yield from dense(f"{path}/out", f"condition_embedder.{key}.linear_2")
     yield from dense("modulation", "condition_embedder.time_proj")
+    if module.image_features:
+        key = "condition_embedder.image_embedder"
+        for path, theirs in (("in", "ff.net.0.proj"), ("out", "ff.net.2")):
+            yield from dense(f"image/{path}", f"{key}.{theirs}")
+        for path, theirs in (("norm_in", "norm1"), ("norm_out", "norm2")):
+            yield from norm(f"image/{path}", f"{key}.{theirs}")
     for i in range(module.num_layers):
         path, layer = ("blocks", i) if module.scan_layers else (f"block_{i}", None)
         yield from _block(path, f"blocks.{i}", module.num_heads, layer)
+        if module.image_features:
+            yield from _image(f"{path}/cross", f"blocks.{i}.attn2", module.num_heads, layer)
     yield Piece("table", "scale_shift_table", "1 k d -> k d")
     yield from dense("out", "proj_out")
+
+
+def _image(path: str, key: str, heads: int, layer: int | None) -> Iterator[Piece]:
+    for name in ("key", "value"):
+        yield from to_heads(f"{path}/image_{name}", f"{key}.add_{name[0]}_proj", heads, layer=layer)
+    scale = f"{path}/norm_image_key/scale"
+    yield Piece(scale, f"{key}.norm_added_k.weight", "(h d) -> h d", {"h": heads}, layer=layer)
 
 
 def _block(path: str, key: str, heads: int, layer: int | None) -> Iterator[Piece]:

@@ -10,7 +10,8 @@ import pytest
 
 from fm_jax.models import Compute, stack_layers
 from fm_jax.models.conditioning import Conditions
-from fm_jax.models.wan import WAN_CONFIGS, Wan, grid_angles, make_wan, rope_axes
+from fm_jax.models.wan import WAN_CONFIGS, Wan, make_wan
+from fm_jax.models.wan_blocks import grid_angles, rope_axes
 from fm_jax.weights.wan import wan_config, wan_from_config, wan_rules
 
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -40,15 +41,17 @@ def assert_close(a, b, tolerance):
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "keys", "manifest"),
+    ("name", "options", "count", "keys", "manifest"),
     [
-        ("1.3B", 1_418_996_800, 825, "9d8d318b706f"),
-        ("14B", 14_288_491_584, 1095, "ab252b4e983d"),
-        ("2.2-5B", 4_999_787_712, 825, "b18313d78017"),
+        ("1.3B", {}, 1_418_996_800, 825, "9d8d318b706f"),
+        ("14B", {}, 14_288_491_584, 1095, "ab252b4e983d"),
+        ("14B", {"local_channels": 20}, 14_288_901_184, 1095, "f94b5ceec79c"),
+        ("14B", {"local_channels": 20, "image_features": 1280}, 16_394_878_784, 1303, "6f9e922dc3f6"),
+        ("2.2-5B", {}, 4_999_787_712, 825, "b18313d78017"),
     ],
 )
-def test_published_sizes(name, count, keys, manifest):
-    shapes = wan_rules(make_wan(name)).shapes
+def test_published_sizes(name, options, count, keys, manifest):
+    shapes = wan_rules(make_wan(name, **options)).shapes
     assert (sum(map(math.prod, shapes.values())), len(shapes)) == (count, keys)
     lines = "\n".join(sorted(f"{key} {list(shape)}" for key, shape in shapes.items()))
     assert hashlib.sha256(lines.encode()).hexdigest()[:12] == manifest
@@ -56,12 +59,12 @@ def test_published_sizes(name, count, keys, manifest):
 
 @pytest.mark.parametrize("name", WAN_CONFIGS)
 def test_configs_come_back(name):
-    module = make_wan(name, local_channels=5)
+    module = make_wan(name, local_channels=5, image_features=12)
     assert wan_from_config(wan_config(module)) == module
 
 
 def test_rules_are_a_bijection():
-    module = build(patch_size=(2, 1, 3), local_channels=2)
+    module = build(patch_size=(2, 1, 3), local_channels=2, image_features=5)
     rules, params = wan_rules(module), drawn(module)
     back = rules.to_ours(rules.to_theirs(params))
     assert jax.tree.structure(back) == jax.tree.structure(params)
@@ -173,6 +176,16 @@ def test_options_are_checked(options, message):
             Conditions(tokens=TOKENS, local=X),
             "cond.local must be [2, 2, 4, 6, 2], got shape (2, 2, 4, 6, 3).",
         ),
+        ({"image_features": 5}, T, X, TEXT, 'cond.tokens must be a dict of "text" and "image", got float32'),
+        (
+            {"image_features": 5},
+            T,
+            X,
+            Conditions(tokens={"text": TOKENS, "image": TOKENS}),
+            'cond.tokens["image"] must be [2, n, 5], got shape (2, 8, 20).',
+        ),
+        ({"image_features": 5}, T, X, Conditions(tokens={"text": TOKENS}), "and \"image\", got ['text']."),
+        ({"image_features": 5}, T, X, None, 'cond must be Conditions(tokens={"text": ..., "image": ...}), got None.'),
         ({}, T, X[:, 0], TEXT, "x must be [batch, frames, height, width, 3], got shape (2, 4, 6, 3)."),
         ({}, T, X[:, :, :3], TEXT, "frames, height and width must be tiled by patches of 1 x 2 x 2, got shape (2, 2"),
         ({}, jnp.ones((2, 3)), X, TEXT, "t must be a scalar, [batch] or [batch, frames] = (2, 2), got float32"),
@@ -188,11 +201,9 @@ def test_calls_are_checked(options, t, x, cond, message):
     ("change", "message"),
     [
         ({"_class_name": "WanVACETransformer3DModel"}, "_class_name must be 'WanTransformer3DModel' in"),
-        (
-            {"image_dim": 1280},
-            "image_dim must be None in WanTransformer3DModel, got 1280: attention to an image is not read.",
-        ),
-        ({"added_kv_proj_dim": 5120}, "added_kv_proj_dim must be None in WanTransformer3DModel, got 5120: attention"),
+        ({"image_dim": 1280}, "added_kv_proj_dim must be None, or 5120 beside an image_dim, here 1280, got None."),
+        ({"added_kv_proj_dim": 5120}, "added_kv_proj_dim must be None, or 5120 beside an image_dim, here None, got 51"),
+        ({"pos_embed_seq_len": 514}, "pos_embed_seq_len must be None in WanTransformer3DModel, got 514."),
         ({"qk_norm": None}, "qk_norm must be 'rms_norm_across_heads' in WanTransformer3DModel, got None."),
         ({"cross_attn_norm": False}, "cross_attn_norm must be True in WanTransformer3DModel, got False."),
         ({"window_size": [-1, -1]}, "config must have fields of WanTransformer3DModel, got window_size too."),

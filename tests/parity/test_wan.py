@@ -19,7 +19,7 @@ from parity.harness import (
     to_torch,
 )
 
-from fm_jax.models import Compute, wan
+from fm_jax.models import Compute, wan, wan_blocks
 from fm_jax.models.conditioning import Border, Conditions
 from fm_jax.weights.folder import open_model, save_model
 from fm_jax.weights.wan import wan_config, wan_from_config, wan_rules
@@ -54,7 +54,9 @@ def inputs(shape, length, *, channels=3, t=T, padded=0):
 def ours(module, params, arrays):
     x = jnp.moveaxis(arrays["x"], 1, -1)
     x, local = x[..., : module.channels], x[..., module.channels :]
-    cond = Conditions(tokens=arrays["tokens"], local=local if module.local_channels else None)
+    text, image = arrays["tokens"], arrays.get("image")
+    tokens = text if image is None else {"text": text, "image": image}
+    cond = Conditions(tokens=tokens, local=local if module.local_channels else None)
     return {"out": module.apply({"params": params}, arrays["t"], x, cond)}
 
 
@@ -83,7 +85,8 @@ def call(model, arrays, dtype=None):
         p_h, p_w = model.config.patch_size[1:]
         time = time.repeat(x.shape[3] // p_h * (x.shape[4] // p_w), axis=1)
     with torch.no_grad():
-        out = model(x, torch.from_numpy(time), tokens).sample
+        image = torch.from_numpy(arrays["image"]) if "image" in arrays else None
+        out = model(x, torch.from_numpy(time), tokens, image).sample
     return -first_last(out.float())
 
 
@@ -134,7 +137,15 @@ FRAMES = case(
     attention_head_dim=8,
 )
 IMAGE = case("image", inputs((1, 6, 4), 5), Quiet, eps=1e-5, out_channels=None)
-CASES = [VIDEO, FRAMES, IMAGE]
+# Features of an image; the peer takes 512 tokens for text and those before them for the image.
+FROM_IMAGE = case(
+    "from_image",
+    inputs((2, 4, 6), 512, channels=5) | {"image": random_input("image", (2, 5, 12))},
+    in_channels=5,
+    image_dim=12,
+    added_kv_proj_dim=28,
+)
+CASES = [VIDEO, FRAMES, IMAGE, FROM_IMAGE]
 
 
 @pytest.mark.parametrize("case", CASES, ids=repr)
@@ -189,9 +200,9 @@ def erf(monkeypatch):
 
 
 def epsilon_of_norms(monkeypatch):
-    right = wan.layer_norm
+    right = wan_blocks.layer_norm
     wrong = lambda dtype, name, *, affine=False, epsilon: right(dtype, name, affine=affine, epsilon=1e-6)  # noqa: E731
-    monkeypatch.setattr(wan, "layer_norm", wrong)
+    monkeypatch.setattr(wan_blocks, "layer_norm", wrong)
 
 
 def heads_normalised_apart(monkeypatch):
@@ -201,12 +212,14 @@ def heads_normalised_apart(monkeypatch):
             scale = self.param("scale", nn.initializers.ones_init(), x.shape[-2:])
             return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * scale[None, None]
 
-    monkeypatch.setattr(wan.WanAttention, "_norm", lambda self, name: Norm(name=name))
+    monkeypatch.setattr(wan_blocks.WanAttention, "_norm", lambda self, name: Norm(name=name))
 
 
 def epsilon_of_queries_and_keys(monkeypatch):
     axes = {"reduction_axes": (-2, -1), "feature_axes": (-2, -1)}
-    monkeypatch.setattr(wan.WanAttention, "_norm", lambda self, name: nn.RMSNorm(epsilon=1e-6, name=name, **axes))
+    monkeypatch.setattr(
+        wan_blocks.WanAttention, "_norm", lambda self, name: nn.RMSNorm(epsilon=1e-6, name=name, **axes)
+    )
 
 
 def silu_of_the_last_embedding(monkeypatch):
@@ -215,7 +228,7 @@ def silu_of_the_last_embedding(monkeypatch):
 
 
 def axes_in_thirds(monkeypatch):
-    monkeypatch.setattr(wan, "rope_axes", lambda head_dim: (4, 4, 6))
+    monkeypatch.setattr(wan_blocks, "rope_axes", lambda head_dim: (4, 4, 6))
 
 
 def columns_before_rows(monkeypatch):
@@ -235,14 +248,14 @@ def halves_turned(monkeypatch):
         first, second = jnp.split(x, 2, axis=-1)
         return x * cos + jnp.concatenate([-second, first], -1) * sin
 
-    monkeypatch.setattr(wan, "apply_rope", wrong)
+    monkeypatch.setattr(wan_blocks, "apply_rope", wrong)
 
 
 def gate_on_cross_attention(monkeypatch):
     """In effect: the text's attention is scaled."""
-    right = wan.from_heads
+    right = wan_blocks.from_heads
     scaled = lambda features, dtype, name: lambda h: 0.5 * right(features, dtype, name)(h)  # noqa: E731
-    monkeypatch.setattr(wan, "from_heads", scaled)
+    monkeypatch.setattr(wan_blocks, "from_heads", scaled)
 
 
 def cross_attention_without_norm(monkeypatch):
@@ -253,9 +266,9 @@ def cross_attention_without_norm(monkeypatch):
                 self.param(name, init, (x.shape[-1],))
             return x
 
-    right = wan.layer_norm
+    right = wan_blocks.layer_norm
     wrong = lambda dtype, name, **rest: Plain(name=name) if "cross" in name else right(dtype, name, **rest)  # noqa: E731
-    monkeypatch.setattr(wan, "layer_norm", wrong)
+    monkeypatch.setattr(wan_blocks, "layer_norm", wrong)
 
 
 def time_not_reversed(monkeypatch):
@@ -277,6 +290,23 @@ def channels_before_patch(monkeypatch):
 
 
 MISTAKES = [erf, heads_normalised_apart, columns_before_rows, silu_of_the_last_embedding]
+
+
+def image_among_the_text(monkeypatch):
+    """In one attention, as one more text."""
+    right, kept = wan_blocks.attend, []
+
+    def wrong(q, k, v, **rest):
+        kept.append((k, v))
+        if k.shape[1] != 5:
+            return right(q, k, v, **rest)
+        text = kept[-2]
+        joined = [jnp.concatenate([part, other], axis=1) for part, other in zip((k, v), text, strict=True)]
+        return right(q, *joined, **rest) - right(q, *text, **rest)
+
+    monkeypatch.setattr(wan_blocks, "attend", wrong)
+
+
 QUIET = [epsilon_of_norms, epsilon_of_queries_and_keys]
 MORE = [
     axes_in_thirds,
@@ -286,6 +316,7 @@ MORE = [
     time_not_reversed,
     sign_forgotten,
     channels_before_patch,
+    image_among_the_text,
     *QUIET,
 ]
 EVERY = [*MISTAKES, *(pytest.param(mistake, marks=pytest.mark.slow) for mistake in MORE)]
@@ -294,13 +325,14 @@ EVERY = [*MISTAKES, *(pytest.param(mistake, marks=pytest.mark.slow) for mistake 
 @pytest.mark.parametrize("mistake", EVERY, ids=lambda mistake: mistake.__name__)
 def test_mistakes_show(mistake, monkeypatch):
     mistake(monkeypatch)
-    check_mutation(IMAGE if mistake in QUIET else VIDEO)
+    case = IMAGE if mistake in QUIET else FROM_IMAGE if mistake is image_among_the_text else VIDEO
+    check_mutation(case)
 
 
 @pytest.mark.slow
 def test_times_of_other_frames_show(monkeypatch):
-    right = wan.spread
-    monkeypatch.setattr(wan, "spread", lambda part, x: right(part, x)[:, ::-1])
+    right = wan_blocks.spread
+    monkeypatch.setattr(wan_blocks, "spread", lambda part, x: right(part, x)[:, ::-1])
     check_mutation(FRAMES)
 
 
