@@ -74,7 +74,7 @@ def wan_autoencoder_from_config(config: Mapping[str, Any]) -> WanAutoencoder:
         num_blocks=read["num_res_blocks"],
         latent_channels=read["z_dim"],
         image_channels=image_channels,
-        halve_frames=tuple(read["temperal_downsample"])[: len(factors) - 1],
+        halve_frames=tuple(read["temperal_downsample"]),
         decoder_channels=None if decoder_base == base else tuple(decoder_base * factor for factor in factors),
         residual=read["is_residual"],
         patch_size=patch_size,

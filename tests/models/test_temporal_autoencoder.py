@@ -174,5 +174,7 @@ def test_only_the_same_autoencoder_is_inflated(images):
         inflate(jax.random.key(0), VIDEOS.clone(channels=(16, 16)), images)
     with pytest.raises(ValueError, match="only one of the two has decoder_in, encoder_out"):
         inflate(jax.random.key(0), VIDEOS.clone(quantize=False), images)
+    with pytest.raises(ValueError, match="module must be a TemporalAutoencoder, got "):
+        inflate(jax.random.key(0), IMAGES, images)
     with pytest.raises(ValueError, match="key must be"):
         inflate(0, VIDEOS, images)

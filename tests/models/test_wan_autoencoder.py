@@ -158,6 +158,7 @@ def test_calls_are_checked(method, value, message):
         ({"_class_name": "AutoencoderKL"}, "_class_name must be 'AutoencoderKLWan' in AutoencoderKLWan, got 'Auto"),
         ({"attn_scales": [0.5]}, "attn_scales must be [] in AutoencoderKLWan, got"),
         ({"scaling_factor": 1.0}, "config must have fields of AutoencoderKLWan, got scaling_factor too."),
+        ({"dim_mult": [1, 2]}, "halve_frames must be 1 of True and False, got (False, True, True)."),
         ({"dim_mult": [2, 4, 4, 4]}, "dim_mult must begin with 1, got"),
         ({"out_channels": 4}, "out_channels must be in_channels=3, a multiple of 1, got 4."),
     ],
