@@ -171,7 +171,7 @@ def inflate(key: Key, module: TemporalAutoencoder, params: Params) -> Params:
     """
     check_key(key)
     if not isinstance(module, TemporalAutoencoder):
-        raise ValueError(f"module must be a TemporalAutoencoder, got {shown(module)}.")
+        raise ValueError(f"module must be a TemporalAutoencoder, got {shown(type(module))}.")
     side = module.factor
     x = jnp.zeros((1, 1, side, side, module.image_channels))
     on_cpu = jax.default_backend() == "cpu"  # where initialisers are slow to compile
