@@ -124,6 +124,7 @@ FIXED_STEPS = {
     "dpm_solver++_2m_sde": lambda s: samplers.DPMSolverPlusPlus(s, sde=True),
     **{f"unipc_{p}": lambda s, p=p: samplers.UniPC(s, p) for p in (1, 2, 3)},
     **{f"unipc_{p}_bh1": lambda s, p=p: samplers.UniPC(s, p, "bh1") for p in (1, 2, 3)},
+    "plms": samplers.PLMS,
     "euler_maruyama": samplers.EulerMaruyama,
     "stochastic_heun": samplers.StochasticHeun,
     "churn": lambda s: samplers.Churn(s, churn=1.0),

@@ -669,7 +669,7 @@ FUNCTIONS: dict[str, Call] = {
     "make_dit": Call(models.make_dit, {"name": "tiny"}, lambda module: module.hidden),
     **{
         f"make_{name}": Call(getattr(models, f"make_{name}"), {"name": "tiny"}, lambda module: None)
-        for name in contracts.PUBLISHED | {"autoencoder": None}
+        for name in (*contracts.PUBLISHED, "autoencoder", "wan_autoencoder", "temporal_autoencoder")
         if name != "song_unet"
     },
     "make_song_unet": Call(models.make_song_unet, {"name": "ddpmpp"}, lambda module: None),
@@ -757,6 +757,11 @@ ELSEWHERE = {
     ),
     **dict.fromkeys(
         (f"fm_jax.models.{name}" for name in ("Autoencoder", "TinyAutoencoder")), "tests/models/test_autoencoder.py"
+    ),
+    "fm_jax.models.WanAutoencoder": "tests/models/test_wan_autoencoder.py",
+    **dict.fromkeys(
+        (f"fm_jax.models.{name}" for name in ("TemporalAutoencoder", "inflate", "outlier_penalty")),
+        "tests/models/test_temporal_autoencoder.py",
     ),
     "fm_jax.latents": "tests/test_latents.py",
     "fm_jax.text": "tests/text",

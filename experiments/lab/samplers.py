@@ -15,6 +15,7 @@ import numpy as np
 from fm_jax.checks import check_member
 from fm_jax.samplers import (
     DDIM,
+    PLMS,
     AdamsBashforth,
     Adaptive,
     Churn,
@@ -39,6 +40,7 @@ SAMPLERS: dict[str, Sampler | OfSchedule] = {
     "ddim": DDIM,
     **{f"dpm_solver_{order}": partial(DPMSolver, order=order) for order in (2, 3)},
     **{f"dpm_solver++_{order}m": partial(DPMSolverPlusPlus, order=order) for order in (2, 3)},
+    "plms": PLMS,
     **{f"unipc_{p}": partial(UniPC, p=p) for p in (1, 2, 3)},
     **{f"unipc_{p}_bh1": partial(UniPC, p=p, variant="bh1") for p in (1, 2, 3)},
     "ddpm": partial(DDIM, eta=1.0),

@@ -28,11 +28,18 @@ from fm_jax.models.mlp import MLP, PlainMLP
 from fm_jax.models.mmdit import MMDiT, make_mmdit
 from fm_jax.models.song_unet import SongUNet, make_song_unet
 from fm_jax.models.stack import stack_layers, unstack_layers
+from fm_jax.models.temporal_autoencoder import (
+    TemporalAutoencoder,
+    inflate,
+    make_temporal_autoencoder,
+    outlier_penalty,
+)
 from fm_jax.models.tiny_autoencoder import TinyAutoencoder, make_tiny_autoencoder
 from fm_jax.models.unet import UNet, make_unet
 from fm_jax.models.unet_condition import UNetCondition, make_unet_condition
 from fm_jax.models.videodit import VideoDiT, make_videodit
 from fm_jax.models.wan import Wan, make_wan
+from fm_jax.models.wan_autoencoder import WanAutoencoder, make_wan_autoencoder
 from fm_jax.types import Cond, Key, Params
 
 __all__ = [
@@ -51,6 +58,7 @@ __all__ = [
     "Moments",
     "PlainMLP",
     "SongUNet",
+    "TemporalAutoencoder",
     "TinyAutoencoder",
     "TokenEmbedding",
     "UNet",
@@ -58,12 +66,14 @@ __all__ = [
     "VectorEmbedding",
     "VideoDiT",
     "Wan",
+    "WanAutoencoder",
     "apply_rope",
     "attend",
     "fill_local",
     "forward_flops",
     "from_equinox",
     "from_nnx",
+    "inflate",
     "init_params",
     "linen_apply",
     "linen_potential",
@@ -74,12 +84,15 @@ __all__ = [
     "make_lightning",
     "make_mmdit",
     "make_song_unet",
+    "make_temporal_autoencoder",
     "make_tiny_autoencoder",
     "make_unet",
     "make_unet_condition",
     "make_videodit",
     "make_wan",
+    "make_wan_autoencoder",
     "num_params",
+    "outlier_penalty",
     "rope_angles",
     "sample_moments",
     "stack_layers",

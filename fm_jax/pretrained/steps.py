@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm_jax.checks import check_integer, check_member
-from fm_jax.samplers import DDIM, DPMSolverPlusPlus, RungeKutta, grids
+from fm_jax.samplers import DDIM, PLMS, DPMSolverPlusPlus, RungeKutta, grids
 from fm_jax.schedules import DDPM, Linear
 from fm_jax.types import Array, Sampler, Schedule
 
@@ -54,6 +54,8 @@ def steps_of(config: Mapping[str, Any], solver: str | None = None, *, even_first
     if solver is not None:
         check_member("solver", solver, SOLVERS)
         return _discrete(config, solver, "leading" if config.get("timestep_spacing") is None else None)
+    if name == "PNDMScheduler":
+        return _discrete(config, "plms", None)
     if name == "DDIMScheduler":
         return _discrete(config, "ddim", None)
     if name == "EulerDiscreteScheduler":
@@ -131,9 +133,13 @@ def _discrete(config: Mapping[str, Any], solver: str, spacing: str | None) -> St
         raise ValueError("lambda_min_clipped of the scheduler must be -inf to be sampled here.")
     if config.get("_class_name") == "DDIMScheduler" and config.get("clip_sample", True):
         raise ValueError("clip_sample of the scheduler must be False: latents are not in [-1, 1].")
+    if solver == "plms" and not config.get("skip_prk_steps", False):
+        raise ValueError(
+            "skip_prk_steps of the scheduler must be True: the Runge-Kutta steps of PNDM are not taken here."
+        )
     betas = betas_of(config)
     schedule, num = DDPM(betas), len(betas)
-    defaults = {"ddim": "leading", "euler": "linspace", "dpm_solver++": "linspace"}
+    defaults = {"ddim": "leading", "plms": "leading", "euler": "linspace", "dpm_solver++": "linspace"}
     spacing = spacing or config.get("timestep_spacing", defaults[solver])
     offset = config.get("steps_offset", 0)
     to_data = _ends_in_data(config, solver)
@@ -147,7 +153,8 @@ def _discrete(config: Mapping[str, Any], solver: str, spacing: str | None) -> St
         t = 1 - (np.append(n, -1 if to_data else 0) + 1) / num
         return jnp.asarray(t if t[-1] > t[-2] else t[:-1])
 
-    sampler: Sampler = DPMSolverPlusPlus(schedule, 2) if solver == "dpm_solver++" else DDIM(schedule)
+    samplers = {"dpm_solver++": DPMSolverPlusPlus, "plms": PLMS}
+    sampler: Sampler = samplers.get(solver, DDIM)(schedule)
     kinds = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
     prediction = config.get("prediction_type", "epsilon")
     check_member("prediction_type of the scheduler", prediction, tuple(kinds))
@@ -160,7 +167,8 @@ def _ends_in_data(config: Mapping[str, Any], solver: str) -> bool:
         return bool(config.get("set_alpha_to_one", True))
     if config.get("final_sigmas_type", "zero") != "zero":
         raise ValueError(f"final_sigmas_type of the scheduler must be 'zero', got {config['final_sigmas_type']!r}.")
-    return solver != "ddim" or bool(config.get("set_alpha_to_one", True))
+    # The default of PNDM's own scheduler is to end at the first step.
+    return solver == "euler" or solver == "dpm_solver++" or bool(config.get("set_alpha_to_one", solver == "ddim"))
 
 
 def _steps(num_steps: int, num: int, spacing: str, offset: int, solver: str) -> np.ndarray:

@@ -3,7 +3,8 @@
 `sample(v, x0, sampler, times=..., key=...)` runs any of them. A sampler is a frozen dataclass with its own settings:
 
 * for the flow: `RungeKutta`, `AdamsBashforth`, `Adaptive`, and `LearnedSolver`, trained for one velocity;
-* for the flow of an affine path with a Gaussian source, in log-SNR: `DDIM`, `DPMSolver`, `DPMSolverPlusPlus`, `UniPC`;
+* for the flow of an affine path with a Gaussian source, in log-SNR: `DDIM`, `DPMSolver`, `DPMSolverPlusPlus`, `UniPC`,
+  `PLMS`;
 * with noise: `EulerMaruyama`, `StochasticHeun`, `DiffraxSDE`, `Churn`, `PredictorCorrector`, and `DDIM` and
   `DPMSolverPlusPlus` by option.
 
@@ -20,6 +21,7 @@ from fm_jax.samplers.dpm_solver import DPMSolver, DPMSolverPlusPlus
 from fm_jax.samplers.langevin import PredictorCorrector, langevin_step
 from fm_jax.samplers.learned import LearnedSolver
 from fm_jax.samplers.loop import run_steps, step_noise
+from fm_jax.samplers.plms import PLMS
 from fm_jax.samplers.runge_kutta import RungeKutta, Tableau, ode_step
 from fm_jax.samplers.sample import sample
 from fm_jax.samplers.sde import EulerMaruyama, StochasticHeun, falling_noise, sde_step
@@ -27,6 +29,7 @@ from fm_jax.samplers.unipc import UniPC
 
 __all__ = [
     "DDIM",
+    "PLMS",
     "AdamsBashforth",
     "Adaptive",
     "Churn",

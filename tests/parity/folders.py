@@ -151,7 +151,7 @@ def flux(*, guidance: bool = True) -> Any:
 DISCRETE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 
 
-def stable_diffusion(*, prediction: str = "epsilon") -> Any:
+def stable_diffusion(*, prediction: str = "epsilon", plms: bool = False) -> Any:
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
@@ -165,6 +165,10 @@ def stable_diffusion(*, prediction: str = "epsilon") -> Any:
     scheduler = diffusers.DDIMScheduler(
         **DISCRETE, clip_sample=False, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction
     )
+    if plms:
+        scheduler = diffusers.PNDMScheduler(
+            **DISCRETE, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1, prediction_type=prediction
+        )
     return diffusers.StableDiffusionPipeline(
         autoencoder(4), clip(24), clip_tokenizer(), drawn(unet), scheduler, None, None, requires_safety_checker=False
     )
@@ -241,6 +245,7 @@ SYSTEMS = {
     "flux_dev": flux,
     "flux_schnell": lambda: flux(guidance=False),
     "sd15": stable_diffusion,
+    "sd15_plms": lambda: stable_diffusion(plms=True),
     "sd2_v": lambda: stable_diffusion(prediction="v_prediction"),
     "sdxl": stable_diffusion_xl,
     "pixart": pixart,

@@ -13,7 +13,19 @@ from fm_jax.schedules import coefficients
 from fm_jax.weights.folder import FAMILIES
 from fm_jax.weights.save import save
 
-SYSTEMS = ["sd3", "sd3_without_t5", "sd35", "flux_dev", "flux_schnell", "sd15", "sd2_v", "sdxl", "pixart", "dit"]
+SYSTEMS = [
+    "sd3",
+    "sd3_without_t5",
+    "sd35",
+    "flux_dev",
+    "flux_schnell",
+    "sd15",
+    "sd15_plms",
+    "sd2_v",
+    "sdxl",
+    "pixart",
+    "dit",
+]
 PROMPTS = ["a red boat", "boat"]
 CLASSES = [7, 999]
 STEPS = 5
@@ -49,6 +61,8 @@ def of_diffusers(name, pipeline, noise, guidance, height, width):
     if name == "pixart":
         options |= {"use_resolution_binning": False, "clean_caption": False}
     images = pipeline(prompt=PROMPTS, latents=latents, height=height, width=width, **options).images
+    if name == "sd15_plms":
+        seen = seen[1:]  # the first step is done twice
     if name.startswith("flux"):
         square = (b, h // 2, w // 2, c, 2, 2)
         seen = [np.transpose(each.reshape(square), (0, 3, 1, 4, 2, 5)).reshape(b, c, h, w) for each in seen]
