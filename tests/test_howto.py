@@ -218,6 +218,54 @@ def check_marginals(path):
         assert (error < 0.02).all()  # of velocities of size 1
 
 
+@pytest.mark.slow
+def test_weights(run):
+    names = run("weights")
+    assert all(jax.tree.leaves(names["same"]))
+    assert names["out"].shape == (2, 16, 16, 8)
+    jax.tree.map(np.testing.assert_array_equal, names["again"], names["params"])
+    assert "final_layer.linear.bias" in names["refused"]
+    assert "module.extra" in names["refused"]
+
+
+@pytest.mark.slow
+def test_pretrained(run):
+    names = run("pretrained")
+    assert names["drawn"].images.shape == names["by_unipc"].images.shape == (2, 16, 16, 3)
+    assert names["drawn"].nfe == 8
+    assert names["again"].trajectory.shape == (5, 2, 8, 8, 4)
+    np.testing.assert_array_equal(names["again"].trajectory[0], names["noise"])
+
+
+@pytest.mark.slow
+def test_from_diffusers(run, tmp_path):
+    import flax.serialization
+
+    names = run("from_diffusers")
+    image, matrix = np.arange(24.0).reshape(1, 2, 3, 4), np.arange(6.0).reshape(2, 3)
+    tree = {
+        "down_blocks_0": {"resnets_1": {"conv1": {"kernel": image}, "norm1": {"scale": matrix[0]}}},
+        "time_embedding": {"linear_1": {"kernel": matrix}},
+        "block": {"0": {"DenseReluDense": {"wi_0": {"kernel": matrix}}}},
+        "attn1": {"to_out_0": {"bias": matrix[0]}},
+        "shared": {"embedding": matrix},
+    }
+    (tmp_path / "flax_model.msgpack").write_bytes(flax.serialization.msgpack_serialize(tree))
+    tensors = names["from_flax"](tmp_path / "flax_model.msgpack")
+    assert tensors.keys() == {
+        "down_blocks.0.resnets.1.conv1.weight",
+        "down_blocks.0.resnets.1.norm1.weight",
+        "time_embedding.linear_1.weight",
+        "block.0.DenseReluDense.wi_0.weight",
+        "attn1.to_out.0.bias",
+        "shared.weight",
+    }
+    np.testing.assert_array_equal(tensors["down_blocks.0.resnets.1.conv1.weight"], image.transpose(3, 2, 0, 1))
+    np.testing.assert_array_equal(tensors["time_embedding.linear_1.weight"], matrix.T)
+    np.testing.assert_array_equal(tensors["shared.weight"], matrix)
+    assert names["draw"](lambda t, x, cond: 0.1 * x, jnp.ones((2, 4, 4, 4)), None, 5).shape == (2, 4, 4, 4)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_form(page):
     text = PAGES[page].read_text()

@@ -25,6 +25,7 @@ def write_small_system(folder: Path, *, flow: bool = False) -> None:
         out_channels=2 * CHANNELS,
         embed=embed,
         border=SIT if flow else DDPM,
+        frequency_shift=0.0 if flow else 1.0,
         scan_layers=True,
     )
     autoencoder = Autoencoder(channels=(8, 8), num_blocks=1, latent_channels=CHANNELS, num_groups=4)

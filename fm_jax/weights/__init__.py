@@ -1,7 +1,7 @@
 """Published weights: read, written, and translated between their layouts and ours.
 
 `open_model` and `save_model` are for folders of diffusers and transformers, `load` and `save` for files by given rules.
-Each family has a file with its rules, `fm_jax.weights.mmdit` and so on; `python -m fm_jax.weights.convert` makes
+Each family has a file with its rules, `mmdit.py` and so on; `python -m fm_jax.weights.convert` makes
 safetensors of pickles.
 """
 

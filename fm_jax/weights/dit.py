@@ -65,10 +65,16 @@ def dit_config(module: DiT, *, size: int = 32, channels: int = 4) -> dict[str, A
         channels: channels of the latents.
 
     Raises:
-        ValueError: for a network that does not predict noise in the steps of DDPM.
+        ValueError: for a network that does not predict noise in the steps of DDPM, or has not the time features of
+            diffusers.
     """
     if module.border != DDPM:
         raise ValueError(f"border must be DDPM for diffusers' DiT, whose steps and noise it has, got {module.border}.")
+    if module.frequency_shift != 1:
+        raise ValueError(
+            f"frequency_shift must be 1, as diffusers' DiT has it, got {module.frequency_shift}: there the same "
+            "parameters would be another function. The authors' layout is dit_rules(module, 'official')."
+        )
     return {
         "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": module.num_heads,

@@ -30,7 +30,7 @@ from fm_jax.weights.lightning import lightning_rules
 WIDTH, DEPTH, HEADS, CLASSES = 32, 3, 2, 5
 SIZES = {"hidden": WIDTH, "num_layers": DEPTH, "num_heads": HEADS, "embed": LabelEmbedding(CLASSES, stddev=0.02)}
 T = np.float32([0.31, 0.875])
-CONFIG = dit_config(DiT(**SIZES, out_channels=8, border=DDPM, norm_mlp_epsilon=1e-5), size=12)
+CONFIG = dit_config(DiT(**SIZES, out_channels=8, border=DDPM, frequency_shift=1.0, norm_mlp_epsilon=1e-5), size=12)
 
 
 def inputs(channels=4, height=12, width=8):
@@ -201,10 +201,12 @@ def test_folder_of_a_sit(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, params)
 
 
-def test_a_velocity_is_not_written_as_a_network_of_noise(tmp_path):
+def test_another_function_is_not_written_as_diffusers_own(tmp_path):
     module = DiT(**SIZES)
     with pytest.raises(ValueError, match="border must be DDPM for diffusers' DiT"):
         save_model(tmp_path, module, {}, size=12)
+    with pytest.raises(ValueError, match="frequency_shift must be 1, as diffusers' DiT has it, got 0.0"):
+        save_model(tmp_path, DiT(**SIZES, border=DDPM), {}, size=12)
 
 
 @pytest.mark.parametrize(
