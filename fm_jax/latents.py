@@ -18,6 +18,8 @@ Constant = float | tuple[float, ...]
 class LatentSpace:
     """What an autoencoder's latents become for the model: `(z - shift) * scale`.
 
+    Notebooks: (12.8).
+
     Attributes:
         shift: mean of the latents, for all channels or for each.
         scale: one over their standard deviation, for all channels or for each.

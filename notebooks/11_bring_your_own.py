@@ -433,5 +433,4 @@ print(f"largest difference between a sample of plain JAX and the same one of NNX
 # A loss is a function, a network is a function and a path is a value. Three projects with nothing in common but JAX had
 # the same loss, the same gradients and, after training, the same samples; four devices made the update of one.
 #
-# This is the end of the series. To read it again with all of it in mind: [flows](01_flows.ipynb). To run it at size:
-# the [experiments](../experiments/README.md), from digits in minutes to CIFAR-10.
+# Next: [published networks](12_published_networks.ipynb).

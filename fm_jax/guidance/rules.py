@@ -173,6 +173,8 @@ class FirstChannels:
     The published FIDs of DiT, SiT and LightningDiT guide 3 channels of latents that have 4, or 32: their scales mean
     nothing without it.
 
+    Notebooks: (12.9).
+
     Raises:
         ValueError: if `channels` is less than 1; when called, if the state has fewer.
 

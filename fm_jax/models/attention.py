@@ -30,6 +30,8 @@ def attend(
 
     A key that is masked has weight zero to the bit. A query all of whose keys are masked sees the mean of all values.
 
+    Notebooks: (12.1), (12.2).
+
     Args:
         q: queries [batch, n, heads, head_dim].
         k: keys [batch, m, heads, head_dim].
@@ -111,6 +113,8 @@ def _broadcasts(x: Array, shape: tuple[int, ...]) -> bool:
 def rope_angles(ids: Array | np.ndarray, dims: Sequence[int], theta: float = 10_000.0) -> Array | np.ndarray:
     """Angles of rotary positions over several axes: `ids[..., a] theta^(-2 j / dims[a])`, the axes one behind another.
 
+    Notebooks: (12.3).
+
     Args:
         ids: position of each token on each axis, [..., axes]. A NumPy array gives float64 constants of the program.
         dims: channels of a head that belong to each axis, even; their sum is the width of a head.
@@ -157,6 +161,8 @@ def rotation(angles: Array | np.ndarray) -> Rotation:
 
 def apply_rope(x: Array, angles: Array | np.ndarray | Rotation) -> Array:
     """Turns the pairs of channels (0, 1), (2, 3), ... of every head by the angles of its token.
+
+    Notebooks: (12.3).
 
     Args:
         x: queries or keys, [batch, tokens, heads, head_dim].

@@ -38,6 +38,8 @@ class Border:
     The network's time is `scale (1 - t) + offset` if `reverse`, otherwise `scale t + offset`; what it gives, times
     `sign`, is what ours gives.
 
+    Notebooks: (12.5).
+
     Attributes:
         scale: factor on time before the sines and cosines.
         reverse: whether its time runs from data to noise.

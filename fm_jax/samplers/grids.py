@@ -166,6 +166,8 @@ def shifted(num_steps: int, shift: float, t0: float = 0.0, t1: float = 1.0) -> G
     A larger picture needs more noise to hide it as well: `s` is the square root of how many times as many pixels it
     has. FLUX takes `s = flux_shift(num_tokens)`, for any number of steps.
 
+    Notebooks: (12.6), (12.7).
+
     Args:
         num_steps: number of steps.
         shift: s; 1 shifts nothing.
@@ -193,6 +195,8 @@ def stable_diffusion_3(num_steps: int, shift: float = 3.0) -> Grid:
 
     The last step before the data starts from a noise of 0.001 that is shifted twice: its first shift is in the ends of
     the even grid already. 28 steps with shift 3 so begin their last at sigma = 0.0089, not 0.0030.
+
+    Notebooks: (12.7).
 
     Args:
         num_steps: number of steps, at least 2.
