@@ -297,9 +297,9 @@ plt.show()
 # $$
 #
 # a constant that is wrong by $\kappa$ is a shift [(12.6)](#eq-12-6) by $1/\kappa$ that nobody asked for, and the state
-# has the wrong size. Stable Diffusion's codes are $1/0.18215 = 5.5$ times too large; to forget it is to shift by 0.18,
-# while its authors shift by 3. `fm_jax.latents.LatentSpace` has shift and scale, for each system by name, and
-# `fm_jax.latents.check_latents` refuses to train on others.
+# has the wrong size. The codes of Stable Diffusion 1 are $1/0.18215 = 5.5$ times too large: who forgets that shifts by
+# 0.18, away from the noise. `fm_jax.latents.LatentSpace` has mean and scale, for each system by name, and
+# `fm_jax.latents.check_latents` refuses to train on codes of another size.
 
 # %%
 codes = 0.3 + 5.5 * normal(64, 8, 8, 4)  # as an encoder might give them
