@@ -10,6 +10,7 @@ with the times, shifts, guidance and latent constants that belong to each. Nothi
 """
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,6 +75,9 @@ class Config:
             raise ValueError(f"--out must end in .png or .npz, got {self.out}.")
         if self.smoke != (self.weights is None):
             raise ValueError("--weights must be given, the folder of the system; or --smoke, and not both.")
+        for name, value in (("--prompt", self.prompt), ("--class", self.label), ("--negative", self.negative)):
+            if self.smoke and value is not None:
+                raise ValueError(f"{name} has no effect with --smoke, whose network is random. Leave it out.")
         if (self.prompt is None) == (self.label is None) and not self.smoke:
             raise ValueError("--prompt must be given, or --class for DiT and SiT, and not both.")
         if self.label is not None and self.negative is not None:
@@ -105,12 +109,26 @@ def run(config: Config) -> None:
                 width=config.width,
             )
         except (ValueError, ImportError) as error:
-            raise SystemExit(str(error)) from error
+            raise SystemExit(_typed(str(error))) from error
     _write(config, drawn)
     size = f"{drawn.images.shape[1]}x{drawn.images.shape[2]}"
     pictures = "1 picture" if config.num == 1 else f"{config.num} pictures"
     steps = len(drawn.times) - 1
     print(f"{config.out}: {pictures} of {size} by {system.name}, {steps} steps, NFE {nfe_text(drawn.nfe)}")
+
+
+def _typed(message: str) -> str:
+    """What the library says of its arguments, in the words of the command line."""
+    words = {
+        "truncate=True": "--truncate",
+        "prompts[0]": "--prompt or --class",
+        "prompt 0 ": "--prompt ",
+        "num_steps": "--steps",
+        "guided_channels": "--guided-channels",
+    }
+    for argument, typed in words.items():
+        message = message.replace(argument, typed)
+    return re.sub(r"^(negative|guidance|height|width|solver|truncate) ", r"--\1 ", message)
 
 
 @contextlib.contextmanager

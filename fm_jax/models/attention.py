@@ -28,7 +28,7 @@ def attend(
 ) -> Array:
     """Softmax attention, `softmax(scale q k^T + bias) v`, with a softmax in float32.
 
-    A key that is masked has weight zero to the bit. A query all of whose keys are masked sees the mean of all values.
+    A key that is masked has weight zero to the bit. A query all of whose keys are masked gets zero.
 
     Notebooks: (12.1), (12.2).
 
@@ -63,7 +63,7 @@ def attend(
         implementation = "xla"
     if mask is not None and implementation != "xla":  # cuDNN does not broadcast a mask of keys
         mask = jnp.broadcast_to(mask, (q.shape[0], mask.shape[1], q.shape[1], k.shape[1]))
-    return jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q,
         k,
         v,
@@ -75,6 +75,9 @@ def attend(
         query_seq_lengths=None if lengths is None else jnp.full(q.shape[:1], q.shape[1], jnp.int32),
         implementation=implementation,
     )
+    if mask is not None:
+        out = jnp.where(jnp.swapaxes(mask.any(axis=-1, keepdims=True), 1, 2), out, 0)
+    return out if lengths is None else jnp.where(lengths[:, None, None, None] > 0, out, 0)
 
 
 def _not_for_cudnn(q: Array, bias: Array | None) -> str | None:

@@ -249,7 +249,7 @@ class Flux(nn.Module):
         if not isinstance(given, Conditions):
             raise ValueError(f"cond must be Conditions(vector=..., tokens=...), got {shown(given)}.")
         cond: Any = given
-        length = cond.tokens.shape[1] if np.ndim(cond.tokens) == 3 else "n"
+        length = cond.tokens.shape[1] if len(getattr(cond.tokens, "shape", ())) == 3 else "n"
         wanted: dict[str, tuple[Any, ...] | None] = {
             "vector": (x.shape[0], self.vector_dim),
             "tokens": (x.shape[0], length, self.token_dim),

@@ -1,13 +1,14 @@
 """Published systems, opened from a local folder in the layout of diffusers and sampled as they were published."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fm_jax.checks import check_bool
+from fm_jax.checks import check_bool, shown
 from fm_jax.pretrained.dit import dit
 from fm_jax.pretrained.flux import flux
-from fm_jax.pretrained.parts import Parts
+from fm_jax.pretrained.parts import INDEX, Parts
 from fm_jax.pretrained.pixart import pixart
 from fm_jax.pretrained.stable_diffusion import stable_diffusion, stable_diffusion_xl
 from fm_jax.pretrained.stable_diffusion_3 import stable_diffusion_3
@@ -31,7 +32,7 @@ PIPELINES: dict[str, Callable[..., System]] = {
 
 
 def open_pretrained(
-    folder: str | Path,
+    folder: str | os.PathLike[str],
     *,
     dtype: Any = None,
     sharding: Any = None,
@@ -58,10 +59,14 @@ def open_pretrained(
         >>> drawn = system.draw("a red boat", key=jax.random.key(0))  # doctest: +SKIP
     """
     check_bool("truncate", truncate)
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"folder must be a path, got {shown(folder)}.")
     parts = Parts(Path(folder), dtype, sharding)
     name = parts.index().get("_class_name")
-    if name not in PIPELINES:
-        raise WeightsError(f"{folder} holds a {name}, which is not among {', '.join(PIPELINES)}.")
+    if not isinstance(name, str) or name not in PIPELINES:
+        raise WeightsError(
+            f"{parts.folder / INDEX} must name one of {', '.join(PIPELINES)} as _class_name, got {shown(name)}."
+        )
     options: dict[str, Any] = {"solver": solver}
     if PIPELINES[name] is dit:
         if truncate:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fm_jax.guidance import FirstChannels
 from fm_jax.pretrained.parts import Parts
-from fm_jax.pretrained.steps import Steps, steps_of
+from fm_jax.pretrained.steps import Steps
 from fm_jax.pretrained.system import Request, System
 from fm_jax.samplers import RungeKutta, grids
 from fm_jax.schedules import Linear
@@ -25,8 +25,6 @@ def dit(parts: Parts, *, solver: str | None = None, guided_channels: int = 3) ->
     module, params = parts.network("transformer")
     decoding = parts.decoding()
     name = parts.index()["_class_name"]
-    config = parts.config("transformer")
-    size = config["input_size"] if name == "SiTPipeline" else config["sample_size"]
     num_classes = module.embed.num_classes
 
     def conditions(request: Request) -> tuple[Any, Any]:
@@ -42,11 +40,11 @@ def dit(parts: Parts, *, solver: str | None = None, guided_channels: int = 3) ->
         name=name,
         module=module,
         params=params,
-        steps=_flow(solver) if name == "SiTPipeline" else steps_of(parts.scheduler(), solver),
+        steps=_flow(solver) if name == "SiTPipeline" else parts.steps(solver),
         conditions=conditions,
         **decoding,
         patch_size=module.patch_size,
-        size=size * decoding["factor"],
+        sizes=parts.sizes("transformer", decoding["factor"]),
         num_steps=250 if name == "SiTPipeline" else 50,
         guidance=4.0,
         rule=FirstChannels(guided_channels),

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from fm_jax.models.conditioning import Conditions
 from fm_jax.pretrained.parts import Parts, check_texts
-from fm_jax.pretrained.steps import steps_of
 from fm_jax.pretrained.system import Request, System
 
 
@@ -36,11 +35,12 @@ def flux(parts: Parts, *, solver: str | None = None, truncate: bool = False) -> 
         name="FluxPipeline",
         module=module,
         params=params,
-        steps=steps_of(parts.scheduler(), solver, even_first=True),
+        steps=parts.steps(solver, even_first=True),
         conditions=conditions,
         **decoding,
         patch_size=2,
-        size=128 * decoding["factor"],
+        sizes=(128 * decoding["factor"], 128 * decoding["factor"]),
         num_steps=28 if dev else 4,
         guidance=3.5 if dev else 1.0,
+        told=dev,
     )

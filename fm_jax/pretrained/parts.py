@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from fm_jax.models.autoencoder import latent_space
+from fm_jax.pretrained.steps import Steps, steps_of
 from fm_jax.text.encoder import TextFeatures
 from fm_jax.text.folder import read_tokenizer
 from fm_jax.types import Array, Params
@@ -49,7 +50,7 @@ class Parts:
     def has(self, name: str) -> bool:
         """Whether the pipeline has a part; one that is optional may be null in the index."""
         entry = self.index().get(name)
-        return isinstance(entry, list) and entry[0] is not None
+        return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
 
     def network(self, name: str) -> tuple[Any, Params]:
         """A network and its parameters.
@@ -76,9 +77,34 @@ class Parts:
         """The `config.json` of a part."""
         return read_config(self.folder / name)
 
-    def scheduler(self) -> dict[str, Any]:
-        """The `scheduler_config.json`."""
-        return read_json(self.folder / "scheduler" / "scheduler_config.json", "configuration of a scheduler")
+    def sizes(self, name: str, factor: int) -> tuple[int, int] | None:
+        """Height and width, in pixels, that the `config.json` of a network speaks of; `None` if it speaks of none.
+
+        Raises:
+            WeightsError: for what is neither a number nor two.
+        """
+        config = self.config(name)
+        size = config.get("sample_size", config.get("input_size"))
+        if size is None:
+            return None
+        both = size if isinstance(size, list) else [size, size]
+        if len(both) != 2 or any(isinstance(each, bool) or not isinstance(each, int) or each < 1 for each in both):
+            path = self.folder / name / "config.json"
+            raise WeightsError(f"sample_size of {path} must be one size or two, got {size!r}.")
+        return factor * both[0], factor * both[1]
+
+    def steps(self, solver: str | None, *, even_first: bool = False) -> Steps:
+        """How the `scheduler_config.json` says that the network is sampled; see `steps_of`.
+
+        Raises:
+            WeightsError: names the file, and what is not read in it.
+        """
+        path = self.folder / "scheduler" / "scheduler_config.json"
+        config = read_json(path, "configuration of a scheduler")
+        try:
+            return steps_of(config, solver, even_first=even_first)
+        except ValueError as error:
+            raise WeightsError(f"{path}: {error}") from error
 
     def encoder(
         self, suffix: str = "", *, length: int | None = None, truncate: bool = False, masked: bool = False

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 
 from fm_jax.models.conditioning import Conditions
 from fm_jax.pretrained.parts import Parts, check_texts
-from fm_jax.pretrained.steps import steps_of
 from fm_jax.pretrained.system import Request, System
 
 
@@ -36,11 +35,11 @@ def pixart(parts: Parts, *, solver: str | None = None, truncate: bool = False) -
         name="PixArtSigmaPipeline" if sigma else "PixArtAlphaPipeline",
         module=module,
         params=params,
-        steps=steps_of(parts.scheduler(), solver),
+        steps=parts.steps(solver),
         conditions=conditions,
         **decoding,
         patch_size=module.patch_size,
-        size=parts.config("transformer")["sample_size"] * decoding["factor"],
+        sizes=parts.sizes("transformer", decoding["factor"]),
         num_steps=20,
         guidance=4.5,
     )

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from fm_jax.models.conditioning import Conditions
 from fm_jax.pretrained.parts import Parts, check_texts
-from fm_jax.pretrained.steps import steps_of
 from fm_jax.pretrained.system import Request, System
 
 
@@ -64,11 +63,11 @@ def _system(name: str, parts: Parts, solver: str | None, conditions: Any, guidan
         name=name,
         module=module,
         params=params,
-        steps=steps_of(parts.scheduler(), solver),
+        steps=parts.steps(solver),
         conditions=conditions,
         **decoding,
         patch_size=2 ** (len(module.widths) - 1),
-        size=parts.config("unet")["sample_size"] * decoding["factor"],
+        sizes=parts.sizes("unet", decoding["factor"]),
         num_steps=50,
         guidance=guidance,
     )

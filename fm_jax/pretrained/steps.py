@@ -8,7 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_integer, check_member
+from fm_jax.checks import check_integer, check_member, check_number
 from fm_jax.samplers import DDIM, PLMS, DPMSolverPlusPlus, RungeKutta, grids
 from fm_jax.schedules import DDPM, Linear
 from fm_jax.types import Array, Sampler, Schedule
@@ -26,12 +26,14 @@ class Steps:
         schedule: of its path.
         sampler: the method.
         grid: `grid(num_steps, num_tokens)`: the times, for a picture of so many tokens.
+        start: `start(times)`: what standard normal noise is multiplied by at the first of them.
     """
 
     kind: str
     schedule: Schedule
     sampler: Sampler
     grid: Callable[[int, int], Array]
+    start: Callable[[Array], Any] = lambda times: 1.0
 
 
 def steps_of(config: Mapping[str, Any], solver: str | None = None, *, even_first: bool = False) -> Steps:
@@ -73,13 +75,27 @@ def _refuse(config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} of the scheduler must be {value!r} to be sampled here, got {config[name]!r}.")
 
 
+def _number(config: Mapping[str, Any], name: str, default: float, within: str) -> float:
+    value = config.get(name, default)
+    check_number(f"{name} of the scheduler", value, within)
+    return value
+
+
+def _integer(config: Mapping[str, Any], name: str, default: int, least: int) -> int:
+    value = config.get(name, default)
+    check_integer(f"{name} of the scheduler", value, least=least)
+    return value
+
+
 def _flow(config: Mapping[str, Any], even_first: bool) -> Steps:
     off = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
     _refuse(config, dict.fromkeys(off, False) | {"num_train_timesteps": 1000, "time_shift_type": "exponential"})
     _refuse(config, {"shift_terminal": None})
-    shift, dynamic = config.get("shift", 1.0), config.get("use_dynamic_shifting", False)
-    low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    first, last = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    shift, dynamic = _number(config, "shift", 1.0, "(0, inf)"), config.get("use_dynamic_shifting", False)
+    low, high = (_number(config, f"{end}_image_seq_len", n, "(0, inf)") for end, n in (("base", 256), ("max", 4096)))
+    first, last = (_number(config, f"{end}_shift", n, "(-inf, inf)") for end, n in (("base", 0.5), ("max", 1.15)))
+    if dynamic and low == high:
+        raise ValueError(f"max_image_seq_len of the scheduler must differ from base_image_seq_len, got {high} twice.")
 
     def grid(num_steps: int, num_tokens: int) -> Array:
         if dynamic:
@@ -100,8 +116,8 @@ def betas_of(config: Mapping[str, Any]) -> tuple[float, ...]:
     """
     if config.get("trained_betas") is not None:
         return tuple(config["trained_betas"])
-    first, last = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    num, name = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    first, last = _number(config, "beta_start", 0.0001, "(0, 1)"), _number(config, "beta_end", 0.02, "(0, 1)")
+    num, name = _integer(config, "num_train_timesteps", 1000, least=2), config.get("beta_schedule", "linear")
     check_member("beta_schedule of the scheduler", name, ("linear", "scaled_linear"))
     # In float32, as the networks were trained.
     if name == "linear":
@@ -141,7 +157,7 @@ def _discrete(config: Mapping[str, Any], solver: str, spacing: str | None) -> St
     schedule, num = DDPM(betas), len(betas)
     defaults = {"ddim": "leading", "plms": "leading", "euler": "linspace", "dpm_solver++": "linspace"}
     spacing = spacing or config.get("timestep_spacing", defaults[solver])
-    offset = config.get("steps_offset", 0)
+    offset = _integer(config, "steps_offset", 0, least=0)
     to_data = _ends_in_data(config, solver)
 
     def grid(num_steps: int, num_tokens: int) -> Array:
@@ -158,6 +174,8 @@ def _discrete(config: Mapping[str, Any], solver: str, spacing: str | None) -> St
     kinds = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
     prediction = config.get("prediction_type", "epsilon")
     check_member("prediction_type of the scheduler", prediction, tuple(kinds))
+    if solver == "euler" and spacing != "leading":  # begins with sigma times noise; "leading" with what has variance 1
+        return Steps(kinds[prediction], schedule, sampler, grid, lambda times: schedule.sigma(times[0]))
     return Steps(kinds[prediction], schedule, sampler, grid)
 
 

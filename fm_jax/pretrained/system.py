@@ -73,9 +73,10 @@ class System:
         channels: of the network's state.
         factor: pixels of a side of the picture for one of the state.
         patch_size: of the network: pixels of the state in a token's side.
-        size: side of a picture by default, in pixels.
+        sizes: height and width of a picture by default, in pixels; `None` where the folder does not say.
         num_steps, guidance: by default.
         rule: of guidance.
+        told: whether the network is told the scale of guidance, in place of a second evaluation.
     """
 
     name: str
@@ -89,10 +90,11 @@ class System:
     channels: int
     factor: int
     patch_size: int
-    size: int
+    sizes: tuple[int, int] | None
     num_steps: int
     guidance: float
     rule: Rule = _EXTRAPOLATE
+    told: bool = False
 
     def state_shape(self, num: int, height: int, width: int) -> tuple[int, int, int, int]:
         """Shape of the state for pictures of a size in pixels.
@@ -138,24 +140,30 @@ class System:
 
         Raises:
             ValueError: for both or neither of `key` and `noise`, a size that the network does not take, a prompt that
-                is too long, or an option without effect.
+                is too long, guidance below 1, which is none, or an option without effect; if the result is not finite.
         """
-        many = [prompts] if isinstance(prompts, str | int | np.integer) else list(prompts)
-        if not many:
-            raise ValueError("prompts must hold at least one, got none.")
-        height, width = height or self.size, width or self.size
+        many = [prompts] if isinstance(prompts, str | int | np.integer) else prompts
+        if not isinstance(many, Sequence | np.ndarray) or len(many) == 0:
+            raise ValueError(f"prompts must be one or a list of at least one, got {shown(prompts)}.")
+        many = list(many)
+        if self.sizes is None and (height is None or width is None):
+            raise ValueError(f"height and width must be given: the folder of this {self.name} does not say its size.")
+        default = self.sizes or (0, 0)
+        height, width = default[0] if height is None else height, default[1] if width is None else width
         num_steps = self.num_steps if num_steps is None else num_steps
         guidance = self.guidance if guidance is None else guidance
         check_integer("num_steps", num_steps)
-        check_number("guidance", guidance, "[0, inf)")
+        check_number("guidance", guidance, "[0, inf)" if self.told else "[1, inf)")
         shape = self.state_shape(len(many), height, width)
         if (key is None) == (noise is None):
             raise ValueError("key or noise must be given, and not both.")
         if key is not None:
             check_key(key)
             noise = jax.random.normal(key, shape)
-        if noise.shape != shape:
+        if not hasattr(noise, "shape") or noise.shape != shape:
             raise ValueError(f"noise must be {list(shape)}, got {shown(noise)}.")
+        if negative is not None and (not isinstance(negative, Sequence) or isinstance(negative, bytes)):
+            raise ValueError(f"negative must be one text or a list of them, got {shown(negative)}.")
         negatives = (
             None if negative is None else [negative] * len(many) if isinstance(negative, str) else list(negative)
         )
@@ -167,8 +175,16 @@ class System:
         tokens = shape[1] * shape[2] // self.patch_size**2
         times = self.steps.grid(num_steps, tokens)
         run = jax.jit(self._sample, static_argnames=("trajectory",))
-        solution = run(self.params, noise, cond, null, jnp.float32(guidance), np.asarray(times), trajectory=trajectory)
+        start = self.steps.start(times) * noise
+        solution = run(self.params, start, cond, null, jnp.float32(guidance), np.asarray(times), trajectory=trajectory)
         images = jax.jit(self._decode)(self.autoencoder_params, solution.x)
+        for what, value in (("latents", solution.x), ("images", images)):
+            if not bool(jnp.isfinite(value).all()):
+                by = "network" if what == "latents" else "autoencoder"
+                raise ValueError(
+                    f"The {what} of {self.name} are not finite: the parameters of its {by} are not, or overflow in "
+                    "their dtype."
+                )
         return Drawn(images, solution.x, int(solution.nfe), solution.trajectory, times)
 
     def model_fn(self, params: Params) -> tuple[ModelFn, Any]:

@@ -199,17 +199,17 @@ def stable_diffusion_3(num_steps: int, shift: float = 3.0) -> Grid:
     Notebooks: (12.7).
 
     Args:
-        num_steps: number of steps, at least 2.
+        num_steps: number of steps.
         shift: of `shifted`; 3 for pictures of 1024 pixels.
 
     Raises:
-        ValueError: if `num_steps` is less than 2 or `shift` not positive.
+        ValueError: if `num_steps` is less than 1 or `shift` not positive.
 
     Example:
         >>> [round(1 - float(t), 6) for t in stable_diffusion_3(28)[-3:]]
         [0.110906, 0.008929, 0.0]
     """
-    check_integer("num_steps", num_steps, least=2)
+    check_integer("num_steps", num_steps)
     check_number("shift", shift, "(0, inf)")
     last = _shift(1 - 0.001, shift)
     return jnp.asarray(np.append(_shift(np.linspace(0, last, num_steps), shift), 1.0))

@@ -26,7 +26,7 @@ class PLMS:
 
     Each step is DDIM's, with the noise `sum_j w_j n_(i-j)` of Adams and Bashforth in place of the predicted one. The
     first step is done twice: DDIM to its end, then once more with the mean of the noises at both ends. That is one
-    evaluation more than there are steps.
+    evaluation more than there are steps. A single step is DDIM.
 
     Order 2: the weights are those of equal steps, but the noise counts unequally over a step.
 
@@ -61,14 +61,14 @@ class PLMS:
         return range_of(self.schedule)
 
     def skips_last(self, times: ArrayTree) -> bool:
-        """Whether the velocity is never called at the last of the times: the first step calls it at both its ends."""
-        return len(times) > 2
+        """Whether the velocity is never called at the last of the times."""
+        return True
 
     def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
         check_start(self.schedule, times)
         times, schedule = jnp.asarray(times), self.schedule
-        at = levels(schedule, times)
+        at, single = levels(schedule, times), len(times) == 2
 
         def step(x: Array, earlier: Array, i: Array, t: Array, t_next: Array) -> tuple[Array, Array]:
             data, noise = data_and_noise(evaluate(v, t, x), schedule, t, x)
@@ -84,8 +84,10 @@ class PLMS:
 
             noises = jnp.concatenate([noise[None], earlier])
             weights = jnp.asarray(_WEIGHTS, noise.dtype)[jnp.minimum(i, 3)]
+            if single:
+                return mixed(noise), noises[:-1]
             x_next = jax.lax.cond(i == 0, twice, lambda: mixed(jnp.tensordot(weights, noises, 1)))
             return x_next, noises[:-1]
 
         memory: Any = jnp.zeros((3, *x0.shape), time_dtype(x0))
-        return run_steps(step, x0, times, spent(len(times), v), memory=memory, trajectory=trajectory)
+        return run_steps(step, x0, times, spent(len(times) - single, v), memory=memory, trajectory=trajectory)

@@ -29,6 +29,8 @@ def check_prompts(prompts: Any) -> list[str]:
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise ValueError(f"prompts[{i}] must be a string, got {shown(prompt)}.")
+        if any("\ud800" <= char <= "\udfff" for char in prompt):
+            raise ValueError(f"prompts[{i}] must be text, got half a character in {prompt!r}.")
     return [str(prompt) for prompt in prompts]
 
 

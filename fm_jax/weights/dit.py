@@ -56,7 +56,7 @@ def dit_from_config(config: Mapping[str, Any]) -> DiT:
     )
 
 
-def dit_config(module: DiT, *, size: int = 32, channels: int = 4) -> dict[str, Any]:
+def dit_config(module: DiT, *, size: int, channels: int = 4) -> dict[str, Any]:
     """The `config.json` of diffusers for a network.
 
     Args:
@@ -131,7 +131,7 @@ def sit_from_config(config: Mapping[str, Any]) -> DiT:
     )
 
 
-def sit_config(module: DiT, *, size: int = 32, channels: int = 4) -> dict[str, Any]:
+def sit_config(module: DiT, *, size: int, channels: int = 4) -> dict[str, Any]:
     """The configuration of a SiT: the inverse of `sit_from_config`.
 
     Args:

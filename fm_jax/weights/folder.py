@@ -1,5 +1,6 @@
 """Networks in folders of diffusers' and transformers' layout: `config.json` says which, safetensors hold the rest."""
 
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Collection, Mapping
@@ -126,12 +127,40 @@ def save_model(
     if found is None or not isinstance(module, nn.Module):
         raise WeightsError(f"module must be a network with a published layout, got {shown(type(module))}.")
     to_config = _function(found, "config")
-    if unknown := options.keys() - inspect.signature(to_config).parameters.keys():
+    known = inspect.signature(to_config).parameters
+    if unknown := options.keys() - known.keys():
         raise ValueError(f"save_model takes no {', '.join(sorted(unknown))} for a {type(module).__name__}.")
+    needed = [each.name for each in known.values() if each.kind is each.KEYWORD_ONLY and each.default is each.empty]
+    if lacking := [name for name in needed if name not in options]:
+        raise ValueError(f"save_model needs {', '.join(lacking)} for a {type(module).__name__}, which knows none.")
+    config = to_config(module, **options)
+    _check_kept(module, _function(found, "from_config")(config))
     rules = _rules(found, module, options)
-    return save(
-        folder, params, rules, config=to_config(module, **options), max_shard_bytes=max_shard_bytes, dtype=dtype
-    )
+    return save(folder, params, rules, config=config, max_shard_bytes=max_shard_bytes, dtype=dtype)
+
+
+# How a network computes or learns, and what it gives beside: not what its parameters mean.
+_OF_USE = {"compute", "scan_layers", "dropout", "keep_hidden", "stddev", "parent", "name"}
+
+
+def _check_kept(module: Any, opened: Any, at: str = "") -> None:
+    """Raises `WeightsError` if what a configuration says is another function than the network it was made of."""
+    for field in dataclasses.fields(module):
+        ours, theirs = (_value(each, field.name) for each in (module, opened))
+        if field.name in _OF_USE or ours is None:
+            continue
+        if isinstance(ours, nn.Module) and type(ours) is type(theirs):
+            _check_kept(ours, theirs, f"{field.name}.")
+        elif ours != theirs:
+            raise WeightsError(
+                f"A folder cannot say {at}{field.name}={shown(ours)}, and would be opened with {shown(theirs)}: "
+                "another function of the same parameters. `save` writes them by rules alone."
+            )
+
+
+def _value(module: Any, name: str) -> Any:
+    value = getattr(module, name, None)
+    return tuple(value) if isinstance(value, list) else value
 
 
 def read_config(folder: PathLike) -> dict[str, Any]:

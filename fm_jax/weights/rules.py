@@ -45,6 +45,8 @@ def _sizes(groups: list[list[str]], shape: Shape, known: dict[str, int], pattern
 def rearrange(x: Any, pattern: str, **known: int) -> Any:
     """Reorders, splits and joins the axes of an array.
 
+    Notebooks: (12.10).
+
     Args:
         x: array.
         pattern: `"old -> new"`, axes by name, those that are one axis of the array in parentheses, `1` for an axis of

@@ -1,5 +1,6 @@
 """The command that draws from a published system."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -72,11 +73,12 @@ def test_a_flow_of_classes_is_sampled_as_any_flow(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (("--prompt", "a boat"), r"prompts\[0\] must be a class from 0 to 9 for DiTPipeline, got 'a boat'"),
+        (("--prompt", "a boat"), r"--prompt or --class must be a class from 0 to 9 for DiTPipeline, got 'a boat'"),
         (("--class", 10), "must be a class from 0 to 9"),
-        (("--class", 1, "--steps", 1001), "num_steps must be from 1 to 1000, got 1001"),
-        (("--class", 1, "--height", 17), "height must be a multiple of 4 for DiTPipeline, got 17"),
-        (("--class", 1, "--truncate"), "truncate must be False for a DiTPipeline"),
+        (("--class", 1, "--steps", 1001), "--steps must be from 1 to 1000, got 1001"),
+        (("--class", 1, "--guidance", 0.5), "--guidance must be"),
+        (("--class", 1, "--height", 17), "--height must be a multiple of 4 for DiTPipeline, got 17"),
+        (("--class", 1, "--truncate"), "--truncate must be False for a DiTPipeline"),
         (("--class", 1, "--weights", "nowhere"), "nowhere is not a folder"),
     ],
 )
@@ -99,6 +101,8 @@ def test_what_the_system_refuses(call, arguments, match, folder, tmp_path):
         ({"weights": Path("a"), "prompt": "b", "label": 1}, "--prompt must be given, or --class"),
         ({"weights": Path("a"), "label": 1, "negative": "b"}, "--negative goes with --prompt"),
         ({"smoke": True, "num": 0}, "--num must be"),
+        ({"smoke": True, "prompt": "a"}, "--prompt has no effect with --smoke"),
+        ({"smoke": True, "label": 1}, "--class has no effect with --smoke"),
         ({"smoke": True, "guidance": -1.0}, "--guidance must be"),
     ],
 )
@@ -110,3 +114,75 @@ def test_options_that_are_refused(options, match):
 def test_a_picture_must_have_its_ending(tmp_path):
     with pytest.raises(ValueError, match=r"--out must end in .png or .npz"):
         sample_pretrained.Config(smoke=True, out=tmp_path / "a.jpg")
+
+
+def changed(folder, name, **fields):
+    """The same folder with other fields in one of its JSON files."""
+    import json
+
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "match"),
+    [
+        ("scheduler/scheduler_config.json", {"beta_start": "a"}, "scheduler_config.json: beta_start of the scheduler"),
+        ("scheduler/scheduler_config.json", {"beta_end": None}, "beta_end of the scheduler"),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": "1000"}, "num_train_timesteps of the scheduler"),
+        ("scheduler/scheduler_config.json", {"steps_offset": "1"}, "steps_offset of the scheduler"),
+        ("scheduler/scheduler_config.json", {"thresholding": True}, "thresholding of the scheduler must be False"),
+        ("scheduler/scheduler_config.json", {"_class_name": "LMSDiscreteScheduler"}, "scheduler is LMSDiscrete"),
+        ("transformer/config.json", {"sample_size": [8, "a"]}, "sample_size of .*config.json must be one size or two"),
+        ("model_index.json", {"_class_name": ["a"]}, r"must name one of .* as _class_name, got \['a'\]"),
+    ],
+)
+def test_what_is_wrong_in_a_folder(name, fields, match, tmp_path):
+    write_small_system(tmp_path)
+    changed(tmp_path, name, **fields)
+    with pytest.raises(ValueError, match=match):
+        open_pretrained(tmp_path)
+
+
+def test_parameters_that_are_not_finite_are_named(tmp_path):
+    import jax
+
+    write_small_system(tmp_path)
+    system = open_pretrained(tmp_path)
+    bad = {
+        **system.params,
+        "out": {**system.params["out"], "bias": np.full(system.params["out"]["bias"].shape, np.nan)},
+    }
+    with pytest.raises(ValueError, match="latents of DiTPipeline are not finite: the parameters of its network"):
+        dataclasses.replace(system, params=bad).draw(1, key=jax.random.key(0), num_steps=1)
+    decoder = jax.tree.map(lambda leaf: leaf * np.nan, system.autoencoder_params)
+    with pytest.raises(ValueError, match="images of DiTPipeline are not finite: the parameters of its autoencoder"):
+        dataclasses.replace(system, autoencoder_params=decoder).draw(1, key=jax.random.key(0), num_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "match"),
+    [
+        (None, {}, "prompts must be one or a list of at least one, got None"),
+        ([], {}, "prompts must be one or a list"),
+        (3.5, {}, "prompts must be one or a list"),
+        (1, {"height": 0}, "height must be at least 1, got 0"),
+        (1, {"negative": 3}, "negative must be one text or a list of them, got 3"),
+        (1, {"noise": [[1]]}, "key or noise must be given, and not both"),
+        (1, {"key": None, "noise": [[1]]}, r"noise must be \[1, 8, 8, 4\], got"),
+    ],
+)
+def test_drawings_that_are_refused(prompts, options, match, folder):
+    import jax
+
+    with pytest.raises(ValueError, match=match):
+        open_pretrained(folder).draw(prompts, **({"key": jax.random.key(0)} | options))
+
+
+def test_a_folder_without_a_size_wants_one(tmp_path):
+    import jax
+
+    write_small_system(tmp_path)
+    system = dataclasses.replace(open_pretrained(tmp_path), sizes=None)
+    with pytest.raises(ValueError, match="height and width must be given"):
+        system.draw(1, key=jax.random.key(0))

@@ -174,7 +174,7 @@ def stable_diffusion(*, prediction: str = "epsilon", plms: bool = False) -> Any:
     )
 
 
-def stable_diffusion_xl() -> Any:
+def stable_diffusion_xl(*, spacing: str = "leading", offset: int = 1) -> Any:
     unet = diffusers.UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
@@ -190,7 +190,7 @@ def stable_diffusion_xl() -> Any:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=6 * 8 + 16,
     )
-    scheduler = diffusers.EulerDiscreteScheduler(**DISCRETE, timestep_spacing="leading", steps_offset=1)
+    scheduler = diffusers.EulerDiscreteScheduler(**DISCRETE, timestep_spacing=spacing, steps_offset=offset)
     return diffusers.StableDiffusionXLPipeline(
         autoencoder(4, scaling_factor=0.13025),
         clip(24),
@@ -248,6 +248,7 @@ SYSTEMS = {
     "sd15_plms": lambda: stable_diffusion(plms=True),
     "sd2_v": lambda: stable_diffusion(prediction="v_prediction"),
     "sdxl": stable_diffusion_xl,
+    "sdxl_trailing": lambda: stable_diffusion_xl(spacing="trailing", offset=0),
     "pixart": pixart,
     "dit": dit,
 }

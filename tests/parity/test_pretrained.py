@@ -23,6 +23,7 @@ SYSTEMS = [
     "sd15_plms",
     "sd2_v",
     "sdxl",
+    "sdxl_trailing",
     "pixart",
     "dit",
 ]
@@ -88,7 +89,7 @@ def check(name, folder, theirs, images):
         trajectory=True,
     )
     ours = np.asarray(drawn.trajectory)[1:]
-    if name == "sdxl":  # whose scheduler goes through x / alpha
+    if name.startswith("sdxl"):  # whose scheduler goes through x / alpha
         ours = ours / np.asarray(coefficients(system.steps.schedule, drawn.times[1:]).alpha).reshape(-1, 1, 1, 1, 1)
     assert ours.shape == theirs.shape
     for i, (mine, other) in enumerate(zip(ours, theirs, strict=True)):

@@ -224,7 +224,7 @@ def test_shifted_times_have_the_density_pushed_forward():
     [
         (lambda: shifted(4, 0.0), "shift must be positive and finite"),
         (lambda: shifted(4, 3.0, 0.0, 1.5), r"t1 must be in \[0, 1\]"),
-        (lambda: stable_diffusion_3(1), "num_steps must be at least 2, got 1."),
+        (lambda: stable_diffusion_3(0), "num_steps must be at least 1, got 0."),
         (lambda: flux_shift(0), "num_tokens must be at least 1, got 0."),
         (lambda: linear_quadratic(4, linear_steps=4), "linear_steps < num_steps < resolution must hold, got 4, 4"),
         (lambda: linear_quadratic(1000), "linear_steps < num_steps < resolution must hold"),

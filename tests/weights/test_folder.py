@@ -11,7 +11,10 @@ import pytest
 from parity.harness import random_tensors
 from weights.toy import same_bits
 
+from fm_jax import models
 from fm_jax.models import MLP
+from fm_jax.models.conditioning import DDPM, Border
+from fm_jax.models.conditioning import OURS as OUR_BORDER
 from fm_jax.weights.folder import FAMILIES, LAYOUTS, open_model, save_model
 from fm_jax.weights.formats import WeightsError
 from fm_jax.weights.safetensors import open_tensors
@@ -95,6 +98,33 @@ def test_what_a_class_was_called_or_is_a_part_of(tmp_path, name, changes):
     again, same = open_model(folder_of(name, tmp_path / "b", **changes))
     assert again == module
     assert same_bits(same, params)
+
+
+@pytest.mark.parametrize(
+    ("network", "options", "match"),
+    [
+        (
+            models.make_crossdit("tiny", border=OUR_BORDER),
+            {},
+            "cannot say border=Border.*and would be opened with Border",
+        ),
+        (models.make_unet_condition("tiny", border=OUR_BORDER), {}, "cannot say border="),
+        (models.UNet(in_channels=3, border=Border(scale=5.0)), {}, "border"),
+        (models.make_mmdit("tiny", skip_layers=(1,)), {}, r"cannot say skip_layers=\(1,\)"),
+        (models.DiT(embed=models.LabelEmbedding(3), border=DDPM, frequency_shift=1.0), {}, "needs size for a DiT"),
+    ],
+)
+def test_what_a_folder_cannot_say_is_not_written(tmp_path, network, options, match):
+    with pytest.raises(ValueError, match=match):
+        save_model(tmp_path / "a", network, {}, **options)
+    assert not (tmp_path / "a").exists()
+
+
+def test_integers_are_no_parameters(tmp_path):
+    module, params = open_model(folder_of("T5EncoderModel", tmp_path / "a"))
+    whole = jax.tree.map(lambda leaf: np.asarray(leaf, np.int32), params)
+    with pytest.raises(WeightsError, match="must be of a floating-point dtype, got"):
+        save_model(tmp_path / "b", module, whole)
 
 
 @pytest.mark.parity
@@ -186,7 +216,7 @@ def test_what_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="takes no colour for a DiT"):
         save_model(tmp_path / "b", module, params, colour=3)
     with pytest.raises(WeightsError, match="params are not those of the network"):
-        save_model(tmp_path / "b", module, params)  # of four channels
+        save_model(tmp_path / "b", module, params, size=8)  # of four channels
     with pytest.raises(ValueError, match="folder must be a path"):
         save_model(3, module, params)
     assert not (tmp_path / "b").exists()
