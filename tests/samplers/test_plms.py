@@ -1,5 +1,7 @@
 """PLMS against its formulas in NumPy, on a diffusion's own table."""
 
+import itertools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -30,7 +32,7 @@ def test_the_published_formulas(x64):
         return np.sqrt(b / a) * x + (np.sqrt(1 - b) - np.sqrt(b * (1 - a) / a)) * e
 
     known, y = [], x
-    for i, (n, n_next) in enumerate(zip(steps[:-1], steps[1:], strict=True)):
+    for i, (n, n_next) in enumerate(itertools.pairwise(steps)):
         known = [noise(n, y), *known][:4]
         if i == 0:
             e = (known[0] + noise(n_next, move(y, n, n_next, known[0]))) / 2
