@@ -69,6 +69,7 @@ def host_work():
     return pytest.importorskip("benchmarks.host_work", reason="needs the experiments' extra")
 
 
+@pytest.mark.slow
 def test_what_the_host_does_is_found_in_the_trace(tmp_path, host_work):
     jax.block_until_ready(jax.numpy.ones(1))
     jax.profiler.start_trace(tmp_path)

@@ -24,6 +24,7 @@ def found():
     return json.loads(result.stdout)
 
 
+@pytest.mark.slow
 def test_annotations_hold(found):
     assert len(found["called"]) > 800
     assert sum(name.endswith("(doctest)") for name in found["called"]) > 50

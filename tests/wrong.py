@@ -957,6 +957,8 @@ RIGHT: dict[tuple[str, str], tuple[str, ...]] = {
     ("", "diffusion"): ("number",),  # None is the default, a number as right
     ("", "tol"): ("number",),
     ("", "out_channels"): ("number",),
+    ("", "in_channels"): ("number",),
+    ("", "time_channels"): ("number",),
     ("", "head_channels"): ("number",),
     ("grids.edm", "rho"): ("infinite",),
     ("expand_time", "t"): ("complex", "bools", "scalar"),  # whatever is one for each example

@@ -281,7 +281,7 @@ class MMDiT(nn.Module):
             raise ValueError(f"cond must be Conditions(vector=..., tokens=...), got {shown(cond)}.")
         given: Any = cond._asdict()
         tokens = given["tokens"]
-        num_tokens = tokens.shape[1] if len(getattr(tokens, "shape", ())) == 3 else "n"
+        num_tokens = tokens.shape[1] if len(getattr(tokens, "shape", ())) == 3 and tokens.shape[1] else "n"
         shapes = {"vector": (x.shape[0], self.vector_dim), "tokens": (x.shape[0], num_tokens, self.token_dim)}
         for name, shape in shapes.items():
             words = str(shape).replace("'", "")

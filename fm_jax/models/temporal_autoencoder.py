@@ -155,13 +155,13 @@ class TemporalAutoencoder(nn.Module):
         return self.decode(self.encode(x).mean, frames=x.shape[1])
 
 
-def inflate(key: Key, module: TemporalAutoencoder, params: Params) -> Params:
+def inflate(module: TemporalAutoencoder, params: Params, key: Key) -> Params:
     """Parameters of an autoencoder of videos that does to every frame what an autoencoder of images does to an image.
 
     Args:
-        key: PRNG key, for the queries, keys and values of the attention over frames.
         module: the autoencoder of videos.
         params: of an `Autoencoder` with the same levels, blocks and channels.
+        key: PRNG key, for the queries, keys and values of the attention over frames.
 
     Returns:
         The parameters, with those of images among them as they are.

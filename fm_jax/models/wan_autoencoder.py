@@ -64,8 +64,9 @@ class WanAutoencoder(nn.Module):
     Example:
         >>> import jax
         >>> model = make_wan_autoencoder("tiny")
-        >>> params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1, 8, 8, 3)))["params"]
-        >>> model.apply({"params": params}, jnp.zeros((1, 5, 8, 12, 3)), method="encode").mean.shape
+        >>> x = jax.ShapeDtypeStruct((1, 5, 8, 12, 3), jnp.float32)  # only shapes, nothing is computed
+        >>> variables = jax.eval_shape(model.init, jax.random.key(0), x)
+        >>> jax.eval_shape(lambda variables, x: model.apply(variables, x, method="encode"), variables, x).mean.shape
         (1, 3, 2, 3, 4)
 
     References:

@@ -101,7 +101,7 @@ def _leaves(params: Params, rules: Rules) -> dict[str, Any]:
         found = [f"{what} {listed(names)}" for what, names in (("lack", missing), ("have besides", unknown)) if names]
         raise WeightsError(f"params are not those of the network: {'; '.join([*found, *wrong])}.")
     for path, leaf in leaves.items():
-        dtype = getattr(leaf, "dtype", np.asarray(leaf).dtype)
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
         if is_float(rules.leaves[path].dtype) and not is_float(dtype):
             raise WeightsError(f"{path!r} of params must be of a floating-point dtype, got {shown(leaf)}.")
         if isinstance(leaf, jax.Array) and not (leaf.is_fully_addressable or leaf.is_fully_replicated):

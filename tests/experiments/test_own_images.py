@@ -157,6 +157,7 @@ def test_other_data_are_refused(change, message, total_steps, again, tmp_path):
     assert (tmp_path / "run" / "results.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_folder_may_move(again, tmp_path, monkeypatch):
     config_of, results = again
     (tmp_path / "flowers").rename(tmp_path / "elsewhere")
@@ -166,6 +167,7 @@ def test_a_folder_may_move(again, tmp_path, monkeypatch):
     assert found["nearest"] == results["nearest"]
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_parameters_of_another(finished, tmp_path, capsys):
     config, _ = finished
     first = restore_run(config.training.run_dir)
@@ -238,6 +240,7 @@ def test_toy2d_begins_with_another_too(tmp_path, capsys):
     assert "Begins with the parameters of" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_unlabelled_images_have_no_guidance(flowers, tmp_path, capsys):
     unlabelled = Data(folder=flowers, size=8, labels="none")
     results = images.run(small(tmp_path / "run", unlabelled, sampling=FEW))

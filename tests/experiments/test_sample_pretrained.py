@@ -1,6 +1,7 @@
 """The command that draws from a published system."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -137,18 +138,17 @@ def changed(folder, name, **fields):
         ("model_index.json", {"_class_name": ["a"]}, r"must name one of .* as _class_name, got \['a'\]"),
     ],
 )
-def test_what_is_wrong_in_a_folder(name, fields, match, tmp_path):
-    write_small_system(tmp_path)
+def test_what_is_wrong_in_a_folder(name, fields, match, folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     changed(tmp_path, name, **fields)
     with pytest.raises(ValueError, match=match):
         open_pretrained(tmp_path)
 
 
-def test_parameters_that_are_not_finite_are_named(tmp_path):
+def test_parameters_that_are_not_finite_are_named(folder):
     import jax
 
-    write_small_system(tmp_path)
-    system = open_pretrained(tmp_path)
+    system = open_pretrained(folder)
     bad = {
         **system.params,
         "out": {**system.params["out"], "bias": np.full(system.params["out"]["bias"].shape, np.nan)},
@@ -179,10 +179,9 @@ def test_drawings_that_are_refused(prompts, options, match, folder):
         open_pretrained(folder).draw(prompts, **({"key": jax.random.key(0)} | options))
 
 
-def test_a_folder_without_a_size_wants_one(tmp_path):
+def test_a_folder_without_a_size_wants_one(folder):
     import jax
 
-    write_small_system(tmp_path)
-    system = dataclasses.replace(open_pretrained(tmp_path), sizes=None)
+    system = dataclasses.replace(open_pretrained(folder), sizes=None)
     with pytest.raises(ValueError, match="height and width must be given"):
         system.draw(1, key=jax.random.key(0))

@@ -103,6 +103,7 @@ def test_time_is_float32_or_better_whatever_comes():
     assert RECTIFIED.time(jnp.bfloat16(0.25)).dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_parameters_and_operations_of_a_network_that_needs_a_condition():
     module = make_mmdit("tiny")
     cond = Conditions(vector=jnp.zeros((1, module.vector_dim)), tokens=jnp.zeros((1, 3, module.token_dim)))

@@ -81,6 +81,7 @@ def test_the_table_of_the_trained_size_is_the_plain_one():
     np.testing.assert_array_equal(position_table(12, 12, 8, 12, 2.0), position_table(12, 12, 8, 6, 1.0))
 
 
+@pytest.mark.slow
 def test_blocks_in_a_loop_are_the_blocks_written_out():
     looped, written = build(size_conditions=True), build(size_conditions=True, scan_layers=False)
     params = drawn(written)
@@ -124,6 +125,7 @@ def test_zero_at_initialisation():
     np.testing.assert_array_equal(out, 0)
 
 
+@pytest.mark.slow
 def test_forward_derivatives_are_those_of_differences():
     """Along a direction in time and state, as MeanFlow takes them."""
     module = make_crossdit("tiny", size_conditions=True)

@@ -95,6 +95,7 @@ def test_a_configuration_there_and_back(name):
     assert flux_from_config(json.loads(json.dumps(flux_config(module)))) == module
 
 
+@pytest.mark.slow
 def test_the_initial_field_is_zero():
     params = jax.jit(MODULE.init)(jax.random.key(0), T, X, COND)["params"]
     out = FIELD(params, T, X, COND)
@@ -119,6 +120,7 @@ def test_one_time_for_all():
 @pytest.mark.parametrize(
     "compute", [Compute(), pytest.param(Compute(remat=True), marks=pytest.mark.slow)], ids=["plain", "remat"]
 )
+@pytest.mark.slow
 def test_loops_give_what_blocks_written_out_give(compute):
     scanned = MODULE.clone(num_single=2)
     params = drawn(scanned)
@@ -214,6 +216,7 @@ def test_the_condition_of_fill_holds_every_pixel_of_the_mask():
             np.testing.assert_array_equal(local[:, row, column, 4:], square.reshape(2, 64))
 
 
+@pytest.mark.slow
 def test_local_conditions_count_where_they_are():
     module = MODULE.clone(local_channels=2, guidance=False)
     cond = COND._replace(local=normal(3, 2, 4, 6, 2), guidance=None)

@@ -109,6 +109,7 @@ def test_a_program_does_not_grow_with_depth():
         pytest.param({"num_dual": 2, "num_layers": 5, "skip_layers": (1, 3)}, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_loops_give_outputs_and_derivatives_of_the_unrolled_blocks(options):
     def run(scan_layers):
         module = MMDiT(**(SD35 | options), scan_layers=scan_layers)
@@ -128,6 +129,7 @@ def test_loops_give_outputs_and_derivatives_of_the_unrolled_blocks(options):
         assert np.abs(other[1][key] - value).max() < 1e-6 * largest, key
 
 
+@pytest.mark.slow
 def test_a_new_network_is_zero_and_has_small_numbers():
     module = MMDiT(**SD35 | {"num_layers": 1})
     out, params = jit(module.init_with_output)(jax.random.key(0), T, X, COND)
@@ -137,6 +139,7 @@ def test_a_new_network_is_zero_and_has_small_numbers():
     assert jax.tree.structure(params) == jax.tree.structure(rules_of(module).template)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32():
     module, other = MMDiT(**SD35), MMDiT(**SD35, compute=Compute("bfloat16"))
     out = call(module, drawn(module))
@@ -178,6 +181,7 @@ def test_the_middle_of_the_table_is_taken():
     np.testing.assert_allclose(table[5, 2, 16], np.sin(5 * 4 / 9), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_blocks_that_are_skipped_might_hold_anything():
     module = MMDiT(**SD35, skip_layers=(0, 2))
     params = drawn(module)
@@ -190,6 +194,7 @@ def test_blocks_that_are_skipped_might_hold_anything():
     assert jax.tree.structure(init) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 def test_it_can_be_differentiated_along_a_path():
     module = make_mmdit("tiny")
     params = drawn(module)

@@ -29,6 +29,7 @@ def network():
     return module, params, t, x, jax.jit(module.apply)({"params": params}, t, x)
 
 
+@pytest.mark.slow
 def test_no_condition_is_a_condition_for_each_example(network):
     module, params, t, x, out = network
     cond = Conditions(label=jnp.array([4, 2]), vector=jnp.zeros((2, 9)))

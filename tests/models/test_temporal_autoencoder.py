@@ -38,7 +38,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def inflated(images):
-    return inflate(jax.random.key(2), VIDEOS, images)
+    return inflate(VIDEOS, images, jax.random.key(2))
 
 
 def calls(module, params):
@@ -57,6 +57,7 @@ def close(a, b):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_at_first_every_frame_is_what_the_autoencoder_of_images_makes_of_it(images, inflated):
     encode, decode = calls(VIDEOS, inflated)
     encode_image, decode_image = calls(IMAGES, images)
@@ -72,6 +73,7 @@ def test_at_first_every_frame_is_what_the_autoencoder_of_images_makes_of_it(imag
         close(x[:, i], decode_image(moments.mean[:, i // 2]))
 
 
+@pytest.mark.slow
 def test_an_image_is_a_video_of_one_frame(images, inflated):
     there_and_back = jit(lambda x: VIDEOS.apply({"params": inflated}, x))
     out = there_and_back(X[:, :1])
@@ -80,6 +82,7 @@ def test_an_image_is_a_video_of_one_frame(images, inflated):
     assert there_and_back(X).shape == X.shape
 
 
+@pytest.mark.slow
 def test_frames_see_each_other_once_it_is_trained(inflated):
     params = jax.tree.map(lambda a, b: a + 0.2 * b, inflated, drawn(inflated, 3))
     encode, decode = calls(VIDEOS, params)
@@ -92,6 +95,7 @@ def test_frames_see_each_other_once_it_is_trained(inflated):
     np.testing.assert_allclose(encode(still).mean, jnp.broadcast_to(encode(X[:, :1]).mean, z.shape), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_movie_gens_is_eight_times_smaller_on_every_axis():
     module = make_temporal_autoencoder("moviegen")
     x = jax.ShapeDtypeStruct((1, 256, 768, 768, 3), jnp.float32)
@@ -113,6 +117,7 @@ def test_rematerialised_in_bfloat16_it_is_close(inflated):
     assert jnp.linalg.norm(half - out) <= 3e-2 * jnp.linalg.norm(out)
 
 
+@pytest.mark.slow
 def test_the_outlier_penalty_is_what_is_beyond_r_deviations():
     z = np.random.default_rng(0).normal(size=(2, 3, 4, 5, 6)).astype(np.float32)
     z[0, 1, 2, 3] += 20
@@ -171,10 +176,10 @@ def test_calls_are_checked(method, value, options, message):
 
 def test_only_the_same_autoencoder_is_inflated(images):
     with pytest.raises(ValueError, match=r"params/.* must be float32 of shape .*, got float32 of shape"):
-        inflate(jax.random.key(0), VIDEOS.clone(channels=(16, 16)), images)
+        inflate(VIDEOS.clone(channels=(16, 16)), images, jax.random.key(0))
     with pytest.raises(ValueError, match="only one of the two has decoder_in, encoder_out"):
-        inflate(jax.random.key(0), VIDEOS.clone(quantize=False), images)
+        inflate(VIDEOS.clone(quantize=False), images, jax.random.key(0))
     with pytest.raises(ValueError, match="module must be a TemporalAutoencoder, got "):
-        inflate(jax.random.key(0), IMAGES, images)
+        inflate(IMAGES, images, jax.random.key(0))
     with pytest.raises(ValueError, match="key must be"):
-        inflate(0, VIDEOS, images)
+        inflate(VIDEOS, images, 0)

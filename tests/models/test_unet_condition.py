@@ -139,6 +139,7 @@ def test_zero_at_initialisation():
     assert not any(leaf.any() for leaf in jax.tree.leaves(out))
 
 
+@pytest.mark.slow
 def test_scanned_and_unrolled_are_equal():
     x, tokens, mask = RNG.standard_normal((2, 2, 3, 8)).astype(np.float32), COND.tokens, np.ones((2, 3), bool)
     weights = random_params(template_of(SpatialTransformer(3, 2, 4), x, tokens, mask, train=False))
@@ -158,6 +159,7 @@ def test_scanned_and_unrolled_are_equal():
     assert gap < 1e-6, gap
 
 
+@pytest.mark.slow
 def test_bfloat16_and_remat():
     expected = call()(params(), X, COND)
     assert (expected.shape, expected.dtype) == ((2, 4, 6, 4), jnp.float32)
@@ -178,6 +180,7 @@ def test_masked_tokens_and_padding_have_no_influence():
     np.testing.assert_allclose(call()(params(), X, longer), out, atol=1e-6 * float(jnp.abs(out).max()))
 
 
+@pytest.mark.slow
 def test_jvp_is_the_derivative():
     f = lambda t, x: ONE.apply({"params": params()}, t, x, COND)  # noqa: E731
     step, dt, dx = 2.0**-7, np.array([2.0**-10, -(2.0**-10)], np.float32), X[::-1]

@@ -108,6 +108,7 @@ def test_patches_are_row_major_and_come_back():
     np.testing.assert_array_equal(unpatchify_video(patches, (2, 1, 3), (2, 4, 2)), x)
 
 
+@pytest.mark.slow
 def test_blocks_in_a_loop_are_the_blocks_written_out():
     looped, written = build(), build(scan_layers=False)
     params = drawn(written)
@@ -159,6 +160,7 @@ def test_zero_at_initialisation():
     np.testing.assert_array_equal(out, 0)
 
 
+@pytest.mark.slow
 def test_forward_derivatives_are_those_of_differences():
     """Along a direction in time and state, as MeanFlow takes them."""
     module = make_videodit("tiny")

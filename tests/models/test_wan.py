@@ -79,6 +79,7 @@ def test_positions_are_of_frame_row_and_column():
     np.testing.assert_allclose(angles[0, 3, 4], [0, 0, 0, 3, 0.03, 4, 0.04])
 
 
+@pytest.mark.slow
 def test_blocks_in_a_loop_are_the_blocks_written_out():
     looped, written = build(), build(scan_layers=False)
     params = drawn(written)
@@ -125,6 +126,7 @@ def test_zero_at_initialisation():
     np.testing.assert_array_equal(out, 0)
 
 
+@pytest.mark.slow
 def test_forward_derivatives_are_those_of_differences():
     """Along a direction in time and state, as MeanFlow takes them."""
     module = make_wan("tiny")

@@ -77,6 +77,7 @@ def assert_close(a, b, tolerance=1e-6):
     assert jnp.linalg.norm(a - b) <= tolerance * jnp.linalg.norm(b)
 
 
+@pytest.mark.slow
 def test_what_follows_is_not_seen(model):
     encode, decode = model
     z = encode(X).mean

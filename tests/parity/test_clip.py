@@ -182,6 +182,7 @@ def test_no_final_norm_is_seen():
 
 
 @pytest.mark.parametrize("end", [57, None])
+@pytest.mark.slow
 def test_another_end_of_the_text_is_seen(end):
     """The largest id is not the end here, and the last end not the first."""
     case = CASES[0] if end is None else CASES[2]

@@ -354,6 +354,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize(("mistake", "case"), MISTAKES, ids=NAMES)
+@pytest.mark.slow
 def test_mistakes_show(mistake, case, monkeypatch):
     mistake(monkeypatch)
     check_mutation(case)

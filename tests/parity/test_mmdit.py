@@ -215,6 +215,7 @@ def mutated(old, new):
 @pytest.mark.parametrize(
     "mistake", [*MISTAKES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE_MISTAKES)]
 )
+@pytest.mark.slow
 def test_a_mistake_shows(mistake, monkeypatch):
     case, old, new = (MISTAKES | MORE_MISTAKES)[mistake]
     network = mutated(old, new).MMDiT
@@ -230,6 +231,7 @@ def test_another_epsilon_of_the_layer_norms_shows(monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["norm_out.linear", "transformer_blocks.2.norm1_context.linear"])
+@pytest.mark.slow
 def test_halves_in_stabilitys_order_show(key, monkeypatch):
     swapped = weights.swapped_halves
 

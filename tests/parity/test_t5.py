@@ -189,6 +189,7 @@ def test_exact_gelu_in_the_gate_is_seen(monkeypatch):
     check_mutation(CASES[0])
 
 
+@pytest.mark.slow
 def test_a_forgotten_mask_is_seen():
     case = CASES[1]
     check_mutation(dataclasses.replace(case, ours=lambda params, inputs: without_mask(case, params, inputs)))

@@ -157,6 +157,7 @@ def check_mistake(name, change):
 
 
 @pytest.mark.parametrize("mistake", MUTATIONS)
+@pytest.mark.slow
 def test_mutation(mistake):
     check_mistake(*MUTATIONS[mistake])
 

@@ -270,5 +270,6 @@ MISTAKES = (
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
+@pytest.mark.slow
 def test_mistake_is_seen(mistake, monkeypatch):
     check_mutation(mistake(monkeypatch))

@@ -56,6 +56,7 @@ def test_strong_order_on_a_shared_brownian_path():
     np.testing.assert_allclose(-np.polyfit(np.log(NUM_STEPS), np.log(errors), 1)[0], 1.5, atol=0.2)
 
 
+@pytest.mark.slow
 def test_adaptive_steps_reach_the_marginal_and_count_what_they_cost():
     """Each of four p-values is refused below 1e-4: a right sampler fails with probability below 4e-4 under a fresh key.
 
@@ -75,6 +76,7 @@ def test_adaptive_steps_reach_the_marginal_and_count_what_they_cost():
     assert min(p_values(end(jax.random.key(6), 1.5 * x0).x)) < 1e-6
 
 
+@pytest.mark.slow
 def test_fixed_steps_backward_reach_the_source():
     """False-alarm rate as above; a start that is not the marginal, one point alone, is refused."""
     key_data, key_noise, key_path = jax.random.split(jax.random.key(8), 3)

@@ -85,6 +85,7 @@ def test_the_encoder_of_stable_diffusion_2():
 
 
 @every_encoder
+@pytest.mark.slow
 def test_scanned_and_unrolled_blocks_agree(module):
     @partial(jax.jit, static_argnums=0)
     def both(module, params):

@@ -428,6 +428,7 @@ class TestWrite:
         assert not open_tensors(path)["a"].any()
         assert list(tmp_path.iterdir()) == [path]
 
+    @pytest.mark.slow
     def test_two_processes_write_the_same_file(self, tmp_path):
         code = """
         import sys, numpy as np

@@ -188,6 +188,7 @@ def memory(tmp_path, width, layers, dtype):
     return map(int, done.stdout.split())
 
 
+@pytest.mark.slow
 def test_memory(tmp_path):
     size, *beside = memory(tmp_path, 1024, 16, "bfloat16")
     largest = size // 8
