@@ -31,6 +31,7 @@ def test_annotations_hold(found):
     assert found["failed"] == {}
 
 
+@pytest.mark.slow
 def test_wrong_shapes_are_found(found):
     assert len(found["refused"]) >= 10
     assert set(found["refused"].values()) == {"TypeCheckError"}, found["refused"]

@@ -88,6 +88,7 @@ def test_second_derivatives_pass():
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_outputs_have_the_same_bits_operation_by_operation(dtype):
     """Compiled, they differ by what is fused."""
     params = drawn(build(False, num_layers=2))

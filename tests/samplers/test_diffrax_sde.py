@@ -32,6 +32,7 @@ def finish(solution):
     return solution
 
 
+@pytest.mark.slow
 def test_strong_order_on_a_shared_brownian_path():
     """ShARK, order 1.5, against itself on the finest grid, for images and a guided velocity.
 
