@@ -25,6 +25,7 @@ def found():
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("annotations")
 def test_annotations_hold(found):
     assert len(found["called"]) > 800
     assert sum(name.endswith("(doctest)") for name in found["called"]) > 50
@@ -32,6 +33,7 @@ def test_annotations_hold(found):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("annotations")
 def test_wrong_shapes_are_found(found):
     assert len(found["refused"]) >= 10
     assert set(found["refused"].values()) == {"TypeCheckError"}, found["refused"]

@@ -72,7 +72,7 @@ def random_params(template):
     rng = np.random.default_rng(0)
     fan_in = lambda leaf: max(1.0, float(np.prod(leaf.shape[:-1])) ** 0.5)  # noqa: E731
     return jax.tree.unflatten(
-        tree, [jnp.asarray(rng.standard_normal(leaf.shape) / fan_in(leaf), jnp.float32) for leaf in leaves]
+        tree, [np.asarray(rng.standard_normal(leaf.shape) / fan_in(leaf), np.float32) for leaf in leaves]
     )
 
 
