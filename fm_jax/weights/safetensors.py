@@ -193,7 +193,11 @@ def _of_index(path: Path) -> Tensors:
         raise WeightsError(f"{path} names shards that are not there: {', '.join(missing)}.")
     tensors = _joined(shards, str(path))
     # Whoever writes the shards anew removes the index before: if it is there still, all of them belong to it.
-    if not path.exists() or not os.path.samestat(os.fstat(held.file.fileno()), path.stat()):
+    try:
+        is_same = os.path.samestat(os.fstat(held.file.fileno()), path.stat())
+    except FileNotFoundError:
+        is_same = False
+    if not is_same:
         raise WeightsError(f"{path} was written anew while it was opened: open it again.")
     return tensors
 
