@@ -10,7 +10,6 @@ with the times, shifts, guidance and latent constants that belong to each. Nothi
 """
 
 import contextlib
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,12 +21,22 @@ import numpy as np
 import tyro
 
 from experiments.lab import command_line, figures
-from experiments.lab.options import SEED, check_options
+from experiments.lab.options import SEED, as_typed, check_options
 from experiments.lab.processes import by_first
 from experiments.lab.sampling import nfe_text
 from experiments.lab.small_system import write_small_system
 from fm_jax.pretrained import Drawn, open_pretrained
 from fm_jax.train.folder import make_folder, replacing
+
+_TYPED = {
+    "truncate=True": "--truncate",
+    "prompts[0]": "--prompt or --class",
+    "prompt 0 ": "--prompt ",
+    "num_steps": "--steps",
+    "guided_channels": "--guided-channels",
+    r"^(negative|guidance|height|width|solver|truncate)\b": r"--\1",
+}
+"""What the library calls its arguments, and what they are here."""
 
 
 @dataclass(frozen=True)
@@ -109,26 +118,12 @@ def run(config: Config) -> None:
                 width=config.width,
             )
         except (ValueError, ImportError) as error:
-            raise SystemExit(_typed(str(error))) from error
+            raise SystemExit(as_typed(str(error), _TYPED)) from error
     _write(config, drawn)
     size = f"{drawn.images.shape[1]}x{drawn.images.shape[2]}"
     pictures = "1 picture" if config.num == 1 else f"{config.num} pictures"
     steps = len(drawn.times) - 1
     print(f"{config.out}: {pictures} of {size} by {system.name}, {steps} steps, NFE {nfe_text(drawn.nfe)}")
-
-
-def _typed(message: str) -> str:
-    """What the library says of its arguments, in the words of the command line."""
-    words = {
-        "truncate=True": "--truncate",
-        "prompts[0]": "--prompt or --class",
-        "prompt 0 ": "--prompt ",
-        "num_steps": "--steps",
-        "guided_channels": "--guided-channels",
-    }
-    for argument, typed in words.items():
-        message = message.replace(argument, typed)
-    return re.sub(r"^(negative|guidance|height|width|solver|truncate) ", r"--\1 ", message)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from experiments.lab.options import check_options, option
+from experiments.lab.options import as_typed, check_options, option
 from experiments.lab.processes import by_first, is_first
 from fm_jax.data.arrays import Split, fingerprint, load_npz, standardise
 from fm_jax.data.digits import load_digits
@@ -201,10 +200,7 @@ def load(data: Data, progress: bool | None = None) -> Loaded:
     try:
         train, test = _load(data, progress)
     except ValueError as error:  # in the words of the library
-        told = str(error)
-        for words, typed in _TYPED.items():
-            told = re.sub(words if "\\" in words else re.escape(words), typed, told)
-        raise type(error)(told) from error
+        raise type(error)(as_typed(str(error), _TYPED)) from error
     mean = std = None
     if data.latents:
         train, mean, std = standardise(train)

@@ -27,6 +27,13 @@ def option(path: str) -> str:
     return "--" + {"label": "class"}.get(name, name).replace("_", "-")
 
 
+def as_typed(message: str, words: Mapping[str, str]) -> str:
+    """What the library says, in the words of a command line: patterns, if they have a backslash, or plain words."""
+    for said, typed in words.items():
+        message = re.sub(said if "\\" in said else re.escape(said), typed, message)
+    return message
+
+
 def path_of(text: str) -> Path:
     """The path that was meant, where a shell has not expanded it, or a job system has passed more than the path.
 

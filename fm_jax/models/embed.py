@@ -71,14 +71,7 @@ class LabelEmbedding(nn.Module):
             ValueError: if `cond` is not [batch], does not hold integers, or one that is known to be no class.
         """
         table = self.param("table", nn.initializers.normal(self.stddev), (self.num_classes + 1, features))
-        if cond is not None:
-            check_array("cond", cond)
-        labels = jnp.full((batch_size,), self.num_classes) if cond is None else jnp.asarray(cond)
-        check_integers("cond", "labels", labels)
-        if labels.shape != (batch_size,):
-            raise ValueError(f"cond must be [batch] = ({batch_size},), got shape {labels.shape}.")
-        check_below("cond", labels, self.num_classes + 1)
-        return rows(table, labels)
+        return look_up(table, jnp.full((batch_size,), self.num_classes) if cond is None else cond, batch_size)
 
 
 class VectorEmbedding(nn.Module):
@@ -226,6 +219,17 @@ def check_below(name: str, values: Any, num: int) -> None:
     least, most = int(known.min()), int(known.max())
     if least < 0 or most >= num:
         raise ValueError(f"{name} must be from 0 to {num - 1}, got {least} to {most}.")
+
+
+def look_up(table: Array, cond: Any, batch_size: int) -> Array:
+    """The rows [batch, features] of labels [batch]; `ValueError` for what are none, or are known to have no row."""
+    check_array("cond", cond)
+    labels = jnp.asarray(cond)
+    check_integers("cond", "labels", labels)
+    if labels.shape != (batch_size,):
+        raise ValueError(f"cond must be [batch] = ({batch_size},), got shape {labels.shape}.")
+    check_below("cond", labels, len(table))
+    return rows(table, labels)
 
 
 def rows(table: Array, indices: Array) -> Array:

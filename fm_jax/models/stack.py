@@ -15,6 +15,16 @@ STACKED = "blocks"
 """The name of the stacked blocks. That of a single one is `block_0`, `block_1`, ..."""
 
 
+def place_of_block(i: int, *, scan: bool, name: str = "block") -> tuple[str, int | None]:
+    """Where `run_blocks` keeps the parameters of a block: the name of its subtree, and its place in the stack if any.
+
+    Example:
+        >>> place_of_block(3, scan=True), place_of_block(3, scan=False)
+        (('blocks', 3), ('block_3', None))
+    """
+    return (f"{name}s", i) if scan else (f"{name}_{i}", None)
+
+
 def run_blocks(
     block: type[nn.Module],
     options: Mapping[str, Any],
@@ -52,7 +62,7 @@ def run_blocks(
         block = nn.remat(block, static_argnums=static)
     if not scan:
         for i in range(length):
-            h = block(**options, name=f"{name}_{i}")(h, *args, train)
+            h = block(**options, name=place_of_block(i, scan=False, name=name)[0])(h, *args, train)
         return h
 
     def layer(block: nn.Module, h: Any, *args: Any) -> tuple[Any, None]:
@@ -65,7 +75,7 @@ def run_blocks(
         in_axes=nn.broadcast,
         length=length,
     )
-    return layers(block(**options, name=f"{name}s"), h, *args)[0]
+    return layers(block(**options, name=place_of_block(0, scan=True, name=name)[0]), h, *args)[0]
 
 
 def stack_layers(params: Params) -> Params:

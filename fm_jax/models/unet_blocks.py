@@ -5,9 +5,9 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fm_jax.checks import check_array, check_integer, check_setting
+from fm_jax.checks import check_integer, check_setting
 from fm_jax.models.compute import Compute
-from fm_jax.models.embed import check_below, check_integers, rows
+from fm_jax.models.embed import look_up
 from fm_jax.models.layers import SelfAttention, conv3x3, group_norm, zeros
 from fm_jax.types import Array
 
@@ -117,10 +117,4 @@ class ClassEmbedding(nn.Module):
             raise ValueError(
                 f"cond must be labels [batch] = ({batch_size},): the network has no class for none, got None."
             )
-        check_array("cond", cond)
-        labels = jnp.asarray(cond)
-        check_integers("cond", "labels", labels)
-        if labels.shape != (batch_size,):
-            raise ValueError(f"cond must be [batch] = ({batch_size},), got shape {labels.shape}.")
-        check_below("cond", labels, self.num_classes)
-        return rows(table, labels)
+        return look_up(table, cond, batch_size)

@@ -22,8 +22,8 @@ def dit(parts: Parts, *, solver: str | None = None, guided_channels: int = 3) ->
         guided_channels: how many channels of the latents are guided: 3 of 4, as the papers' FIDs have it; 4 is what
             diffusers does.
     """
-    module, params = parts.network("transformer")
-    decoding = parts.decoding()
+    networks = parts.networks("transformer")
+    module = networks["module"]
     name = parts.index()["_class_name"]
     num_classes = module.embed.num_classes
 
@@ -38,13 +38,10 @@ def dit(parts: Parts, *, solver: str | None = None, guided_channels: int = 3) ->
 
     return System(
         name=name,
-        module=module,
-        params=params,
+        **networks,
         steps=_flow(solver) if name == "SiTPipeline" else parts.steps(solver),
         conditions=conditions,
-        **decoding,
         patch_size=module.patch_size,
-        sizes=parts.sizes("transformer", decoding["factor"]),
         num_steps=250 if name == "SiTPipeline" else 50,
         guidance=4.0,
         rule=FirstChannels(guided_channels),

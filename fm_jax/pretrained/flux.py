@@ -14,10 +14,10 @@ def flux(parts: Parts, *, solver: str | None = None, truncate: bool = False) -> 
 
     Dev is told a guidance scale and evaluated once a step; schnell knows none, and four steps are enough for it.
     """
-    module, params = parts.network("transformer")
+    networks = parts.networks("transformer")
+    module = networks["module"]
     if module.local_channels:
         raise ValueError("The network wants an image beside the prompt (Fill, Canny, Depth): call it as a module.")
-    decoding = parts.decoding()
     dev = module.guidance
     clip = parts.encoder("", truncate=truncate)
     t5 = parts.encoder("_2", length=512 if dev else 256, truncate=truncate)
@@ -33,13 +33,10 @@ def flux(parts: Parts, *, solver: str | None = None, truncate: bool = False) -> 
 
     return System(
         name="FluxPipeline",
-        module=module,
-        params=params,
+        **networks | {"sizes": (128 * networks["factor"],) * 2},  # not what its configuration says
         steps=parts.steps(solver, even_first=True),
         conditions=conditions,
-        **decoding,
         patch_size=2,
-        sizes=(128 * decoding["factor"], 128 * decoding["factor"]),
         num_steps=28 if dev else 4,
         guidance=3.5 if dev else 1.0,
         told=dev,

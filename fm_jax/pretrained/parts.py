@@ -8,7 +8,9 @@ from typing import Any
 import jax
 
 from fm_jax.models.autoencoder import latent_space
+from fm_jax.models.conditioning import Conditions
 from fm_jax.pretrained.steps import Steps, steps_of
+from fm_jax.pretrained.system import Request
 from fm_jax.text.encoder import TextFeatures
 from fm_jax.text.folder import read_tokenizer
 from fm_jax.types import Array, Params
@@ -62,28 +64,28 @@ class Parts:
             raise WeightsError(f"{self.folder} has no folder {name!r}, which its pipeline needs.")
         return open_model(self.folder / name, dtype=self.dtype, sharding=self.sharding)
 
-    def decoding(self) -> dict[str, Any]:
-        """What a `System` knows of the autoencoder in `vae`."""
-        autoencoder, params = self.network("vae")
+    def networks(self, name: str) -> dict[str, Any]:
+        """What a `System` knows of the network of that name, and of the autoencoder in `vae`."""
+        module, params = self.network(name)
+        autoencoder, autoencoder_params = self.network("vae")
         return {
+            "module": module,
+            "params": params,
+            "sizes": self._sizes(name, autoencoder.factor),
             "autoencoder": autoencoder,
-            "autoencoder_params": params,
-            "latents": latent_space(autoencoder, params),
+            "autoencoder_params": autoencoder_params,
+            "latents": latent_space(autoencoder, autoencoder_params),
             "channels": autoencoder.latent_channels,
             "factor": autoencoder.factor,
         }
 
-    def config(self, name: str) -> dict[str, Any]:
-        """The `config.json` of a part."""
-        return read_config(self.folder / name)
-
-    def sizes(self, name: str, factor: int) -> tuple[int, int] | None:
+    def _sizes(self, name: str, factor: int) -> tuple[int, int] | None:
         """Height and width, in pixels, that the `config.json` of a network speaks of; `None` if it speaks of none.
 
         Raises:
             WeightsError: for what is neither a number nor two.
         """
-        config = self.config(name)
+        config = read_config(self.folder / name)
         size = config.get("sample_size", config.get("input_size"))
         if size is None:
             return None
@@ -126,6 +128,13 @@ class Parts:
             return apply(params, tokens.ids, tokens.mask if masked else None), jax.numpy.asarray(tokens.mask)
 
         return encode
+
+
+def told_and_null(tell: Callable[[list[str]], Conditions], texts: list[str], request: Request) -> tuple[Any, Any]:
+    """What a network is told, and what it is told in place of that where it is guided: the negative texts, or none."""
+    if request.guidance == 1:
+        return tell(texts), None
+    return tell(texts), tell(list(request.negative or [""] * len(texts)))
 
 
 def check_texts(prompts: Sequence[Any], name: str) -> list[str]:

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fm_jax.models.conditioning import Conditions
-from fm_jax.pretrained.parts import Parts, check_texts
+from fm_jax.pretrained.parts import Parts, check_texts, told_and_null
 from fm_jax.pretrained.system import Request, System
 
 
@@ -14,8 +14,8 @@ def pixart(parts: Parts, *, solver: str | None = None, truncate: bool = False) -
 
     Prompts lose their capitals and the white space around them, as the network has learned.
     """
-    module, params = parts.network("transformer")
-    decoding = parts.decoding()
+    networks = parts.networks("transformer")
+    module = networks["module"]
     sigma = parts.index()["_class_name"] == "PixArtSigmaPipeline"
     t5 = parts.encoder("", length=300 if sigma else 120, truncate=truncate, masked=True)
 
@@ -26,20 +26,15 @@ def pixart(parts: Parts, *, solver: str | None = None, truncate: bool = False) -
         return Conditions(vector=vector, tokens=features.last, mask=mask)
 
     def conditions(request: Request) -> tuple[Any, Any]:
-        texts, size = check_texts(request.prompts, "PixArt"), (request.height, request.width)
-        if request.guidance == 1:
-            return tell(texts, *size), None
-        return tell(texts, *size), tell(list(request.negative or [""] * len(texts)), *size)
+        texts = check_texts(request.prompts, "PixArt")
+        return told_and_null(lambda texts: tell(texts, request.height, request.width), texts, request)
 
     return System(
         name="PixArtSigmaPipeline" if sigma else "PixArtAlphaPipeline",
-        module=module,
-        params=params,
+        **networks,
         steps=parts.steps(solver),
         conditions=conditions,
-        **decoding,
         patch_size=module.patch_size,
-        sizes=parts.sizes("transformer", decoding["factor"]),
         num_steps=20,
         guidance=4.5,
     )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.models.conditioning import Conditions
-from fm_jax.pretrained.parts import Parts, check_texts
+from fm_jax.pretrained.parts import Parts, check_texts, told_and_null
 from fm_jax.pretrained.system import Request, System
 
 
@@ -16,9 +16,7 @@ def stable_diffusion(parts: Parts, *, solver: str | None = None, truncate: bool 
 
     def conditions(request: Request) -> tuple[Any, Any]:
         texts = check_texts(request.prompts, "Stable Diffusion")
-        negative = list(request.negative or [""] * len(texts))
-        told, null = (Conditions(tokens=clip(each)[0].last) for each in (texts, negative))
-        return told, None if request.guidance == 1 else null
+        return told_and_null(lambda texts: Conditions(tokens=clip(texts)[0].last), texts, request)
 
     return _system("StableDiffusionPipeline", parts, solver, conditions, 7.5)
 
@@ -40,13 +38,11 @@ def stable_diffusion_xl(parts: Parts, *, solver: str | None = None, truncate: bo
     def conditions(request: Request) -> tuple[Any, Any]:
         texts = check_texts(request.prompts, "Stable Diffusion XL")
         sizes = [request.height, request.width, 0, 0, request.height, request.width]
+        if request.guidance == 1 or request.negative is not None or not zeros:
+            return told_and_null(lambda texts: tell(texts, sizes), texts, request)
         told: Any = tell(texts, sizes)
-        if request.guidance == 1:
-            return told, None
-        if request.negative is None and zeros:
-            pooled = jnp.zeros((len(texts), told.vector.shape[1] - len(sizes)))
-            return told, Conditions(vector=_with_sizes(pooled, sizes), tokens=jnp.zeros_like(told.tokens))
-        return told, tell(list(request.negative or [""] * len(texts)), sizes)
+        pooled = jnp.zeros((len(texts), told.vector.shape[1] - len(sizes)))
+        return told, Conditions(vector=_with_sizes(pooled, sizes), tokens=jnp.zeros_like(told.tokens))
 
     return _system("StableDiffusionXLPipeline", parts, solver, conditions, 5.0)
 
@@ -57,17 +53,13 @@ def _with_sizes(pooled: jax.Array, sizes: list[int]) -> jax.Array:
 
 
 def _system(name: str, parts: Parts, solver: str | None, conditions: Any, guidance: float) -> System:
-    module, params = parts.network("unet")
-    decoding = parts.decoding()
+    networks = parts.networks("unet")
     return System(
         name=name,
-        module=module,
-        params=params,
+        **networks,
         steps=parts.steps(solver),
         conditions=conditions,
-        **decoding,
-        patch_size=2 ** (len(module.widths) - 1),
-        sizes=parts.sizes("unet", decoding["factor"]),
+        patch_size=2 ** (len(networks["module"].widths) - 1),
         num_steps=50,
         guidance=guidance,
     )

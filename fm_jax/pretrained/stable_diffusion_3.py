@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fm_jax.models.conditioning import Conditions
-from fm_jax.pretrained.parts import Parts, check_texts
+from fm_jax.pretrained.parts import Parts, check_texts, told_and_null
 from fm_jax.pretrained.system import Request, System
 
 T5_LENGTH = 256
@@ -17,12 +17,12 @@ def stable_diffusion_3(parts: Parts, *, solver: str | None = None, truncate: boo
     The texts of both CLIP encoders, their states before the last block side by side and padded with zeros to the width
     of T5's, stand before those of T5. Without T5 zeros take its place.
     """
-    module, params = parts.network("transformer")
-    decoding = parts.decoding()
+    networks = parts.networks("transformer")
+    module = networks["module"]
     clips = [parts.encoder(suffix, truncate=truncate) for suffix in ("", "_2")]
     with_t5 = parts.has("text_encoder_3")
     t5 = parts.encoder("_3", length=T5_LENGTH, truncate=truncate) if with_t5 else None
-    width = parts.config("transformer")["joint_attention_dim"]
+    width = module.token_dim
 
     def tell(texts: list[str]) -> Conditions:
         features = [encode(texts)[0] for encode in clips]
@@ -33,20 +33,14 @@ def stable_diffusion_3(parts: Parts, *, solver: str | None = None, truncate: boo
         return Conditions(vector=jnp.concatenate(pooled, axis=-1), tokens=jnp.concatenate([states, long], axis=1))
 
     def conditions(request: Request) -> tuple[Any, Any]:
-        texts = check_texts(request.prompts, "Stable Diffusion 3")
-        if request.guidance == 1:
-            return tell(texts), None
-        return tell(texts), tell(list(request.negative or [""] * len(texts)))
+        return told_and_null(tell, check_texts(request.prompts, "Stable Diffusion 3"), request)
 
     return System(
         name="StableDiffusion3Pipeline",
-        module=module,
-        params=params,
+        **networks,
         steps=parts.steps(solver),
         conditions=conditions,
-        **decoding,
         patch_size=module.patch_size,
-        sizes=parts.sizes("transformer", decoding["factor"]),
         num_steps=28,
         guidance=7.0,
     )

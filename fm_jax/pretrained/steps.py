@@ -16,6 +16,14 @@ from fm_jax.types import Array, Sampler, Schedule
 SOLVERS = ("ddim", "dpm_solver++")
 """What samples a network of noise where another solver than the folder's is asked for."""
 
+_OF_CLASS = {
+    "PNDMScheduler": ("plms", "leading"),
+    "DDIMScheduler": ("ddim", "leading"),
+    "EulerDiscreteScheduler": ("euler", "linspace"),
+    "DPMSolverMultistepScheduler": ("dpm_solver++", "linspace"),
+}
+"""By the class of a scheduler: what it does, and its spacing of steps where the file says none."""
+
 
 @dataclass(frozen=True)
 class Steps:
@@ -55,18 +63,13 @@ def steps_of(config: Mapping[str, Any], solver: str | None = None, *, even_first
         return _flow(config, even_first)
     if solver is not None:
         check_member("solver", solver, SOLVERS)
-        return _discrete(config, solver, "leading" if config.get("timestep_spacing") is None else None)
-    if name == "PNDMScheduler":
-        return _discrete(config, "plms", None)
-    if name == "DDIMScheduler":
-        return _discrete(config, "ddim", None)
-    if name == "EulerDiscreteScheduler":
-        return _discrete(config, "euler", None)
-    if name == "DPMSolverMultistepScheduler":
-        return _discrete(config, "dpm_solver++", None)
-    raise ValueError(
-        f"The folder's scheduler is {name}, whose steps are not taken here: give one of {', '.join(SOLVERS)} as solver."
-    )
+        return _discrete(config, solver, "leading")
+    if not isinstance(name, str) or name not in _OF_CLASS:
+        raise ValueError(
+            f"The folder's scheduler is {name}, whose steps are not taken here: give one of {', '.join(SOLVERS)} as "
+            "solver."
+        )
+    return _discrete(config, *_OF_CLASS[name])
 
 
 def _refuse(config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
@@ -127,7 +130,7 @@ def betas_of(config: Mapping[str, Any]) -> tuple[float, ...]:
     return tuple(np.float32(betas).astype(float).tolist())
 
 
-def _discrete(config: Mapping[str, Any], solver: str, spacing: str | None) -> Steps:
+def _discrete(config: Mapping[str, Any], solver: str, default_spacing: str) -> Steps:
     expected: dict[str, Any] = {
         "rescale_betas_zero_snr": False,
         "thresholding": False,
@@ -155,8 +158,7 @@ def _discrete(config: Mapping[str, Any], solver: str, spacing: str | None) -> St
         )
     betas = betas_of(config)
     schedule, num = DDPM(betas), len(betas)
-    defaults = {"ddim": "leading", "plms": "leading", "euler": "linspace", "dpm_solver++": "linspace"}
-    spacing = spacing or config.get("timestep_spacing", defaults[solver])
+    spacing = config.get("timestep_spacing", default_spacing)
     offset = _integer(config, "steps_offset", 0, least=0)
     to_data = _ends_in_data(config, solver)
 

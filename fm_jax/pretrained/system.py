@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -174,10 +175,10 @@ class System:
         cond, null = self.conditions(Request(many, negatives, height, width, guidance))
         tokens = shape[1] * shape[2] // self.patch_size**2
         times = self.steps.grid(num_steps, tokens)
-        run = jax.jit(self._sample, static_argnames=("trajectory",))
-        start = self.steps.start(times) * noise
-        solution = run(self.params, start, cond, null, jnp.float32(guidance), np.asarray(times), trajectory=trajectory)
-        images = jax.jit(self._decode)(self.autoencoder_params, solution.x)
+        sampled, decoded = self._programs
+        start, scale = self.steps.start(times) * noise, jnp.float32(guidance)
+        solution = sampled(self.params, start, cond, null, scale, np.asarray(times), trajectory=trajectory)
+        images = decoded(self.autoencoder_params, solution.x)
         for what, value in (("latents", solution.x), ("images", images)):
             if not bool(jnp.isfinite(value).all()):
                 by = "network" if what == "latents" else "autoencoder"
@@ -186,6 +187,11 @@ class System:
                     "their dtype."
                 )
         return Drawn(images, solution.x, int(solution.nfe), solution.trajectory, times)
+
+    @cached_property
+    def _programs(self) -> tuple[Callable[..., Any], Callable[..., Array]]:
+        """Sampling and decoding, compiled once for all drawings of one size."""
+        return jax.jit(self._sample, static_argnames=("trajectory",)), jax.jit(self._decode)
 
     def model_fn(self, params: Params) -> tuple[ModelFn, Any]:
         """The network as a function, and the kind of its prediction."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.checks import check_member, shown
+from fm_jax.models.stack import place_of_block
 from fm_jax.text.clip import ACTIVATIONS, ClipText
 from fm_jax.weights.rules import Piece, Rules, dense, from_heads, norm, shifted, template_of, to_heads
 
@@ -112,15 +113,15 @@ def _pieces(module: ClipText) -> Iterator[Piece]:
     yield Piece("tokens/embedding", "embeddings.token_embedding.weight", "n d -> n d")
     yield Piece("positions", "embeddings.position_embedding.weight", "n d -> n d")
     for i in range(module.num_layers):
-        path: str
-        layer: dict[str, Any]
-        path, layer = ("blocks", {"layer": i}) if module.scan_layers else (f"block_{i}", {})
+        path, layer = place_of_block(i, scan=module.scan_layers)
         key = f"encoder.layers.{i}"
         for name, letter in (("query", "q"), ("key", "k"), ("value", "v")):
-            yield from to_heads(f"{path}/attention/{name}", f"{key}.self_attn.{letter}_proj", module.num_heads, **layer)
-        yield from from_heads(f"{path}/attention/out", f"{key}.self_attn.out_proj", module.num_heads, **layer)
-        yield from norm(f"{path}/norm_attention", f"{key}.layer_norm1", **layer)
-        yield from norm(f"{path}/norm_mlp", f"{key}.layer_norm2", **layer)
-        yield from dense(f"{path}/mlp_in", f"{key}.mlp.fc1", **layer)
-        yield from dense(f"{path}/mlp_out", f"{key}.mlp.fc2", **layer)
+            yield from to_heads(
+                f"{path}/attention/{name}", f"{key}.self_attn.{letter}_proj", module.num_heads, layer=layer
+            )
+        yield from from_heads(f"{path}/attention/out", f"{key}.self_attn.out_proj", module.num_heads, layer=layer)
+        yield from norm(f"{path}/norm_attention", f"{key}.layer_norm1", layer=layer)
+        yield from norm(f"{path}/norm_mlp", f"{key}.layer_norm2", layer=layer)
+        yield from dense(f"{path}/mlp_in", f"{key}.mlp.fc1", layer=layer)
+        yield from dense(f"{path}/mlp_out", f"{key}.mlp.fc2", layer=layer)
     yield from norm("norm", "final_layer_norm")

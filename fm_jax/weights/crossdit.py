@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fm_jax.checks import check_member, shown
 from fm_jax.models.conditioning import Conditions
 from fm_jax.models.crossdit import SIZES, CrossDiT
+from fm_jax.models.stack import place_of_block
 from fm_jax.weights.rules import Piece, Rules, dense, from_heads, patches, template_of, to_heads
 
 CLASS = "PixArtTransformer2DModel"
@@ -142,7 +143,7 @@ def _pieces(module: CrossDiT) -> Iterator[Piece]:
     yield from dense("text/in", "caption_projection.linear_1")
     yield from dense("text/out", "caption_projection.linear_2")
     for i in range(module.num_layers):
-        path, layer = ("blocks", i) if module.scan_layers else (f"block_{i}", None)
+        path, layer = place_of_block(i, scan=module.scan_layers)
         yield from _block(path, f"transformer_blocks.{i}", module.num_heads, layer)
     yield Piece("table", "scale_shift_table", "k d -> k d")
     yield from dense("out", "proj_out")

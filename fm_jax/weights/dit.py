@@ -11,6 +11,7 @@ from fm_jax.checks import check_integer, check_member
 from fm_jax.models.conditioning import DDPM, SIT
 from fm_jax.models.dit import DiT, position_features
 from fm_jax.models.embed import LabelEmbedding
+from fm_jax.models.stack import place_of_block
 from fm_jax.weights.rules import Piece, Rules, dense, patches, template_of
 
 Layout = Literal["official", "diffusers"]
@@ -207,18 +208,13 @@ def _label_embedding(module: DiT) -> LabelEmbedding:
     return module.embed
 
 
-def _place(module: DiT, i: int) -> tuple[str, int | None]:
-    """Path of a block, and its place in the stack."""
-    return ("blocks", i) if module.scan_layers else (f"block_{i}", None)
-
-
 def _official(module: DiT) -> Iterator[Piece]:
     yield from patches("patches", "x_embedder.proj", module.patch_size)
     yield from dense("time/in", "t_embedder.mlp.0")
     yield from dense("time/out", "t_embedder.mlp.2")
     yield Piece("embed/table", "y_embedder.embedding_table.weight", "n d -> n d")
     for i in range(module.num_layers):
-        path, layer = _place(module, i)
+        path, layer = place_of_block(i, scan=module.scan_layers)
         key = f"blocks.{i}"
         yield from dense(f"{path}/modulation", f"{key}.adaLN_modulation.1", layer=layer)
         yield from dense(f"{path}/attention/qkv", f"{key}.attn.qkv", layer=layer)
@@ -252,7 +248,7 @@ def _diffusers(module: DiT) -> Iterator[Piece]:
     yield from dense("time/out", f"{first}.timestep_embedder.linear_2")
     yield Piece("embed/table", f"{first}.class_embedder.embedding_table.weight", "n d -> n d")
     for i in range(module.num_layers):
-        path, layer = _place(module, i)
+        path, layer = place_of_block(i, scan=module.scan_layers)
         key = f"transformer_blocks.{i}"
         yield from dense(f"{path}/modulation", f"{key}.norm1.linear", layer=layer)
         for j, name in enumerate("qkv"):

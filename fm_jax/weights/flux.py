@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fm_jax.checks import check_member, shown
 from fm_jax.models.conditioning import Conditions
 from fm_jax.models.flux import MLP_RATIO, PATCH, Flux
+from fm_jax.models.stack import place_of_block
 from fm_jax.weights.rules import Piece, Rules, dense, from_heads, norm, template_of, to_heads
 
 CLASS = "FluxTransformer2DModel"
@@ -123,8 +124,8 @@ def _patches(module: Flux, first: str, last: str) -> Iterator[Piece]:
 def _blocks(module: Flux, name: str, length: int, theirs: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Path, key and place of each block of a run."""
     for i in range(length):
-        path, layer = (f"{name}s", {"layer": i}) if module.scan_layers else (f"{name}_{i}", {})
-        yield path, f"{theirs}.{i}", layer
+        path, layer = place_of_block(i, scan=module.scan_layers, name=name)
+        yield path, f"{theirs}.{i}", {"layer": layer}
 
 
 def _out_of_heads(path: str, key: str, heads: int, **where: Any) -> Iterator[Piece]:

@@ -10,6 +10,7 @@ from fm_jax.checks import check_integer
 from fm_jax.models.dit import position_features
 from fm_jax.models.embed import LabelEmbedding
 from fm_jax.models.lightning import LightningDiT
+from fm_jax.models.stack import place_of_block
 from fm_jax.weights.rules import Piece, Rules, dense, from_heads, norm, patches, template_of, to_heads
 
 
@@ -52,7 +53,7 @@ def _pieces(module: LightningDiT) -> Iterator[Piece]:
     yield from dense("time/out", "t_embedder.mlp.2")
     yield Piece("embed/table", "y_embedder.embedding_table.weight", "n d -> n d")
     for i in range(module.num_layers):
-        path, layer = ("blocks", i) if module.scan_layers else (f"block_{i}", None)
+        path, layer = place_of_block(i, scan=module.scan_layers)
         key = f"blocks.{i}"
         yield from dense(f"{path}/modulation", f"{key}.adaLN_modulation.1", layer=layer)
         yield from norm(f"{path}/norm_attention", f"{key}.norm1", bias=False, layer=layer)

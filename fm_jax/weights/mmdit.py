@@ -10,6 +10,7 @@ import numpy as np
 from fm_jax.checks import check_integer, check_member, shown
 from fm_jax.models.conditioning import Conditions
 from fm_jax.models.mmdit import MMDiT, position_table
+from fm_jax.models.stack import place_of_block
 from fm_jax.weights.rules import Piece, Rules, dense, from_heads, norm, patches, template_of, to_heads
 
 # Fields of the configuration that change the network, with the values that a file without them means.
@@ -138,8 +139,8 @@ def _blocks(module: MMDiT) -> Iterator[tuple[int, str, dict[str, Any], bool, boo
     """Index, path, options of the pieces, whether dual, whether last, of every block."""
     for name, start, length in module.runs:
         for i in range(length):
-            path, where = (f"{name}s", {"layer": i}) if module.scan_layers else (f"{name}_{i}", {})
-            yield start + i, path, where, name == "dual_block", False
+            path, layer = place_of_block(i, scan=module.scan_layers, name=name)
+            yield start + i, path, {"layer": layer}, name == "dual_block", False
     yield module.num_layers - 1, "last_block", {}, module.num_dual == module.num_layers, True
 
 

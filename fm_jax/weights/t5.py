@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.checks import check_member, shown
+from fm_jax.models.stack import place_of_block
 from fm_jax.text.t5 import ACTIVATIONS, T5Encoder
 from fm_jax.weights.rules import Piece, Rules, dense, from_heads, norm, template_of, to_heads
 
@@ -120,19 +121,17 @@ def _pieces(module: T5Encoder) -> Iterator[Piece]:
     if module.shared_bias:
         yield Piece("distance/table", f"encoder.block.0.{distances}", "n h -> n h")
     for i in range(module.num_layers):
-        path: str
-        layer: dict[str, Any]
-        path, layer = ("blocks", {"layer": i}) if module.scan_layers else (f"block_{i}", {})
+        path, layer = place_of_block(i, scan=module.scan_layers)
         attention, mlp = f"encoder.block.{i}.layer.0", f"encoder.block.{i}.layer.1"
         if not module.shared_bias:
-            yield Piece(f"{path}/distance/table", f"encoder.block.{i}.{distances}", "n h -> n h", **layer)
-        heads = {"heads": module.num_heads, "bias": False} | layer
+            yield Piece(f"{path}/distance/table", f"encoder.block.{i}.{distances}", "n h -> n h", layer=layer)
+        heads: dict[str, Any] = {"heads": module.num_heads, "bias": False, "layer": layer}
         for name, letter in (("query", "q"), ("key", "k"), ("value", "v")):
             yield from to_heads(f"{path}/attention/{name}", f"{attention}.SelfAttention.{letter}", **heads)
         yield from from_heads(f"{path}/attention/out", f"{attention}.SelfAttention.o", **heads)
-        yield from norm(f"{path}/norm_attention", f"{attention}.layer_norm", bias=False, **layer)
-        yield from norm(f"{path}/norm_mlp", f"{mlp}.layer_norm", bias=False, **layer)
+        yield from norm(f"{path}/norm_attention", f"{attention}.layer_norm", bias=False, layer=layer)
+        yield from norm(f"{path}/norm_mlp", f"{mlp}.layer_norm", bias=False, layer=layer)
         names = {"mlp_in": "wi_0", "mlp_value": "wi_1"} if module.activation != "relu" else {"mlp_in": "wi"}
         for name, key in (names | {"mlp_out": "wo"}).items():
-            yield from dense(f"{path}/{name}", f"{mlp}.DenseReluDense.{key}", bias=False, **layer)
+            yield from dense(f"{path}/{name}", f"{mlp}.DenseReluDense.{key}", bias=False, layer=layer)
     yield from norm("norm", "encoder.final_layer_norm", bias=False)

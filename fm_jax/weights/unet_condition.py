@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_integer, check_member, shown
 from fm_jax.models.conditioning import Conditions
+from fm_jax.models.stack import place_of_block
 from fm_jax.models.unet_condition import UNetCondition
 from fm_jax.weights.rules import Piece, Rules, conv, conv1x1, dense, from_heads, norm, template_of, to_heads
 
@@ -259,8 +260,11 @@ def _transformer(path: str, key: str, level: int, module: UNetCondition) -> Iter
     yield from norm(f"{path}/norm", f"{key}.norm")
     yield from project(f"{path}/in", f"{key}.proj_in")
     for i in range(module.num_layers[level]):
-        block, layer = (f"{path}/blocks", {"layer": i}) if module.scan_layers else (f"{path}/block_{i}", {})
-        yield from _block(block, f"{key}.transformer_blocks.{i}", module.num_heads[level], module.widths[level], layer)
+        block, layer = place_of_block(i, scan=module.scan_layers)
+        where = {"layer": layer}
+        yield from _block(
+            f"{path}/{block}", f"{key}.transformer_blocks.{i}", module.num_heads[level], module.widths[level], where
+        )
     yield from project(f"{path}/out", f"{key}.proj_out")
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_member, shown
 from fm_jax.models.conditioning import Conditions
+from fm_jax.models.stack import place_of_block
 from fm_jax.models.videodit import VideoDiT
 from fm_jax.weights.rules import Piece, Rules, dense, from_heads, norm, template_of, to_heads
 
@@ -75,7 +76,7 @@ def _pieces(module: VideoDiT) -> Iterator[Piece]:
     for axis in ("frames", "rows", "columns"):
         yield Piece(f"positions/{axis}", f"positions.{axis}.weight", "n d -> n d")
     for i in range(module.num_layers):
-        path, layer = ("blocks", i) if module.scan_layers else (f"block_{i}", None)
+        path, layer = place_of_block(i, scan=module.scan_layers)
         yield from _block(path, f"blocks.{i}", module.num_heads, layer)
     yield from norm("norm", "norm", bias=False)
     yield Piece("table", "table", "k d -> k d")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_integer, check_member, shown
 from fm_jax.models.conditioning import Conditions
+from fm_jax.models.stack import place_of_block
 from fm_jax.models.wan import Wan
 from fm_jax.weights.rules import Piece, Rules, dense, from_heads, norm, template_of, to_heads
 
@@ -136,7 +137,7 @@ def _pieces(module: Wan) -> Iterator[Piece]:
         for path, theirs in (("norm_in", "norm1"), ("norm_out", "norm2")):
             yield from norm(f"image/{path}", f"{key}.{theirs}")
     for i in range(module.num_layers):
-        path, layer = ("blocks", i) if module.scan_layers else (f"block_{i}", None)
+        path, layer = place_of_block(i, scan=module.scan_layers)
         yield from _block(path, f"blocks.{i}", module.num_heads, layer)
         if module.image_features:
             yield from _image(f"{path}/cross", f"blocks.{i}.attn2", module.num_heads, layer)
