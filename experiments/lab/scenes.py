@@ -1,0 +1,219 @@
+"""Composed digits: scenes of two digits, the sentences that describe them, and pictures without end of both."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fm_jax.checks import check_integer
+from fm_jax.text import Tokens
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")
+"""Sixty degrees of hue from one to the next."""
+_RGB = np.array([(1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1)], np.float32)
+RELATIONS = ("left of", "right of", "above", "below")
+_SAME = ("to the left of", "to the right of", "over", "under")
+_INVERSE = ("to its left", "to its right", "above it", "below it")
+TEMPLATES = ("a {x} {relation} a {y}", "a {x} is {same} a {y}", "a {y} with a {x} {inverse}")
+HELD_OUT_TEMPLATE = "a {x} is {relation} a {y}"
+"""A sentence of words that are all known, in an order that training has not seen."""
+
+
+class Meaning(NamedTuple):
+    """What a sentence says: a first digit, its relation to a second one, and their colours if there are any."""
+
+    first: int
+    second: int
+    relation: int
+    """An index of `RELATIONS`: where the first one is, seen from the second."""
+    first_colour: int | None = None
+    second_colour: int | None = None
+
+    @property
+    def vertical(self) -> bool:
+        """Whether they stand one above the other."""
+        return self.relation >= 2
+
+    @property
+    def swapped(self) -> "Meaning":
+        """The same two digits, each in the place of the other."""
+        return Meaning(self.second, self.first, self.relation, self.second_colour, self.first_colour)
+
+    def places(self) -> tuple[tuple[int, int | None], tuple[int, int | None]]:
+        """Digit and colour of what is left, or above, and of the other one."""
+        both = (self.first, self.first_colour), (self.second, self.second_colour)
+        return both if self.relation % 2 == 0 else (both[1], both[0])
+
+
+def is_held_out(meaning: Meaning) -> bool:
+    """Whether a pair of digits is never trained on: ten of a hundred, in either order no two equal ones.
+
+    Which digit is where cannot be had from the set of words alone.
+    """
+    first, second = (digit for digit, _ in meaning.places())
+    return (7 * first + 3 * second) % 10 == 9
+
+
+def describe(meaning: Meaning, template: str) -> str:
+    """The sentence.
+
+    Example:
+        >>> describe(Meaning(3, 7, 0, 0, 4), "a {x} is {same} a {y}")
+        'a red three is to the left of a blue seven'
+    """
+    names = []
+    for digit, colour in ((meaning.first, meaning.first_colour), (meaning.second, meaning.second_colour)):
+        names.append(NUMBERS[digit] if colour is None else f"{COLOURS[colour]} {NUMBERS[digit]}")
+    relation = meaning.relation
+    words = {"relation": RELATIONS[relation], "same": _SAME[relation], "inverse": _INVERSE[relation]}
+    return template.format(x=names[0], y=names[1], **words)
+
+
+def words_of(colours: bool) -> tuple[str, ...]:
+    """The vocabulary of all sentences, sorted."""
+    templates = (*TEMPLATES, HELD_OUT_TEMPLATE)
+    texts = [describe(Meaning(0, 0, relation), template) for relation in range(4) for template in templates]
+    return tuple(sorted({*" ".join(texts).split(), *NUMBERS, *(COLOURS if colours else ())}))
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """How scenes are drawn: each digit in its half of a black square, anywhere in it.
+
+    Attributes:
+        size: height and width; even.
+        digit: height and width of a digit, at most half of `size`.
+        colours: whether the digits have one of six colours each.
+    """
+
+    size: int
+    digit: int
+    colours: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a scene."""
+        return self.size, self.size, 3 if self.colours else 1
+
+    def draw_meanings(self, rng: np.random.Generator, num: int, *, held_out: bool | None = None) -> list[Meaning]:
+        """Random meanings, of those that are held out, of those that are not, or of both."""
+        found: list[Meaning] = []
+        while len(found) < num:
+            a, b, relation, ca, cb = (rng.integers(high, size=num) for high in (10, 10, 4, 6, 6))
+            for each in zip(a.tolist(), b.tolist(), relation.tolist(), ca.tolist(), cb.tolist(), strict=True):
+                meaning = Meaning(*each) if self.colours else Meaning(*each[:3])
+                if held_out is None or is_held_out(meaning) == held_out:
+                    found.append(meaning)
+        return found[:num]
+
+    def draw(self, rng: np.random.Generator, meanings: Sequence[Meaning], digits: Sequence[np.ndarray]) -> np.ndarray:
+        """Scenes float32 [n, size, size, c] in [-1, 1].
+
+        Args:
+            rng: of the handwriting and the places.
+            meanings: n of them.
+            digits: for each of ten digits pictures [m, digit, digit] in [0, 1].
+        """
+        half, room = self.size // 2 - self.digit, self.size - self.digit
+        ink = np.zeros((len(meanings), self.size, self.size, self.shape[2]), np.float32)
+        which = rng.integers(2**31, size=(len(meanings), 2))
+        across, along = rng.integers(half + 1, size=(len(meanings), 2)), rng.integers(room + 1, size=which.shape)
+        for i, meaning in enumerate(meanings):
+            for place, (digit, colour) in enumerate(meaning.places()):
+                y, x = int(along[i, place]), int(across[i, place]) + place * (self.size // 2)
+                y, x = (x, y) if meaning.vertical else (y, x)
+                picture = digits[digit][which[i, place] % len(digits[digit])][..., None]
+                ink[i, y : y + self.digit, x : x + self.digit] += picture if colour is None else picture * _RGB[colour]
+        return 2 * ink - 1
+
+
+def by_digit(images: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+    """Pictures [n, h, w] of ten digits, for each digit those of it."""
+    return [images[labels == digit] for digit in range(10)]
+
+
+class SceneBatches:
+    """Fresh scenes with their sentences, without end.
+
+    A step is `batch_size * process_count` scenes, a function of the seed and the number of the step; process p has the
+    rows from `p * batch_size` of it. So neither the scenes of a step nor a position depends on the number of processes.
+
+    Args:
+        canvas: how they are drawn.
+        digits: for each of ten digits pictures of it.
+        tokens: of the sentences, as `Sentences.tokens`.
+        seed: of all of them.
+        batch_size: scenes in a batch of *this* process, the same on all of them.
+        process_index: which process this is; by default `jax.process_index()`.
+        process_count: how many there are; by default `jax.process_count()`.
+    """
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        digits: Sequence[np.ndarray],
+        sentences: "Sentences",
+        seed: int,
+        batch_size: int,
+        *,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ):
+        index = jax.process_index() if process_index is None else process_index
+        count = jax.process_count() if process_count is None else process_count
+        check_integer("batch_size", batch_size)
+        self._canvas, self._digits, self._sentences, self._seed = canvas, digits, sentences, seed
+        self._num, self._share = batch_size * count, slice(index * batch_size, (index + 1) * batch_size)
+        self._position = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        self._position += 1
+        rng = np.random.default_rng((self._seed, self._position))
+        meanings = self._canvas.draw_meanings(rng, self._num, held_out=False)
+        templates = rng.integers(len(TEMPLATES), size=self._num)
+        x1 = self._canvas.draw(rng, meanings, self._digits)
+        cond = self._sentences.of(meanings, templates)
+        return {"x1": x1[self._share], "cond": jax.tree.map(lambda leaf: leaf[self._share], cond)}
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of batches taken as JSON values."""
+        return {"position": self._position}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position that `get_state` gave, on any number of processes."""
+        self._position = state["position"]
+
+
+class Sentences:
+    """All sentences of training as what a network is told of them, made once and looked up.
+
+    Args:
+        tell: from sentences to a pytree of arrays [n, ...], as a tokenizer.
+        colours: whether sentences have colours.
+    """
+
+    def __init__(self, tell: Any, colours: bool):
+        kinds = (10, 10, 4, 6, 6) if colours else (10, 10, 4)
+        self._kinds = kinds
+        meanings = [Meaning(*each) for each in itertools.product(*map(range, kinds))]
+        self._table = tell([describe(meaning, template) for template in TEMPLATES for meaning in meanings])
+        self._num = len(meanings)
+
+    def of(self, meanings: Sequence[Meaning], templates: np.ndarray) -> Any:
+        """What a network is told of each meaning, in the words of a template."""
+        values = np.array([each[: len(self._kinds)] for each in meanings])
+        rows = templates * self._num + np.ravel_multi_index(tuple(values.T), self._kinds)
+        return jax.tree.map(lambda leaf: leaf[rows], self._table)
+
+
+def whole(tokens: Tokens, length: int) -> Tokens:
+    """Tokens padded on the right to a length, as a batch of other sentences has it."""
+    more = [(0, 0), (0, length - tokens.ids.shape[1])]
+    return Tokens(np.pad(tokens.ids, more), np.pad(tokens.mask, more))
