@@ -3,9 +3,11 @@
 "No condition" is a value of the condition itself, `null_cond`: a pytree like it, each leaf broadcast to that of `cond`.
 It is a number, such as the number of a class that does not exist; an array of one example, [...]; or [batch, ...]. The
 same value drops conditions in training and is the unconditional branch of classifier-free guidance.
+
+Parts of it are called by their names, and several that come and go together by a tuple of names (`fm_jax.parts`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm_jax.checks import check_key, check_number, check_setting, is_traced, shown
+from fm_jax.parts import Group, group_of, names_of, places_of, rates_of
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, Cond, Key, Scalar
 
@@ -56,8 +59,21 @@ def drop_condition(key: Key, cond: Cond, null_cond: Cond, rate: Scalar | float) 
     return jax.tree.map(lambda null, leaf: jnp.where(expand_time(dropped, null), null, leaf), nulls, cond)
 
 
+class _ByValue:
+    """Equal, and hashed, by `_values()`."""
+
+    def _values(self) -> tuple[Any, ...]:
+        raise NotImplementedError
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+
 @dataclass(frozen=True, eq=False)
-class DropCondition:
+class DropCondition(_ByValue):
     """`drop_condition` as a value, called as `drop(key, cond)`: the option `drop` of the losses.
 
     Equal, and hashed, by its values, those of the arrays in `null_cond` included.
@@ -85,15 +101,108 @@ class DropCondition:
         return drop_condition(key, cond, self.null_cond, self.rate)
 
     def _values(self) -> tuple[Any, ...]:
-        leaves, structure = jax.tree.flatten(self.null_cond)
-        arrays = map(np.asarray, leaves)
-        return self.rate, structure, tuple((each.shape, each.dtype, each.tobytes()) for each in arrays)
+        return self.rate, *_known(self.null_cond)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, DropCondition) and self._values() == other._values()
 
-    def __hash__(self) -> int:
-        return hash(self._values())
+def drop_conditions(key: Key, cond: Cond, null_cond: Cond, rates: Mapping[Group, Scalar | float]) -> Cond:
+    """Takes parts of the condition from some examples, each group of parts independently of the others.
+
+    So a network learns the velocity under every subset of the groups, as guidance by several of them needs
+    (`fm_jax.guidance.nested`). What no group names is never dropped.
+
+    Args:
+        key: typed key.
+        cond: pytree of [batch, ...] whose parts have names: a NamedTuple such as `Conditions`, or a dict.
+        null_cond: what stands for "no condition": a pytree like `cond`, each leaf broadcast to that of `cond`.
+        rates: probability of losing each group, `{"label": 0.1, ("tokens", "mask"): 0.2}`; their order is immaterial.
+
+    Returns:
+        In the structure, shapes and dtypes of `cond`.
+
+    Raises:
+        ValueError: if a rate is not in [0, 1], a name is not that of a part that is there, or one part has two rates;
+            and as `drop_condition`.
+
+    Example:
+        >>> cond, null_cond = {"label": jnp.arange(6), "size": jnp.ones(6)}, {"label": -1, "size": 0.0}
+        >>> drop_conditions(jax.random.key(0), cond, null_cond, {"label": 0.5, "size": 0.5})["label"]
+        Array([ 0, -1, -1, -1, -1,  5], dtype=int32)
+
+    References:
+        Brooks et al. 2023, "InstructPix2Pix: Learning to Follow Image Editing Instructions", section 3.2.1.
+    """
+    check_key(key)
+    groups = rates_of(rates)
+    nulls, structure = jax.tree.flatten(null_like(cond, null_cond))
+    leaves = jax.tree.leaves(cond)
+    places = [places_of(cond, group) for group, _ in groups]
+    for i, name in enumerate(names_of(cond)):
+        if sum(i in at for at in places) > 1:
+            raise ValueError(f"rates must have one rate for each part of cond, got two for {name!r}.")
+    for each, (_, rate), at in zip(jax.random.split(key, len(groups)), groups, places, strict=True):
+        dropped = jax.random.bernoulli(each, jnp.asarray(rate, float), nulls[0].shape[:1])
+        for i in at:
+            leaves[i] = jnp.where(expand_time(dropped, nulls[i]), nulls[i], leaves[i])
+    return jax.tree.unflatten(structure, map(jnp.asarray, leaves))
+
+
+@dataclass(frozen=True, eq=False)
+class DropConditions(_ByValue):
+    """`drop_conditions` as a value, called as `drop(key, cond)`: the option `drop` of the losses.
+
+    Equal, and hashed, by its values, those of the arrays in `null_cond` included.
+
+    Attributes:
+        rates: probability of losing each group of parts, in [0, 1], by its name or names.
+        null_cond: what stands for "no condition", as in `drop_conditions`: of all parts, dropped or not.
+
+    Raises:
+        ValueError: if `rates` is no such mapping; when called, as `drop_conditions`.
+
+    Example:
+        >>> drop = DropConditions({"label": 0.1, ("tokens", "mask"): 0.1}, {"label": 10, "tokens": 0, "mask": False})
+        >>> cond = {"label": jnp.arange(2), "tokens": jnp.ones((2, 3, 8)), "mask": jnp.ones((2, 3), bool)}
+        >>> drop(jax.random.key(0), cond)["label"]
+        Array([0, 1], dtype=int32)
+    """
+
+    rates: Mapping[Group, float]
+    null_cond: Cond
+
+    def __post_init__(self) -> None:
+        known = {group: rate if is_traced(rate) else float(rate) for group, rate in rates_of(self.rates)}
+        object.__setattr__(self, "rates", known)
+
+    def __call__(self, key: Key, cond: Cond) -> Cond:
+        """Takes the groups of parts of the condition, a pytree of [batch, ...], from their shares of the examples."""
+        return drop_conditions(key, cond, self.null_cond, self.rates)
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple(self.rates.items()), *_known(self.null_cond)
+
+
+def without(cond: Cond, null_cond: Cond, group: Group) -> Cond:
+    """The condition with "no condition" in place of some of its parts, for every example.
+
+    Args:
+        cond: pytree of [batch, ...] whose parts have names.
+        null_cond: what stands for "no condition", as in `drop_conditions`.
+        group: the name, or the names, of what to leave out.
+
+    Returns:
+        In the structure, shapes and dtypes of `cond`.
+
+    Raises:
+        ValueError: if a name is not that of a part that is there; as `null_like`.
+
+    Example:
+        >>> without({"label": jnp.arange(2), "size": jnp.ones(2)}, {"label": -1, "size": 0.0}, "size")["size"]
+        Array([0., 0.], dtype=float32)
+    """
+    nulls, structure = jax.tree.flatten(null_like(cond, null_cond))
+    at = places_of(cond, group_of("group", group))
+    parts = enumerate(zip(nulls, jax.tree.leaves(cond), strict=True))
+    return jax.tree.unflatten(structure, [null if i in at else jnp.asarray(leaf) for i, (null, leaf) in parts])
 
 
 def null_like(cond: Cond, null_cond: Cond) -> Cond:
@@ -133,6 +242,12 @@ def null_like(cond: Cond, null_cond: Cond) -> Cond:
         raise ValueError(f"cond must be a pytree of [batch, ...] with one batch axis, got shapes {shapes}.")
     nulls = map(_broadcast, names, leaves, jax.tree.leaves(null_cond))
     return jax.tree.unflatten(structure, list(nulls))
+
+
+def _known(null_cond: Cond) -> tuple[Any, ...]:
+    """A null condition as what can be compared and hashed."""
+    leaves, structure = jax.tree.flatten(null_cond)
+    return structure, tuple((each.shape, each.dtype, each.tobytes()) for each in map(np.asarray, leaves))
 
 
 def _broadcast(name: str, leaf: Array, null: Any) -> Array:

@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from fm_jax import oracles
-from fm_jax.conditions import DropCondition, drop_condition, null_like
+from fm_jax.conditions import DropCondition, DropConditions, drop_condition, drop_conditions, null_like, without
 from fm_jax.guidance import classifier_free_batched
 from fm_jax.losses import flow_matching
+from fm_jax.models.conditioning import Conditions
 from fm_jax.paths import AffinePath
 from fm_jax.schedules import Linear
 
@@ -162,6 +163,158 @@ def test_refuses_rates(rate):
     for build in (lambda: DropCondition(rate, 0), lambda: drop_condition(jax.random.key(0), LABELS, 0, rate)):
         with pytest.raises(ValueError, match=rf"rate must be in \[0, 1\], got {rate}"):
             build()
+
+
+# Parts of a condition, group by group
+
+NUM = 4000
+
+
+def parts(num):
+    """Tokens of two encoders with one mask, a label, a vector, and a guidance scale that is always told."""
+    return Conditions(
+        vector=jnp.ones((num, 2)),
+        label=jnp.zeros(num, int),
+        tokens={"clip": jnp.ones((num, 1, 3)), "t5": jnp.ones((num, 2, 3))},
+        mask=jnp.ones((num, 2), bool),
+        guidance=jnp.full(num, 3.5),
+    )
+
+
+NO_PARTS = Conditions(vector=0.0, label=1, tokens={"clip": 0.0, "t5": -1.0}, mask=False, guidance=0.0)
+RATES = {"vector": 0.1, "label": 0.5, "tokens.clip": 0.3, ("tokens.t5", "mask"): 0.25}
+NULL_OF = {
+    "vector": lambda cond: cond.vector == 0,
+    "label": lambda cond: cond.label == 1,
+    "tokens.clip": lambda cond: cond.tokens["clip"] == 0,
+    "tokens.t5": lambda cond: cond.tokens["t5"] == -1,
+    "mask": lambda cond: ~cond.mask,
+}
+
+
+@pytest.fixture(scope="module")
+def lost():
+    """Which examples lost which part, over 20 keys of one traced program: {name: bool [20, NUM]}."""
+    traces = []
+
+    @jax.jit
+    def drop(key, cond):
+        traces.append(key)
+        return DropConditions(RATES, NO_PARTS)(key, cond)
+
+    cond, rows = parts(NUM), []
+    for seed in range(20):
+        out = drop(jax.random.key(seed), cond)
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), out) == jax.tree.map(lambda a: (a.shape, a.dtype), cond)
+        np.testing.assert_array_equal(out.guidance, cond.guidance)
+        whole = {name: np.asarray(null(out)).reshape(NUM, -1) for name, null in NULL_OF.items()}
+        for values in whole.values():
+            np.testing.assert_array_equal(values, values[:, :1].repeat(values.shape[1], axis=1))  # all or nothing
+        rows.append({name: values[:, 0] for name, values in whole.items()})
+    assert len(traces) == 1
+    return {name: np.stack([row[name] for row in rows]) for name in NULL_OF}
+
+
+def test_groups_lose_their_shares(lost):
+    np.testing.assert_array_equal(lost["tokens.t5"], lost["mask"])
+    for group, rate in RATES.items():
+        share = lost[group if isinstance(group, str) else group[0]].mean()
+        assert abs(share - rate) <= 3 * np.sqrt(rate * (1 - rate) / (20 * NUM))
+
+
+def test_groups_are_dropped_independently(lost):
+    """Of each other, and of those of the neighbours: as often together as the product of the rates says."""
+    rates = {group if isinstance(group, str) else group[0]: rate for group, rate in RATES.items()}
+    for a in rates:
+        for b in rates:
+            first, second = (lost[a], lost[b]) if a != b else (lost[a][:, 1:], lost[b][:, :-1])
+            both = rates[a] * rates[b]
+            assert abs((first & second).mean() - both) <= 4 * np.sqrt(both * (1 - both) / first.size), (a, b)
+
+
+def test_groups_are_drawn_by_name_and_not_by_order():
+    key, cond = jax.random.key(5), parts(16)
+    backwards = {("mask", "tokens.t5"): 0.25, "tokens.clip": 0.3, "label": 0.5, "vector": 0.1}
+    one, other = DropConditions(RATES, NO_PARTS), DropConditions(backwards, NO_PARTS)
+    assert one == other
+    assert hash(one) == hash(other)
+    jax.tree.map(np.testing.assert_array_equal, one(key, cond), other(key, cond))
+    jax.tree.map(np.testing.assert_array_equal, one(key, cond), drop_conditions(key, cond, NO_PARTS, backwards))
+    assert one != DropConditions(RATES | {"label": 0.4}, NO_PARTS)
+    assert one != DropConditions(RATES, NO_PARTS._replace(label=2))
+    assert one != DropCondition(0.1, NO_PARTS)
+    assert DropConditions({"label": jnp.float32(0.5)}, 1) == DropConditions({"label": 0.5}, 1)
+
+
+def test_a_part_is_all_that_is_in_it():
+    """The field of several encoders is one group, and names of dicts work as those of fields."""
+    key, cond = jax.random.key(0), parts(8)
+    out = drop_conditions(key, cond, NO_PARTS, {"tokens": 1.0})
+    np.testing.assert_array_equal(out.tokens["clip"], jnp.zeros((8, 1, 3)))
+    np.testing.assert_array_equal(out.tokens["t5"], -jnp.ones((8, 2, 3)))
+    np.testing.assert_array_equal(out.label, cond.label)
+    out = drop_conditions(key, cond._asdict(), NO_PARTS._asdict(), {"label": 1.0, "mask": 0.0})
+    assert out["label"].all()
+    assert out["mask"].all()
+
+
+def test_without_a_part():
+    cond = parts(3)
+    out = without(cond, NO_PARTS, ("tokens", "label"))
+    kept = {"vector": False, "label": True, "tokens.clip": True, "tokens.t5": True, "mask": False}
+    assert {name: bool(null(out).all()) for name, null in NULL_OF.items()} == kept
+    np.testing.assert_array_equal(out.guidance, cond.guidance)
+
+
+def test_groups_are_dropped_in_the_loss():
+    """Beside what the loss does with keys, as `DropCondition`."""
+    seen = []
+
+    def apply_fn(params, t, x, cond, *, train, rngs):
+        seen.append(cond)
+        return params * x
+
+    cond = parts(4)
+    loss_fn = flow_matching(apply_fn, AffinePath(), drop=DropConditions({"label": 1.0, "vector": 0.0}, NO_PARTS))
+    loss_fn(1.0, jax.random.key(0), {"x1": jnp.ones((4, 2)), "cond": cond})
+    jax.tree.map(np.testing.assert_array_equal, seen[-1], cond._replace(label=jnp.ones(4, int)))
+
+
+@pytest.mark.parametrize(
+    ("rates", "message"),
+    [
+        ({"image": 0.1}, "must be one of those that there are, 'vector', 'label', 'tokens.clip', .*, got 'image'"),
+        ({"local": 0.1}, "must be one of those that there are, .*'guidance', got 'local'"),  # None
+        ({"token": 0.1}, "must be one of those that there are, .*, got 'token'"),
+        ({"tokens.": 0.1}, "must be one of those that there are, .*, got 'tokens.'"),
+        (
+            {"label": 0.1, ("vector", "label"): 0.2},
+            "rates must have one rate for each part of cond, got two for 'label'",
+        ),
+        ({"tokens": 0.1, "tokens.t5": 0.2}, "one rate for each part of cond, got two for 'tokens.t5'"),
+        ({("label", "mask"): 0.1, ("mask", "label"): 0.1}, "rates must have one rate for each group, got "),
+        ({"label": 1.5}, r"rates\['label'\] must be in \[0, 1\], got 1.5"),
+        ({("label", "mask"): "a"}, r"rates\[\('label', 'mask'\)\] must be in \[0, 1\], got 'a'"),
+        ({}, r"rates must be a mapping such as \{'label': 0.1\}, got \{\}"),
+        (0.1, r"rates must be a mapping such as \{'label': 0.1\}, got 0.1"),
+        ({3: 0.1}, "rates must be a name, or a tuple of names, of parts of cond, got 3"),
+        ({(): 0.1}, r"rates must be a name, or a tuple of names, of parts of cond, got \(\)"),
+    ],
+)
+def test_refuses_groups(rates, message):
+    with pytest.raises(ValueError, match=message):
+        DropConditions(rates, NO_PARTS)(jax.random.key(0), parts(2))
+
+
+def test_refuses_groups_of_what_has_no_names():
+    with pytest.raises(ValueError, match="must be one of those that there are, none with a name, got 'label'"):
+        drop_conditions(jax.random.key(0), LABELS, 7, {"label": 0.1})
+    with pytest.raises(ValueError, match="null_cond must have the structure of cond"):
+        drop_conditions(jax.random.key(0), parts(2), NO_PARTS._replace(local=0.0), {"label": 0.1})
+    with pytest.raises(ValueError, match=r"must be one of those that there are, .*, got 'local'"):
+        without(parts(2), NO_PARTS, "local")
+    with pytest.raises(ValueError, match=r"group must be a name, or a tuple of names, .*, got None"):
+        without(parts(2), NO_PARTS, None)
 
 
 # A network that knows nothing of dropping, trained with and without it. The data are N(-1, 1/4) and N(1, 1/4).
