@@ -1,6 +1,7 @@
 """Classifier-free guidance: by another velocity function, or by the same network under another condition."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -174,16 +175,7 @@ def compose(
         (Array([[-1.],
                [ 1.]], dtype=float32), 3)
     """
-    scales = list(scales) if hasattr(scales, "shape") and np.ndim(scales) else scales
-    for name, each in (("conds", conds), ("scales", scales)):
-        if not isinstance(each, list | tuple):
-            raise ValueError(f"{name} must be a list, with one for each condition, got {shown(each)}.")
-    if len(conds) != len(scales) or len(conds) == 0:
-        raise ValueError(
-            f"conds and scales must be of one length, at least 1, got {len(conds)} conditions and {len(scales)} scales."
-        )
-    for scale in scales:
-        check_scale(scale)
+    scales = _checked_scales(conds, scales)
     check_interval(interval)
     branches = _one_batch(model_fn, kind, schedule, conds, null_cond)
 
@@ -197,6 +189,83 @@ def compose(
         return total
 
     return Counted(guided, cost(branches), domain_of(branches), reach_of(branches))
+
+
+def nested(
+    model_fn: ModelFn,
+    kind: Kind,
+    schedule: Schedule,
+    conds: Sequence[Cond],
+    null_cond: Cond,
+    scales: Sequence[ArrayTree],
+    *,
+    interval: tuple[float, float] = ALWAYS,
+) -> VelocityFn:
+    """Conditions each of which adds to the one before, `v_0 + sum_i scale_i (v_i - v_{i-1})`, in one call.
+
+    Each scale asks for what its condition adds to what was known already: with `conds = [image alone, image and text]`
+    how faithful to the image, and how faithful to the text given the image. `fm_jax.conditions.without` makes the first
+    of the second, `DropConditions` a network that knows both. Computed as `v_n + sum_i (scale_i - 1) (v_i - v_{i-1})`,
+    so that scales of 1 are the velocity under the last condition, `v_n` of that call, to the bit.
+
+    Args:
+        model_fn: `model_fn(t, x, cond)`, with its parameters bound.
+        kind: what it predicts.
+        schedule: of the path it was trained on.
+        conds: the conditions, from the one that says least to the one that says all, pytrees of [batch, ...] of one
+            structure and shape.
+        null_cond: what stands for "no condition", `v_0`, as in `classifier_free_batched`.
+        scales: one for each condition, each a number or [batch].
+        interval: guidance only for t inside; the velocity under the last condition outside.
+
+    Returns:
+        `v(t, x)`; a call of it costs one network evaluation more than there are conditions, or one where all scales
+        are the number 1 (`velocity_fn` under the last condition is returned).
+
+    Raises:
+        ValueError: as `compose`.
+
+    Example:
+        >>> from fm_jax.schedules import Linear
+        >>> model_fn = Counted(lambda t, x, cond: x * cond[:, None], 1)
+        >>> v = nested(model_fn, "velocity", Linear(), [jnp.array([1, 2]), jnp.array([3, 3])], 0, [2.0, 5.0])
+        >>> v(0.5, jnp.ones((2, 1))), v.nfe
+        (Array([[12.],
+               [ 9.]], dtype=float32), 3)
+
+    References:
+        Brooks et al. 2023, "InstructPix2Pix: Learning to Follow Image Editing Instructions", equation 3.
+    """
+    scales = _checked_scales(conds, scales)
+    check_interval(interval)
+    branches = _one_batch(model_fn, kind, schedule, conds, null_cond)
+    if all(is_number(scale, 1) for scale in scales):
+        return velocity_fn(model_fn, kind, schedule, conds[-1])
+
+    def guided(t: Time, x: State) -> State:
+        *conditional, unconditional = branches(t, x)
+        velocity = conditional[-1]
+        for scale, each, before in zip(scales, conditional, [unconditional, *conditional], strict=False):
+            scale_t = scale_at(scale, t, x, interval=interval, outside=1)
+            velocity = velocity + expand_time(scale_t - 1, x) * (each - before)
+        return velocity
+
+    return Counted(guided, cost(branches), domain_of(branches), reach_of(branches))
+
+
+def _checked_scales(conds: Any, scales: Any) -> Sequence[ArrayTree]:
+    """One scale for each condition, or `ValueError`."""
+    scales = list(scales) if hasattr(scales, "shape") and np.ndim(scales) else scales
+    for name, each in (("conds", conds), ("scales", scales)):
+        if not isinstance(each, list | tuple):
+            raise ValueError(f"{name} must be a list, with one for each condition, got {shown(each)}.")
+    if len(conds) != len(scales) or len(conds) == 0:
+        raise ValueError(
+            f"conds and scales must be of one length, at least 1, got {len(conds)} conditions and {len(scales)} scales."
+        )
+    for scale in scales:
+        check_scale(scale)
+    return scales
 
 
 def _one_batch(

@@ -6,7 +6,10 @@ import scipy.integrate
 import scipy.stats
 
 from fm_jax import oracles
+from fm_jax.conditions import without
 from fm_jax.guidance import ZeroStar, classifier_free, classifier_free_batched, compose
+from fm_jax.guidance.classifier_free import nested
+from fm_jax.models.conditioning import Conditions
 from fm_jax.nfe import Counted, cost
 from fm_jax.parameterization import convert
 from fm_jax.samplers import RungeKutta, sample
@@ -194,6 +197,84 @@ def test_compose_samples_the_product_of_gaussians(x64):
     np.testing.assert_allclose(end, oracles.flow_map(product, LINEAR, 0.0, 1.0, x0), atol=1e-6)
 
 
+# Conditions each of which adds to the one before
+
+
+@pytest.mark.parametrize("kind", ["velocity", "noise"])
+def test_nested_scales_what_each_condition_adds(kind):
+    first, second, none = three_velocities()
+    scales = [1.5, jnp.array([-1.0, 0.0, 7.5])]
+    model_fn = Counted(class_model(kind, LINEAR), 1)
+    v = nested(model_fn, kind, LINEAR, [CLASSES, 1 - CLASSES], 2, scales)
+    expected = none + 1.5 * (first - none) + scales[1][:, None] * (second - first)
+    np.testing.assert_allclose(v(T, X), expected, rtol=1e-4, atol=1e-5)
+    assert v.nfe == 3
+
+
+def test_nested_is_the_equation_of_instruct_pix2pix():
+    """v(0, 0) + s_I (v(c_I, 0) - v(0, 0)) + s_T (v(c_I, c_T) - v(c_I, 0)), with parts left out by name."""
+
+    def model_fn(t, x, cond):
+        told = jnp.where(cond.mask, cond.tokens[..., 0], 0.0).sum(axis=1, keepdims=True)
+        return jnp.sin(x + cond.local + 3 * told * jnp.cos(cond.local) + t[:, None])
+
+    cond = Conditions(local=X + 1, tokens=jnp.array([[[2.0], [1.0]]] * 3), mask=jnp.array([[True, False]] * 3))
+    null_cond = Conditions(local=0.0, tokens=0.0, mask=False)
+    image = without(cond, null_cond, ("tokens", "mask"))
+    v = nested(model_fn, "velocity", LINEAR, [image, cond], null_cond, [1.2, 7.5])
+    t, c_i, c_t = T[:, None], X + 1, 2.0
+    field = lambda c_i, c_t: jnp.sin(X + c_i + 3 * c_t * jnp.cos(c_i) + t)  # noqa: E731
+    expected = field(0, 0) + 1.2 * (field(c_i, 0) - field(0, 0)) + 7.5 * (field(c_i, c_t) - field(c_i, 0))
+    np.testing.assert_allclose(v(T, X), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("one", [1.0, jnp.ones(3)], ids=["number", "batch"])
+def test_nested_scales_of_one_are_the_last_condition_to_the_bit(one):
+    model_fn = class_model("noise", LINEAR)
+    conds = [CLASSES, 1 - CLASSES]
+    v = nested(Counted(model_fn, 1), "noise", LINEAR, conds, 2, [one, one])
+    expected = nested(model_fn, "noise", LINEAR, [1 - CLASSES], 2, [1])(T, X)
+    np.testing.assert_array_equal(v(T, X), expected)
+    assert cost(v) == (1 if isinstance(one, float) else 3)
+
+
+def test_nested_outside_the_interval_is_the_last_condition():
+    first, second, none = three_velocities()
+    v = nested(
+        class_model("velocity", LINEAR), "velocity", LINEAR, [CLASSES, 1 - CLASSES], 2, [3.0, 2.0], interval=(0.4, 0.6)
+    )
+    inside = none + 3 * (first - none) + 2 * (second - first)
+    expected = jnp.where((T == 0.5)[:, None], inside, second)
+    np.testing.assert_allclose(v(T, X), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_nested_of_one_is_classifier_free_and_is_called_once():
+    model_fn, options = class_model("velocity", LINEAR), {"interval": (0.4, 0.6)}
+    one = nested(model_fn, "velocity", LINEAR, [CLASSES], 2, [3.0], **options)(T, X)
+    same = classifier_free_batched(model_fn, "velocity", LINEAR, CLASSES, 2, 3.0, **options)(T, X)
+    np.testing.assert_allclose(one, same, rtol=1e-5, atol=1e-6)
+    nested(model_fn, "velocity", LINEAR, [CLASSES, 1 - CLASSES], 2, [3.0, 2.0])(T, X)
+    assert model_fn.batches == [6, 6, 9]
+
+
+@pytest.mark.parametrize(("guide", "weights"), [(compose, (1.5, 7.0)), (nested, (1.5 - 7.0, 7.0))])
+def test_samples_the_tilted_gaussian_of_several_conditions(guide, weights, x64):
+    """Of one covariance: v_0 + sum_i w_i (v_i - v_0) is the velocity of the mean m_0 + sum_i w_i (m_i - m_0)."""
+    covariance = np.array([[0.5, 0.2], [0.2, 0.3]])
+    means = np.array([[2.0, 0.0], [2.0, 0.5], [-0.5, 0.5]])
+    law = lambda mean: oracles.gaussian_mixture([mean], [covariance])  # noqa: E731
+    models = [oracles.velocity(law(mean), LINEAR) for mean in means]
+
+    def model_fn(t, x, cond):
+        return sum(jnp.where(cond[:, None] == i, model(t, x), 0) for i, model in enumerate(models))
+
+    x0, conds = np.asarray(X, dtype=float), [np.zeros(3, dtype=int), np.ones(3, dtype=int)]
+    v = guide(model_fn, "velocity", LINEAR, conds, 2, [1.5, 7.0])
+    tilted = law(means[2] + weights[0] * (means[0] - means[2]) + weights[1] * (means[1] - means[2]))
+    end = jax.jit(lambda x: sample(v, x, RK4, times=200).x)(x0)
+    np.testing.assert_allclose(end, oracles.flow_map(tilted, LINEAR, 0.0, 1.0, x0), atol=1e-6)
+
+
 # What guidance samples: p_c^scale p_u^(1 - scale), and when not
 
 
@@ -312,8 +393,9 @@ def test_bad_input_is_refused(options, message):
         classifier_free(v_cond, v_uncond, scale, **options)
     with pytest.raises(ValueError, match=message):
         classifier_free_batched(v_cond, "velocity", LINEAR, CLASSES, 0, scale, **options)
-    with pytest.raises(ValueError, match=message):
-        compose(v_cond, "velocity", LINEAR, [CLASSES] * 2, 0, [1.0, scale], **options)
+    for guide in (compose, nested):
+        with pytest.raises(ValueError, match=message):
+            guide(v_cond, "velocity", LINEAR, [CLASSES] * 2, 0, [1.0, scale], **options)
 
 
 def test_branches_of_another_shape_are_refused():
@@ -330,6 +412,7 @@ def test_a_scale_of_another_batch_is_refused():
         classifier_free(v_cond, v_uncond, jnp.ones(2)),
         classifier_free_batched(class_model("velocity", LINEAR), "velocity", LINEAR, CLASSES, 2, jnp.ones(2)),
         compose(class_model("velocity", LINEAR), "velocity", LINEAR, [CLASSES], 2, [jnp.ones(2)]),
+        nested(class_model("velocity", LINEAR), "velocity", LINEAR, [CLASSES], 2, [jnp.ones(2)]),
     ):
         with pytest.raises(ValueError, match=message):
             v(T, X)
@@ -339,11 +422,16 @@ def test_bad_conditions_are_refused():
     message = "cond must be given: classifier-free guidance needs a condition to guide towards."
     with pytest.raises(ValueError, match=message):
         classifier_free_batched(v_cond, "velocity", LINEAR, None, 0, 2.0)
-    with pytest.raises(ValueError, match=message):
-        compose(v_cond, "velocity", LINEAR, [CLASSES, None], 0, [2.0, 1.0])
-    with pytest.raises(ValueError, match="of one length, at least 1, got 0 conditions and 0 scales"):
-        compose(v_cond, "velocity", LINEAR, [], 0, [])
-    with pytest.raises(ValueError, match="of one length, at least 1, got 2 conditions and 1 scales"):
-        compose(v_cond, "velocity", LINEAR, [CLASSES] * 2, 0, [1.0])
+    for guide in (compose, nested):
+        with pytest.raises(ValueError, match=message):
+            guide(v_cond, "velocity", LINEAR, [CLASSES, None], 0, [2.0, 1.0])
+        with pytest.raises(ValueError, match="of one length, at least 1, got 0 conditions and 0 scales"):
+            guide(v_cond, "velocity", LINEAR, [], 0, [])
+        with pytest.raises(ValueError, match="of one length, at least 1, got 2 conditions and 1 scales"):
+            guide(v_cond, "velocity", LINEAR, [CLASSES] * 2, 0, [1.0])
+        with pytest.raises(ValueError, match=r"scales must be a list, with one for each condition, got 2.0"):
+            guide(v_cond, "velocity", LINEAR, [CLASSES], 0, 2.0)
+    with pytest.raises(ValueError, match=r"got another in conds\[1\] than in conds\[0\]"):
+        nested(v_cond, "velocity", LINEAR, [CLASSES, X], 0, [2.0, 1.0])
     with pytest.raises(ValueError, match="kind must be one of"):
         classifier_free_batched(lambda t, x, cond: x, "x0", LINEAR, CLASSES, 0, 2.0)
