@@ -128,7 +128,13 @@ def _text(path: str) -> str:
         return ""
 
 
-def watched(items: Iterable[T], total: int, what: str, progress: bool | None = None) -> Iterator[T]:
+def watched(
+    items: Iterable[T],
+    total: int,
+    what: str,
+    progress: bool | None = None,
+    verb: tuple[str, str] = ("reading", "Read"),
+) -> Iterator[T]:
     """Passes on what takes a while to read, and shows how far it is.
 
     Args:
@@ -136,6 +142,7 @@ def watched(items: Iterable[T], total: int, what: str, progress: bool | None = N
         total: how many there will be.
         what: they are, such as "pictures".
         progress: `None` for a bar on a terminal and a line now and then elsewhere, `False` for neither.
+        verb: what is done to them, as it is said beside the bar and in a line.
     """
     if progress is not False and sys.stderr is not None and sys.stderr.isatty():
         try:
@@ -143,11 +150,11 @@ def watched(items: Iterable[T], total: int, what: str, progress: bool | None = N
         except ImportError:
             pass
         else:
-            yield from tqdm(items, total=total, unit=f" {what}", desc="reading", leave=False, dynamic_ncols=True)
+            yield from tqdm(items, total=total, unit=f" {what}", desc=verb[0], leave=False, dynamic_ncols=True)
             return
     said = time.monotonic()
     for number, item in enumerate(items, 1):
         if progress is not False and time.monotonic() - said > _SECONDS:
             said = time.monotonic()
-            print(f"Read {number:,} of {total:,} {what}.", flush=True)
+            print(f"{verb[1]} {number:,} of {total:,} {what}.", flush=True)
         yield item
