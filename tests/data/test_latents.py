@@ -72,7 +72,10 @@ def test_means_and_deviations_of_images_and_of_mirrored_ones(latents):
     ]
 
 
-def test_statistics_equal_those_of_numpy(latents):
+@pytest.mark.parametrize("chunk", [16, 1024])
+def test_statistics_equal_those_of_numpy(chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr("fm_jax.data.encoding._CHUNK", chunk)
+    latents = written(tmp_path, flip=True)
     parts = [expected(TRAIN.images, mirrored) for mirrored in (False, True)]
     mean, std = (np.concatenate([part[i].reshape(-1, 4) for part in parts]).astype(np.float64) for i in (0, 1))
     np.testing.assert_allclose(latents.mean, mean.mean(0), rtol=1e-12)
