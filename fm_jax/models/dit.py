@@ -11,6 +11,7 @@ from fm_jax.models.attention import layer_norm
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import OURS, Border, check_border
 from fm_jax.models.embed import add_condition
+from fm_jax.models.in_sequence import MaskedSelfAttention, append_tokens, check_token_dim, fields_read
 from fm_jax.models.layers import SelfAttention, TimeEmbedding, check_image, check_options, zeros
 from fm_jax.models.stack import run_blocks
 from fm_jax.shapes import batch_time
@@ -102,15 +103,19 @@ class DiTBlock(nn.Module):
     compute: Compute = Compute()
 
     @nn.compact
-    def __call__(self, x: Array, emb: Array, train: bool) -> Array:
-        """Maps tokens [batch, tokens, d] and the embedding [batch, d] to tokens [batch, tokens, d]."""
+    def __call__(self, x: Array, emb: Array, mask: Array | None, train: bool) -> Array:
+        """Maps tokens [batch, tokens, d], seen where `mask` is, and the embedding [batch, d] to the same tokens."""
         width, dtype = x.shape[-1], self.compute.dtype
         modulation = nn.Dense(6 * width, kernel_init=zeros, dtype=dtype, name="modulation")(nn.silu(emb))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation[:, None, :], 6, axis=-1)
         drop = nn.Dropout(self.dropout, deterministic=not train)
 
         h = modulate(layer_norm(dtype, "norm_attention")(x), shift_a, scale_a)
-        h = SelfAttention(self.num_heads, xavier, xavier, self.compute, name="attention")(h)
+        options = self.num_heads, xavier, xavier, self.compute
+        if mask is None:
+            h = SelfAttention(*options, name="attention")(h)
+        else:
+            h = MaskedSelfAttention(*options, name="attention")(h, mask)
         x = x + gate_a * drop(h)
 
         h = modulate(layer_norm(dtype, "norm_mlp", epsilon=self.norm_mlp_epsilon)(x), shift_m, scale_m)
@@ -144,6 +149,9 @@ class DiT(nn.Module):
             `num_layers`. The parameters of the blocks are stacked on a first axis: `fm_jax.models.stack_layers` makes
             them of those of the unrolled network, and the outputs are the same up to rounding. Initial parameters and
             dropout have the same law, and other draws.
+        token_dim: width of tokens that join the sequence of patches and are seen by every block; `cond` is then
+            `Conditions` with `tokens` [batch, m, token_dim], the `mask` of which are there, and what `embed` reads.
+            Without tokens, `Conditions()` or `None`, the patches are alone, as if all were masked.
 
     References:
         Peebles & Xie 2022, "Scalable Diffusion Models with Transformers", section 3.2 and figure 3.
@@ -162,11 +170,13 @@ class DiT(nn.Module):
     norm_mlp_epsilon: float = 1e-6
     compute: Compute = Compute()
     scan_layers: bool = False
+    token_dim: int | None = None
 
     def __post_init__(self) -> None:
         check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
         check_bool("scan_layers", self.scan_layers)
         check_border(self.border)
+        check_token_dim(self.token_dim, self.embed)
         for name in ("patch_size", "hidden", "num_layers", "num_heads"):
             check_integer(name, getattr(self, name))
         if self.out_channels is not None:
@@ -187,7 +197,7 @@ class DiT(nn.Module):
         Args:
             t: time, scalar or [batch].
             x: images, [batch, height, width, channels].
-            cond: what `embed` takes, or `None` for "no condition".
+            cond: what `embed` takes, or `Conditions` that hold it, and tokens; `None` for "no condition".
             train: whether dropout is on; it draws from the `"dropout"` key.
 
         Returns:
@@ -200,13 +210,17 @@ class DiT(nn.Module):
         x = x.astype(jnp.float32)
         _, height, width, channels = x.shape
         time = TimeEmbedding(256, self.hidden, 1.0, self.frequency_shift, kernel_init=small_normal, name="time")
-        emb = add_condition(time(self.border.time(batch_time(t, x))), self.embed, cond)
-        dtype = self.compute.dtype
+        taken = fields_read(self.token_dim, cond)
+        emb = add_condition(time(self.border.time(batch_time(t, x))), self.embed, cond, taken)
+        dtype, mask = self.compute.dtype, None
 
         # A product with the cut patches is the strided convolution of the paper, and fast inside loops on CPU too.
         h = nn.Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="patches")(patchify(x, self.patch_size))
         position = position_features(height // self.patch_size, width // self.patch_size, self.hidden)
         h = h + jnp.asarray(position, dtype=dtype)[None]
+        num_patches = h.shape[1]
+        if self.token_dim is not None:
+            h, mask = append_tokens(h, cond, self.token_dim, dtype)
 
         options = {
             "num_heads": self.num_heads,
@@ -216,7 +230,8 @@ class DiT(nn.Module):
             "compute": self.compute,
         }
         scan, remat = self.scan_layers, self.compute.remat
-        h = run_blocks(DiTBlock, options, self.num_layers, h, emb, train=train, scan=scan, remat=remat)
+        h = run_blocks(DiTBlock, options, self.num_layers, h, emb, mask, train=train, scan=scan, remat=remat)
+        h = h[:, :num_patches] if self.token_dim is not None else h
 
         shift, scale = jnp.split(
             nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(nn.silu(emb))[:, None, :], 2, axis=-1

@@ -9,17 +9,19 @@ what says so for one example, the `null_cond` of `fm_jax.conditions` and of guid
 | `VectorEmbedding(dim)` | vectors [batch, dim] | `0.0` |
 | `TokenEmbedding(num_tokens)` | `{"tokens": [batch, n], "mask": [batch, n]}` | `{"tokens": 0, "mask": False}` |
 
-Any Linen module that is called like these is one.
+Any Linen module that is called like these is one. Of `Conditions` an `embed` gets the fields that it `reads`: the value
+of one, or a dict of several; the label where it does not say.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
 from fm_jax.checks import check_array, check_integer, check_setting, is_traced
+from fm_jax.models.conditioning import Conditions
 from fm_jax.models.layers import zeros
 from fm_jax.types import Array, Cond
 
@@ -96,6 +98,7 @@ class VectorEmbedding(nn.Module):
         True
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("vector",)
     dim: int
 
     def __post_init__(self) -> None:
@@ -156,6 +159,7 @@ class TokenEmbedding(nn.Module):
         Zaheer et al. 2017 (arXiv:1703.06114, theorem 2), with the mean for the sum and the identity for rho.
     """
 
+    reads: ClassVar[tuple[str, ...]] = ("tokens", "mask")
     num_tokens: int
     stddev: float = 1.0
 
@@ -240,7 +244,7 @@ def rows(table: Array, indices: Array) -> Array:
     return jnp.asarray(table).at[indices].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
-def add_condition(emb: Array, embed: nn.Module | None, cond: Cond) -> Array:
+def add_condition(emb: Array, embed: nn.Module | None, cond: Cond, taken: tuple[str, ...] = ()) -> Array:
     """The time embedding plus what `embed` says of the condition: all that a network's blocks get to know.
 
     Notebooks: (9.3).
@@ -248,14 +252,18 @@ def add_condition(emb: Array, embed: nn.Module | None, cond: Cond) -> Array:
     Args:
         emb: time embedding, float32 [batch, features].
         embed: module as those of this file; `None` where the network is unconditional.
-        cond: what `embed` takes, or `None`.
+        cond: what `embed` takes, `Conditions` that hold it, or `None`.
+        taken: fields of `Conditions` that the network itself reads.
 
     Returns:
         float32 [batch, features].
 
     Raises:
-        ValueError: if there is a `cond` and no `embed`, or `embed` returns another shape.
+        ValueError: if there is a `cond` and no `embed`, a field of `Conditions` that nobody reads, or `embed` returns
+            another shape.
     """
+    if isinstance(cond, Conditions):
+        cond = _read(embed, cond, taken)
     if embed is None:
         if cond is not None:
             raise ValueError("cond must be None: the model is unconditional (embed=None).")
@@ -266,3 +274,14 @@ def add_condition(emb: Array, embed: nn.Module | None, cond: Cond) -> Array:
     if vector.shape != emb.shape:
         raise ValueError(f"embed must return [batch, features] = {emb.shape}, got shape {vector.shape}.")
     return emb + vector.astype(jnp.float32)
+
+
+def _read(embed: nn.Module | None, cond: Conditions, taken: tuple[str, ...]) -> Cond:
+    """What `embed` reads of the conditions, `None` where that is not there."""
+    reads: tuple[str, ...] = () if embed is None else getattr(embed, "reads", ("label",))
+    there = {name: value for name, value in zip(cond._fields, cond, strict=True) if value is not None}
+    if unread := [name for name in there if name not in (*reads, *taken)]:
+        who = "the model is unconditional (embed=None)" if embed is None else f"embed reads {' and '.join(reads)}"
+        raise ValueError(f"cond must have no {', no '.join(unread)}: {who}.")
+    found = {name: there[name] for name in reads if name in there}
+    return found.get(reads[0]) if len(reads) == 1 else found or None

@@ -12,6 +12,7 @@ from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import SIT, Border, check_border
 from fm_jax.models.dit import modulate, patchify, position_features, small_normal, unpatchify
 from fm_jax.models.embed import add_condition
+from fm_jax.models.in_sequence import append_tokens, check_token_dim, fields_read
 from fm_jax.models.layers import TimeEmbedding, check_image, check_options, zeros
 from fm_jax.models.stack import run_blocks
 from fm_jax.shapes import batch_time
@@ -27,8 +28,8 @@ class LightningBlock(nn.Module):
     compute: Compute = Compute()
 
     @nn.compact
-    def __call__(self, x: Array, emb: Array, angles: Array, train: bool) -> Array:
-        """Maps tokens [batch, tokens, d], the embedding [batch, d] and angles [tokens, d / heads / 2] to tokens."""
+    def __call__(self, x: Array, emb: Array, angles: Array, mask: Array | None, train: bool) -> Array:
+        """Maps tokens [batch, n, d], seen where `mask` is, with emb [batch, d] and angles [n, d / heads / 2]."""
         width, dtype = x.shape[-1], self.compute.dtype
         modulation = nn.Dense(6 * width, kernel_init=zeros, dtype=dtype, name="modulation")(nn.silu(emb))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation[:, None, :], 6, axis=-1)
@@ -39,7 +40,8 @@ class LightningBlock(nn.Module):
             to_heads(self.num_heads, width // self.num_heads, dtype, f"attention_{name}")(h)
             for name in ("query", "key", "value")
         )
-        h = attend(apply_rope(q, angles), apply_rope(k, angles), v, implementation=self.compute.attention)
+        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        h = attend(q, k, v, mask=mask, implementation=self.compute.attention)
         x = x + gate_a * drop(from_heads(width, dtype, "attention_out")(h))
 
         h = modulate(rms_norm(dtype, "norm_mlp")(x), shift_m, scale_m)
@@ -63,6 +65,7 @@ class LightningDiT(nn.Module):
         border: between our time and sign and those of the network.
         compute: dtype, attention and rematerialisation.
         scan_layers: whether the blocks are one stacked block in a loop, as in `DiT`.
+        token_dim: width of tokens in the sequence, as in `DiT`; they do not turn.
 
     References:
         Yao et al. 2025, "Reconstruction vs. Generation: Taming Optimization Dilemma in Latent Diffusion Models",
@@ -80,11 +83,13 @@ class LightningDiT(nn.Module):
     border: Border = SIT
     compute: Compute = Compute()
     scan_layers: bool = True
+    token_dim: int | None = None
 
     def __post_init__(self) -> None:
         check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
         check_bool("scan_layers", self.scan_layers)
         check_border(self.border)
+        check_token_dim(self.token_dim, self.embed)
         for name in ("patch_size", "hidden", "num_layers", "num_heads"):
             check_integer(name, getattr(self, name))
         for name in ("mlp_hidden", "out_channels"):
@@ -104,7 +109,7 @@ class LightningDiT(nn.Module):
         Args:
             t: time, scalar or [batch].
             x: latents, [batch, height, width, channels].
-            cond: what `embed` takes, or `None` for "no condition".
+            cond: what `embed` takes, or `Conditions` that hold it, and tokens; `None` for "no condition".
             train: whether dropout is on; it draws from the `"dropout"` key.
 
         Returns:
@@ -118,14 +123,18 @@ class LightningDiT(nn.Module):
         _, height, width, channels = x.shape
         rows, columns = height // self.patch_size, width // self.patch_size
         time = TimeEmbedding(256, self.hidden, time_scale=1.0, kernel_init=small_normal, name="time")
-        emb = add_condition(time(self.border.time(batch_time(t, x))), self.embed, cond)
-        dtype = self.compute.dtype
+        taken = fields_read(self.token_dim, cond)
+        emb = add_condition(time(self.border.time(batch_time(t, x))), self.embed, cond, taken)
+        dtype, mask = self.compute.dtype, None
 
         h = nn.Dense(self.hidden, dtype=dtype, name="patches")(patchify(x, self.patch_size))
         h = h + jnp.asarray(position_features(rows, columns, self.hidden), dtype)[None]
         half = self.hidden // self.num_heads // 2
         ids = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1).reshape(-1, 2)
-        angles = jnp.asarray(rope_angles(ids, (half, half)), jnp.float32)
+        angles = np.asarray(rope_angles(ids, (half, half)))
+        if self.token_dim is not None:
+            h, mask = append_tokens(h, cond, self.token_dim, dtype)
+            angles = np.pad(angles, ((0, h.shape[1] - rows * columns), (0, 0)))  # they do not turn
 
         options = {
             "num_heads": self.num_heads,
@@ -134,7 +143,9 @@ class LightningDiT(nn.Module):
             "compute": self.compute,
         }
         scan, remat = self.scan_layers, self.compute.remat
-        h = run_blocks(LightningBlock, options, self.num_layers, h, emb, angles, train=train, scan=scan, remat=remat)
+        args = (emb, jnp.asarray(angles, jnp.float32), mask)
+        h = run_blocks(LightningBlock, options, self.num_layers, h, *args, train=train, scan=scan, remat=remat)
+        h = h[:, : rows * columns] if self.token_dim is not None else h
 
         modulation = nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(nn.silu(emb))[:, None, :]
         shift, scale = jnp.split(modulation, 2, axis=-1)

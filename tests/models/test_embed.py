@@ -1,12 +1,14 @@
 """What each `embed` says of a condition, and of none."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fm_jax.conditions import null_like
-from fm_jax.models import LabelEmbedding, TokenEmbedding, VectorEmbedding
+from fm_jax.models import Conditions, LabelEmbedding, TokenEmbedding, VectorEmbedding
+from fm_jax.models.embed import add_condition
 
 FEATURES = 5
 LABELS = jnp.array([2, 0, 1, 2])
@@ -164,3 +166,49 @@ def test_the_row_of_none_is_no_token(last):
 def test_refuses(build, cond, message):
     with pytest.raises(ValueError, match=message):
         build().init(jax.random.key(0), cond, FEATURES, 4)
+
+
+class Joined(nn.Module):
+    """An `embed` of one's own that reads two fields."""
+
+    reads = ("label", "vector")
+
+    def __call__(self, cond, features, batch_size):
+        return jnp.ones((batch_size, features)) * (cond["label"][:, None] + cond["vector"].sum(axis=1, keepdims=True))
+
+
+class Plain(nn.Module):
+    """An `embed` of one's own that does not say what it reads."""
+
+    def __call__(self, cond, features, batch_size):
+        return jnp.ones((batch_size, features)) * (0 if cond is None else cond[:, None])
+
+
+@pytest.mark.parametrize("name", EMBEDS)
+def test_of_conditions_an_embed_reads_its_fields(name):
+    module, cond, _ = EMBEDS[name]
+    told = Conditions(**cond) if name == "tokens" else Conditions(**{name: cond})
+    params, emb = random_params(module), jnp.ones((4, FEATURES))
+    call = nn.apply(lambda module, cond: add_condition(emb, module, cond), module)
+    np.testing.assert_array_equal(call({"params": params}, told), call({"params": params}, cond))
+    np.testing.assert_array_equal(call({"params": params}, Conditions()), call({"params": params}, None))
+    beside = told._replace(guidance=jnp.ones(4))
+    with pytest.raises(ValueError, match=f"cond must have no guidance: embed reads {' and '.join(told_names(told))}"):
+        call({"params": params}, beside)
+    taken = nn.apply(lambda module, cond: add_condition(emb, module, cond, ("guidance",)), module)
+    np.testing.assert_array_equal(taken({"params": params}, beside), call({"params": params}, cond))
+
+
+def told_names(cond):
+    return [name for name, value in cond._asdict().items() if value is not None]
+
+
+def test_an_embed_of_ones_own_reads_what_it_says_and_else_the_label():
+    told, emb = Conditions(label=LABELS, vector=VECTORS), jnp.zeros((4, FEATURES))
+    np.testing.assert_allclose(add_condition(emb, Joined(), told)[:, 0], LABELS + VECTORS.sum(axis=1), rtol=1e-6)
+    np.testing.assert_array_equal(add_condition(emb, Plain(), Conditions(label=LABELS))[:, 0], LABELS)
+    with pytest.raises(ValueError, match="cond must have no vector: embed reads label"):
+        add_condition(emb, Plain(), told)
+    with pytest.raises(ValueError, match=r"cond must have no vector, no label: the model is unconditional"):
+        add_condition(emb, None, told)
+    assert add_condition(emb, None, Conditions()) is emb
