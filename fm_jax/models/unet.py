@@ -8,7 +8,8 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_bool, check_integer, check_member, check_setting, shown
 from fm_jax.models.compute import Compute
-from fm_jax.models.conditioning import OURS, Border, check_border
+from fm_jax.models.conditioning import OURS, Border, Conditions, check_border
+from fm_jax.models.crossdit import check_fields, check_tokens
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import (
     TimeEmbedding,
@@ -23,7 +24,7 @@ from fm_jax.models.layers import (
     space_to_depth,
     zeros,
 )
-from fm_jax.models.unet_blocks import AttentionBlock, ResBlock
+from fm_jax.models.unet_blocks import AttentionBlock, ResBlock, TokenBlock
 from fm_jax.shapes import batch_time
 from fm_jax.types import Array, Cond
 
@@ -54,6 +55,8 @@ class UNet(nn.Module):
         num_groups: upper limit for the number of groups of the normalisation, see `num_norm_groups`.
         dropout: dropout rate inside residual blocks.
         embed: module from a condition to a vector, see `fm_jax.models.embed`; `None` for an unconditional field.
+        token_dim: channels of `cond.tokens` [batch, n, token_dim], such as encoded text, that the pixels attend to
+            behind every attention, where `cond.mask` [batch, n] is; `cond` is then a `Conditions`. `None` for none.
         compute: dtype, attention and rematerialisation.
         in_channels: channels of the input, where they are to be checked; the rules of files need them.
         time_channels: number of time features, a quarter of the width of their embedding; `channels` by default.
@@ -81,6 +84,7 @@ class UNet(nn.Module):
     num_groups: int = 32
     dropout: float = 0.0
     embed: nn.Module | None = None
+    token_dim: int | None = None
     compute: Compute = Compute()
     in_channels: int | None = None
     time_channels: int | None = None
@@ -103,7 +107,7 @@ class UNet(nn.Module):
             raise ValueError(f"down_padding must be (1, 1) or (0, 1), got {shown(self.down_padding)}.")
         for name in ("channels", "num_blocks", "num_heads", "num_groups", "patch_size"):
             check_integer(name, getattr(self, name))
-        for name in ("head_channels", "out_channels", "in_channels", "time_channels"):
+        for name in ("head_channels", "out_channels", "in_channels", "time_channels", "token_dim"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name))
         num_levels = len(self.channel_mults)
@@ -128,7 +132,8 @@ class UNet(nn.Module):
         Args:
             t: time, scalar or [batch].
             x: images, [batch, height, width, channels].
-            cond: what `embed` takes, or `None` for "no condition".
+            cond: what `embed` takes, or `None` for "no condition"; with `token_dim`, `Conditions` with the tokens, and
+                what `embed` takes.
             train: whether dropout is on; it draws from the `"dropout"` key.
 
         Returns:
@@ -144,11 +149,13 @@ class UNet(nn.Module):
         if self.in_channels not in (None, channels):
             raise ValueError(f"x must have {self.in_channels} channels, got shape {(*x.shape[:3], channels)}.")
         emb = self._time(batch_time(t, x))
-        emb = add_condition(emb, self.embed, cond)
+        tokens, mask = self._tokens(x, cond)
+        emb = add_condition(emb, self.embed, cond, () if self.token_dim is None else ("tokens", "mask"))
         dtype, epsilon = self.compute.dtype, self.norm_epsilon
         # Names are explicit so that parameters do not depend on `remat`, which renames classes.
         res_block = nn.remat(ResBlock, static_argnums=(3,)) if self.compute.remat else ResBlock
         attention_block = nn.remat(AttentionBlock) if self.compute.remat else AttentionBlock
+        token_block = nn.remat(TokenBlock) if self.compute.remat else TokenBlock
 
         def residual(h: Array, features: int, name: str, resize: Callable[[Array], Array] | None = None) -> Array:
             options = self.film, self.dropout, self.num_groups, self.compute, resize, epsilon
@@ -156,7 +163,10 @@ class UNet(nn.Module):
 
         def attend(h: Array, name: str) -> Array:
             heads = self.num_heads if self.head_channels is None else h.shape[-1] // self.head_channels
-            return attention_block(heads, self.num_groups, self.compute, epsilon, name=name)(h)
+            h = attention_block(heads, self.num_groups, self.compute, epsilon, name=name)(h)
+            if tokens is None:
+                return h
+            return token_block(heads, self.num_groups, self.compute, epsilon, name=f"{name}_tokens")(h, tokens, mask)
 
         def down(h: Array, name: str) -> Array:
             if self.resample == "resblock":
@@ -198,6 +208,14 @@ class UNet(nn.Module):
         out_channels = x.shape[-1] if self.out_channels is None else self.out_channels * self.patch_size**2
         h = conv3x3(out_channels, jnp.float32, "out", init=zeros)(h)
         return self.border.output(depth_to_space(h, self.patch_size))
+
+    def _tokens(self, x: Array, cond: Cond) -> tuple[Array | None, Array | None]:
+        """The tokens and which of them are seen, or `ValueError` for what are not those of this network."""
+        if self.token_dim is None:
+            return None, None
+        given = check_fields(cond, cond._fields if isinstance(cond, Conditions) else (), "tokens=..., mask=...")
+        check_tokens(given.tokens, given.mask, x.shape[0], self.token_dim)
+        return given.tokens, given.mask
 
     def _time(self, t: Array) -> Array:
         """Embeds our time [batch]."""

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from fm_jax.checks import check_integer, check_setting
+from fm_jax.models.attention import attend, to_heads
 from fm_jax.models.compute import Compute
 from fm_jax.models.embed import look_up
 from fm_jax.models.layers import SelfAttention, conv3x3, group_norm, zeros
@@ -72,6 +73,25 @@ class AttentionBlock(nn.Module):
         h = norm(x).reshape(x.shape[0], -1, x.shape[-1])
         attend = SelfAttention(self.num_heads, out_init=zeros, compute=self.compute, name="attention")
         return x + attend(h).reshape(x.shape)
+
+
+class TokenBlock(nn.Module):
+    """Attention of the pixels to tokens, such as encoded text, added to the input; the identity at initialisation."""
+
+    num_heads: int
+    num_groups: int
+    compute: Compute = Compute()
+    norm_epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Array, tokens: Array, mask: Array | None) -> Array:
+        """Maps `x` [batch, h, w, c], which asks, and `tokens` [batch, n, d], seen where `mask` is, to `x`'s shape."""
+        (batch, _, _, width), dtype = x.shape, self.compute.dtype
+        h = group_norm(width, self.num_groups, dtype, "norm", epsilon=self.norm_epsilon)(x).reshape(batch, -1, width)
+        q = to_heads(self.num_heads, width // self.num_heads, dtype, "query")(h)
+        k, v = (to_heads(self.num_heads, width // self.num_heads, dtype, name)(tokens) for name in ("key", "value"))
+        h = attend(q, k, v, mask=mask, implementation=self.compute.attention).reshape(batch, -1, width)
+        return x + nn.Dense(width, kernel_init=zeros, dtype=dtype, name="out")(h).reshape(x.shape)
 
 
 class ClassEmbedding(nn.Module):

@@ -16,11 +16,9 @@ from fm_jax.models.layers import (
     check_options,
     check_widths,
     conv3x3,
-    depth_to_space,
     double,
     group_norm,
     sinusoidal_features,
-    space_to_depth,
     zeros,
 )
 from fm_jax.models.stack import run_blocks
@@ -40,10 +38,8 @@ class VectorEmbedding(nn.Module):
     def __call__(self, vector: Any) -> Array:
         """Maps `vector` [batch, pooled + num_sizes] to float32 [batch, features]."""
         pooled, sizes = jnp.split(vector.astype(jnp.float32), [vector.shape[1] - self.num_sizes], axis=1)
-        h = pooled
-        if self.num_sizes:
-            waves = sinusoidal_features(sizes.reshape(-1), self.size_features, scale=1.0)
-            h = jnp.concatenate([pooled, waves.reshape(vector.shape[0], -1)], axis=1)
+        waves = sinusoidal_features(sizes.reshape(-1), self.size_features, scale=1.0)
+        h = jnp.concatenate([pooled, waves.reshape(vector.shape[0], -1)], axis=1)
         return nn.Dense(self.features, name="out")(nn.silu(nn.Dense(self.features, name="in")(h)))
 
 
@@ -127,8 +123,7 @@ class UNetCondition(nn.Module):
         num_layers: transformer blocks in a transformer of each level, the last for the middle too.
         token_width: width of the text tokens.
         vector_width: width of the pooled text; `None` for a network that takes no `cond.vector`.
-        num_sizes, size_features: how many numbers stand behind the pooled text, 0 for none; sines and cosines of each.
-        patch_size: squares of this size become the channels of one pixel before the first convolution, as in `UNet`.
+        num_sizes, size_features: how many numbers stand behind the pooled text; sines and cosines of each.
         num_groups: groups of the normalisation; divides all widths.
         linear_projections: in files, linear layers around a transformer; otherwise, the same as 1x1 convolutions.
         dropout: dropout rate inside residual blocks.
@@ -152,7 +147,6 @@ class UNetCondition(nn.Module):
     vector_width: int | None = None
     num_sizes: int = 6
     size_features: int = 256
-    patch_size: int = 1
     num_groups: int = 32
     linear_projections: bool = False
     dropout: float = 0.0
@@ -162,9 +156,8 @@ class UNetCondition(nn.Module):
 
     def __post_init__(self) -> None:
         check_options(embed=None, dropout=self.dropout, compute=self.compute)
-        more = () if self.vector_width is None else ("vector_width", "size_features")
-        check_integer("num_sizes", self.num_sizes, least=0)
-        for name in ("in_channels", "out_channels", "num_blocks", "token_width", "num_groups", "patch_size", *more):
+        more = () if self.vector_width is None else ("vector_width", "num_sizes", "size_features")
+        for name in ("in_channels", "out_channels", "num_blocks", "token_width", "num_groups", *more):
             check_integer(name, getattr(self, name))
         for name in ("linear_projections", "scan_layers"):
             check_bool(name, getattr(self, name))
@@ -203,7 +196,7 @@ class UNetCondition(nn.Module):
             ValueError: if `x` is no image whose sides each further level can halve, or `cond` does not fit the model.
         """
         last = len(self.widths) - 1
-        check_image(x, self.patch_size * 2**last)
+        check_image(x, 2**last)
         cond = self._checked(x, cond)
         tokens, mask, dtype = cond.tokens, cond.mask, self.compute.dtype
         x = x.astype(jnp.float32)
@@ -228,7 +221,7 @@ class UNetCondition(nn.Module):
             h = residual(h, level, name)
             return look(h, level, f"{name}_transformer") if level in self.attention_levels else h
 
-        h = conv3x3(self.widths[0], dtype, "stem")(space_to_depth(x, self.patch_size))
+        h = conv3x3(self.widths[0], dtype, "stem")(x)
         skips = [h]
         for level, width in enumerate(self.widths):
             for i in range(self.num_blocks):
@@ -246,8 +239,7 @@ class UNetCondition(nn.Module):
                 h = conv3x3(self.widths[level], dtype, f"up_{level}_resample")(double(h))
 
         h = nn.silu(group_norm(h.shape[-1], self.num_groups, jnp.float32, "norm")(h))
-        h = conv3x3(self.out_channels * self.patch_size**2, jnp.float32, "out", init=zeros)(h)
-        return self.border.output(depth_to_space(h, self.patch_size))
+        return self.border.output(conv3x3(self.out_channels, jnp.float32, "out", init=zeros)(h))
 
     def _checked(self, x: Array, cond: Any) -> Conditions:
         """The conditions, or `ValueError`."""
