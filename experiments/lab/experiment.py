@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +17,13 @@ from experiments.lab.training import CONFIG, from_json, restore, sampling_params
 from fm_jax.checks import why_no_folder
 from fm_jax.conditions import DropCondition
 from fm_jax.models import init_params
-from fm_jax.types import ApplyFn, Array, Key, Params, Source
+from fm_jax.types import ApplyFn, Array, Cond, Key, Params, Source
 
-MODULES = {"images": "experiments.lab.images", "toy2d": "experiments.toy2d"}
+MODULES = {
+    "images": "experiments.lab.images",
+    "toy2d": "experiments.toy2d",
+    "text_to_image": "experiments.text_to_image",
+}
 """Where the `Config` and the `build` of a run are, by the name that its `config.json` has."""
 
 
@@ -39,6 +44,17 @@ class Experiment(NamedTuple):
     """Takes labels away in training, for classifier-free guidance."""
     scale: tuple[np.ndarray, np.ndarray] | None = None
     """Of latents, mean and standard deviation [c] of each channel; `None` for what is trained on as it is."""
+    tell: Callable[[list[str]], Cond] | None = None
+    """From prompts to what the network is told, [n, ...]; refuses what it cannot be told. `None` without prompts."""
+
+    @property
+    def null_cond(self) -> Cond:
+        """What stands for no condition: the number of no class, the empty prompt, or `None`."""
+        return self.num_classes if self.tell is None else self.tell([""])
+
+    def init_params(self, key: Key) -> Params:
+        """The initial parameters of the network."""
+        return init_params(self.model, key, self.event_shape, None if self.tell is None else self.null_cond)
 
     def draw_x0(self, key: Key, num: int) -> Array:
         """Points [num, ...] of the source."""
@@ -93,7 +109,7 @@ def read_run(run_dir: Path, option: str = "--run") -> tuple[Any, Experiment]:
 def restore_run(run_dir: Path, option: str = "--run") -> Restored:
     """The configuration, network and parameters of a run; `SystemExit` says what is wrong with the folder."""
     config, experiment = read_run(run_dir, option)
-    shapes = jax.eval_shape(lambda key: init_params(experiment.model, key, experiment.event_shape), jax.random.key(0))
+    shapes = jax.eval_shape(experiment.init_params, jax.random.key(0))
     state = restore(config, shapes)
     params = sampling_params(state, config.training)
     if bad := [name for name, leaf in _named(params) if not bool(jnp.isfinite(leaf).all())]:

@@ -191,7 +191,7 @@ def guided_velocity(
     params: Params,
     labels: Cond,
     *,
-    null_label: int | None,
+    null_label: Cond,
     also: int | None = None,
     weak: Weak | None = None,
 ) -> VelocityFn:
@@ -202,9 +202,9 @@ def guided_velocity(
         method: that the network was trained with.
         apply_fn: the network.
         params: its parameters.
-        labels: [batch], which an unconditional network does not see.
-        null_label: the label to be led away from: that which stands for none, or a class to avoid; `None` for an
-            unconditional network, which is guided by `weak` alone.
+        labels: [batch], or what a network is told of prompts, [batch, ...]; an unconditional network does not see it.
+        null_label: what is to be led away from, of one example: the label which stands for none, or a class to avoid;
+            the empty prompt, or a negative one; `None` for an unconditional network, which is guided by `weak` alone.
         also: a second label, to be guided towards with the same scale.
         weak: guides away from a weaker network in place of a label (autoguidance).
     """
@@ -229,7 +229,7 @@ def make_generate(
     method: Method,
     apply_fn: ApplyFn,
     *,
-    null_label: int | None,
+    null_label: Cond,
     also: int | None = None,
     weak: Weak | None = None,
     frames: np.ndarray | None = None,
@@ -249,7 +249,7 @@ def make_generate(
 
     Returns:
         A function of parameters, key (only random samplers use it), standard normal noise [batch, ...] and labels
-        [batch].
+        [batch], or what else the network is told, [batch, ...].
     """
     sampler: Sampler
     if learned_solver is None:
@@ -268,7 +268,7 @@ def make_generate(
 
 
 def generate_many(
-    generate: Generate, params: Params, key: Key, experiment: Experiment, labels: Array | np.ndarray, batch_size: int
+    generate: Generate, params: Params, key: Key, experiment: Experiment, labels: Cond, batch_size: int
 ) -> tuple[np.ndarray, float | None]:
     """Draws a sample for every label, in batches of one size so that all share one compilation.
 
@@ -279,17 +279,18 @@ def generate_many(
         params: network parameters.
         key: PRNG key.
         experiment: whose source x0 is drawn from.
-        labels: [num].
+        labels: [num], or what else the network is told, a pytree of [num, ...].
         batch_size: samples drawn at once.
 
     Returns:
         Samples [num, ...] in each process, and the mean number of network evaluations an example, `None` if a sampler
         does not say.
     """
-    num, params = len(labels), everywhere(params)
-    padded = np.resize(labels, (-(-num // batch_size) * batch_size,))
+    num, params = len(jax.tree.leaves(labels)[0]), everywhere(params)
     samples, nfe = [], []
-    for i, part in enumerate(padded.reshape(-1, batch_size)):
+    for i in range(-(-num // batch_size)):
+        rows = np.arange(i * batch_size, (i + 1) * batch_size) % num
+        part = jax.tree.map(lambda leaf, rows=rows: np.asarray(leaf)[rows], labels)
         key_x0, key_sampler = jax.random.split(jax.random.fold_in(key, i))
         found = generate_together(generate, params, key_sampler, experiment.draw_x0(key_x0, batch_size), part)
         samples.append(found.x)
@@ -309,7 +310,7 @@ def generate_together(generate: Generate, params: Params, key: Key, x0: Array, l
 
     The arguments are the same in all processes.
     """
-    num, labels = len(x0), None if labels is None else spread(labels)
+    num, labels = len(x0), jax.tree.map(spread, labels)
     solution = jax.block_until_ready(generate(everywhere(params), key, spread(x0), labels))
     trajectory = None if solution.trajectory is None else gathered(solution.trajectory)[:, :num]
     nfe = None if solution.nfe is None else gathered(solution.nfe)
