@@ -14,7 +14,7 @@ from fm_jax.text import Tokens
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")
 """Sixty degrees of hue from one to the next."""
-_RGB = np.array([(1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1)], np.float32)
+RGB = np.array([(1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1)], np.float32)
 RELATIONS = ("left of", "right of", "above", "below")
 _SAME = ("to the left of", "to the right of", "over", "under")
 _INVERSE = ("to its left", "to its right", "above it", "below it")
@@ -127,7 +127,7 @@ class Canvas:
                 y, x = int(along[i, place]), int(across[i, place]) + place * (self.size // 2)
                 y, x = (x, y) if meaning.vertical else (y, x)
                 picture = digits[digit][which[i, place] % len(digits[digit])][..., None]
-                ink[i, y : y + self.digit, x : x + self.digit] += picture if colour is None else picture * _RGB[colour]
+                ink[i, y : y + self.digit, x : x + self.digit] += picture if colour is None else picture * RGB[colour]
         return 2 * ink - 1
 
 
