@@ -103,7 +103,8 @@ def judge_of(canvas: Canvas, classify: Classify) -> Judge:
         found = halves(canvas, images, [each.vertical for each in meanings])
         said = np.array([[digit for digit, _ in each.places()] for each in meanings])
         digits = classify(found.crops.reshape(-1, canvas.digit, canvas.digit, 1)).reshape(-1, 2) == said
-        relation = np.asarray(((found.inside >= 1 - MOST_OUTSIDE) & (found.share >= LEAST_INK)).all(axis=1)
+        placed = (found.inside >= 1 - MOST_OUTSIDE) & (found.share >= LEAST_INK)
+        relation = np.asarray(placed.all(axis=1))
         if not canvas.colours:
             return Verdict(digits, None, relation)
         unit = RGB / np.linalg.norm(RGB, axis=1, keepdims=True)
