@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Bool, Real
 
 from fm_jax.checks import (
@@ -68,7 +69,7 @@ def token_mixture(
     check_array("mask", mask)
     if mask.dtype != bool or mask.shape != tokens.shape[:2]:
         raise ValueError(f"mask must be bool [batch, m] = {tokens.shape[:2]}, got {shown(mask)}.")
-    if not is_traced(mask) and not mask.any(axis=1).all():
+    if not is_traced(mask) and not np.asarray(mask).any(axis=1).all():
         raise ValueError("mask must leave each example a token, got an example without one: a mixture of nothing.")
     tokens = jnp.where(mask[:, :, None], tokens, 0)
     return TokenMixture(tokens, jnp.asarray(mask), jnp.asarray(std, tokens.dtype))
