@@ -51,7 +51,7 @@ class Codec:
         own, given = self.module.image_channels, self.image_shape[-1]
         if given not in (own, 1):
             raise ValueError(
-                f"--autoencoder {self.path} codes pictures of {own} channels, and these are {self.image_shape}."
+                f"The autoencoder {self.path} codes pictures of {own} channels, and these are {self.image_shape}."
             )
 
     @property
@@ -124,13 +124,14 @@ def _edges(size: int, factor: int) -> tuple[int, int]:
     return missing // 2, missing - missing // 2
 
 
-def open_codec(path: Path, image_shape: tuple[int, ...]) -> Codec:
+def open_codec(path: Path, image_shape: tuple[int, ...], option: str = "--autoencoder") -> Codec:
     """Opens an autoencoder.
 
     Args:
         path: a folder that `fm_jax.weights.open_model` opens; a run of `experiments.autoencoder`; or a file of
             safetensors that holds the parameters of a published one, of whose two halves either stands for both.
         image_shape: of the pictures, (h, w, c).
+        option: that the path was given by.
 
     Raises:
         WeightsError: for what is none; of a pickle it says how to convert it.
@@ -140,15 +141,15 @@ def open_codec(path: Path, image_shape: tuple[int, ...]) -> Codec:
         inside = path / "autoencoder"
         module, params = open_model(inside if (inside / "config.json").is_file() else path, dtype=jnp.float32)
     elif path.exists():
-        module, params = _of_file(path)
+        module, params = _of_file(path, option)
     else:
-        raise FileNotFoundError(f"--autoencoder {path} does not exist: give a folder or a file of safetensors.")
+        raise FileNotFoundError(f"{option} {path} does not exist: give a folder or a file of safetensors.")
     if not isinstance(module, Autoencoder | TinyAutoencoder):
-        raise WeightsError(f"--autoencoder {path} is a {type(module).__name__}, and no autoencoder of pictures.")
+        raise WeightsError(f"{option} {path} is a {type(module).__name__}, and no autoencoder of pictures.")
     return Codec(module, params, image_shape, path)
 
 
-def _of_file(path: Path) -> tuple[nn.Module, Params]:
+def _of_file(path: Path, option: str) -> tuple[nn.Module, Params]:
     """A published autoencoder from one file, or from its two halves."""
     shapes = {key: value.shape for key, value in open_tensors(path).items()}
     for name, module in _tiny():
@@ -159,7 +160,7 @@ def _of_file(path: Path) -> tuple[nn.Module, Params]:
             beside = path.with_name(path.name.replace(half, other))
             if beside == path or not beside.is_file():
                 raise WeightsError(
-                    f"--autoencoder {path} is the {half} of {name} alone: put its {other} beside it, under a name with "
+                    f"{option} {path} is the {half} of {name} alone: put its {other} beside it, under a name with "
                     f"{other} in place of {half}."
                 )
             both = [load(file, rules[which], dtype=jnp.float32) for file, which in ((path, half), (beside, other))]
@@ -170,11 +171,11 @@ def _of_file(path: Path) -> tuple[nn.Module, Params]:
     if found:
         names = " and ".join(name for name, _, _ in found)
         raise WeightsError(
-            f"--autoencoder {path} could be {names}, whose parameters are of the same shapes: give the folder with its "
+            f"{option} {path} could be {names}, whose parameters are of the same shapes: give the folder with its "
             "config.json."
         )
     raise WeightsError(
-        f"--autoencoder {path} holds the parameters of no published autoencoder: give the folder with its config.json."
+        f"{option} {path} holds the parameters of no published autoencoder: give the folder with its config.json."
     )
 
 

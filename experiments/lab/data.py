@@ -16,16 +16,22 @@ from fm_jax.data.arrays import Split, fingerprint, load_npz, standardise
 from fm_jax.data.digits import load_digits
 from fm_jax.data.folder import load_folder
 from fm_jax.data.images import ImageDataset, load_images
+from fm_jax.data.latents import Latents, latent_batches, latent_dataset, open_latents
 from fm_jax.data.picture import Background, Colour, Fit
 from fm_jax.data.records import load_records, load_tfds
+from fm_jax.latents import FLUX, PIXELS, SD, SD3, SDXL, LatentSpace, check_latents
 from fm_jax.train.folder import write_text
 
 FACTS = "data.json"
 """The file of a run that says what its data are."""
-_SOURCES = ("dataset", "folder", "npz", "tfds", "array_record")
+SOURCES = ("dataset", "folder", "npz", "tfds", "array_record", "encoded")
+"""Options that say which images; one is given."""
 SIDES = (1, 65_536)
-_OPTIONS = ", ".join(map(option, _SOURCES))
-_WHERE = ("folder", "npz", "array_record", "data_dir", "csv")
+Space = Literal["measured", "own", "sd", "sdxl", "sd3", "flux"]
+SPACES = {"sd": SD, "sdxl": SDXL, "sd3": SD3, "flux": FLUX}
+"""The published latent spaces by name."""
+_OPTIONS = ", ".join(map(option, SOURCES))
+_WHERE = ("folder", "npz", "array_record", "encoded", "decoder", "data_dir", "csv")
 """Options that say where data are, which may move: what they are is told by their checksum."""
 MAY_CHANGE = tuple(f"data.{name}" for name in (*_WHERE, "stream"))
 _PICTURES = ("size", "colour", "background", "skip_broken", "stream")
@@ -49,13 +55,15 @@ _TYPED = {
 """What options are called on a command line."""
 _TAKERS = {
     **dict.fromkeys(_PICTURES, ("folder", "tfds", "array_record")),
-    "labels": ("folder", "npz", "tfds", "array_record"),
+    "labels": ("folder", "npz", "tfds", "array_record", "encoded"),
     "csv": ("folder",),
     "image_entry": ("npz",),
     "label_entry": ("npz",),
     "value_range": ("npz",),
     "latents": ("npz",),
     "channels": ("npz",),
+    "decoder": ("encoded",),
+    "space": ("encoded",),
     **dict.fromkeys(("fit", "width"), ("folder", "tfds", "array_record")),
     "test_share": ("folder", "npz", "tfds", "array_record"),
 }
@@ -75,6 +83,13 @@ class Data:
     """Any data set of TFDS that was prepared as array_record."""
     array_record: Path | None = None
     """A file of ArrayRecord, or a folder of them, whose records are pictures or tf.train.Examples."""
+    encoded: Path | None = None
+    """A folder of latents that `python -m experiments.encode` wrote; each epoch draws them anew."""
+    decoder: Path | None = None
+    """The autoencoder that made them, where it is no longer where it was."""
+    space: Space = "measured"
+    """What a model sees of them: mean 0 and variance 1 in each channel (measured), what the authors of the autoencoder
+    make of its latents (own), or the published constants of that name."""
     size: int | None = None
     """Height and width that pictures are brought to; by default they must all have one size."""
     width: int | None = None
@@ -128,7 +143,7 @@ class Data:
         return self._given()[0]
 
     def _given(self) -> list[str]:
-        return [name for name in _SOURCES if getattr(self, name) is not None]
+        return [name for name in SOURCES if getattr(self, name) is not None]
 
     def unused(self, prefix: str = "data.") -> Iterator[tuple[str, str]]:
         """Options of no effect, and why."""
@@ -166,6 +181,19 @@ class Facts:
     """Of the images to train on, with their labels and names."""
     checksum_test: str | None = None
     """Of those held out."""
+    square: int = 1
+    """Side of the squares of latent pixels whose places have a mean and a deviation of their own."""
+    autoencoder: str | None = None
+    """SHA-256 of the autoencoder that made the latents, if one did."""
+    image_shape: tuple[int, ...] | None = None
+    """Of one of the images that they were made of."""
+
+    @property
+    def latent_space(self) -> LatentSpace:
+        """What a model sees of the data: they themselves but for latents."""
+        if self.mean is None or self.std is None:
+            return PIXELS
+        return LatentSpace(self.mean, tuple(1 / number for number in self.std), self.square)
 
     def identity(self) -> dict[str, Any]:
         """What a run that continues must find again."""
@@ -183,6 +211,8 @@ class Loaded(NamedTuple):
     train: ImageDataset
     test: ImageDataset | None
     facts: Facts
+    latents: Latents | None = None
+    """What the training draws from, where the images are latents of `--encoded`."""
 
 
 DIGITS = tuple(map(str, range(10)))
@@ -197,6 +227,8 @@ PRESETS = {
 
 def load(data: Data, progress: bool | None = None) -> Loaded:
     """Reads the images of both splits, or finds where they are."""
+    if data.encoded is not None:
+        return load_latents(data)
     try:
         train, test = _load(data, progress)
     except ValueError as error:  # in the words of the library
@@ -281,6 +313,61 @@ def _load(data: Data, progress: bool | None) -> tuple[ImageDataset, ImageDataset
         say=said,
     )
     return _asked_for(data, arrays[0]), None if arrays[1] is None else _asked_for(data, arrays[1])
+
+
+def load_latents(data: Data) -> Loaded:
+    """The latents of `data.encoded`, none of which is read but for a look at their spread.
+
+    Raises:
+        FileNotFoundError: if there are none.
+        ValueError: if they are damaged, or a space is asked for in which they are far from unit variance.
+    """
+    assert data.encoded is not None
+    latents = open_latents(data.encoded)
+    part, labelled = slice(data.num_images), data.labels == "given"
+    splits = {name: split.subset(part) for name, split in latents.splits.items()}
+    if not labelled:
+        splits = {name: dataclasses.replace(split, labels=None) for name, split in splits.items()}
+    class_names = latents.class_names if labelled else ()
+    latents = dataclasses.replace(latents, splits=splits, class_names=class_names)
+    space = _space(data, latents)
+    train = latent_dataset(latents, "train", space)
+    test = latent_dataset(latents, "test", space) if "test" in splits else None
+    numbers = latents.shape[-1] * space.square**2
+    shift, scale = (x if isinstance(x, tuple) else (x,) * numbers for x in (space.shift, space.scale))
+    image_shape = latents.about.get("image_shape")
+    facts = Facts(
+        f"encoded {data.encoded.name}",
+        len(splits["train"]),
+        0 if test is None else len(splits["test"]),
+        latents.shape,
+        class_names,
+        None if space == PIXELS else shift,
+        None if space == PIXELS else tuple(1 / number for number in scale),
+        fingerprint(train),
+        None if test is None else fingerprint(test),
+        space.square,
+        latents.autoencoder,
+        None if image_shape is None else tuple(image_shape),
+    )
+    return Loaded(train, test, facts, latents)
+
+
+def _space(data: Data, latents: Latents) -> LatentSpace:
+    """What a model sees of latents; refuses a space in which they are far from unit variance."""
+    if data.space == "measured":
+        return latents.measured()
+    space = latents.space if data.space == "own" else SPACES[data.space]
+    split = latents.splits["train"]
+    size = min(256, len(split))
+    drawn = next(latent_batches(split, space=space, batch_size=size, seed=0, process_index=0, process_count=1))
+    try:
+        check_latents(drawn["x1"], f"latents in --space {data.space}")
+    except ValueError as error:
+        raise ValueError(
+            f"{str(error).partition(': LatentSpace')[0]}: --space measured brings each channel to it."
+        ) from None
+    return space
 
 
 def _asked_for(data: Data, dataset: ImageDataset) -> ImageDataset:

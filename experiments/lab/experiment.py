@@ -16,6 +16,7 @@ from experiments.lab.data import class_names_of
 from experiments.lab.training import CONFIG, from_json, restore, sampling_params
 from fm_jax.checks import why_no_folder
 from fm_jax.conditions import DropCondition
+from fm_jax.latents import PIXELS, LatentSpace
 from fm_jax.models import init_params
 from fm_jax.types import ApplyFn, Array, Cond, Key, Params, Source
 
@@ -42,8 +43,8 @@ class Experiment(NamedTuple):
     """`None` for an unconditional network."""
     drop: DropCondition | None = None
     """Takes labels away in training, for classifier-free guidance."""
-    scale: tuple[np.ndarray, np.ndarray] | None = None
-    """Of latents, mean and standard deviation [c] of each channel; `None` for what is trained on as it is."""
+    space: LatentSpace = PIXELS
+    """What the network sees of latents; the identity for what is trained on as it is."""
     tell: Callable[[list[str]], Cond] | None = None
     """From prompts to what the network is told, [n, ...]; refuses what it cannot be told. `None` without prompts."""
 
@@ -51,6 +52,12 @@ class Experiment(NamedTuple):
     def null_cond(self) -> Cond:
         """What stands for no condition: the number of no class, the empty prompt, or `None`."""
         return self.num_classes if self.tell is None else self.tell([""])
+
+    def told(self, prompts: list[str]) -> Cond:
+        """What the network is told of prompts, [n, ...]; refuses what it cannot be told, and where it takes none."""
+        if self.tell is None:
+            raise ValueError("This run has no prompts: it was not trained on sentences.")
+        return self.tell(prompts)
 
     def init_params(self, key: Key) -> Params:
         """The initial parameters of the network."""
@@ -62,15 +69,12 @@ class Experiment(NamedTuple):
 
     def to_data(self, x: np.ndarray) -> np.ndarray:
         """Samples as the data are: latents with the mean and variance that they had."""
-        if self.scale is None:
-            return x
-        mean, std = self.scale
-        return (x * std + mean).astype(np.float32)
+        return x if self.space == PIXELS else np.asarray(self.space.to_latent(jnp.asarray(x)), np.float32)
 
     def visible(self, x: np.ndarray) -> np.ndarray:
         """What a picture can show of images [n, h, w, c]: 1 or 3 channels in [-1, 1]; of latents three deviations."""
         channels = x.shape[-1] if x.shape[-1] in (1, 3) else 3 if x.shape[-1] > 3 else 1
-        return x[..., :channels] if self.scale is None else np.clip(x[..., :channels] / 3, -1, 1)
+        return x[..., :channels] if self.space == PIXELS else np.clip(x[..., :channels] / 3, -1, 1)
 
 
 class Restored(NamedTuple):

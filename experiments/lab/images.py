@@ -19,6 +19,7 @@ from experiments.lab.data import FACTS, PRESETS, Data, Facts, Loaded, load, read
 from experiments.lab.experiment import Experiment, begin_with
 from experiments.lab.figures import save_animation, save_grid, save_neighbours
 from experiments.lab.judge import Classify, fit_classifier, nearest
+from experiments.lab.latents import Seen, floor, seen_of
 from experiments.lab.method import Method, couple_ahead, make_loss
 from experiments.lab.options import check_options, of_smoke, refuse_unused
 from experiments.lab.processes import from_first, mean_of_shares, own_folder
@@ -49,6 +50,7 @@ from fm_jax.checks import imported
 from fm_jax.conditions import DropCondition
 from fm_jax.data.arrays import to_unit_range
 from fm_jax.data.images import ImageDataset
+from fm_jax.data.latents import latent_batches
 from fm_jax.data.pipeline import batches
 from fm_jax.models import Compute, LabelEmbedding, init_params, linen_apply, make_dit, make_unet, num_params
 from fm_jax.sources import Normal
@@ -76,6 +78,8 @@ ROWS, COLUMNS, REAL = 10, 10, 3
 """Of the grid of samples, and the real images beside each row."""
 MOST_VALUES = 1024
 """In an image that is judged by its pixels: of larger ones they alone say little, and take long."""
+MOST_DECODED = 4096
+"""In one that was decoded of latents, of which no other number says how much of it was lost."""
 
 
 SMOKE = {"sampling": {"solver": "euler", "steps": 2, "sample_batch": 20}, "num_samples": 20, "frames": 3}
@@ -133,6 +137,8 @@ class Config:
         check_options(self, dropout="[0, 1)", label_dropout="[0, 1)", frames=2)
         if self.dequantize and self.data.latents:
             raise ValueError("--dequantize must be left out with --latents, which have no levels.")
+        if self.dequantize and self.data.encoded is not None:
+            raise ValueError("--dequantize must be left out with --encoded: latents have no levels.")
         if self.flip and self.data.latents:
             raise ValueError("--flip must be left out with --latents: mirrored, they are not those of mirrored images.")
 
@@ -167,8 +173,7 @@ def build(config: Config, facts: Facts | None = None) -> Experiment:
         raise ValueError(
             f"--model {config.model} does not fit the images of {facts.source}, {size}: {error}"
         ) from error
-    scale = None if facts.mean is None else (np.asarray(facts.mean), np.asarray(facts.std))
-    return Experiment(model, linen_apply(model), Normal(), facts.shape, num_classes, drop, scale)
+    return Experiment(model, linen_apply(model), Normal(), facts.shape, num_classes, drop, facts.latent_space)
 
 
 def fit_to(config: Config, facts: Facts) -> Config:
@@ -234,11 +239,12 @@ def _run(config: Config) -> dict[str, Any]:
         )
         print(text)
         return found
-    _check_data(config, loaded)
+    seen = seen_of(config.data, experiment, loaded)
+    _check_data(config, loaded, seen)
     keys = jax.random.split(jax.random.key(config.training.seed), 5)
     key_train, key_init, key_draw, key_judge, key_pairs = keys
     params = init_params(experiment.model, key_init, experiment.event_shape)
-    if facts.shape[-1] not in (1, 3):
+    if facts.shape[-1] not in (1, 3) and seen.codec is None:
         print(f"Pictures show {experiment.visible(np.zeros(facts.shape)).shape[-1]} of {facts.shape[-1]} channels.")
     print(
         f"{_described(facts)}, {config.model} with {num_params(params):,} parameters, "
@@ -246,6 +252,16 @@ def _run(config: Config) -> dict[str, Any]:
     )
 
     def data_of(index: int, count: int) -> DataIterator:
+        if loaded.latents is not None:
+            return latent_batches(
+                loaded.latents.splits["train"],
+                space=facts.latent_space,
+                batch_size=config.training.batch_size // count,
+                seed=config.training.seed,
+                flip=config.flip,
+                process_index=index,
+                process_count=count,
+            )
         return batches(
             dataset,
             batch_size=config.training.batch_size // count,
@@ -268,7 +284,7 @@ def _run(config: Config) -> dict[str, Any]:
         labels = _classes_in_turn(experiment, config.sampling.sample_batch)
         params = sampling_params(state, config.training)
         images, _ = generate_many(generate, params, key_draw, experiment, labels, len(labels))
-        _save_grid(run_dir / "samples" / f"step_{step:06d}.png", images, labels, dataset, experiment)
+        _save_grid(run_dir / "samples" / f"step_{step:06d}.png", seen.pictures(images), labels, seen)
 
     state = train(
         config,
@@ -280,7 +296,7 @@ def _run(config: Config) -> dict[str, Any]:
         facts=facts,
         begin=partial(begin_with, config, facts.class_names),
     )
-    results = judge(config, experiment, sampling_params(state, config.training), key_judge, loaded, generate)
+    results = judge(config, experiment, sampling_params(state, config.training), key_judge, loaded, seen, generate)
     results["training_images_per_second"] = median_rate(run_dir)
     draw_loss(run_dir)
     write_results(run_dir, results)
@@ -302,22 +318,26 @@ def _described(facts: Facts) -> str:
     return f"{facts.source}: {facts.num_images:,} images {size}, {classes}, {facts.num_test:,} held out"
 
 
-def _check_data(config: Config, loaded: Loaded) -> None:
+def _check_data(config: Config, loaded: Loaded, seen: Seen) -> None:
     num = len(loaded.train.images)
+    if config.flip and loaded.latents is not None and not loaded.latents.splits["train"].flipped:
+        raise ValueError(
+            f"--flip needs the latents of mirrored images, which {config.data.encoded} has not: encode with --flip."
+        )
     if config.training.batch_size > num:
         raise ValueError(
             f"--batch-size must be at most {num}, the images to train on, got {config.training.batch_size}."
         )
-    if _is_judged(loaded):
+    if _is_judged(seen):
         imported("sklearn.svm", "the classifier that judges the samples", "'fm_jax[experiments]'")
         if len(np.unique(loaded.train.labels)) < 2:
             raise ValueError(f"--num-images must reach images of two classes or more, got {config.data.num_images}.")
 
 
-def _is_judged(loaded: Loaded) -> bool:
+def _is_judged(seen: Seen) -> bool:
     """Whether a classifier of pixels is to name the samples: of small images with classes and some held out."""
-    facts = loaded.facts
-    return len(facts.class_names) > 1 and facts.num_test > 0 and math.prod(facts.shape) <= MOST_VALUES
+    facts, most = seen.loaded.facts, MOST_VALUES if seen.codec is None else MOST_DECODED
+    return len(facts.class_names) > 1 and facts.num_test > 0 and math.prod(facts.shape) <= most
 
 
 def _generator(config: Config, experiment: Experiment, **options):
@@ -336,18 +356,20 @@ def _classes_shown(experiment: Experiment) -> np.ndarray:
     return np.unique(np.linspace(0, num - 1, ROWS).astype(int))
 
 
-def judge(config: Config, experiment: Experiment, params, key, loaded: Loaded, generate) -> dict[str, Any]:
+def judge(config: Config, experiment: Experiment, params, key, loaded: Loaded, seen: Seen, generate) -> dict[str, Any]:
     """Draws `num_samples`, with and without guidance where there are classes, judges them, and saves the pictures."""
-    run_dir, sampling, dataset = config.training.run_dir, config.sampling, loaded.train
+    run_dir, sampling, real = config.training.run_dir, config.sampling, seen.loaded
     size = sampling.sample_batch
     classify: Classify | None = None
     results = dict[str, Any]()
-    if _is_judged(loaded) and loaded.test is not None:
-        first = dataset.subset(slice(10_000))
+    if _is_judged(seen) and real.test is not None:
+        first = real.train.subset(slice(10_000))
         classify = fit_classifier(in_unit_range(first), first.labels)
         results["classifier_accuracy_on_real"] = mean_of_shares(
-            lambda x, y: classify(x) == y, in_unit_range(loaded.test), loaded.test.labels
+            lambda x, y: classify(x) == y, in_unit_range(real.test), real.test.labels
         )
+    if seen.codec is not None:
+        results["floor"] = floor(seen, loaded, config.num_samples, classify)
     labels = _classes_in_turn(experiment, config.num_samples)
     if experiment.num_classes is None:
         drawn = {"unguided": generate}
@@ -360,18 +382,20 @@ def judge(config: Config, experiment: Experiment, params, key, loaded: Loaded, g
         images, nfe = generate_many(function, params, key, experiment, labels, size)
         num_drawn = -(-config.num_samples // size) * size
         results[name] = {"seconds_per_image": (time.perf_counter() - start) / num_drawn, "nfe": nfe}
+        images = seen.pictures(images)
         if classify is not None:
             results[name]["agreement"] = mean_of_shares(lambda x, y: classify(x) == y, images, labels)
         if name == next(iter(drawn)):
-            _save_grid(run_dir / "samples.png", images, labels, dataset, experiment)
-            results["nearest"] = _save_neighbours(run_dir / "neighbours.png", images, loaded, experiment)
+            _save_grid(run_dir / "samples.png", images, labels, seen)
+            results["nearest"] = _save_neighbours(run_dir / "neighbours.png", images, seen)
     times = frame_times(config.method, config.frames)
     animate = _generator(config, experiment, frames=times)
     shown = _classes_shown(experiment)
     labels = np.repeat(shown, 5 if len(shown) > 1 else 50)
     x0 = experiment.draw_x0(jax.random.fold_in(key, 1), len(labels))
     frames = generate_together(animate, params, key, x0, labels).trajectory
-    save_animation(run_dir / "animation.gif", experiment.visible(np.asarray(frames)), times=times, columns=10)
+    pictures = seen.visible(seen.pictures(np.asarray(frames)))
+    save_animation(run_dir / "animation.gif", pictures, times=times, columns=10)
     return results
 
 
@@ -380,10 +404,9 @@ def in_unit_range(dataset: ImageDataset) -> np.ndarray:
     return to_unit_range(dataset.images[:], dataset.value_range)
 
 
-def _save_grid(
-    path: Path, images: np.ndarray, labels: np.ndarray, dataset: ImageDataset, experiment: Experiment
-) -> None:
+def _save_grid(path: Path, images: np.ndarray, labels: np.ndarray, seen: Seen) -> None:
     """Samples, a row for each class, or rows of no class, beside real images."""
+    dataset, experiment = seen.loaded.train, seen.experiment
     if experiment.num_classes is None:
         some = np.random.default_rng(0).permutation(len(dataset.images))[: ROWS * REAL]
     else:
@@ -398,20 +421,21 @@ def _save_grid(
         images, labels, names, real_labels = images[shown], labels[shown], dataset.class_names, real.labels
     save_grid(
         path,
-        experiment.visible(images),
+        seen.visible(images),
         labels,
-        experiment.visible(in_unit_range(real)),
+        seen.visible(in_unit_range(real)),
         real_labels,
         class_names=names,
     )
 
 
-def _save_neighbours(path: Path, images: np.ndarray, loaded: Loaded, experiment: Experiment) -> dict[str, float]:
+def _save_neighbours(path: Path, images: np.ndarray, seen: Seen) -> dict[str, float]:
     """Draws samples beside the training images that are nearest to them; root mean squared distances to the nearest."""
+    loaded = seen.loaded
     found = nearest(images[:100], loaded.train, num=5)
     beside = in_unit_range(loaded.train.subset(found.indices[:ROWS].reshape(-1)))
     beside = beside.reshape(*found.indices[:ROWS].shape, *beside.shape[1:])
-    save_neighbours(path, experiment.visible(images[:ROWS]), experiment.visible(beside))
+    save_neighbours(path, seen.visible(images[:ROWS]), seen.visible(beside))
     distances = {"samples": float(np.median(found.distances[:, 0]))}
     if loaded.test is not None:
         held_out = in_unit_range(loaded.test.subset(slice(100)))
@@ -432,6 +456,8 @@ def _report(config: Config, results: dict[str, Any]) -> str | None:
                 f"guidance {config.sampling.guidance:g}, {unguided['agreement']:.1%} without "
                 f"(on real held-out images it is right on {results['classifier_accuracy_on_real']:.1%})"
             )
+        if "floor" in results:
+            lines.append(_of_floor(results["floor"]))
         distances = results["nearest"]
         beside = f", {distances['held_out']:.3f} from held-out images" if "held_out" in distances else ""
         lines.append(
@@ -448,6 +474,16 @@ def _report(config: Config, results: dict[str, Any]) -> str | None:
     except (KeyError, TypeError, ValueError):
         return None
     return "\n".join(lines)
+
+
+def _of_floor(found: dict[str, Any]) -> str:
+    """What the autoencoder alone makes of real images, in words."""
+    which = f"{found['images']:,} {'held-out' if found['held_out'] else 'training'} images"
+    agrees = f", the classifier is right on {found['agreement']:.1%} of them" if "agreement" in found else ""
+    return (
+        f"the autoencoder alone: PSNR {found['psnr']:.1f} dB on {which}{agrees}; to decode takes "
+        f"{1000 * found['decode_seconds_per_image']:.2f} ms an image"
+    )
 
 
 def main(default: Config, description: str | None) -> None:

@@ -23,7 +23,7 @@ def smoke(config: Any, **smaller: Any) -> Any:
     afresh. No time is spent on optimising compilation.
 
     Args:
-        config: dataclass with `smoke`, and with either `training: Training` or `run_dir: Path`.
+        config: dataclass with `smoke`, and with `training: Training`, `run_dir: Path`, or `out: Path`, a folder too.
         smaller: what makes the experiment small: new values of fields, and for a dataclass among them a dict.
 
     Raises:
@@ -37,7 +37,8 @@ def smoke(config: Any, **smaller: Any) -> Any:
         batch_size = 8 * jax.device_count() * config.training.accumulate
         smaller["training"] = TRAINING | {"batch_size": batch_size} | folder
     else:
-        smaller["run_dir"] = _afresh(config.run_dir)
+        place = "run_dir" if hasattr(config, "run_dir") else "out"
+        smaller[place] = _afresh(getattr(config, place))
     return _replace(config, smaller)
 
 

@@ -281,7 +281,7 @@ def test_latents_come_back_as_they_were(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "One of --dataset, --folder, --npz, --tfds, --array-record must say which images: give one."),
+        ({}, "One of --dataset, --folder, --npz, --tfds, --array-record, --encoded must say which images: give one."),
         ({"npz": Path("a"), "tfds": "mnist"}, "must say which images, got --npz and --tfds"),
         ({"folder": Path("a"), "size": 0}, "--size must be from 1 to 65536, got 0."),
         ({"folder": Path("a"), "test_share": 1.0}, "--test-share must be in [0, 1), got 1.0."),
