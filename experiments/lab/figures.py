@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -109,6 +110,40 @@ def save_sheet(path: PathLike, images: np.ndarray, *, columns: int = 8) -> None:
     rows = [images[i : i + columns] for i in range(0, len(images), columns)]
     with _whole(path) as unfinished:
         Image.fromarray(_montage(rows, min(columns, len(images)))).save(unfinished)
+
+
+@by_first
+def save_captioned(path: PathLike, images: np.ndarray, captions: Sequence[str], *, columns: int = 4) -> None:
+    """Draws images [n, h, w, c] in [-1, 1] row by row, each above its caption."""
+    width, margin, font = 200, 12, ImageFont.load_default(size=13)
+    pictures = [Image.fromarray(_montage([image[None]], 1, size=128)) for image in np.asarray(images)]
+    lines = [_wrapped(caption, font, width) for caption in captions]
+    height = margin // 2 + 17 * max(map(len, lines))
+    columns = min(columns, len(pictures))
+    rows, side = -(-len(pictures) // columns), pictures[0].size
+    sheet = Image.new(
+        "RGB", (columns * (width + margin) + margin, rows * (side[1] + height + margin) + margin), "white"
+    )
+    draw = ImageDraw.Draw(sheet)
+    for i, (picture, text) in enumerate(zip(pictures, lines, strict=True)):
+        x, y = margin + (i % columns) * (width + margin), margin + (i // columns) * (side[1] + height + margin)
+        sheet.paste(picture, (x + (width - side[0]) // 2, y))
+        for j, line in enumerate(text):
+            draw.text((x + width // 2, y + side[1] + margin // 2 + 17 * j), line, fill=INK, font=font, anchor="ma")
+    with _whole(path) as unfinished:
+        sheet.save(unfinished)
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """A text in lines that are no wider than so many pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
 
 
 @by_first

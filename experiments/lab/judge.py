@@ -1,7 +1,7 @@
 """Judges of samples: a classifier that has only ever seen real images, and the training images nearest to them."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,20 +16,23 @@ from fm_jax.types import Params
 Classify = Callable[[np.ndarray], np.ndarray]
 
 
-def fit_classifier(images: np.ndarray, labels: np.ndarray, max_examples: int = 10_000) -> Classify:
+def fit_classifier(
+    images: np.ndarray, labels: np.ndarray, max_examples: int = 10_000, gamma: float | Literal["scale"] = "scale"
+) -> Classify:
     """Fits a support vector machine with a Gaussian kernel to pixels.
 
     Args:
         images: [n, h, w, c], real training images in [-1, 1].
         labels: [n].
         max_examples: the first so many are used.
+        gamma: of the kernel, `exp(-gamma |x - y|^2)`; by default one over the number of pixels and their variance.
 
     Returns:
         A function from images [m, h, w, c] to labels [m].
     """
     from sklearn.svm import SVC
 
-    machine = SVC(C=10.0).fit(images[:max_examples].reshape(-1, images[0].size), labels[:max_examples])
+    machine = SVC(C=10.0, gamma=gamma).fit(images[:max_examples].reshape(-1, images[0].size), labels[:max_examples])
     return lambda x: machine.predict(np.asarray(x).reshape(len(x), -1).clip(-1, 1))
 
 

@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.lab.judge import Classify, fit_network
+from experiments.lab.judge import Classify, fit_classifier, fit_network
 from experiments.lab.scenes import RGB, Canvas, Meaning
 
+FEW = 5000
+"""Pictures of digits up to which a support vector machine is the better judge."""
 MOST_OUTSIDE, LEAST_INK = 0.15, 0.15
 """Of a half's ink, at most so much lies outside of a digit's square; and of all ink, at least so much is in a half."""
 
@@ -22,7 +24,7 @@ class Verdict(NamedTuple):
 
     @property
     def all_correct(self) -> np.ndarray:
-        """bool [n]: everything."""
+        """Bool [n]: everything."""
         right = self.relation & self.digits.all(axis=1)
         return right if self.colours is None else right & self.colours.all(axis=1)
 
@@ -78,7 +80,9 @@ Judge = Callable[[np.ndarray, Sequence[Meaning]], Verdict]
 
 
 def fit_judge(canvas: Canvas, digits: Sequence[np.ndarray], seed: int = 0, num_steps: int = 1500) -> Judge:
-    """Trains a small convolutional network on what stands in the halves of real scenes, and judges with it.
+    """Trains a classifier on what stands in the halves of real scenes, and judges with it.
+
+    Of few pictures, such as scikit-learn's digits, a support vector machine learns more; of many, a network.
 
     Args:
         canvas: how scenes are drawn.
@@ -91,18 +95,23 @@ def fit_judge(canvas: Canvas, digits: Sequence[np.ndarray], seed: int = 0, num_s
         meanings = canvas.draw_meanings(rng, 64)
         found = halves(canvas, canvas.draw(rng, meanings, digits), [each.vertical for each in meanings])
         labels = [[digit for digit, _ in each.places()] for each in meanings]
-        return found.crops.reshape(-1, canvas.digit, canvas.digit, 1), np.reshape(labels, -1)
+        return 2 * found.crops.reshape(-1, canvas.digit, canvas.digit, 1) - 1, np.reshape(labels, -1)
 
-    return judge_of(canvas, fit_network(draw, num_classes=10, seed=seed, num_steps=num_steps))
+    if sum(map(len, digits)) > FEW:
+        return judge_of(canvas, fit_network(draw, num_classes=10, seed=seed, num_steps=num_steps))
+    rng = np.random.default_rng(seed)
+    crops, labels = (np.concatenate(each) for each in zip(*(draw(rng) for _ in range(min(num_steps, 50))), strict=True))
+    return judge_of(canvas, fit_classifier(crops, labels, gamma=0.05))
 
 
 def judge_of(canvas: Canvas, classify: Classify) -> Judge:
-    """The judge, by a classifier of crops [m, digit, digit, 1]."""
+    """The judge, by a classifier of crops [m, digit, digit, 1] in [-1, 1]."""
 
     def judge(images: np.ndarray, meanings: Sequence[Meaning]) -> Verdict:
         found = halves(canvas, images, [each.vertical for each in meanings])
         said = np.array([[digit for digit, _ in each.places()] for each in meanings])
-        digits = classify(found.crops.reshape(-1, canvas.digit, canvas.digit, 1)).reshape(-1, 2) == said
+        crops = 2 * found.crops.reshape(-1, canvas.digit, canvas.digit, 1) - 1
+        digits = classify(crops).reshape(-1, 2) == said
         placed = (found.inside >= 1 - MOST_OUTSIDE) & (found.share >= LEAST_INK)
         relation = np.asarray(placed.all(axis=1))
         if not canvas.colours:

@@ -1,6 +1,7 @@
 """Composed digits: scenes of two digits, the sentences that describe them, and pictures without end of both."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,7 +10,6 @@ import jax
 import numpy as np
 
 from fm_jax.checks import check_integer
-from fm_jax.text import Tokens
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")
@@ -80,6 +80,17 @@ def words_of(colours: bool) -> tuple[str, ...]:
     return tuple(sorted({*" ".join(texts).split(), *NUMBERS, *(COLOURS if colours else ())}))
 
 
+def all_sentences(colours: bool, templates: Sequence[str] = TEMPLATES) -> list[str]:
+    """Every sentence of the templates, in the order of `Sentences`."""
+    meanings = [Meaning(*each) for each in itertools.product(*map(range, _kinds(colours)))]
+    return [describe(meaning, template) for template in templates for meaning in meanings]
+
+
+def _kinds(colours: bool) -> tuple[int, ...]:
+    """How many values each field of a `Meaning` has."""
+    return (10, 10, 4, 6, 6) if colours else (10, 10, 4)
+
+
 @dataclass(frozen=True)
 class Canvas:
     """How scenes are drawn: each digit in its half of a black square, anywhere in it.
@@ -145,7 +156,7 @@ class SceneBatches:
     Args:
         canvas: how they are drawn.
         digits: for each of ten digits pictures of it.
-        tokens: of the sentences, as `Sentences.tokens`.
+        sentences: what a network is told of them.
         seed: of all of them.
         batch_size: scenes in a batch of *this* process, the same on all of them.
         process_index: which process this is; by default `jax.process_index()`.
@@ -200,20 +211,11 @@ class Sentences:
     """
 
     def __init__(self, tell: Any, colours: bool):
-        kinds = (10, 10, 4, 6, 6) if colours else (10, 10, 4)
-        self._kinds = kinds
-        meanings = [Meaning(*each) for each in itertools.product(*map(range, kinds))]
-        self._table = tell([describe(meaning, template) for template in TEMPLATES for meaning in meanings])
-        self._num = len(meanings)
+        self._kinds = _kinds(colours)
+        self._table = tell(all_sentences(colours))
 
     def of(self, meanings: Sequence[Meaning], templates: np.ndarray) -> Any:
         """What a network is told of each meaning, in the words of a template."""
         values = np.array([each[: len(self._kinds)] for each in meanings])
-        rows = templates * self._num + np.ravel_multi_index(tuple(values.T), self._kinds)
+        rows = templates * math.prod(self._kinds) + np.ravel_multi_index(tuple(values.T), self._kinds)
         return jax.tree.map(lambda leaf: leaf[rows], self._table)
-
-
-def whole(tokens: Tokens, length: int) -> Tokens:
-    """Tokens padded on the right to a length, as a batch of other sentences has it."""
-    more = [(0, 0), (0, length - tokens.ids.shape[1])]
-    return Tokens(np.pad(tokens.ids, more), np.pad(tokens.mask, more))

@@ -1,0 +1,326 @@
+"""Composed digits: pictures of two digits from a sentence, such as "a red three to the left of a blue seven".
+
+Paper: Rombach et al. 2021 (arXiv:2112.10752) for attention to words, Esser et al. 2024 (arXiv:2403.03206) for the
+transformer of two streams.
+Command: `python -m experiments.text_to_image`, or with colours
+`python -m experiments.text_to_image --dataset mnist --run-dir runs/text_to_image_colour`
+Hardware: two CPU cores; the README has the times.
+Expect: nothing that looks like agreement before a thousand steps, then nearly every picture as it was said. Held out
+are ten pairs of digits, in their order, so that no set of words alone says what is where.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from experiments.lab import command_line, prompts
+from experiments.lab.experiment import Experiment, begin_with
+from experiments.lab.figures import save_captioned
+from experiments.lab.method import Method, couple_ahead, make_loss
+from experiments.lab.options import check_options, of_smoke
+from experiments.lab.processes import own_folder
+from experiments.lab.sampling import Sampling, generate_many, make_generate, nfe_text
+from experiments.lab.scene_judge import Judge, fit_judge
+from experiments.lab.scenes import (
+    HELD_OUT_TEMPLATE,
+    TEMPLATES,
+    Canvas,
+    Meaning,
+    SceneBatches,
+    Sentences,
+    all_sentences,
+    by_digit,
+    describe,
+    words_of,
+)
+from experiments.lab.smoke import TRAINING, smoke
+from experiments.lab.training import (
+    Training,
+    check_batch,
+    check_run_dir,
+    draw_loss,
+    files_of,
+    median_rate,
+    sampling_params,
+    train,
+    write_results,
+)
+from fm_jax.conditions import DropCondition
+from fm_jax.data.digits import load_digits
+from fm_jax.data.images import load_images
+from fm_jax.models import VectorEmbedding, linen_apply, make_mmdit, make_unet, num_params
+from fm_jax.sources import Normal
+from fm_jax.train import TrainState
+from fm_jax.train.folder import write_text
+from fm_jax.train.loop import DataIterator
+
+PICTURES = ("samples.png", "loss.png")
+CANVASES = {"digits": Canvas(16, 8, colours=False), "mnist": Canvas(32, 14, colours=True)}
+WIDTH, LONGEST = 96, 16
+"""Width of the encoded words; words of the longest sentence, its end included."""
+_UNET: dict[str, Any] = {
+    "channels": 32,
+    "channel_mults": (2, 3),
+    "num_blocks": 1,
+    "attention_levels": (0, 1),
+    "num_heads": 4,
+}
+_SMALL_UNET: dict[str, Any] = {"channels": 8, "channel_mults": (1, 1), "attention_levels": (1,)}
+_MMDIT: dict[str, Any] = {
+    "hidden": 96,
+    "num_layers": 4,
+    "num_heads": 4,
+    "patch_size": 4,
+    "qk_norm": True,
+    "scan_layers": False,
+}
+_SMALL_MMDIT: dict[str, Any] = {"hidden": 16, "num_layers": 2}
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run on composed digits. The command line has an option for every field."""
+
+    EXPERIMENT: ClassVar[str] = "text_to_image"
+
+    training: Training
+    dataset: Literal["digits", "mnist"] = "digits"
+    """Two grey digits of scikit-learn on 16x16, or two coloured ones of MNIST on 32x32."""
+    data_dir: Path | None = None
+    """Where TFDS keeps MNIST; by default TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    model: Literal["unet", "mmdit"] = "unet"
+    """A U-Net whose pixels attend to the words, or the transformer of two streams, pixels and words."""
+    text: Literal["joint", "frozen"] = "joint"
+    """Train the encoder of the words with the network, or leave it as it was drawn."""
+    clip_tokens: Path | None = None
+    """CLIP's tokenizer, its folder or its file of merges, in place of whole words."""
+    encoded_text: Path | None = None
+    """Folder of sentences that `python -m experiments.encode --text` encoded, in place of an encoder of our own."""
+    write_captions: Path | None = None
+    """Write all sentences to this file, a line each, for `experiments.encode --captions`, and end."""
+    method: Method = field(default_factory=lambda: Method(times="logit_normal"))
+    sampling: Sampling = field(default_factory=lambda: Sampling(guidance=2.5))
+    text_dropout: float = 0.1
+    """Probability that an example is trained without its sentence, for classifier-free guidance."""
+    num_samples: int = 200
+    """Pictures to judge of each kind of sentence."""
+    smoke: bool = False
+    """Run the whole path once with next to no computation; sizes and steps are its own."""
+
+    def __post_init__(self) -> None:
+        check_options(self, text_dropout="[0, 1)")
+        if self.text_dropout == 0 and self.sampling.guidance != 1:
+            raise ValueError(
+                f"--text-dropout must be above 0 for --guidance {self.sampling.guidance:g}, which leads away from what "
+                "the network makes without a sentence; --guidance 1 goes without."
+            )
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Options of no effect, and why."""
+        if self.encoded_text is not None:
+            for name in ("text", "clip_tokens"):
+                yield name, "--encoded-text is read already"
+        if self.dataset == "digits":
+            yield "data_dir", "--dataset digits is embedded in scikit-learn"
+        if self.smoke:
+            yield from of_smoke(SMOKE | {"training": TRAINING | {"batch_size": None}})
+        yield from self.training.unused()
+        yield from self.method.unused()
+        yield from self.sampling.unused()
+
+    @property
+    def canvas(self) -> Canvas:
+        """How scenes are drawn."""
+        return CANVASES[self.dataset]
+
+
+SMOKE: dict[str, Any] = {"sampling": {"solver": "euler", "steps": 2, "sample_batch": 8}, "num_samples": 8}
+CONFIG = Config(
+    training=Training(
+        run_dir=Path("runs/text_to_image"),
+        total_steps=3000,
+        batch_size=64,
+        learning_rate=2e-3,
+        decay="cosine",
+        ema_decays=(0.998,),
+    ),
+)
+
+
+def build(config: Config) -> Experiment:
+    """The network, and what reads sentences for it."""
+    canvas, frozen = config.canvas, config.text == "frozen"
+    if config.encoded_text is not None:
+        reader = prompts.of_features(config.encoded_text)
+    elif config.clip_tokens is not None:
+        everything = [*all_sentences(canvas.colours), *all_sentences(canvas.colours, (HELD_OUT_TEMPLATE,))]
+        reader = prompts.of_clip_tokens(config.clip_tokens, everything, WIDTH, frozen=frozen)
+    else:
+        reader = prompts.of_words(words_of(canvas.colours), LONGEST, WIDTH, frozen=frozen)
+    network: nn.Module
+    if config.model == "unet":
+        sizes = _UNET | (_SMALL_UNET if config.smoke else {}) | {"patch_size": canvas.size // 8}
+        network = make_unet("tiny", **sizes, embed=VectorEmbedding(reader.vector_width), token_dim=reader.width)
+    else:
+        sizes = _MMDIT | (_SMALL_MMDIT if config.smoke else {}) | {"channels": canvas.shape[2]}
+        network = make_mmdit("tiny", **sizes, token_dim=reader.width, vector_dim=reader.vector_width)
+    model = reader.wrap(network)
+    drop = DropCondition(config.text_dropout, reader.tell([""]))
+    return Experiment(model, linen_apply(model), Normal(), canvas.shape, drop=drop, tell=reader.tell)
+
+
+def load(config: Config, split: Literal["train", "test"]) -> list[np.ndarray]:
+    """For each of ten digits pictures [m, digit, digit] in [0, 1]."""
+    if config.dataset == "digits":
+        found = load_digits(split)
+        return by_digit((np.asarray(found.images)[..., 0] + 1) / 2, found.labels)
+    found = load_images("mnist", split, data_dir=config.data_dir)
+    num, side = len(found.images), config.canvas.digit
+    images = np.asarray(found.images[:], np.float32).reshape(num, side, 2, side, 2).mean(axis=(2, 4)) / 255
+    return by_digit(images, np.asarray(found.labels))
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, samples, judges, draws; returns the numbers it prints."""
+    if config.write_captions is not None:
+        captions = all_sentences(config.canvas.colours, (*TEMPLATES, HELD_OUT_TEMPLATE))
+        write_text(config.write_captions, "\n".join(captions) + "\n")
+        print(f"{config.write_captions}: {len(captions):,} sentences")
+        return {}
+    config = smoke(config, **SMOKE)
+    check_batch(config.training)
+    with own_folder(config.training.run_dir):
+        return _run(config)
+
+
+def _run(config: Config) -> dict[str, Any]:
+    experiment, canvas, run_dir = build(config), config.canvas, config.training.run_dir
+    check_run_dir(config, PICTURES, folders=["samples"])
+    keys = jax.random.split(jax.random.key(config.training.seed), 5)
+    key_train, key_init, key_draw, key_judge, key_pairs = keys
+    digits, sentences = load(config, "train"), Sentences(experiment.told, canvas.colours)
+    params = experiment.init_params(key_init)
+    print(
+        f"composed digits of {config.dataset}, {'x'.join(map(str, canvas.shape))}, {config.model} with "
+        f"{num_params(params):,} parameters, {jax.device_count()} {jax.default_backend()} device(s)"
+    )
+
+    def data_of(index: int, count: int) -> DataIterator:
+        size, seed = config.training.batch_size // count, config.training.seed
+        return SceneBatches(canvas, digits, sentences, seed, size, process_index=index, process_count=count)
+
+    data = couple_ahead(config.method, data_of, key_pairs, experiment.source)
+    generate = _generator(config, experiment)
+    shown = canvas.draw_meanings(np.random.default_rng(0), 24, held_out=False)
+
+    def draw(step: int, state: TrainState) -> None:
+        texts = [describe(meaning, TEMPLATES[0]) for meaning in shown]
+        params = sampling_params(state, config.training)
+        images, _ = generate_many(generate, params, key_draw, experiment, experiment.told(texts), len(texts))
+        save_captioned(run_dir / "samples" / f"step_{step:06d}.png", images, texts)
+
+    begin = partial(begin_with, config, ())
+    state = train(config, key_train, params, make_loss(config.method, experiment), data, draw, begin=begin)
+    params = sampling_params(state, config.training)
+    scenes = fit_judge(canvas, digits, num_steps=4 if config.smoke else 1500)
+    results = judge(config, experiment, params, key_judge, scenes)
+    results["training_images_per_second"] = median_rate(run_dir)
+    draw_loss(run_dir)
+    write_results(run_dir, results)
+    print(_report(config, results))
+    return results
+
+
+def _generator(config: Config, experiment: Experiment, guidance: float | None = None) -> Any:
+    sampling = config.sampling if guidance is None else dataclasses.replace(config.sampling, guidance=guidance)
+    return make_generate(sampling, config.method, experiment.apply_fn, null_label=experiment.null_cond)
+
+
+def asked(canvas: Canvas, num: int) -> dict[str, tuple[list[Meaning], list[str]]]:
+    """The meanings and sentences of each kind that a network is judged on, `num` of each."""
+    rng = np.random.default_rng(1)
+    seen = canvas.draw_meanings(rng, num, held_out=False)
+    held_out = canvas.draw_meanings(rng, num, held_out=True)
+    templates = [TEMPLATES[i % len(TEMPLATES)] for i in range(num)]
+
+    def told(meanings: Sequence[Meaning]) -> tuple[list[Meaning], list[str]]:
+        return list(meanings), [describe(*each) for each in zip(meanings, templates, strict=True)]
+
+    return {
+        "seen": told(seen),
+        "held_out_pairs": told(held_out),
+        "swapped": told([meaning.swapped for meaning in seen]),
+        "held_out_template": (seen, [describe(meaning, HELD_OUT_TEMPLATE) for meaning in seen]),
+    }
+
+
+def judge(config: Config, experiment: Experiment, params: Any, key: Any, scenes: Judge) -> dict[str, Any]:
+    """Draws pictures for each kind of sentence, with guidance and without, and has them judged beside real scenes."""
+    canvas, num, size = config.canvas, config.num_samples, config.sampling.sample_batch
+    kinds = asked(canvas, num)
+    rng = np.random.default_rng(2)
+    meanings = canvas.draw_meanings(rng, 1000)
+    results: dict[str, Any] = {"real": scenes(canvas.draw(rng, meanings, load(config, "test")), meanings).shares()}
+    scales = {"guided": config.sampling.guidance, "unguided": 1.0}
+    for name, scale in scales.items():
+        generate, found, nfe = _generator(config, experiment, scale), {}, None
+        start = time.perf_counter()
+        for kind, (meanings, texts) in kinds.items():
+            # The same noise for every kind: a pair and the swapped one differ in what was said alone.
+            images, nfe = generate_many(generate, params, key, experiment, experiment.told(texts), size)
+            verdict = found[kind] = scenes(images, meanings)
+            if (name, kind) == ("guided", "seen"):
+                right = ["" if right else "*" for right in verdict.all_correct[:24]]
+                save_captioned(
+                    config.training.run_dir / "samples.png",
+                    images[:24],
+                    [text + mark for text, mark in zip(texts, right, strict=False)],
+                )
+        shares = {kind: verdict.shares() for kind, verdict in found.items()}
+        both = found["seen"].all_correct & found["swapped"].all_correct
+        shares["both_orders"] = {"all": float(both.mean())}
+        drawn = len(kinds) * -(-num // size) * size
+        results[name] = shares | {"nfe": nfe, "seconds_per_image": (time.perf_counter() - start) / drawn}
+    return results
+
+
+def _report(config: Config, results: dict[str, Any]) -> str:
+    run_dir = config.training.run_dir
+    lines = ["\n" + files_of(run_dir, *PICTURES, "metrics.jsonl", "config.json", "results.json", "checkpoints/")]
+    words = {
+        "seen": "seen pairs",
+        "held_out_pairs": "held-out pairs",
+        "swapped": "seen pairs, swapped",
+        "both_orders": "both orders from one noise",
+        "held_out_template": "a held-out kind of sentence",
+    }
+    guided, unguided = results["guided"], results["unguided"]
+    lines.append(f"all as it was said, of {config.num_samples} pictures of each kind:")
+    for kind, name in words.items():
+        lines.append(
+            f"  {name}: {guided[kind]['all']:.1%} at guidance {config.sampling.guidance:g}, "
+            f"{unguided[kind]['all']:.1%} without"
+        )
+    slots = ", ".join(f"{name} {share:.1%}" for name, share in guided["seen"].items() if name != "all")
+    lines.append(f"of seen pairs: {slots}; the judge finds {results['real']['all']:.1%} of real scenes as they are")
+    lines.append(f"{1000 * guided['seconds_per_image']:.2f} ms an image (NFE {nfe_text(guided['nfe'])})")
+    if rate := results["training_images_per_second"]:
+        lines.append(f"training: {rate:,.0f} images/s")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    command_line.main(run, Config, CONFIG, __doc__)
+
+
+if __name__ == "__main__":
+    main()
