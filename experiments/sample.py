@@ -6,6 +6,11 @@ Command: `python -m experiments.sample --run runs/digits --num 64 --class 3 --gu
 Writes a picture (`.png`) or the arrays (`.npz`: samples, labels), and prints the number of network evaluations.
 Guidance leads away from no class in particular; with `--avoid 5` away from class 5, with `--weak-run DIR` away from a
 weaker network, such as that of a shorter run (autoguidance); with `--also 8` to class 8 as well.
+
+A run on sentences takes `--prompt "a three left of a seven"`, and `--negative` to be led away from another sentence
+than the empty one. Of a run on pixels, `--image picture.png --mask mask.png` draws anew what is white in the mask, and
+`--image picture.png --strength 0.6` begins with the picture under so much of the noise; of a run on videos,
+`--first-frame picture.png` goes on from a picture.
 """
 
 import dataclasses
@@ -20,7 +25,7 @@ import tyro
 
 from experiments.lab import command_line, figures
 from experiments.lab.experiment import Experiment, Restored, read_run, restore_run
-from experiments.lab.options import SEED, check_options, option
+from experiments.lab.options import SEED, as_typed, check_options, option
 from experiments.lab.processes import by_first
 from experiments.lab.samplers import SAMPLERS, load_solver
 from experiments.lab.sampling import (
@@ -28,6 +33,7 @@ from experiments.lab.sampling import (
     RANGES,
     SOLVER_HELP,
     Generate,
+    Given,
     Grid,
     RuleName,
     Sampling,
@@ -38,7 +44,10 @@ from experiments.lab.sampling import (
     nfe_text,
 )
 from fm_jax.checks import check_member
+from fm_jax.data.picture import PictureReader
+from fm_jax.latents import PIXELS
 from fm_jax.train.folder import make_folder, replacing
+from fm_jax.types import Cond
 
 
 @dataclass(frozen=True)
@@ -76,7 +85,7 @@ class Drawing:
     """How the two branches are combined."""
 
     def __post_init__(self) -> None:
-        check_options(self, label=0, also=0, avoid=0, seed=SEED, **RANGES)  # a subclass may have label and seed
+        check_options(self, label=0, also=0, avoid=0, seed=SEED, strength="(0, 1]", **RANGES)  # some are a subclass's
         if self.solver is not None:
             check_member("--solver", self.solver, tuple(SAMPLERS))
         if sum(each is not None for each in (self.avoid, self.also, self.weak_run)) > 1:
@@ -90,11 +99,11 @@ class Drawing:
         """Options of no effect on samples of that run, and why."""
         of_run, experiment = read_run(self.run)
         sampling = sampling_of(self, of_run)
-        if experiment.num_classes is None and self.weak_run is None:
+        if experiment.null_cond is None and self.weak_run is None:
             for name in ("guidance", "guidance_interval", "guidance_rule"):
                 yield name, "the run has no classes; with --weak-run it would"
         if sampling.guidance == 1:
-            for name in ("avoid", "weak_run"):
+            for name in ("avoid", "weak_run", "negative"):
                 yield name, "--guidance 1 is none; another scale would take it"
         if self.weak_run is not None and self.weak_run.resolve() == self.run.resolve():
             yield "weak_run", "it is the run itself, from which nothing leads away"
@@ -116,6 +125,18 @@ class Config(Drawing):
     """How many samples."""
     label: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Class of all samples; by default every class in turn."""
+    prompt: str | None = None
+    """Sentence of all samples, for a run on sentences."""
+    negative: str | None = None
+    """Sentence to be led away from; by default the empty one."""
+    image: Path | None = None
+    """Picture of which a part is kept, or to begin from; of the size of the samples."""
+    mask: Path | None = None
+    """Picture that is white where the samples are drawn anew, and black where --image is kept."""
+    strength: float | None = None
+    """Begin from --image: 1 forgets it, and near 0 hardly anything changes."""
+    first_frame: Path | None = None
+    """Picture that the videos begin with."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -124,8 +145,18 @@ class Config(Drawing):
         for name in ("also", "avoid"):
             if self.label is not None and getattr(self, name) == self.label:
                 raise ValueError(f"{option(name)} must be another class than --class, got {self.label} for both.")
-        if self.out.suffix not in (".png", ".npz"):
-            raise ValueError(f"--out must end in .png or .npz, got {self.out}.")
+        if self.prompt is not None and self.label is not None:
+            raise ValueError("--prompt and --class are what two kinds of runs are told: give one.")
+        if (self.image is None) != (self.mask is None and self.strength is None):
+            raise ValueError(
+                "--image goes with --mask, whose black part is kept, or with --strength, how much changes."
+            )
+        if self.mask is not None and self.strength is not None:
+            raise ValueError("--mask keeps a part of --image, and --strength something of all of it: give one.")
+        if self.first_frame is not None and self.image is not None:
+            raise ValueError("--first-frame begins a video, and --image is for pictures: give one.")
+        if self.out.suffix not in (".png", ".npz", ".gif"):
+            raise ValueError(f"--out must end in .png or .npz, or for videos in .gif, got {self.out}.")
 
 
 SAMPLING_OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling) if field.name in Drawing.__annotations__)
@@ -137,6 +168,11 @@ def sampling_of(config: Drawing, of_run: Any) -> Sampling:
     sampling = dataclasses.replace(of_run.sampling, **{k: v for k, v in given.items() if v is not None})
     dataclasses.replace(of_run, sampling=sampling)  # which refuses what the run cannot be drawn from by
     by_null_label = sampling.guidance != 1 and config.avoid is None and config.weak_run is None
+    if by_null_label and getattr(of_run, "text_dropout", None) == 0 and getattr(config, "negative", None) is None:
+        raise ValueError(
+            f"--guidance must be 1 for a run with --text-dropout 0, which knows no samples without a sentence, or give "
+            f"--negative, got {sampling.guidance:g}."
+        )
     if getattr(of_run, "label_dropout", None) == 0 and config.also is not None:
         raise ValueError(
             "--also needs what the network makes without a label, which a run with --label-dropout 0 does not know, at "
@@ -151,7 +187,8 @@ def sampling_of(config: Drawing, of_run: Any) -> Sampling:
         raise ValueError(
             f"--also goes with --guidance-rule extrapolate, and the run has {sampling.guidance_rule}: give it as well."
         )
-    guides = (getattr(of_run, "label_dropout", None) is not None) or config.weak_run is not None
+    told = any(getattr(of_run, name, None) is not None for name in ("label_dropout", "text_dropout"))
+    guides = told or config.weak_run is not None
     if guides and (sampling.guidance != 1 or config.also is not None) and config.learned_solver is None:
         check_interval(sampling, of_run.method)
     return sampling
@@ -163,27 +200,32 @@ def run(config: Config) -> None:
     make_folder(config.out.parent)
     if config.out.is_dir():
         raise SystemExit(f"--out {config.out} is a folder: give a file.")
-    labels = _labels(config, restored.experiment.num_classes)
+    experiment = restored.experiment
+    if config.out.suffix != ".npz" and (config.out.suffix == ".gif") != (len(experiment.event_shape) == 4):
+        raise SystemExit(f"--out must end in .npz or, as the run has videos or not, in .gif or .png, got {config.out}.")
     try:
-        sampling, generate = generator(config, restored)
+        labels, given = _labels(config, experiment), _given(config, experiment)
+        sampling, generate = generator(config, restored, given)
         size, key = min(config.num, sampling.sample_batch), jax.random.key(config.seed)
-        samples, nfe = generate_many(generate, restored.params, key, restored.experiment, labels, size)
+        samples, nfe = generate_many(generate, restored.params, key, experiment, labels, size)
     except ValueError as error:  # what a sampler or a rule of guidance refuses
         raise SystemExit(str(error)) from error
-    _write(config, restored.experiment, samples, labels)
+    _write(config, experiment, samples, labels)
     solver = config.learned_solver or sampling.solver
     print(f"{config.out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe_text(nfe)}")
 
 
-def generator(config: Drawing, restored: Restored) -> tuple[Sampling, Generate]:
-    """How to draw from a run, and the function that does.
+def generator(config: Drawing, restored: Restored, given: Given | None = None) -> tuple[Sampling, Generate]:
+    """How to draw from a run, and the function that does; `given` as in `make_generate`.
 
     Raises:
         SystemExit: for options that do not fit the run.
         ValueError: for what a sampler refuses.
     """
     experiment, num_classes = restored.experiment, restored.experiment.num_classes
-    null_label, weak = num_classes, None
+    null_label, weak = experiment.null_cond, None
+    if (negative := getattr(config, "negative", None)) is not None:
+        null_label = _told("--negative", negative, experiment)
     if config.avoid is not None:
         null_label = _label("--avoid", config.avoid, num_classes)
     if config.weak_run is not None:
@@ -202,6 +244,7 @@ def generator(config: Drawing, restored: Restored) -> tuple[Sampling, Generate]:
         also=None if config.also is None else _label("--also", config.also, num_classes),
         weak=weak,
         learned_solver=None if config.learned_solver is None else load_solver(config.learned_solver, restored.params),
+        given=given,
     )
     return sampling, generate
 
@@ -214,16 +257,78 @@ def _label(name: str, label: int, num_classes: int | None) -> int:
     return label
 
 
-def _labels(config: Config, num_classes: int | None) -> np.ndarray:
+def _labels(config: Config, experiment: Experiment) -> Cond:
+    """What the network is told of each sample."""
+    if experiment.tell is not None:
+        if config.label is not None:
+            raise SystemExit(
+                f"--class is for runs with classes, and this one has sentences: give --prompt, got {config.label}."
+            )
+        if config.prompt is None:
+            raise SystemExit("--prompt must be given: the run was trained on sentences.")
+        return jax.tree.map(
+            lambda leaf: np.repeat(leaf, config.num, axis=0), _told("--prompt", config.prompt, experiment)
+        )
+    for name, value in (("--prompt", config.prompt), ("--negative", config.negative)):
+        if value is not None:
+            raise SystemExit(f"{name} is for runs on sentences, and this one was not trained on any, got {value!r}.")
+    num_classes = experiment.num_classes
     if config.label is None:
         return np.arange(config.num) % (num_classes or 1)
     return np.full(config.num, _label("--class", config.label, num_classes))
 
 
+def _told(name: str, prompt: str, experiment: Experiment) -> Cond:
+    """What the network is told of a sentence, [1, ...]; what it cannot be told is refused in the option's name."""
+    try:
+        return experiment.told([prompt])
+    except ValueError as error:
+        raise SystemExit(as_typed(str(error), {r"\bprompt 0\b": name})) from error
+
+
+def _given(config: Config, experiment: Experiment) -> Given | None:
+    """The part of the samples that is known, or what they begin from."""
+    path = config.image or config.first_frame
+    if path is None:
+        return None
+    name, shape = ("--image" if config.first_frame is None else "--first-frame"), experiment.event_shape
+    if len(shape) != (3 if config.first_frame is None else 4):
+        raise SystemExit(
+            f"{name} is for runs on {'pictures' if config.first_frame is None else 'videos'}, and this is none."
+        )
+    if experiment.space != PIXELS or shape[-1] not in (1, 3):
+        raise SystemExit(f"{name} is for runs on pixels, and this one makes latents of {shape[-1]} channels.")
+    image = _read(name, path, shape[-3:]).astype(np.float32) / 127.5 - 1
+    if config.first_frame is not None:
+        mask = np.zeros((shape[0], 1, 1, 1), bool)
+        mask[0] = True
+        return Given(np.broadcast_to(image, shape), mask)
+    if config.strength is not None:
+        return Given(image, strength=config.strength)
+    assert config.mask is not None
+    drawn = _read("--mask", config.mask, (*shape[:2], 1)) > 127
+    if not drawn.any():
+        raise SystemExit(f"--mask {config.mask} is black everywhere: nothing would be drawn. White is drawn anew.")
+    return Given(image, ~drawn)
+
+
+def _read(name: str, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A picture uint8 [h, w, c] of the size that samples have."""
+    if not path.is_file():
+        raise SystemExit(f"{name} {path} does not exist: give a picture.")
+    pixels = PictureReader(colour="grey" if shape[-1] == 1 else "rgb")(path).pixels
+    if pixels.shape != shape:
+        sizes = ["x".join(map(str, each[:2])) for each in (shape, pixels.shape)]
+        raise SystemExit(f"{name} {path} must be {sizes[0]}, as the samples of the run, got {sizes[1]}.")
+    return pixels
+
+
 @by_first
-def _write(config: Config, experiment: Experiment, samples: np.ndarray, labels: np.ndarray) -> None:
+def _write(config: Config, experiment: Experiment, samples: np.ndarray, labels: Cond) -> None:
     if config.out.suffix == ".npz":
         of_classes: dict[str, Any] = {} if experiment.num_classes is None else {"labels": labels}
+        if config.prompt is not None:
+            of_classes = {"prompt": config.prompt}
         with replacing(config.out) as unfinished:
             np.savez(unfinished, samples=experiment.to_data(samples), **of_classes)
     elif samples.ndim == 4:

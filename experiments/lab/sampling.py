@@ -24,6 +24,7 @@ from fm_jax.guidance import (
     classifier_free,
     classifier_free_batched,
     compose,
+    keep_known,
 )
 from fm_jax.parameterization import bind, conversion_domain, velocity_domain, velocity_fn
 from fm_jax.paths import start
@@ -97,6 +98,17 @@ class Weak(NamedTuple):
     params: Params
 
 
+class Given(NamedTuple):
+    """What is given of each sample: a part of it, or what to begin from."""
+
+    x1: np.ndarray
+    """Of one sample, [...]."""
+    mask: np.ndarray | None = None
+    """Where it is known, bool, broadcast to `x1`; `None` where it is what to begin from."""
+    strength: float = 1.0
+    """How much of the way from noise to data is gone; less than 1 keeps something of `x1` that is not known."""
+
+
 def sampled_times(method: Method) -> tuple[float, float]:
     """Where sampling starts and ends: the velocity is finite there, and says what data and noise are."""
     domains = velocity_domain(method.prediction, method.schedule), conversion_domain(method.schedule)
@@ -109,14 +121,20 @@ def frame_times(method: Method, num: int) -> np.ndarray:
     return np.linspace(*sampled_times(method), num)
 
 
-def make_grid(sampling: Sampling, method: Method) -> Array:
-    """The times [steps + 1] of a sampler with fixed steps."""
-    steps, ends = sampling.steps, sampled_times(method)
+def make_grid(sampling: Sampling, method: Method, strength: float = 1.0) -> Array:
+    """The times [steps + 1] of a sampler with fixed steps, on the last `strength` of the way."""
+    steps, ends = sampling.steps, ends_of(method, strength)
     if sampling.grid in ("edm", "log_snr"):
         return grids.edm(steps, method.schedule, *ends, rho=7.0 if sampling.grid == "edm" else np.inf)
     if sampling.grid == "training_times":
         return grids.quantiles(steps, method.time_sampler, *ends)
     return (grids.cosine if sampling.grid == "cosine" else grids.uniform)(steps, *ends)
+
+
+def ends_of(method: Method, strength: float = 1.0) -> tuple[float, float]:
+    """Where sampling starts and ends that goes the last `strength` of the way."""
+    low, high = sampled_times(method)
+    return high - strength * (high - low) if strength < 1 else low, high
 
 
 def make_rule(sampling: Sampling, method: Method) -> Rule:
@@ -143,7 +161,7 @@ def named_sampler(sampling: Sampling, method: Method, name: str | None = None) -
 
 
 def sampler_and_times(
-    sampling: Sampling, method: Method, frames: np.ndarray | None = None
+    sampling: Sampling, method: Method, frames: np.ndarray | None = None, strength: float = 1.0
 ) -> tuple[Sampler, ArrayTree]:
     """What `fm_jax.samplers.sample` is called with. Of the times of an adaptive sampler the ends alone count.
 
@@ -152,10 +170,11 @@ def sampler_and_times(
         method: that the network was trained with.
         frames: if given, the trajectory is wanted at these times, from the start of the path to its end; they are the
             steps of a sampler with fixed steps, and adaptive random ones give way to tsit5.
+        strength: how much of the way is gone.
     """
     sampler = named_sampler(sampling, method)
     if frames is None:
-        return sampler, make_grid(sampling, method)
+        return sampler, make_grid(sampling, method, strength)
     if sampler.nfe_per_step is None and sampler.stochastic:
         sampler = named_sampler(sampling, method, "tsit5")
     return sampler, frames
@@ -234,6 +253,7 @@ def make_generate(
     weak: Weak | None = None,
     frames: np.ndarray | None = None,
     learned_solver: LearnedSolver | None = None,
+    given: Given | None = None,
 ) -> Generate:
     """Builds `generate(params, key, x0, labels) -> Solution`, jitted.
 
@@ -246,6 +266,10 @@ def make_generate(
         weak: a weaker network.
         frames: if given, the solution also has the trajectory at these times; see `sampler_and_times`.
         learned_solver: a solver trained for this velocity, in place of the sampler.
+        given: a part of each sample that is known, or what it begins from.
+
+    Raises:
+        ValueError: if a part is known and the sampler is random, which would leave it.
 
     Returns:
         A function of parameters, key (only random samplers use it), standard normal noise [batch, ...] and labels
@@ -253,16 +277,30 @@ def make_generate(
     """
     sampler: Sampler
     if learned_solver is None:
-        sampler, times = sampler_and_times(sampling, method, frames)
+        strength = 1.0 if given is None else given.strength
+        sampler, times = sampler_and_times(sampling, method, frames, strength)
     else:
         sampler, times = learned_solver, None
-    t0, _ = sampled_times(method)
+    t0, _ = ends_of(method, 1.0 if given is None else given.strength)
+    if given is not None and given.mask is not None and sampler.stochastic:
+        raise ValueError(f"--solver {sampling.solver} is random and would not keep what is known: heun would.")
 
     def generate(params: Params, key: Key, x0: Array, labels: Cond) -> Solution:
         v = guided_velocity(sampling, method, apply_fn, params, labels, null_label=null_label, also=also, weak=weak)
-        x0 = start(method.schedule, t0).scale * x0
+        noise, x0 = x0, start(method.schedule, t0).scale * x0
+        if given is not None:
+            x1, alpha = jnp.broadcast_to(given.x1, x0.shape), method.schedule.alpha(jnp.asarray(t0))
+            if given.mask is None:
+                x0 = x0 + alpha * x1
+            else:
+                x0 = jnp.where(given.mask, x0 + alpha * x1, x0)
+                v = keep_known(v, method.schedule, noise, x1, jnp.asarray(given.mask))
         only_if_random = key if sampler.stochastic else None
-        return sample(v, x0, sampler, times=times, key=only_if_random, trajectory=frames is not None)
+        solution = sample(v, x0, sampler, times=times, key=only_if_random, trajectory=frames is not None)
+        if given is None or given.mask is None:
+            return solution
+        # What the sampler has rounded away.
+        return solution._replace(x=jnp.where(given.mask, given.x1, solution.x))
 
     return jax.jit(generate)
 

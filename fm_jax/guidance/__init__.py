@@ -2,6 +2,7 @@
 
 from fm_jax.guidance.classifier import classifier
 from fm_jax.guidance.classifier_free import classifier_free, classifier_free_batched, compose
+from fm_jax.guidance.known import keep_known
 from fm_jax.guidance.rules import Extrapolate, FirstChannels, Projected, Rescale, Rule, ZeroStar
 
 __all__ = [
@@ -15,4 +16,5 @@ __all__ = [
     "classifier_free",
     "classifier_free_batched",
     "compose",
+    "keep_known",
 ]
