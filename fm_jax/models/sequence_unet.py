@@ -96,8 +96,8 @@ class SequenceUNet(nn.Module):
     A global condition, `cond.vector`, is the same for all positions: it stands beside time in what every block is
     told. A local one, `cond.local`, is aligned with the sequence: a residual block turns it into features, which are
     added behind the first block of level 0, and another one into those added at the end of the way up. Both start at
-    zero, so that at first a network with a local condition is the one without, to the bit. What is left out of `cond`
-    is zeros, "no condition".
+    zero, so that at first a network with a local condition is the one without. What is left out of `cond` is zeros,
+    "no condition".
 
     Attributes:
         channels: channels of each level.
