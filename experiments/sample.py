@@ -25,6 +25,7 @@ import tyro
 
 from experiments.lab import command_line, figures
 from experiments.lab.experiment import Experiment, Restored, read_run, restore_run
+from experiments.lab.latents import codec_of_run
 from experiments.lab.options import SEED, as_typed, check_options, option
 from experiments.lab.processes import by_first
 from experiments.lab.samplers import SAMPLERS, load_solver
@@ -137,8 +138,17 @@ class Config(Drawing):
     """Begin from --image: 1 forgets it, and near 0 hardly anything changes."""
     first_frame: Path | None = None
     """Picture that the videos begin with."""
+    autoencoder: Path | None = None
+    """What decodes the samples of a run on latents, where it is no longer where it was."""
     seed: int = 0
     """Seed of the noise."""
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Options of no effect on samples of that run, and why."""
+        yield from super().unused()
+        of_run, _ = read_run(self.run)
+        if getattr(getattr(of_run, "data", None), "encoded", None) is None:
+            yield "autoencoder", "the run was not trained on latents of --encoded"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,6 +213,7 @@ def run(config: Config) -> None:
     experiment = restored.experiment
     if config.out.suffix != ".npz" and (config.out.suffix == ".gif") != (len(experiment.event_shape) == 4):
         raise SystemExit(f"--out must end in .npz or, as the run has videos or not, in .gif or .png, got {config.out}.")
+    codec = codec_of_run(restored.config, "--autoencoder", config.autoencoder)
     try:
         labels, given = _labels(config, experiment), _given(config, experiment)
         sampling, generate = generator(config, restored, given)
@@ -210,7 +221,10 @@ def run(config: Config) -> None:
         samples, nfe = generate_many(generate, restored.params, key, experiment, labels, size)
     except ValueError as error:  # what a sampler or a rule of guidance refuses
         raise SystemExit(str(error)) from error
-    _write(config, experiment, samples, labels)
+    latents = None if codec is None else experiment.to_data(samples)
+    if codec is not None and latents is not None:
+        samples = codec.decode(latents)
+    _write(config, experiment, samples, labels, latents)
     solver = config.learned_solver or sampling.solver
     print(f"{config.out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe_text(nfe)}")
 
@@ -324,15 +338,20 @@ def _read(name: str, path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 
 @by_first
-def _write(config: Config, experiment: Experiment, samples: np.ndarray, labels: Cond) -> None:
+def _write(
+    config: Config, experiment: Experiment, samples: np.ndarray, labels: Cond, latents: np.ndarray | None = None
+) -> None:
     if config.out.suffix == ".npz":
         of_classes: dict[str, Any] = {} if experiment.num_classes is None else {"labels": labels}
         if config.prompt is not None:
             of_classes = {"prompt": config.prompt}
         with replacing(config.out) as unfinished:
-            np.savez(unfinished, samples=experiment.to_data(samples), **of_classes)
+            if latents is None:
+                np.savez(unfinished, samples=experiment.to_data(samples), **of_classes)
+            else:
+                np.savez(unfinished, samples=samples, latents=latents, **of_classes)
     elif samples.ndim == 4:
-        figures.save_sheet(config.out, experiment.visible(samples))
+        figures.save_sheet(config.out, samples if latents is not None else experiment.visible(samples))
     else:
         figures.save_points(config.out, samples)
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from experiments.lab.codecs import Codec, open_codec, sha256_of
-from experiments.lab.data import Data, Facts, Loaded, load
+from experiments.lab.data import Data, Facts, Loaded, load, read_facts
 from experiments.lab.experiment import Experiment
 from experiments.lab.reconstruction import psnr
 from experiments.lab.training import from_json
@@ -84,6 +84,14 @@ def _where_it_was(data: Data, option: str) -> Path:
     if not path.exists():
         raise FileNotFoundError(f"The autoencoder is no longer at {path}: give {option}.")
     return path
+
+
+def codec_of_run(config: Any, option: str, path: Path | None) -> Codec | None:
+    """The autoencoder of the latents of a run that was read again, as `codec_of`; `None` for runs on other data."""
+    data = getattr(config, "data", None)
+    if not isinstance(data, Data) or data.encoded is None:
+        return None
+    return codec_of(data, read_facts(config.training.run_dir, data), option, path)
 
 
 def seen_of(data: Data, experiment: Experiment, loaded: Loaded) -> Seen:
