@@ -7,7 +7,7 @@ deviation; with `--flip` half are those of mirrored images, which `experiments.e
 data of `experiments.images` are trained on as they are, in pixels, with the same numbers as there.
 Hardware: two CPU cores for latents of some hundred numbers and `--model dit_tiny`; an accelerator for more.
 Expect: as `experiments.images`, of decoded samples; beside their numbers what the autoencoder alone makes of held-out
-images, which is the most that a model of its latents can reach. `docs/howto/latents.md` goes through it.
+images: what is lost there no model of the latents brings back. `docs/howto/latents.md` goes through it.
 """
 
 import dataclasses

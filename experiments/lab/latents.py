@@ -137,7 +137,7 @@ def _part(data: Data, pictures: Loaded) -> Loaded:
 
 
 def floor(seen: Seen, latents: Loaded, num: int, classify: Classify | None) -> dict[str, Any]:
-    """What the autoencoder makes of real images: no model of its latents does better.
+    """What the autoencoder makes of real images: what is lost here no model of the latents brings back.
 
     Args:
         seen: the pictures, and the autoencoder.
