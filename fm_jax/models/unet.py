@@ -57,6 +57,8 @@ class UNet(nn.Module):
         embed: module from a condition to a vector, see `fm_jax.models.embed`; `None` for an unconditional field.
         token_dim: channels of `cond.tokens` [batch, n, token_dim], such as encoded text, that the pixels attend to
             behind every attention, where `cond.mask` [batch, n] is; `cond` is then a `Conditions`. `None` for none.
+        positions: whether attention is told where pixels are, by a fixed table of sines and cosines. Convolutions alone
+            know it from their padding; what is asked for in a place is found in fewer steps with the table.
         compute: dtype, attention and rematerialisation.
         in_channels: channels of the input, where they are to be checked; the rules of files need them.
         time_channels: number of time features, a quarter of the width of their embedding; `channels` by default.
@@ -85,6 +87,7 @@ class UNet(nn.Module):
     dropout: float = 0.0
     embed: nn.Module | None = None
     token_dim: int | None = None
+    positions: bool = False
     compute: Compute = Compute()
     in_channels: int | None = None
     time_channels: int | None = None
@@ -99,6 +102,7 @@ class UNet(nn.Module):
         check_member("resample", self.resample, get_args(Resample))
         check_widths("channel_mults", self.channel_mults)
         check_bool("film", self.film)
+        check_bool("positions", self.positions)
         check_bool("sine_first", self.sine_first)
         check_setting(self, "frequency_shift", "[0, 1]")
         check_setting(self, "norm_epsilon", "(0, inf)")
@@ -163,10 +167,11 @@ class UNet(nn.Module):
 
         def attend(h: Array, name: str) -> Array:
             heads = self.num_heads if self.head_channels is None else h.shape[-1] // self.head_channels
-            h = attention_block(heads, self.num_groups, self.compute, epsilon, name=name)(h)
+            options = heads, self.num_groups, self.compute, epsilon, self.positions
+            h = attention_block(*options, name=name)(h)
             if tokens is None:
                 return h
-            return token_block(heads, self.num_groups, self.compute, epsilon, name=f"{name}_tokens")(h, tokens, mask)
+            return token_block(*options, name=f"{name}_tokens")(h, tokens, mask)
 
         def down(h: Array, name: str) -> Array:
             if self.resample == "resblock":

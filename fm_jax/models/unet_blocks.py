@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from fm_jax.checks import check_integer, check_setting
 from fm_jax.models.attention import attend, to_heads
 from fm_jax.models.compute import Compute
+from fm_jax.models.dit import position_features
 from fm_jax.models.embed import look_up
 from fm_jax.models.layers import SelfAttention, conv3x3, group_norm, zeros
 from fm_jax.types import Array
@@ -59,6 +60,14 @@ class ResBlock(nn.Module):
         return x + h
 
 
+def _pixels(block: "AttentionBlock | TokenBlock", x: Array) -> Array:
+    """What attention sees of an image: its normalised pixels as a sequence, and where they are."""
+    (batch, height, width, channels), dtype = x.shape, block.compute.dtype
+    h = group_norm(channels, block.num_groups, dtype, "norm", epsilon=block.norm_epsilon)(x)
+    h = h.reshape(batch, height * width, channels)
+    return h + position_features(height, width, channels)[None].astype(dtype) if block.positions else h
+
+
 class AttentionBlock(nn.Module):
     """Normalised self-attention over the pixels, added to the input; the identity at initialisation."""
 
@@ -66,11 +75,11 @@ class AttentionBlock(nn.Module):
     num_groups: int
     compute: Compute = Compute()
     norm_epsilon: float = 1e-5
+    positions: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        norm = group_norm(x.shape[-1], self.num_groups, self.compute.dtype, "norm", epsilon=self.norm_epsilon)
-        h = norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        h = _pixels(self, x)
         attend = SelfAttention(self.num_heads, out_init=zeros, compute=self.compute, name="attention")
         return x + attend(h).reshape(x.shape)
 
@@ -82,12 +91,13 @@ class TokenBlock(nn.Module):
     num_groups: int
     compute: Compute = Compute()
     norm_epsilon: float = 1e-5
+    positions: bool = False
 
     @nn.compact
     def __call__(self, x: Array, tokens: Array, mask: Array | None) -> Array:
         """Maps `x` [batch, h, w, c], which asks, and `tokens` [batch, n, d], seen where `mask` is, to `x`'s shape."""
         (batch, _, _, width), dtype = x.shape, self.compute.dtype
-        h = group_norm(width, self.num_groups, dtype, "norm", epsilon=self.norm_epsilon)(x).reshape(batch, -1, width)
+        h = _pixels(self, x)
         q = to_heads(self.num_heads, width // self.num_heads, dtype, "query")(h)
         k, v = (to_heads(self.num_heads, width // self.num_heads, dtype, name)(tokens) for name in ("key", "value"))
         h = attend(q, k, v, mask=mask, implementation=self.compute.attention).reshape(batch, -1, width)

@@ -104,9 +104,9 @@ class WordBlock(nn.Module):
         attention = SelfAttention(self.num_heads, width // self.num_heads, True, compute=self.compute, name="attention")
         # The gain of a branch starts at zero: words are themselves before they are what others say of them.
         gain = self.param("gain", zeros, (2, width)).astype(dtype)
-        h = h + gain[0] * attention(layer_norm(dtype, "norm_attention", affine=True)(h), mask, None)
+        h = h + gain[None, None, 0] * attention(layer_norm(dtype, "norm_attention", affine=True)(h), mask, None)
         m = nn.gelu(nn.Dense(4 * width, dtype=dtype, name="mlp_in")(layer_norm(dtype, "norm_mlp", affine=True)(h)))
-        return h + gain[1] * nn.Dense(width, dtype=dtype, name="mlp_out")(m)
+        return h + gain[None, None, 1] * nn.Dense(width, dtype=dtype, name="mlp_out")(m)
 
 
 class WordEncoder(nn.Module):
