@@ -70,7 +70,7 @@ def run_blocks(
 
     layers = nn.scan(
         layer,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, "control": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=nn.broadcast,
         length=length,
