@@ -73,6 +73,9 @@ class Config:
     features: Literal["last", "penultimate"] = "last"
     """Which state is kept: behind the last block and its normalisation, as of Stable Diffusion 1 and T5, or in front of
     the last block, as of Stable Diffusion 2, XL and 3."""
+    padding: Literal["seen", "masked"] | None = None
+    """Whether the encoder sees padding, whose features are then kept too: as of CLIP, and of T5 in Stable Diffusion 3
+    and FLUX; or not, as of T5 in PixArt and Wan. By default seen for CLIP and masked for T5."""
     truncate: bool = False
     """Cut captions that are too long, in place of refusing them."""
     smoke: bool = False
@@ -99,7 +102,7 @@ class Config:
         else:
             yield from self.data.unused()
         if self.text is None:
-            for name in ("tokenizer", "max_tokens", "features", "truncate"):
+            for name in ("tokenizer", "max_tokens", "features", "padding", "truncate"):
                 yield name, "--text is not given"
 
 
@@ -180,7 +183,7 @@ def encode_captions(config: Config, progress: bool | None = None) -> Texts:
             r"^prompt (\d+) has", lambda m: f"Line {places[unique[int(m[1])]]} of {config.captions} has", str(error)
         )
         raise ValueError(told.replace("truncate=True", "--truncate")) from None
-    with_padding = isinstance(module, ClipText)
+    with_padding = isinstance(module, ClipText) if config.padding is None else config.padding == "seen"
     function = _text_function(module, config.features, masked=not with_padding)
     params, rows = everywhere(params), {caption: i for i, caption in enumerate(unique)}
 

@@ -126,6 +126,11 @@ def write_latents(
 def _check_same(folder: Path, what: Mapping[str, Any]) -> dict[str, Any]:
     """What the folder says of latents that are there already, which must be the same ones."""
     if not (folder / INFO).is_file():
+        if left := sorted(path.name for name in ("train", "test") for path in folder.glob(f"{name}-*.array_record")):
+            raise ValueError(
+                f"{folder} holds {left[0]} and no {INFO} to say what it is: remove it, or give another folder. "
+                "Nothing was overwritten."
+            )
         return {}
     before = read_json(folder / INFO, "a folder of latents")
     words = {"autoencoder": "of another autoencoder", "images": "of other images"}

@@ -143,6 +143,10 @@ def write_texts(
                     f"{folder} holds texts {words.get(name, f'made with another {name}')} ({shown(theirs)}, and this "
                     f"is {shown(ours)}): give another folder. Nothing was overwritten."
                 )
+    elif left := sorted(path.name for path in folder.glob("text-*.array_record")):
+        raise ValueError(
+            f"{folder} holds {left[0]} and no {INFO} to say what it is: remove it, or give another folder."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / INFO, {"finished": False} | what)
 

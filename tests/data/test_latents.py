@@ -190,6 +190,9 @@ def test_folders_that_are_damaged(what, tmp_path):
             error, message = FileNotFoundError, "is not a folder of latents: it has no latents.json"
     with pytest.raises(error, match=message):
         open_latents(tmp_path)
+    if what == "nothing":  # whose files could be of any autoencoder
+        with pytest.raises(ValueError, match=r"holds test-00000-of-00002.array_record and no latents.json to say what"):
+            written(tmp_path, lambda x: pytest.fail("encoded"))
     if what == "gone":  # and is made again
         assert written(tmp_path).sha256 == first.sha256
 
