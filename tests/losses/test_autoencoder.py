@@ -15,7 +15,7 @@ D, K = 6, 2
 RNG = np.random.default_rng(0)
 FACTOR = RNG.normal(size=(D, D)) * np.array([2.0, 1.2, 0.5, 0.4, 0.3, 0.3])
 MEAN, COV = np.linspace(-1, 1, D), FACTOR @ FACTOR.T
-X = jnp.asarray(MEAN + RNG.normal(size=(8, D)) @ FACTOR.T, jnp.float32)
+X = (MEAN + RNG.normal(size=(8, D)) @ FACTOR.T).astype(np.float32)
 
 
 def encode(w, x):
@@ -53,7 +53,7 @@ def test_divergence_near_the_prior_keeps_its_digits():
 @pytest.mark.parametrize("error", ["l1", "l2"])
 def test_each_term_has_its_unit(error):
     noise = jnp.asarray(np.random.default_rng(1).normal(size=X.shape), jnp.float32)
-    loss_fn = kl_autoencoder(encode, decode, beta=0.3, error=error)
+    loss_fn = jax.jit(kl_autoencoder(encode, decode, beta=0.3, error=error))
     loss, metrics = loss_fn(2.0, None, {"x1": X, "noise": noise})
     differences = np.asarray(noise, np.float64) * 0.5 / 2.0
     expected = np.abs(differences).mean() if error == "l1" else np.square(differences).mean()
@@ -66,31 +66,32 @@ def test_each_term_has_its_unit(error):
 
 def test_beta_weighs_the_sums_over_an_image():
     """A beta of the library is that of a loss that sums over the image, whatever the size of the image."""
-    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 3))
-    batch = {"x1": x, "noise": jnp.ones_like(x)}
-    loss, metrics = kl_autoencoder(encode, decode, beta=1e-2)(2.0, None, batch)
-    summed = jnp.abs(x - (x + 0.25)).sum(axis=(1, 2, 3)).mean() + 1e-2 * metrics["kl"]
+    x = np.random.default_rng(1).normal(size=(2, 4, 4, 3)).astype(np.float32)
+    batch = {"x1": x, "noise": np.ones_like(x)}
+    loss, metrics = jax.jit(kl_autoencoder(encode, decode, beta=1e-2))(2.0, None, batch)
+    summed = np.abs(x - (x + 0.25)).sum(axis=(1, 2, 3)).mean() + 1e-2 * metrics["kl"]
     np.testing.assert_allclose(48 * loss, summed, rtol=1e-5)
 
 
 def test_features_are_compared_leaf_by_leaf():
-    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 1))
-    batch = {"x1": x, "noise": jnp.ones_like(x)}  # decoded as x + 1/4
+    x = np.random.default_rng(1).normal(size=(2, 4, 4, 1)).astype(np.float32)
+    batch = {"x1": x, "noise": np.ones_like(x)}  # decoded as x + 1/4
 
     def features(x):
         return {"mean": x.mean(axis=(1, 2)), "double": 2 * x}
 
-    plain, _ = kl_autoencoder(encode, decode)(2.0, None, batch)
-    loss, metrics = kl_autoencoder(encode, decode, features=features, feature_weight=0.5)(2.0, None, batch)
+    plain, _ = jax.jit(kl_autoencoder(encode, decode))(2.0, None, batch)
+    loss, metrics = jax.jit(kl_autoencoder(encode, decode, features=features, feature_weight=0.5))(2.0, None, batch)
     np.testing.assert_allclose(metrics["features"], (0.0625 + 0.25) / 2, rtol=1e-5)
     np.testing.assert_allclose(loss - plain, 0.5 * metrics["features"], rtol=1e-4)
 
 
 def test_examples_count_by_their_weights():
-    batch = {"x1": X, "noise": jnp.ones_like(X)}
-    loss_fn = kl_autoencoder(encode, decode, beta=1.0)
-    each = jnp.stack([loss_fn(2.0, None, {"x1": X[i : i + 1], "noise": jnp.ones((1, D))})[0] for i in range(8)])
-    weight = jnp.arange(8.0)
+    batch = {"x1": X, "noise": np.ones_like(X)}
+    loss_fn = jax.jit(kl_autoencoder(encode, decode, beta=1.0))
+    one = np.ones((1, D), np.float32)
+    each = np.stack([loss_fn(2.0, None, {"x1": X[i : i + 1], "noise": one})[0] for i in range(8)])
+    weight = np.arange(8.0, dtype=np.float32)
     loss, metrics = loss_fn(2.0, None, batch | {"weight": weight})
     np.testing.assert_allclose(loss, (weight * each).mean(), rtol=1e-6)
     np.testing.assert_allclose(metrics["kl"], loss_fn(2.0, None, batch)[1]["kl"])
@@ -113,7 +114,7 @@ def test_gradients_reach_both_halves_and_the_noise_has_its_scale(key):
     params = {"mean": jnp.float32(0.3), "log_variance": jnp.float32(-0.4), "scale": jnp.float32(1.7)}
     loss_fn = kl_autoencoder(moments, lambda params, z: params["scale"] * z, beta=0.0, error="l2")
     x, noise = jnp.full((1, 1), 0.2), jnp.full((1, 1), 0.9)
-    grads = jax.grad(lambda p: loss_fn(p, None, {"x1": x, "noise": noise})[0])(params)
+    grads = jax.jit(jax.grad(lambda p: loss_fn(p, None, {"x1": x, "noise": noise})[0]))(params)
     std = np.exp(-0.2)
     z = 0.3 + std * 0.9
     slope = 2 * (1.7 * z - 0.2)
@@ -167,14 +168,14 @@ def closed_form(model, learned):
 def sigma_points(x):
     """Each example with 2 K draws of mean 0 and covariance I, over which a quadratic has its exact expectation."""
     points = np.sqrt(K) * np.concatenate([np.eye(K), -np.eye(K)])
-    return {"x1": jnp.repeat(x, 2 * K, axis=0), "noise": jnp.asarray(np.tile(points, (len(x), 1)), x.dtype)}
+    return {"x1": np.repeat(x, 2 * K, axis=0), "noise": np.tile(points, (len(x), 1)).astype(x.dtype)}
 
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_at_the_closed_form_the_loss_is_the_likelihood(learned, x64):
     model = ppca(MEAN, COV, K)
-    loss_fn = negative_elbo(*halves(learned), variance=None if learned else float(model.variance))
-    x = jnp.asarray(X, jnp.float64)
+    loss_fn = jax.jit(negative_elbo(*halves(learned), variance=None if learned else float(model.variance)))
+    x = X.astype(np.float64)
     loss, metrics = loss_fn(closed_form(model, learned), None, sigma_points(x))
     np.testing.assert_allclose(loss, -ppca_log_prob(model, x).mean(), rtol=1e-10)
     np.testing.assert_allclose(loss, metrics["nll"] + metrics["kl"], rtol=1e-12)
@@ -184,8 +185,8 @@ def test_away_from_it_the_loss_is_the_bound_of_the_oracle(x64):
     model, rng = ppca(MEAN, COV, K), np.random.default_rng(3)
     params = closed_form(model, True)
     params["encoder"] = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape), params["encoder"])
-    x = jnp.asarray(X, jnp.float64)
-    loss, _ = negative_elbo(*halves(True))(params, None, sigma_points(x))
+    x = X.astype(np.float64)
+    loss, _ = jax.jit(negative_elbo(*halves(True)))(params, None, sigma_points(x))
     expected = -ppca_elbo(model, x, *halves(True)[0](params, x)).mean()
     np.testing.assert_allclose(loss, expected, rtol=1e-10)
     assert float(loss) > float(-ppca_log_prob(model, x).mean()) + 1e-3
@@ -196,9 +197,10 @@ def test_the_closed_form_is_a_stationary_point(x64):
     root = np.linalg.cholesky(COV)
     points = np.sqrt(D) * np.concatenate([root.T, -root.T]) + MEAN  # 2 D points of mean MEAN and covariance COV
     model = ppca(MEAN, COV, K)
-    batch = sigma_points(jnp.asarray(points))
+    batch = sigma_points(points)
     loss_fn = negative_elbo(*halves(True))
-    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(closed_form(model, True), None, batch)
+    gradient = jax.jit(jax.value_and_grad(lambda params: loss_fn(params, None, batch), has_aux=True))
+    (loss, _), grads = gradient(closed_form(model, True))
     np.testing.assert_allclose(loss, -ppca_mean_log_prob(model, MEAN, COV), rtol=1e-10)
     for leaf in jax.tree.leaves(grads):
         np.testing.assert_allclose(leaf, 0.0, atol=1e-9)
@@ -225,7 +227,7 @@ def test_a_linear_autoencoder_learns_principal_components(learned, key):
         state, _ = step(state, key_loss, {"x1": x})
     root = np.linalg.cholesky(COV)
     points = np.sqrt(D) * np.concatenate([root.T, -root.T]) + MEAN
-    batch = sigma_points(jnp.asarray(points, jnp.float32))
+    batch = sigma_points(points.astype(np.float32))
     found, best = float(loss_fn(state.params, None, batch)[0]), -float(ppca_mean_log_prob(model, MEAN, COV))
     print(f"\n-ELBO {found:.4f} nats, -log p of pPCA {best:.4f}: {found / best - 1:.2%}")
     assert best - 1e-3 < found < best + 0.005 * abs(best)
