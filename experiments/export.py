@@ -17,7 +17,7 @@ from typing import Any, Literal
 import jax
 
 from experiments.lab import command_line
-from experiments.lab.experiment import Restored, read_run, restore_run
+from experiments.lab.experiment import Restored, read_run, refuse_sentences, restore_run
 from experiments.lab.export import (
     FORMAT,
     LARGEST,
@@ -82,7 +82,8 @@ def run(config: Config) -> None:
     """Restores the run, exports, writes."""
     safetensors = imported("safetensors.numpy", "experiments.export", INSTALL)
     imported("flatbuffers", "experiments.export", INSTALL)
-    of_run, _ = read_run(config.run)
+    of_run, experiment = read_run(config.run)
+    refuse_sentences(config.run, experiment, "experiments.export")
     sampling, decays = sampling_of(config, of_run), of_run.training.ema_decays
     if config.learned_solver is None:
         check_exportable(named_sampler(sampling, of_run.method), sampling.solver)

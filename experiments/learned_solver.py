@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.lab import command_line
-from experiments.lab.experiment import restore_run
+from experiments.lab.experiment import refuse_sentences, restore_run
 from experiments.lab.options import SEED, STEPS, check_options, check_some
 from experiments.lab.processes import is_first
 from experiments.lab.samplers import make_sampler, save_solver
@@ -61,6 +61,7 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Trains, judges on new noise, writes; returns what it prints, in decibels."""
     restored = restore_run(config.run)
+    refuse_sentences(config.run, restored.experiment, "experiments.learned_solver")
     make_folder(config.run)  # found before the training: whether solvers can be written there
     check_places(config.run, ["learned_solver.json", *(f"learned_solver_{calls}.npz" for calls in config.calls)])
     experiment, method, sampling = restored.experiment, restored.config.method, restored.config.sampling

@@ -123,6 +123,12 @@ def restore_run(run_dir: Path, option: str = "--run") -> Restored:
     return Restored(config, experiment, int(state.step), params)
 
 
+def refuse_sentences(run_dir: Path, experiment: Experiment, what: str) -> None:
+    """`SystemExit` for a run on sentences, where only classes will do."""
+    if experiment.tell is not None:
+        raise SystemExit(f"--run {run_dir} was trained on sentences, and {what} knows runs with classes, or without.")
+
+
 def begin_with(config: Any, class_names: tuple[str, ...], params: Params) -> Params:
     """The parameters that a new run begins with: those of `--init-from`, where that is given.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import importlib
 import itertools
 import json
 
@@ -11,7 +12,7 @@ import pytest
 
 pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
 
-from experiments import sample, text_to_image
+from experiments import export, learned_solver, sample, text_to_image
 from experiments.lab import prompts
 from experiments.lab.scene_judge import fit_judge, judge_of
 from experiments.lab.scenes import (
@@ -209,6 +210,9 @@ def test_from_training_to_a_prompt(model, tmp_path, capsys):
     ):
         with pytest.raises(SystemExit, match=message):
             draw(**options)
+    for other in (export.Config(run=tmp_path / "run-smoke"), learned_solver.Config(run=tmp_path / "run-smoke")):
+        with pytest.raises(SystemExit, match="was trained on sentences"):
+            importlib.import_module(type(other).__module__).run(other)
 
 
 @pytest.mark.slow
