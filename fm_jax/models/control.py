@@ -1,7 +1,10 @@
 """A trainable copy of a network that follows what is aligned with the state: ControlNet, for every network of ours."""
 
+import functools
 import math
+import operator
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -20,6 +23,7 @@ from fm_jax.types import Array, Cond, Params
 
 CONTROL, FEATURE = "control", "feature"
 """The collection of what the copy finds and what the network gets, a subtree a block, and the name of it there."""
+Path = tuple[str, ...]
 FIRST = ("stem", "patches")
 """The first layer of U-Nets and of transformers."""
 _DOWN = re.compile(r"down_(\d+)_(\d+)(_attention|_transformer)?|down_(\d+)_resample|stem")
@@ -115,29 +119,18 @@ class Controlled(nn.Module):
             return out
 
         _, found = run(completed(copy, base), _gives(tokens, hint))
-        if not found:
+        given = {path[:-1]: h for path, h in flatten_dict(found.get(CONTROL, {})).items()}
+        if not given:
             raise ValueError(f"{type(module).__name__} has no blocks that control could join.")
-        return run(base, _takes(tokens), control=routed(self._taps(found[CONTROL])))[0]
+        to = routes(given)
+        taps = self.param("taps", lambda key: unflatten_dict({path: untrained(given[path]) for path in to}))
+        taken = {(*to[path], FEATURE): self._tapped(given[path], _at(taps, path)) for path in to}
+        return run(base, _takes(tokens), control=unflatten_dict(taken))[0]
 
-    def _taps(self, found: Any) -> Any:
-        """What joins the network: a linear map, zero at first, of what each block found, [..., batch, n, d]."""
-
-        def made(key: Any) -> Any:
-            return jax.tree.map(
-                lambda h: (
-                    {"kernel": jnp.zeros((*h.shape[:-3], h.shape[-1], h.shape[-1]))}
-                    | {"bias": jnp.zeros((*h.shape[:-3], h.shape[-1]))}
-                ),
-                found,
-            )
-
-        def tapped(h: Array, tap: Any) -> Array:
-            kernel, bias = (tap[name].astype(h.dtype) for name in ("kernel", "bias"))
-            return self.scale * (
-                jnp.einsum("...nd,...de->...ne", h, kernel[..., None, :, :]) + bias[..., None, None, :]
-            )
-
-        return jax.tree.map(tapped, found, self.param("taps", made))
+    def _tapped(self, h: Array, tap: Any) -> Array:
+        """What joins the network, of what a block of the copy gives, [batch, n, d] or stacked."""
+        kernel, bias = (tap[name].astype(h.dtype) for name in ("kernel", "bias"))
+        return self.scale * (jnp.einsum("...nd,...de->...ne", h, kernel[..., None, :, :]) + bias[..., None, None, :])
 
     def _checked(self, x: Array, cond: Any) -> tuple[Array | None, Any]:
         """What is aligned with the state, and what the network is told."""
@@ -150,6 +143,12 @@ class Controlled(nn.Module):
         elif self.is_initializing():
             raise ValueError("cond['local'] must be there where parameters are made, got None.")
         return local, cond.get(NETWORK)
+
+
+def untrained(h: Array) -> Any:
+    """A tap of what a block gives, [batch, n, d], or blocks in a stack do: a linear map that is zero."""
+    stack, width = h.shape[:-3], h.shape[-1]
+    return {"kernel": jnp.zeros((*stack, width, width)), "bias": jnp.zeros((*stack, width))}
 
 
 def used(params: Params) -> Params:
@@ -166,26 +165,30 @@ def completed(copy: Params, base: Params) -> Params:
     return {name: copy[name] if name in copy else jax.tree.map(jnp.zeros_like, value) for name, value in base.items()}
 
 
-def routed(found: Any) -> Any:
-    """What the copy found, by the block that it joins: the same, or the block of a U-Net that a skip leads to."""
-    flat = {path[:-1]: value for path, value in flatten_dict(found).items()}
-    blocks: dict[tuple[int, int], tuple[str, ...]] = {}  # of a U-Net, by level and number
-    for path in sorted(flat):  # attention behind a block comes after it
-        if (match := _DOWN.fullmatch(path[-1])) and match[2] is not None:
-            blocks[int(match[1]), int(match[2])] = path
-    if not blocks:
-        return unflatten_dict({(*path, FEATURE): value for path, value in flat.items()})
-    num = 1 + max(i for _, i in blocks)
-    skips = {path: f"up_{level}_{num - 1 - i}" for (level, i), path in blocks.items()}
-    for path in flat:
+def routes(paths: Iterable[Path]) -> dict[Path, Path]:
+    """Where in the network what blocks of the copy give goes to, by the paths of both.
+
+    To the block itself; in a U-Net, to the block of the way up that takes the skip connection from there.
+    """
+    blocks: dict[tuple[int, int], Path] = {}  # of a U-Net, by level and number
+    rest: dict[Path, str] = {}
+    for path in sorted(paths):  # attention behind a block comes after it, and replaces it
         match = _DOWN.fullmatch(path[-1])
-        if path[-1] == "stem":
-            skips[path] = f"up_0_{num}"
-        elif match is not None and match[4] is not None:
-            skips[path] = f"up_{int(match[4]) + 1}_{num}"
-        elif match is None:  # the middle
-            skips[path] = path[-1]
-    return unflatten_dict({(*path[:-1], to, FEATURE): flat[path] for path, to in skips.items()})
+        if match and match[2] is not None:
+            blocks[int(match[1]), int(match[2])] = path
+        else:
+            rest[path] = path[-1]
+    num = 1 + max((i for _, i in blocks), default=-1)
+    skips = {path: f"up_{level}_{num - 1 - i}" for (level, i), path in blocks.items()}
+    for path, name in rest.items():
+        match = _DOWN.fullmatch(name)
+        level = 0 if name == "stem" else int(match[4]) + 1 if match else None
+        skips[path] = name if level is None else f"up_{level}_{num}"
+    return {path: (*path[:-1], name) for path, name in skips.items()}
+
+
+def _at(tree: Any, path: Path) -> Any:
+    return functools.reduce(operator.getitem, path, tree)
 
 
 def _nothing(next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_networks import LABELS, T, VARIANTS, bfloat16, drawn, jit, make, normal, shapes_of, state, variant_id
+from small_networks import LABELS, VARIANTS, T, bfloat16, drawn, jit, make, normal, shapes_of, state, variant_id
 
 from fm_jax.losses import flow_matching
 from fm_jax.models import Conditions, PlainMLP, crossdit, dit, linen_apply
@@ -46,7 +46,7 @@ def is_zero_at_first(path):
     at = next((i for i, name in enumerate(names) if name.startswith("branch_")), None)
     if not at:  # none, or the features of a branch, which stand beside the network
         return False
-    return names[at] == "branch_depth" or names[-2] in ("out", "value") and names[at + 1] == names[-2]
+    return names[at] == "branch_depth" or (names[-2] in ("out", "value") and names[at + 1] == names[-2])
 
 
 @functools.cache
