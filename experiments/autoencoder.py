@@ -57,6 +57,8 @@ SMALL = 16
 """Sides below it are halved once by default, others twice."""
 SMOKE: dict[str, Any] = {"base_channels": 8, "num_samples": 64, "classifier_steps": 2}
 """The sizes of a smoke run."""
+TOLD = {"judged_images", "held_out", "psnr", "absolute_error", "kl", "latent_mean", "latent_std", "latent_noise"}
+"""What the results of any run hold."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,9 @@ class Config:
 
     def __post_init__(self) -> None:
         check_options(self, levels=(1, 8), beta="[0, inf)", perceptual="[0, inf)", classifier_steps=1)
-        if self.data.latents:
-            raise ValueError("--latents must be left out: an autoencoder takes images, which lie in [-1, 1].")
+        if self.data.latents or self.data.encoded is not None:
+            name = "--latents" if self.data.latents else "--encoded"
+            raise ValueError(f"{name} must be left out: an autoencoder takes images, which lie in [-1, 1].")
         if self.perceptual and self.data.labels == "none":
             raise ValueError("--perceptual fits a classifier to the labels, and --labels none takes none: give one.")
 
@@ -183,10 +186,8 @@ def _run(config: Config) -> dict[str, Any]:
         f"latents {'x'.join(map(str, latent_shape))}, {num_params(params):,} parameters, "
         f"{jax.device_count()} {jax.default_backend()} device(s)"
     )
-    fitted = None
-    if config.perceptual:
-        seed, steps = config.training.seed, config.classifier_steps
-        fitted = fit_features(key_classifier, loaded.train, num_steps=steps, seed=seed)
+    seed, steps = config.training.seed, config.classifier_steps
+    fitted = fit_features(key_classifier, loaded.train, num_steps=steps, seed=seed) if config.perceptual else None
     loss_fn = kl_autoencoder(
         lambda params, x: model.apply({"params": params}, x, method="encode"),  # type: ignore[arg-type, return-value]
         lambda params, z: model.apply({"params": params}, z, method="decode"),
@@ -195,10 +196,8 @@ def _run(config: Config) -> dict[str, Any]:
         features=None if fitted is None else fitted.features,
         feature_weight=config.perceptual,
     )
-    count = jax.process_count()
-    data: DataIterator = batches(
-        loaded.train, batch_size=config.training.batch_size // count, seed=config.training.seed, flip=config.flip
-    )
+    share = config.training.batch_size // jax.process_count()
+    data: DataIterator = batches(loaded.train, batch_size=share, seed=seed, flip=config.flip)
     shown = some_images(loaded.test or loaded.train, ROWS * COLUMNS)[0]
 
     def draw(step: int, state: TrainState) -> None:
@@ -218,11 +217,9 @@ def _run(config: Config) -> dict[str, Any]:
 
 
 def _check_data(config: Config, loaded: Loaded) -> None:
-    num = len(loaded.train.images)
-    if config.training.batch_size > num:
-        raise ValueError(
-            f"--batch-size must be at most {num}, the images to train on, got {config.training.batch_size}."
-        )
+    num, size = len(loaded.train.images), config.training.batch_size
+    if size > num:
+        raise ValueError(f"--batch-size must be at most {num}, the images to train on, got {size}.")
     if config.perceptual and loaded.train.num_classes < 2:
         raise ValueError(f"--perceptual needs images of two classes or more, got those of {loaded.facts.source}.")
     if is_judged(loaded):
@@ -243,6 +240,8 @@ def _begin(config: Config, params: Params) -> Params:
     run_dir = config.training.init_from
     if run_dir is None:
         return params
+    if not (run_dir / FOLDER).is_dir():
+        raise ValueError(f"--init-from must be a finished run of this experiment, got {run_dir} without {FOLDER}/.")
     _, theirs = open_model(run_dir / FOLDER)
     if jax.tree.map(jnp.shape, theirs) != jax.tree.map(jnp.shape, params):
         raise ValueError(
@@ -267,7 +266,8 @@ def _finished(config: Config, facts: Facts) -> dict[str, Any] | None:
     run_dir = config.training.run_dir
     if not is_config_of_run(config) or not (run_dir / FACTS).is_file() or not (run_dir / FOLDER).is_dir():
         return None
-    return read_results(run_dir) if read_facts(run_dir, config.data) == facts else None
+    results = read_results(run_dir)
+    return results if results and read_facts(run_dir, config.data) == facts and results.keys() >= TOLD else None
 
 
 def _report(config: Config, results: dict[str, Any]) -> str:
@@ -288,7 +288,7 @@ def _report(config: Config, results: dict[str, Any]) -> str:
         )
     if "features_accuracy_on_real" in results:
         lines.append(f"the classifier of --perceptual is right on {results['features_accuracy_on_real']:.1%} of them")
-    rate = results["training_images_per_second"]
+    rate = results.get("training_images_per_second")
     lines.append(f"training: {f'{rate:,.0f} images/s' if rate else 'already done'}")
     return "\n".join(lines)
 

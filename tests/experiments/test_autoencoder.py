@@ -238,6 +238,14 @@ ODD = Facts("odd ones", 100, 10, (30, 28, 1))
             r"^--latents must be left out: an autoencoder takes images, which lie in \[-1, 1\]\.$",
         ),
         (
+            lambda: dataclasses.replace(DIGITS, data=Data(encoded=Path("a"))),
+            r"^--encoded must be left out: an autoencoder takes images",
+        ),
+        (
+            lambda: autoencoder._begin(with_training(DIGITS, init_from=Path("elsewhere")), {}),
+            r"^--init-from must be a finished run of this experiment, got elsewhere without autoencoder/\.$",
+        ),
+        (
             lambda: dataclasses.replace(DIGITS, perceptual=0.1, data=Data(folder=Path("a"), labels="none")),
             r"^--perceptual fits a classifier to the labels, and --labels none takes none: give one\.$",
         ),
