@@ -46,7 +46,8 @@ def is_zero_at_first(path):
     at = next((i for i, name in enumerate(names) if name.startswith("branch_")), None)
     if not at:  # none, or the features of a branch, which stand beside the network
         return False
-    return names[at] == "branch_depth" or (names[-2] in ("out", "value") and names[at + 1] == names[-2])
+    last = {"branch_sizes": "out", "branch_words": "out", "branch_style": "value"}.get(names[at])
+    return last is None or names[at + 1] == last
 
 
 @functools.cache
@@ -62,12 +63,14 @@ def build(variant, **options):
     return net, module, x, cond, base, field
 
 
+@functools.cache
 def first(variant, **options):
     """Parameters as at first, by the module's own `init`, with a trained network in them."""
     _, module, x, cond, base, _ = build(variant, **options)
     return with_base(jit(module.init)(jax.random.key(0), T, x, cond)["params"], base)
 
 
+@functools.cache
 def alone(variant, **options):
     """What the network alone gives."""
     net, _, x, cond, base, _ = build(variant, **options)
@@ -107,7 +110,8 @@ def test_once_trained_says_what_it_is_told(variant):
         np.testing.assert_array_equal(field(params, cond | {name: cond[name]._replace(tokens=noise)}), out)
 
 
-@pytest.mark.parametrize("variant", EVERY)
+@SLOW
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 def test_left_out_is_the_network_alone(variant):
     _, module, _, cond, _, field = build(variant)
     params = first(variant)
@@ -115,7 +119,7 @@ def test_left_out_is_the_network_alone(variant):
     np.testing.assert_array_equal(field(params, nothing), alone(variant))
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("variant", [QUICK, ("unet", None), ("flux", True)], ids=variant_id)
 def test_in_bfloat16(variant):
     _, module, x, cond, base, field = build(variant)
@@ -125,7 +129,7 @@ def test_in_bfloat16(variant):
     out = jit(lambda params: half.apply({"params": params}, T, x, cond))(params)
     exact = field(params, cond)
     assert out.dtype == jnp.float32
-    assert 1e-5 < np.linalg.norm(out - exact) / np.linalg.norm(exact) < 0.05
+    assert 1e-5 < np.linalg.norm(out - exact) / np.linalg.norm(exact) < 0.1
     params = with_base(params, base)
     nothing = cond | dict.fromkeys(module.branches)
     wanted = jit(lambda base: net.apply({"params": base}, T, x, cond["network"]))(base)
@@ -165,7 +169,7 @@ def test_a_scale_of_zero_is_none(name, branch):
     np.testing.assert_array_equal(with_scale, field_of(module, X, cond | {name: None}, params))
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("name", ["words", "style"])
 def test_padding_is_immaterial(name):
     module = dit_with(((name, BRANCHES[name]),))
@@ -178,7 +182,7 @@ def test_padding_is_immaterial(name):
     np.testing.assert_allclose(outs[1], outs[0], atol=1e-6 * float(np.abs(outs[0]).max()))
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_global_condition_knows_no_place(monkeypatch):
     """Without a table of positions, patches that change places change those of the output alike."""
     monkeypatch.setattr(
@@ -191,10 +195,10 @@ def test_a_global_condition_knows_no_place(monkeypatch):
     np.testing.assert_allclose(moved, turned(out), atol=1e-5)
 
 
-@pytest.mark.slow
+@SLOW
 @pytest.mark.parametrize("variant", [QUICK, ("unet", None)], ids=variant_id)
 def test_a_local_condition_is_heard_most_where_it_is(variant):
-    """The mean over keys: attention carries some of it elsewhere."""
+    """Attention carries some of it elsewhere."""
     net, told = make(*variant)
     module = Branched(net, {"depth": LocalBranch(1, 4)})
     x = normal(3, 2, 16, 16, 2)
@@ -237,6 +241,7 @@ def test_features_come_to_the_grid_of_a_block():
         resized(features, (3, 4))
 
 
+@SLOW
 def test_channels_join_those_of_the_state():
     net, _ = make(*QUICK)
     module = Branched(net, {"before": ChannelConcat(3)})
@@ -248,6 +253,7 @@ def test_channels_join_those_of_the_state():
     np.testing.assert_array_equal(apply(params), wanted)
 
 
+@SLOW
 def test_training_changes_branches_alone():
     """By an ordinary loss and step, with an optimiser that knows what is trainable."""
     net, _ = make(*QUICK)

@@ -62,9 +62,11 @@ def test_starts_as_nothing_and_learns_from_its_taps_on(variant):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(found["taps"]))
     assert not any(np.any(leaf) for name in ("control", "network") for leaf in jax.tree.leaves(found[name]))
     found = gradient(jax.tree.map(lambda leaf, slope: leaf - 0.1 * slope, params, found))
-    blocks = [leaf for name in params["taps"] for leaf in jax.tree.leaves(found["control"][name])]
-    assert blocks
-    assert all(np.abs(leaf).max() > 0 for leaf in blocks)
+    for name in params["taps"]:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(found["control"][name]):
+            at = jax.tree_util.keystr(path)
+            # The last block of an MMDiT has queries of the text that nothing asks for.
+            assert "context_query" in at or np.abs(leaf).max() > 0, f"{name}{at}"
     assert np.abs(found["first"]["kernel"]).max() > 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(found["network"]))
 
@@ -79,6 +81,7 @@ def test_once_trained_follows_its_own_example(variant):
     np.testing.assert_allclose(moved[1], out[1], rtol=1e-5, atol=1e-5)
 
 
+@SLOW
 def test_left_out_is_the_network_alone():
     module, x, cond, base, params, field = build(QUICK)
     trained = params | {"taps": drawn(params["taps"]), "first": drawn(params["first"])}
