@@ -177,12 +177,12 @@ def test_loss_of_the_exact_velocity_is_the_floor(time_sampler, key):
 
 def test_draws_have_the_joint_law(key):
     """Drawn from the posterior of its own y, x has with y the covariance that x1 has: 40,000 draws, z below 4.5."""
-    law, num = posterior("grey"), 40_000
+    law, num = posterior("low resolution"), 40_000
     keys = jax.random.split(key, 3)
     x1 = sample_field(field(), keys[0], num)
     y = OBSERVE(law, keys[1], x1)
-    k, a = flat(COVARIANCE(field())), OPERATORS["grey"][0].reshape(-1, D)
-    root = np.block([[np.linalg.cholesky(k), np.zeros((D, 8))], [a @ np.linalg.cholesky(k), 0.1 * np.eye(8)]])
+    k, a = flat(COVARIANCE(field())), OPERATORS["low resolution"][0].reshape(-1, D)
+    root = np.block([[np.linalg.cholesky(k), np.zeros((D, 4))], [a @ np.linalg.cholesky(k), 0.3 * np.eye(4)]])
     cov = root @ root.T
     for x in (x1, sample_posterior(law, keys[2], y)):
         both = np.concatenate([flat(x, num), flat(y, num)], axis=1)

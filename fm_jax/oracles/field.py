@@ -130,6 +130,8 @@ def field_posterior(field: GaussianField, operator: ArrayTree, noise: float = 0.
     `G = L V diag(s / (s^2 + noise^2)) U'` and `S = L V diag(noise^2 / (s^2 + noise^2)) V' L'`: the Kalman update
     `G = K A' (A K A' + noise^2)^-1`, `S = K - G A K`, in a form that cannot lose the sign of S.
 
+    Notebooks: (13.2).
+
     Args:
         field: law of x1, on [*grid, c].
         operator: A [*grid_y, c_y, *grid, c], as `known_values`, `block_means`, `channel_means` and `blur` make it; y
@@ -310,6 +312,8 @@ def loss_floor(law: Law, schedule: Schedule, t: Elementwise) -> Elementwise:
     of an eigenvector, with c its eigenvalue in S, or in K without a condition: the difference of the two floors is what
     the condition is worth. `losses.flow_matching` can go no lower. Over t ~ U(0, 1) on straight lines the floor is
     `pi / 2` times the mean of sqrt(c); for others it is `loss_floor(law, schedule, time_sampler(key, num)).mean()`.
+
+    Notebooks: (13.1), (13.3).
 
     Args:
         law: `GaussianField`, or `FieldPosterior`.

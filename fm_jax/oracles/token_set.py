@@ -108,6 +108,8 @@ def attention_of(mixture: TokenMixture, schedule: Schedule, t: Time, x: State) -
     tokens are the keys, `scale = alpha / S` grows as noise falls, and `bias_k = -alpha^2 |token_k|^2 / (2 S)` is the
     same for keys of one length. `models.attend` computes it with these.
 
+    Notebooks: (13.6).
+
     Args:
         mixture: the tokens.
         schedule: of the path.
@@ -132,7 +134,9 @@ def token_prediction(mixture: TokenMixture, schedule: Schedule, t: Time, x: Stat
 
     With `c = sum_k r_k token_k`, r as in `attention_of` and `S = alpha^2 std^2 + sigma^2`, the mean token,
     `E[x1 | x] = c + alpha std^2 / S (x - alpha c)`, `score = -(x - alpha c) / S`, `E[x0 | x] = -sigma score` and
-    `velocity = alpha' E[x1 | x] + sigma' E[x0 | x]`. All are affine in x and c: values are the tokens too.
+    `velocity = alpha' E[x1 | x] + sigma' E[x0 | x]`. All are linear in x and c: values are the tokens too.
+
+    Notebooks: (13.7).
 
     Args:
         mixture: the tokens.
