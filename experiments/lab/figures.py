@@ -134,6 +134,43 @@ def save_captioned(path: PathLike, images: np.ndarray, captions: Sequence[str], 
         sheet.save(unfinished)
 
 
+@by_first
+def save_clips(
+    path: PathLike, clips: np.ndarray, captions: Sequence[str], *, columns: int = 4, rate: float = 6.0
+) -> None:
+    """Writes a GIF of clips [n, frames, h, w, c] in [-1, 1] side by side, each above its caption.
+
+    Args:
+        path: the `.gif` to write.
+        clips: shown together, over and over; the last frame stays for a while.
+        captions: n of them.
+        columns: clips in a row.
+        rate: frames a second.
+    """
+    width, margin, line, font = 150, 10, 15, ImageFont.load_default(size=12)
+    pictures = [[Image.fromarray(_montage([frame[None]], 1, size=96)) for frame in clip] for clip in np.asarray(clips)]
+    lines, side = [_wrapped(caption, font, width) for caption in captions], pictures[0][0].size
+    columns, height = min(columns, len(pictures)), side[1] + margin // 2 + line * max(map(len, lines))
+    places = [
+        (margin + i % columns * (width + margin), margin + i // columns * (height + margin))
+        for i in range(len(pictures))
+    ]
+    sheet = Image.new("RGB", (columns * (width + margin) + margin, places[-1][1] + height + margin), "white")
+    draw = ImageDraw.Draw(sheet)
+    for (x, y), text in zip(places, lines, strict=True):
+        for j, each in enumerate(text):
+            at = (x + width // 2, y + side[1] + margin // 2 + line * j)
+            draw.text(at, each, fill=INK, font=font, anchor="ma")
+    frames = []
+    for k in range(len(pictures[0])):
+        for (x, y), clip in zip(places, pictures, strict=True):
+            sheet.paste(clip[k], (x + (width - side[0]) // 2, y))
+        frames.append(sheet.quantize(32, dither=Image.Dither.NONE))
+    duration = [max(20, round(1000 / rate))] * (len(frames) - 1) + [800]
+    with _whole(path) as unfinished:
+        frames[0].save(unfinished, save_all=True, append_images=frames[1:], duration=duration, loop=0)
+
+
 def _wrapped(text: str, font: Any, width: int) -> list[str]:
     """A text in lines that are no wider than so many pixels."""
     lines = [""]

@@ -79,16 +79,18 @@ class FactorisedPositions(nn.Module):
     Attributes:
         sizes: largest number of frames, rows and columns of patches.
         hidden: width of the vectors.
+        std: standard deviation of the vectors that they start with.
     """
 
     sizes: Triple
     hidden: int
+    std: float = 0.02
 
     @nn.compact
     def __call__(self, grid: Triple) -> Array:
         """[frames rows columns, hidden] of a grid of patches, in row-major order."""
-        names = ("frames", "rows", "columns")
-        tables = [self.param(names[i], small_normal, (self.sizes[i], self.hidden))[: grid[i]] for i in range(3)]
+        names, init = ("frames", "rows", "columns"), nn.initializers.normal(self.std)
+        tables = [self.param(names[i], init, (self.sizes[i], self.hidden))[: grid[i]] for i in range(3)]
         total = tables[0][:, None, None] + tables[1][None, :, None] + tables[2][None, None]
         return total.reshape(math.prod(grid), self.hidden)
 
@@ -156,6 +158,8 @@ class VideoDiT(nn.Module):
         epsilon: of all norms.
         compute: dtype, attention and rematerialisation.
         scan_layers: see `DiT`.
+        position_std: standard deviation of the vectors of positions at the start; a small network learns sooner what is
+            where if they are as large as what it sees of a patch.
 
     References:
         Polyak et al. 2024, "Movie Gen: A Cast of Media Foundation Models", sections 3.1.3 and 3.1.4. It has no public
@@ -174,6 +178,7 @@ class VideoDiT(nn.Module):
     epsilon: float = 1e-5
     compute: Compute = Compute()
     scan_layers: bool = True
+    position_std: float = 0.02
 
     def __post_init__(self) -> None:
         check_options(embed=None, dropout=0.0, compute=self.compute)
@@ -187,6 +192,7 @@ class VideoDiT(nn.Module):
                 check_integer(f"{name}[{i}]", number)
         check_encoders(self.encoders)
         check_setting(self, "epsilon", "(0, inf)")
+        check_setting(self, "position_std", "(0, inf)")
         check_bool("scan_layers", self.scan_layers)
         if self.hidden % self.num_heads:
             raise ValueError(f"num_heads must divide hidden={self.hidden}, got {self.num_heads}.")
@@ -218,11 +224,11 @@ class VideoDiT(nn.Module):
         text = [
             EncodedText(self.hidden, self.epsilon, self.compute, name=f"text_{name}")(tokens[name]) for name in tokens
         ]
-        positions = FactorisedPositions(self.positions, self.hidden, name="positions")(grid).astype(dtype)
+        positions = FactorisedPositions(self.positions, self.hidden, self.position_std, name="positions")(grid)
 
         h = _linear(self.hidden, dtype, "patches")(patchify_video(x, self.patch_size))
         options = {name: getattr(self, name) for name in ("num_heads", "mlp_hidden", "epsilon", "compute")}
-        args = (positions, modulation.reshape(-1, 6, self.hidden), jnp.concatenate(text, axis=1), masks)
+        args = (positions.astype(dtype), modulation.reshape(-1, 6, self.hidden), jnp.concatenate(text, axis=1), masks)
         scan, remat = self.scan_layers, self.compute.remat
         h = run_blocks(VideoDiTBlock, options, self.num_layers, h, *args, train=train, scan=scan, remat=remat)
 

@@ -1,0 +1,271 @@
+"""Moving digits: clips of one or two digits, the sentences that describe them, and batches of clips and pictures."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+
+from experiments.lab.scenes import NUMBERS
+from fm_jax.checks import check_integer
+from fm_jax.text.words import split_words
+
+WAYS = ("right", "up right", "up", "up left", "left", "down left", "down", "down right")
+"""The directions, 45 degrees from one to the next."""
+STEPS = np.array([(0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1)])
+"""Rows and columns [8, 2] that each of them takes at a speed of 1; rows count downwards."""
+PACES = ("slow", "fast")
+TEMPLATES = ("a {x} moves {way}", "a {x} is going {way}", "{way} goes a {x}")
+HELD_OUT_TEMPLATE = "a {x} goes {way}"
+"""A sentence of words that are all known, in an order that training has not seen."""
+
+
+class Motion(NamedTuple):
+    """What a sentence says of a digit."""
+
+    digit: int
+    way: int
+    """An index of `WAYS`."""
+    pace: int | None = None
+    """An index of `PACES`, where there are two."""
+
+
+Meaning: TypeAlias = tuple[Motion, ...]
+"""What a sentence says: one digit, or two."""
+
+
+def is_held_out(motion: Motion) -> bool:
+    """Whether this digit never goes this way in training: one way of eight for each digit."""
+    return motion.way == (3 * motion.digit + 5) % 8
+
+
+def describe(meaning: Meaning, template: str) -> str:
+    """The sentence.
+
+    Example:
+        >>> describe((Motion(3, 2), Motion(7, 4)), "a {x} moves {way}")
+        'a three moves up while a seven moves left'
+    """
+    return " while ".join(template.format(x=_named(motion), way=WAYS[motion.way]) for motion in meaning)
+
+
+def describe_picture(meaning: Meaning) -> str:
+    """The sentence for one frame: what there is, without where it goes.
+
+    Example:
+        >>> describe_picture((Motion(3, 2), Motion(7, 4)))
+        'a three and a seven'
+    """
+    return " and ".join(f"a {NUMBERS[motion.digit]}" for motion in meaning)
+
+
+def quoted(sentence: str) -> str:
+    """The names of the digits alone, for an encoder of letters.
+
+    Example:
+        >>> quoted("a three moves up while a seven moves left")
+        '"three" "seven"'
+    """
+    return " ".join(f'"{word}"' for word in split_words(sentence) if word in NUMBERS)
+
+
+def words_of(num_digits: int, paces: bool) -> tuple[str, ...]:
+    """The vocabulary of all sentences, sorted."""
+    return tuple(sorted({*" ".join(_some_sentences(num_digits, paces)).split()}))
+
+
+def most_words(num_digits: int, paces: bool) -> int:
+    """Words of the longest sentence."""
+    return max(len(sentence.split()) for sentence in _some_sentences(num_digits, paces))
+
+
+def _some_sentences(num_digits: int, paces: bool) -> list[str]:
+    """Of all sentences those whose digits do the same: every word and every length is among them."""
+    kinds = itertools.product(range(10), range(8), range(2) if paces else (None,))
+    meanings = [(Motion(*each),) * num_digits for each in kinds]
+    texts = [describe(meaning, template) for meaning in meanings for template in (*TEMPLATES, HELD_OUT_TEMPLATE)]
+    return [*texts, *map(describe_picture, meanings)]
+
+
+def _named(motion: Motion) -> str:
+    return NUMBERS[motion.digit] if motion.pace is None else f"{PACES[motion.pace]} {NUMBERS[motion.digit]}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How clips are drawn: digits on black, each going straight on at a constant speed, and back from a wall.
+
+    Places are whole pixels. A clip begins where it can go on for `straight` frames before it meets a wall: all of them
+    where the square is large enough.
+
+    Attributes:
+        size: height and width.
+        digit: height and width of a digit, less than `size`.
+        frames: of a clip.
+        speeds: pixels from frame to frame, along each axis that moves; one, or those of `PACES`.
+        num_digits: in a clip, 1 or 2. Two keep `apart` pixels, along rows or columns, in every frame.
+        apart: 0 for a single digit.
+    """
+
+    size: int
+    digit: int
+    frames: int
+    speeds: tuple[float, ...] = (1.0,)
+    num_digits: int = 1
+    apart: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of a clip: frames, height, width, channels."""
+        return self.frames, self.size, self.size, 1
+
+    @property
+    def paces(self) -> bool:
+        """Whether sentences say how fast."""
+        return len(self.speeds) > 1
+
+    @property
+    def straight(self) -> int:
+        """Frames before the first wall."""
+        return min(self.frames, math.floor((self.size - self.digit) / max(self.speeds)) + 1)
+
+    def draw_meanings(self, rng: np.random.Generator, num: int, *, held_out: bool | None = None) -> list[Meaning]:
+        """Random meanings: of those with a digit that goes a held-out way, of those without, or of both."""
+        found: list[Meaning] = []
+        while len(found) < num:
+            digits, ways, paces = (rng.integers(high, size=(num, self.num_digits)) for high in (10, 8, 2))
+            for each in zip(digits.tolist(), ways.tolist(), paces.tolist(), strict=True):
+                meaning = tuple(Motion(d, w, p if self.paces else None) for d, w, p in zip(*each, strict=True))
+                if held_out is None or any(map(is_held_out, meaning)) == held_out:
+                    found.append(meaning)
+        return found[:num]
+
+    def places(self, rng: np.random.Generator, meaning: Meaning) -> np.ndarray:
+        """The upper left corners of the digits [frames, digits, 2], rows and columns, in whole pixels."""
+        while True:
+            each = [self._path(rng, motion) for motion in meaning]
+            if len(each) == 1 or np.abs(each[0] - each[1]).max(axis=1).min() >= self.apart:
+                return np.stack(each, axis=1)
+
+    def draw(self, rng: np.random.Generator, meanings: Sequence[Meaning], digits: Sequence[np.ndarray]) -> np.ndarray:
+        """Clips float32 [n, frames, size, size, 1] in [-1, 1].
+
+        Args:
+            rng: of the handwriting and the places.
+            meanings: n of them.
+            digits: for each of ten digits pictures [m, digit, digit] in [0, 1].
+        """
+        ink = np.zeros((len(meanings), *self.shape), np.float32)
+        for clip, meaning in zip(ink, meanings, strict=True):
+            places = self.places(rng, meaning)
+            for i, motion in enumerate(meaning):
+                pictures = digits[motion.digit]
+                picture = pictures[rng.integers(len(pictures))]
+                for frame, (y, x) in zip(clip[..., 0], places[:, i], strict=True):
+                    part = frame[y : y + self.digit, x : x + self.digit]
+                    np.maximum(part, picture, out=part)
+        return 2 * ink - 1
+
+    def _path(self, rng: np.random.Generator, motion: Motion) -> np.ndarray:
+        room = self.size - self.digit
+        velocity = STEPS[motion.way] * self.speeds[motion.pace or 0]
+        way = velocity * (self.straight - 1)  # which is to fit
+        low, high = np.ceil(np.maximum(0, -way)), np.floor(room - np.maximum(0, way))
+        start = rng.integers(low.astype(int), high.astype(int) + 1)
+        at = (start + velocity * np.arange(self.frames)[:, None]) % (2 * room)
+        return np.rint(np.minimum(at, 2 * room - at)).astype(int)
+
+
+class Sentences:
+    """All sentences about a clip or a picture as what a network is told of them, made once and looked up.
+
+    Args:
+        tell: from sentences to a pytree of arrays [n, ...], as a tokenizer.
+        stage: whose clips they are about.
+    """
+
+    def __init__(self, tell: Callable[[list[str]], Any], stage: Stage):
+        self._kinds = (10, 8, 2) if stage.paces else (10, 8)
+        motions = [Motion(*each) for each in itertools.product(*map(range, self._kinds))]
+        meanings = list(itertools.product(motions, repeat=stage.num_digits))
+        self._num = len(meanings)
+        texts = [describe(meaning, template) for template in TEMPLATES for meaning in meanings]
+        self._table = tell([*texts, *map(describe_picture, meanings)])
+
+    def of(self, meanings: Sequence[Meaning], templates: np.ndarray) -> Any:
+        """What a network is told of each meaning, in the words of a template; `len(TEMPLATES)` for a picture."""
+        row = np.zeros(len(meanings), int)
+        for motions in zip(*meanings, strict=True):
+            values = np.array([motion[: len(self._kinds)] for motion in motions])
+            row = row * math.prod(self._kinds) + np.ravel_multi_index(tuple(values.T), self._kinds)
+        return jax.tree.map(lambda leaf: leaf[templates * self._num + row], self._table)
+
+
+class ClipBatches:
+    """Fresh clips with their sentences, without end; every so often pictures in their place, as clips of one frame.
+
+    A step is `batch_size * process_count` clips, or `frames` times as many pictures, which are as many patches: a
+    function of the seed and the number of the step, of which process p has its share. So batches have two shapes, and
+    neither they nor a position depends on the number of processes.
+
+    Args:
+        stage: how they are drawn.
+        digits: for each of ten digits pictures of it.
+        sentences: what a network is told of them.
+        seed: of all of them.
+        batch_size: clips in a batch of *this* process, the same on all of them.
+        picture_every: every so many steps is one of pictures; 0 for none.
+        process_index: which process this is; by default `jax.process_index()`.
+        process_count: how many there are; by default `jax.process_count()`.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        digits: Sequence[np.ndarray],
+        sentences: Sentences,
+        seed: int,
+        batch_size: int,
+        *,
+        picture_every: int = 0,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ):
+        self._index = jax.process_index() if process_index is None else process_index
+        self._count = jax.process_count() if process_count is None else process_count
+        check_integer("batch_size", batch_size)
+        check_integer("picture_every", picture_every, least=0)
+        self._stage, self._digits, self._sentences, self._seed = stage, digits, sentences, seed
+        self._num, self._picture_every = batch_size * self._count, picture_every
+        self._position = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        self._position += 1
+        rng = np.random.default_rng((self._seed, self._position))
+        pictures = self._picture_every > 0 and self._position % self._picture_every == 0
+        stage = self._stage
+        num = self._num * stage.frames if pictures else self._num
+        meanings = stage.draw_meanings(rng, num, held_out=None if pictures else False)
+        if pictures:
+            stage, templates = dataclasses.replace(stage, frames=1), np.full(num, len(TEMPLATES))
+        else:
+            templates = rng.integers(len(TEMPLATES), size=num)
+        x1 = stage.draw(rng, meanings, self._digits)
+        share = slice(self._index * num // self._count, (self._index + 1) * num // self._count)
+        cond = self._sentences.of(meanings, templates)
+        return {"x1": x1[share], "cond": jax.tree.map(lambda leaf: leaf[share], cond)}
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of batches taken as JSON values."""
+        return {"position": self._position}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position that `get_state` gave, on any number of processes."""
+        self._position = state["position"]

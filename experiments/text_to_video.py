@@ -1,0 +1,362 @@
+"""Moving digits: clips from a sentence, such as "a three moves up while a seven moves left".
+
+Paper: Polyak et al. 2024, "Movie Gen" (arXiv:2410.13720), in small: one transformer for clips and for pictures, which
+are clips of one frame; learned positions of frame, row and column in every block; one modulation by time for all
+blocks; attention to two or three encoders of the text, one of them of letters; its path and its grid of times.
+Command: `python -m experiments.text_to_video`, one digit on 16x16, or on a GPU two digits, slow or fast, on 32x32
+`python -m experiments.text_to_video --dataset mnist --total-steps 20000 --batch-size 256 --learning-rate 1e-3 \
+--dtype bfloat16 --run-dir runs/text_to_video_mnist`
+Hardware: two CPU cores; the README has the times.
+Expect: first grey clouds, then digits, then digits that go where they were told. Held out are one way of eight for each
+digit, and one kind of sentence.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import numpy as np
+
+from experiments.lab import command_line
+from experiments.lab.experiment import Experiment, begin_with
+from experiments.lab.figures import save_clips, save_sheet
+from experiments.lab.method import Method, couple_ahead, make_loss
+from experiments.lab.moving import (
+    HELD_OUT_TEMPLATE,
+    TEMPLATES,
+    ClipBatches,
+    Meaning,
+    Sentences,
+    Stage,
+    describe,
+    describe_picture,
+    most_words,
+    quoted,
+    words_of,
+)
+from experiments.lab.moving_judge import Judge, fit_judge
+from experiments.lab.options import check_options, of_smoke
+from experiments.lab.processes import own_folder
+from experiments.lab.sampling import Sampling, generate_many, make_generate, nfe_text
+from experiments.lab.scenes import by_digit
+from experiments.lab.smoke import TRAINING, smoke
+from experiments.lab.training import (
+    Training,
+    check_batch,
+    check_run_dir,
+    draw_loss,
+    files_of,
+    median_rate,
+    sampling_params,
+    train,
+    write_results,
+)
+from fm_jax.conditions import DropCondition
+from fm_jax.data.digits import load_digits
+from fm_jax.data.images import load_images
+from fm_jax.models import Compute, linen_apply, make_videodit, num_params
+from fm_jax.samplers import grids
+from fm_jax.schedules import Linear
+from fm_jax.sources import Normal
+from fm_jax.text import ByteTokenizer, TextConditioned, Tokens, WordEncoder, WordTokenizer
+from fm_jax.train import TrainState
+from fm_jax.train.loop import DataIterator
+from fm_jax.types import Schedule
+
+PICTURES = ("samples.gif", "samples.png", "loss.png")
+STAGES = {"digits": Stage(16, 8, 8), "mnist": Stage(32, 14, 16, speeds=(0.5, 1.5), num_digits=2, apart=12)}
+LETTERS = 259
+"""Number of ids of bytes, padding and end included."""
+_SIZES: dict[str, dict[str, Any]] = {
+    "digits": {"hidden": 96, "num_layers": 4, "num_heads": 4, "mlp_hidden": 256, "scan_layers": False},
+    "mnist": {"hidden": 256, "num_layers": 6, "num_heads": 4, "mlp_hidden": 704},
+    "smoke": {"hidden": 16, "num_layers": 1, "num_heads": 2, "mlp_hidden": 32, "scan_layers": False},
+}
+_PATCH, _LONGEST, _POSITION_STD = 4, 16, 0.15
+"""Rows and columns of a patch; frames that the network has positions for; how large these are at the start."""
+
+
+@dataclass(frozen=True)
+class MovieGenMethod(Method):
+    """What is regressed, and where on the path. The path "linear" keeps 1e-5 of its noise, as Movie Gen's does."""
+
+    times: Literal["stratified", "uniform", "logit_normal", "mode", "beta", "edm"] = "logit_normal"
+    """Distribution of training times."""
+
+    @property
+    def schedule(self) -> Schedule:
+        return Linear(1e-5) if self.path == "linear" else super().schedule
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run on moving digits. The command line has an option for every field."""
+
+    EXPERIMENT: ClassVar[str] = "text_to_video"
+
+    training: Training
+    dataset: Literal["digits", "mnist"] = "digits"
+    """One of scikit-learn's digits on 16x16, or two of MNIST, each slow or fast, on 32x32."""
+    data_dir: Path | None = None
+    """Where TFDS keeps MNIST; by default TFDS_DATA_DIR or ~/tensorflow_datasets."""
+    num_frames: int | None = None
+    """Frames of a clip; by default 8 of digits and 16 of MNIST."""
+    encoders: int = 2
+    """Encoders of the text: of its words and of the letters of the digits' names; with 3 a second one of words."""
+    picture_every: int = 8
+    """Every so many steps is one of pictures, as clips of one frame; 0 for none."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype; parameters are float32."""
+    method: MovieGenMethod = field(default_factory=MovieGenMethod)
+    sampling: Sampling = field(default_factory=lambda: Sampling(solver="heun", steps=16, guidance=2.5))
+    linear_quadratic: bool = True
+    """Step at Movie Gen's times, half of them near the noise, in place of those of --grid."""
+    text_dropout: float = 0.1
+    """Probability that an example is trained without its sentence, for classifier-free guidance."""
+    num_samples: int = 200
+    """Clips to judge of each kind of sentence."""
+    smoke: bool = False
+    """Run the whole path once with next to no computation; sizes and steps are its own."""
+
+    def __post_init__(self) -> None:
+        check_options(self, text_dropout="[0, 1)", num_frames=2, encoders=(2, 3), picture_every=0)
+        if self.text_dropout == 0 and self.sampling.guidance != 1:
+            raise ValueError(
+                f"--text-dropout must be above 0 for --guidance {self.sampling.guidance:g}, which leads away from what "
+                "the network makes without a sentence; --guidance 1 goes without."
+            )
+        if self.stage.frames > _LONGEST:
+            raise ValueError(
+                f"--num-frames must be at most {_LONGEST}, for which the network has positions, got {self.num_frames}."
+            )
+
+    def unused(self) -> Iterator[tuple[str, str]]:
+        """Options of no effect, and why."""
+        if self.dataset == "digits":
+            yield "data_dir", "--dataset digits is embedded in scikit-learn"
+        if self.linear_quadratic:
+            yield "sampling.grid", "--linear-quadratic has its own times; --no-linear-quadratic would take it"
+        if self.smoke:
+            yield from of_smoke(SMOKE | {"training": TRAINING | {"batch_size": None}})
+        yield from self.training.unused()
+        yield from self.method.unused()
+        yield from self.sampling.unused()
+
+    @property
+    def stage(self) -> Stage:
+        """How clips are drawn."""
+        stage = STAGES[self.dataset]
+        return dataclasses.replace(stage, frames=self.num_frames or stage.frames)
+
+
+SMOKE: dict[str, Any] = {
+    "sampling": {"solver": "euler", "steps": 2, "sample_batch": 4},
+    "num_samples": 4,
+    "num_frames": 3,
+    "picture_every": 2,
+}
+CONFIG = Config(
+    training=Training(
+        run_dir=Path("runs/text_to_video"),
+        total_steps=3500,
+        batch_size=16,
+        learning_rate=3e-3,
+        warmup_steps=100,
+        decay="cosine",
+        ema_decays=(0.998,),
+        save_every=250,
+    ),
+)
+
+
+def build(config: Config) -> Experiment:
+    """The network, and what reads sentences for it."""
+    stage, sizes = config.stage, _SIZES["smoke" if config.smoke else config.dataset]
+    num, width = stage.num_digits, min(64, sizes["hidden"])
+    words, letters = WordTokenizer(words_of(num, stage.paces), most_words(num, stage.paces) + 1), ByteTokenizer(8 * num)
+    encoders = {
+        "words": WordEncoder(words.vocabulary, most_words(num, stage.paces) + 1, width),
+        "letters": WordEncoder(LETTERS, 8 * num, width),
+    }
+    if config.encoders == 3:
+        encoders["more_words"] = WordEncoder(words.vocabulary, most_words(num, stage.paces) + 1, width)
+
+    def tell(prompts: list[str]) -> dict[str, Tokens]:
+        told = words(prompts)
+        found = {"words": told, "letters": letters([quoted(prompt) for prompt in prompts])}
+        return found | ({"more_words": told} if config.encoders == 3 else {})
+
+    side = stage.size // _PATCH
+    network = make_videodit(
+        "tiny",
+        **sizes,
+        patch_size=(1, _PATCH, _PATCH),
+        positions=(_LONGEST, side, side),
+        position_std=_POSITION_STD,
+        encoders=tuple((name, width) for name in encoders),
+        channels=1,
+        compute=Compute(config.dtype),
+    )
+    model = TextConditioned(network, encoders)
+    drop = DropCondition(config.text_dropout, tell([""]))
+    return Experiment(model, linen_apply(model), Normal(), stage.shape, drop=drop, tell=tell)
+
+
+def load(config: Config, split: Literal["train", "test"]) -> list[np.ndarray]:
+    """For each of ten digits pictures [m, digit, digit] in [0, 1]."""
+    if config.dataset == "digits":
+        found = load_digits(split)
+        return by_digit((np.asarray(found.images)[..., 0] + 1) / 2, found.labels)
+    found = load_images("mnist", split, data_dir=config.data_dir)
+    num, side = len(found.images), config.stage.digit
+    images = np.asarray(found.images[:], np.float32).reshape(num, side, 2, side, 2).mean(axis=(2, 4)) / 255
+    return by_digit(images, np.asarray(found.labels))
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, samples, judges, draws; returns the numbers it prints."""
+    config = smoke(config, **SMOKE)
+    check_batch(config.training)
+    if (config.training.steps_per_call or 1) > 1 and config.picture_every:
+        raise ValueError(
+            f"--steps-per-call must be 1 where clips and pictures alternate, got {config.training.steps_per_call}: "
+            "--picture-every 0 goes without pictures."
+        )
+    with own_folder(config.training.run_dir):
+        return _run(config)
+
+
+def _run(config: Config) -> dict[str, Any]:
+    experiment, stage, run_dir = build(config), config.stage, config.training.run_dir
+    check_run_dir(config, PICTURES, folders=["samples"])
+    keys = jax.random.split(jax.random.key(config.training.seed), 5)
+    key_train, key_init, key_draw, key_judge, key_pairs = keys
+    digits, sentences = load(config, "train"), Sentences(experiment.told, stage)
+    params = experiment.init_params(key_init)
+    print(
+        f"moving digits of {config.dataset}, {'x'.join(map(str, stage.shape))}, {config.encoders} encoders, "
+        f"{num_params(params):,} parameters, {jax.device_count()} {jax.default_backend()} device(s)"
+    )
+
+    def data_of(index: int, count: int) -> DataIterator:
+        size, seed, every = config.training.batch_size // count, config.training.seed, config.picture_every
+        return ClipBatches(
+            stage, digits, sentences, seed, size, picture_every=every, process_index=index, process_count=count
+        )
+
+    data = couple_ahead(config.method, data_of, key_pairs, experiment.source)
+    generate = _generator(config, experiment)
+    shown = stage.draw_meanings(np.random.default_rng(0), 8, held_out=False)
+
+    def draw(step: int, state: TrainState) -> None:
+        texts = [describe(meaning, TEMPLATES[0]) for meaning in shown]
+        params = sampling_params(state, config.training)
+        clips, _ = generate_many(generate, params, key_draw, experiment, experiment.told(texts), len(texts))
+        save_clips(run_dir / "samples" / f"step_{step:06d}.gif", clips, texts)
+
+    begin = partial(begin_with, config, ())
+    state = train(config, key_train, params, make_loss(config.method, experiment), data, draw, begin=begin)
+    params = sampling_params(state, config.training)
+    judge_of_clips = fit_judge(stage, digits, num_steps=4 if config.smoke else 1500)
+    results = judge(config, experiment, params, key_judge, judge_of_clips)
+    results["training_clips_per_second"] = median_rate(run_dir)
+    draw_loss(run_dir)
+    write_results(run_dir, results)
+    print(_report(config, results))
+    return results
+
+
+def _generator(config: Config, experiment: Experiment, guidance: float | None = None) -> Any:
+    sampling = config.sampling if guidance is None else dataclasses.replace(config.sampling, guidance=guidance)
+    times = np.asarray(grids.linear_quadratic(sampling.steps)) if config.linear_quadratic else None
+    return make_generate(sampling, config.method, experiment.apply_fn, null_label=experiment.null_cond, frames=times)
+
+
+def asked(stage: Stage, num: int) -> dict[str, tuple[list[Meaning], list[str]]]:
+    """The meanings and sentences of each kind that a network is judged on, `num` of each."""
+    rng = np.random.default_rng(1)
+    seen, held_out = (stage.draw_meanings(rng, num, held_out=each) for each in (False, True))
+    templates = [TEMPLATES[i % len(TEMPLATES)] for i in range(num)]
+    return {
+        "seen": (seen, [describe(*each) for each in zip(seen, templates, strict=True)]),
+        "held_out_pairs": (held_out, [describe(*each) for each in zip(held_out, templates, strict=True)]),
+        "held_out_template": (seen, [describe(meaning, HELD_OUT_TEMPLATE) for meaning in seen]),
+    }
+
+
+def judge(config: Config, experiment: Experiment, params: Any, key: Any, verdict_of: Judge) -> dict[str, Any]:
+    """Draws clips for each kind of sentence, with guidance and without, and has them judged beside real ones."""
+    stage, num, size, run_dir = config.stage, config.num_samples, config.sampling.sample_batch, config.training.run_dir
+    meanings = stage.draw_meanings(np.random.default_rng(2), 500)
+    real = stage.draw(np.random.default_rng(3), meanings, load(config, "test"))
+    # What clips of other sentences get right: the level of chance.
+    results: dict[str, Any] = {
+        "real": verdict_of(real, meanings).shares(),
+        "chance": verdict_of(real, [*meanings[1:], meanings[0]]).shares(),
+    }
+    of_pictures = experiment._replace(event_shape=(1, *stage.shape[1:]))
+    for name, scale in {"guided": config.sampling.guidance, "unguided": 1.0}.items():
+        generate, found, nfe = _generator(config, experiment, scale), {}, None
+        start = time.perf_counter()
+        kinds = asked(stage, num)
+        for kind, (meanings, texts) in kinds.items():
+            clips, nfe = generate_many(generate, params, key, experiment, experiment.told(texts), size)
+            verdict = verdict_of(clips, meanings)
+            found[kind] = verdict.shares()
+            if (name, kind) == ("guided", "seen"):
+                marked = [text + ("" if right else " *") for text, right in zip(texts, verdict.both, strict=True)]
+                save_clips(run_dir / "samples.gif", clips[:12], marked[:12])
+                save_sheet(run_dir / "samples.png", clips[:12].reshape(-1, *stage.shape[1:]), columns=stage.frames)
+        seconds = (time.perf_counter() - start) / (len(kinds) * -(-num // size) * size)
+        if config.picture_every:
+            meanings = kinds["seen"][0]
+            told = experiment.told([describe_picture(meaning) for meaning in meanings])
+            pictures, _ = generate_many(generate, params, key, of_pictures, told, size)
+            found["pictures"] = {"identity": verdict_of(pictures, meanings).shares()["identity"]}
+        results[name] = found | {"nfe": nfe, "seconds_per_clip": seconds}
+    return results
+
+
+def _report(config: Config, results: dict[str, Any]) -> str:
+    run_dir, num = config.training.run_dir, config.num_samples
+    lines = ["\n" + files_of(run_dir, *PICTURES, "metrics.jsonl", "config.json", "results.json", "checkpoints/")]
+    words = {
+        "seen": "seen digits and directions",
+        "held_out_pairs": "a digit in a direction that it never went",
+        "held_out_template": "a held-out kind of sentence",
+    }
+    guided, unguided = results["guided"], results["unguided"]
+    lines.append(f"digit and direction as it was said, of {num} clips of each kind:")
+    for kind, name in words.items():
+        lines.append(
+            f"  {name}: {guided[kind]['both']:.1%} at guidance {config.sampling.guidance:g}, "
+            f"{unguided[kind]['both']:.1%} without"
+        )
+    lines.extend(
+        f"{of}: " + ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+        for of, shares in (
+            ("seen, guided", guided["seen"]),
+            ("real clips", results["real"]),
+            ("chance", results["chance"]),
+        )
+    )
+    if "pictures" in guided:
+        lines.append(f"pictures: the right digit in {guided['pictures']['identity']:.1%}")
+    lines.append(f"{1000 * guided['seconds_per_clip']:.2f} ms a clip (NFE {nfe_text(guided['nfe'])})")
+    if rate := results["training_clips_per_second"]:
+        lines.append(f"training: {rate:,.0f} clips/s")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """The command line."""
+    command_line.main(run, Config, CONFIG, __doc__)
+
+
+if __name__ == "__main__":
+    main()
