@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from fm_jax.checks import check_bool, check_integer, shown
 from fm_jax.models.attention import layer_norm
 from fm_jax.models.compute import Compute
-from fm_jax.models.layers import check_options, zeros
+from fm_jax.models.layers import check_options
 from fm_jax.text.encoder import SelfAttention, TextFeatures, check_ids
 from fm_jax.text.tokens import Tokens, check_prompts, pad_tokens
 from fm_jax.types import Array
@@ -92,7 +92,7 @@ def split_words(text: str) -> list[str]:
 
 
 class WordBlock(nn.Module):
-    """A transformer block that is the identity at initialisation; attributes as in `WordEncoder`."""
+    """A transformer block, whose branches count from the first step on; attributes as in `WordEncoder`."""
 
     num_heads: int
     compute: Compute = Compute()
@@ -102,11 +102,11 @@ class WordBlock(nn.Module):
         """Maps tokens [batch, n, d] to tokens."""
         width, dtype = h.shape[-1], self.compute.dtype
         attention = SelfAttention(self.num_heads, width // self.num_heads, True, compute=self.compute, name="attention")
-        # The gain of a branch starts at zero: words are themselves before they are what others say of them.
-        gain = self.param("gain", zeros, (2, width)).astype(dtype)
-        h = h + gain[None, None, 0] * attention(layer_norm(dtype, "norm_attention", affine=True)(h), mask, None)
+        # Not zero at first: a network learns digits long before it asks who stands where, and by then would hardly open
+        # a branch that started as nothing.
+        h = h + attention(layer_norm(dtype, "norm_attention", affine=True)(h), mask, None)
         m = nn.gelu(nn.Dense(4 * width, dtype=dtype, name="mlp_in")(layer_norm(dtype, "norm_mlp", affine=True)(h)))
-        return h + gain[None, None, 1] * nn.Dense(width, dtype=dtype, name="mlp_out")(m)
+        return h + nn.Dense(width, dtype=dtype, name="mlp_out")(m)
 
 
 class WordEncoder(nn.Module):
