@@ -95,12 +95,12 @@ def test_starts_as_nothing_and_learns(variant):
 
 @pytest.mark.parametrize("variant", EVERY)
 def test_once_trained_says_what_it_is_told(variant):
-    """Each branch to its own example alone, none of what is masked, and nothing where it is left out."""
+    """Each branch to its own example alone, and nothing of what is masked."""
     _, module, x, cond, _, field = build(variant)
     params = drawn(shapes_of(module, x, cond), seed=1)
     out = field(params, cond)
     for name in module.branches:
-        other = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.at[0].add(1.0), cond[name])
+        other = jax.tree.map(lambda leaf: leaf if leaf.dtype == bool else leaf.at[0].mul(-1.0), cond[name])
         moved = field(params, cond | {name: other})
         assert np.abs(moved - out)[0].max() > 1e-4, name
         np.testing.assert_allclose(moved[1], out[1], rtol=1e-5, atol=1e-5)
@@ -225,11 +225,11 @@ def test_an_image_prompt_is_the_formula():
         out = Alone().apply({"params": params}, x, text)
     weights = params["cross"]
     q, k_text, v_text = (
-        jnp.einsum("bnd,dhe->bnhe", h, weights[name]["kernel"]) + weights[name]["bias"]
+        jnp.einsum("bnd,dhe->bnhe", h, weights[name]["kernel"]) + weights[name]["bias"][None, None]
         for name, h in (("query", x), ("key", text), ("value", text))
     )
     h = attend(q, k_text, v_text) + 0.5 * attend(q, k, v, mask=mask)
-    wanted = jnp.einsum("bnhe,hed->bnd", h, weights["out"]["kernel"]) + weights["out"]["bias"]
+    wanted = jnp.einsum("bnhe,hed->bnd", h, weights["out"]["kernel"]) + weights["out"]["bias"][None, None]
     np.testing.assert_allclose(out, wanted, atol=1e-5)
 
 

@@ -183,7 +183,7 @@ def test_a_tap_reaches_the_skip_that_it_stands_for(name):
             return next_fun(*args, **kwargs)
         if name == "middle_1":
             return 2 * next_fun(*args, **kwargs)
-        factor = jnp.ones(args[0].shape[-1]).at[-found[name] :].set(2.0)
+        factor = jnp.ones((1, 1, 1, args[0].shape[-1])).at[..., -found[name] :].set(2.0)
         return next_fun(args[0] * factor, *args[1:], **kwargs)
 
     def wanted(base):
