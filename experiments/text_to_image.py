@@ -36,10 +36,8 @@ from experiments.lab.scenes import (
     Meaning,
     SceneBatches,
     Sentences,
-    all_sentences,
     by_digit,
     describe,
-    words_of,
 )
 from experiments.lab.smoke import TRAINING, smoke
 from experiments.lab.training import (
@@ -63,7 +61,7 @@ from fm_jax.train.folder import write_text
 from fm_jax.train.loop import DataIterator
 
 PICTURES = ("samples.png", "loss.png")
-CANVASES = {"digits": Canvas(16, 8, colours=False), "mnist": Canvas(32, 14, colours=True)}
+CANVASES = {"digits": Canvas(16, 8, colours=False, templates=TEMPLATES[:2]), "mnist": Canvas(32, 14, colours=True)}
 WIDTH, LONGEST = 96, 16
 """Width of the encoded words; words of the longest sentence, its end included."""
 _UNET: dict[str, Any] = {
@@ -161,10 +159,10 @@ def build(config: Config) -> Experiment:
     if config.encoded_text is not None:
         reader = prompts.of_features(config.encoded_text)
     elif config.clip_tokens is not None:
-        everything = [*all_sentences(canvas.colours), *all_sentences(canvas.colours, (HELD_OUT_TEMPLATE,))]
-        reader = prompts.of_clip_tokens(config.clip_tokens, everything, WIDTH, frozen=frozen)
+        sentences = canvas.all_sentences(held_out=True)
+        reader = prompts.of_clip_tokens(config.clip_tokens, sentences, WIDTH, frozen=frozen)
     else:
-        reader = prompts.of_words(words_of(canvas.colours), LONGEST, WIDTH, frozen=frozen)
+        reader = prompts.of_words(canvas.words, LONGEST, WIDTH, frozen=frozen)
     network: nn.Module
     if config.model == "unet":
         sizes = _UNET | (_SMALL_UNET if config.smoke else {}) | {"patch_size": canvas.size // 8}
@@ -191,7 +189,7 @@ def load(config: Config, split: Literal["train", "test"]) -> list[np.ndarray]:
 def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
     if config.write_captions is not None:
-        captions = all_sentences(config.canvas.colours, (*TEMPLATES, HELD_OUT_TEMPLATE))
+        captions = config.canvas.all_sentences(held_out=True)
         write_text(config.write_captions, "\n".join(captions) + "\n")
         print(f"{config.write_captions}: {len(captions):,} sentences")
         return {}
@@ -206,7 +204,7 @@ def _run(config: Config) -> dict[str, Any]:
     check_run_dir(config, PICTURES, folders=["samples"])
     keys = jax.random.split(jax.random.key(config.training.seed), 5)
     key_train, key_init, key_draw, key_judge, key_pairs = keys
-    digits, sentences = load(config, "train"), Sentences(experiment.told, canvas.colours)
+    digits, sentences = load(config, "train"), Sentences(experiment.told, canvas)
     params = experiment.init_params(key_init)
     print(
         f"composed digits of {config.dataset}, {'x'.join(map(str, canvas.shape))}, {config.model} with "
@@ -249,7 +247,7 @@ def asked(canvas: Canvas, num: int) -> dict[str, tuple[list[Meaning], list[str]]
     rng = np.random.default_rng(1)
     seen = canvas.draw_meanings(rng, num, held_out=False)
     held_out = canvas.draw_meanings(rng, num, held_out=True)
-    templates = [TEMPLATES[i % len(TEMPLATES)] for i in range(num)]
+    templates = [canvas.templates[i % len(canvas.templates)] for i in range(num)]
 
     def told(meanings: Sequence[Meaning]) -> tuple[list[Meaning], list[str]]:
         return list(meanings), [describe(*each) for each in zip(meanings, templates, strict=True)]

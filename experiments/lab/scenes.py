@@ -73,24 +73,6 @@ def describe(meaning: Meaning, template: str) -> str:
     return template.format(x=names[0], y=names[1], **words)
 
 
-def words_of(colours: bool) -> tuple[str, ...]:
-    """The vocabulary of all sentences, sorted."""
-    templates = (*TEMPLATES, HELD_OUT_TEMPLATE)
-    texts = [describe(Meaning(0, 0, relation), template) for relation in range(4) for template in templates]
-    return tuple(sorted({*" ".join(texts).split(), *NUMBERS, *(COLOURS if colours else ())}))
-
-
-def all_sentences(colours: bool, templates: Sequence[str] = TEMPLATES) -> list[str]:
-    """Every sentence of the templates, in the order of `Sentences`."""
-    meanings = [Meaning(*each) for each in itertools.product(*map(range, _kinds(colours)))]
-    return [describe(meaning, template) for template in templates for meaning in meanings]
-
-
-def _kinds(colours: bool) -> tuple[int, ...]:
-    """How many values each field of a `Meaning` has."""
-    return (10, 10, 4, 6, 6) if colours else (10, 10, 4)
-
-
 @dataclass(frozen=True)
 class Canvas:
     """How scenes are drawn: each digit in its half of a black square, anywhere in it.
@@ -99,16 +81,36 @@ class Canvas:
         size: height and width; even.
         digit: height and width of a digit, at most half of `size`.
         colours: whether the digits have one of six colours each.
+        templates: of the sentences that describe them.
     """
 
     size: int
     digit: int
     colours: bool
+    templates: tuple[str, ...] = TEMPLATES
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of a scene."""
         return self.size, self.size, 3 if self.colours else 1
+
+    @property
+    def kinds(self) -> tuple[int, ...]:
+        """How many values each field of a `Meaning` has."""
+        return (10, 10, 4, 6, 6) if self.colours else (10, 10, 4)
+
+    def all_sentences(self, *, held_out: bool = False) -> list[str]:
+        """Every sentence of the templates, in the order of `Sentences`; and of the one that is held out."""
+        meanings = [Meaning(*each) for each in itertools.product(*map(range, self.kinds))]
+        templates = (*self.templates, HELD_OUT_TEMPLATE) if held_out else self.templates
+        return [describe(meaning, template) for template in templates for meaning in meanings]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """The vocabulary of its sentences, sorted."""
+        templates = (*self.templates, HELD_OUT_TEMPLATE)
+        texts = [describe(Meaning(0, 0, relation), template) for relation in range(4) for template in templates]
+        return tuple(sorted({*" ".join(texts).split(), *NUMBERS, *(COLOURS if self.colours else ())}))
 
     def draw_meanings(self, rng: np.random.Generator, num: int, *, held_out: bool | None = None) -> list[Meaning]:
         """Random meanings, of those that are held out, of those that are not, or of both."""
@@ -188,7 +190,7 @@ class SceneBatches:
         self._position += 1
         rng = np.random.default_rng((self._seed, self._position))
         meanings = self._canvas.draw_meanings(rng, self._num, held_out=False)
-        templates = rng.integers(len(TEMPLATES), size=self._num)
+        templates = rng.integers(len(self._canvas.templates), size=self._num)
         x1 = self._canvas.draw(rng, meanings, self._digits)
         cond = self._sentences.of(meanings, templates)
         return {"x1": x1[self._share], "cond": jax.tree.map(lambda leaf: leaf[self._share], cond)}
@@ -207,12 +209,12 @@ class Sentences:
 
     Args:
         tell: from sentences to a pytree of arrays [n, ...], as a tokenizer.
-        colours: whether sentences have colours.
+        canvas: whose sentences they are.
     """
 
-    def __init__(self, tell: Any, colours: bool):
-        self._kinds = _kinds(colours)
-        self._table = tell(all_sentences(colours))
+    def __init__(self, tell: Any, canvas: Canvas):
+        self._kinds = canvas.kinds
+        self._table = tell(canvas.all_sentences())
 
     def of(self, meanings: Sequence[Meaning], templates: np.ndarray) -> Any:
         """What a network is told of each meaning, in the words of a template."""

@@ -16,18 +16,14 @@ from experiments import export, learned_solver, sample, text_to_image
 from experiments.lab import prompts
 from experiments.lab.scene_judge import fit_judge, judge_of
 from experiments.lab.scenes import (
-    HELD_OUT_TEMPLATE,
-    NUMBERS,
     TEMPLATES,
     Canvas,
     Meaning,
     SceneBatches,
     Sentences,
-    all_sentences,
     by_digit,
     describe,
     is_held_out,
-    words_of,
 )
 from fm_jax.data.digits import load_digits
 
@@ -53,16 +49,12 @@ def test_a_sentence_and_its_inverse_say_the_same():
     assert meaning.swapped.places() == ((7, 4), (3, 0))
 
 
-@pytest.mark.parametrize("colours", [False, True])
-def test_every_word_of_every_sentence_is_in_the_vocabulary(colours):
-    words = set(words_of(colours))
-    told = prompts.of_words(words_of(colours), text_to_image.LONGEST, 8, frozen=False).tell
-    for meaning in CANVAS.draw_meanings(np.random.default_rng(0), 50):
-        meaning = meaning._replace(first_colour=1, second_colour=2) if colours else meaning
-        for template in (*TEMPLATES, HELD_OUT_TEMPLATE):
-            assert set(describe(meaning, template).split()) <= words
-            told([describe(meaning, template)])
-    assert set(NUMBERS) < words
+@pytest.mark.parametrize("canvas", text_to_image.CANVASES.values(), ids=text_to_image.CANVASES)
+def test_every_word_of_every_sentence_is_in_the_vocabulary_and_no_other(canvas):
+    sentences = canvas.all_sentences(held_out=True)
+    assert {word for sentence in sentences for word in sentence.split()} == set(canvas.words)
+    told = prompts.of_words(canvas.words, text_to_image.LONGEST, 8, frozen=False).tell(sentences)
+    assert told.mask.sum(axis=1).max() <= text_to_image.LONGEST
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +89,7 @@ def test_colours_are_those_of_the_sentence():
 
 
 def test_the_shares_of_processes_are_one_batch_and_a_position_goes_on(real):
-    sentences = Sentences(prompts.of_words(words_of(False), 16, 8, frozen=False).tell, colours=False)
+    sentences = Sentences(prompts.of_words(CANVAS.words, 16, 8, frozen=False).tell, CANVAS)
 
     def batches(size, **processes):
         return SceneBatches(CANVAS, real["train"], sentences, 3, size, **processes)
@@ -112,8 +104,8 @@ def test_the_shares_of_processes_are_one_batch_and_a_position_goes_on(real):
 
 
 def test_a_batch_holds_no_held_out_pair_and_its_sentences_say_what_it_shows():
-    told = all_sentences(False)
-    sentences = Sentences(lambda texts: np.array([told.index(text) for text in texts]), colours=False)
+    told = CANVAS.all_sentences()
+    sentences = Sentences(lambda texts: np.array([told.index(text) for text in texts]), CANVAS)
     batch = next(SceneBatches(CANVAS, BARS, sentences, 0, 256))
     meanings = CANVAS.draw_meanings(np.random.default_rng((0, 1)), 256, held_out=False)
     assert not any(map(is_held_out, meanings))
