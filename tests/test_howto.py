@@ -79,6 +79,37 @@ def test_own_project(run):
 
 
 @pytest.mark.slow
+def test_text(run):
+    names = run("text")
+    assert np.isfinite(names["loss"])
+    assert names["pictures"].shape == names["filled"].shape == (2, 8, 8, 1)
+    assert np.abs(names["filled"][:, :, :4]).max() < 1e-5
+    assert np.abs(names["filled"][:, :, 4:]).max() > 0.1
+
+
+@pytest.mark.slow
+def test_control(run):
+    names = run("control")
+    assert (names["before"] == names["after"]).all()
+    labels = {jax.tree_util.keystr(path): name for path, name in jax.tree_util.tree_leaves_with_path(names["labels"])}
+    assert {path for path, name in labels.items() if name == "new"} == {path for path in labels if "branch_" in path}
+    base = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(names["updates"]) if "branch_" not in jax.tree_util.keystr(path)}
+    assert not any(leaf.any() for leaf in base.values())
+    v = names["v"]
+    assert v.nfe == 3
+    assert v(0.5, names["x"]).shape == (4, 8, 8, 1)
+
+
+def test_latents(run):
+    pytest.importorskip("grain", reason="needs the extra fm_jax[data]")
+    pytest.importorskip("array_record", reason="needs the extra fm_jax[data]")
+    names = run("latents")
+    assert names["latents"].shape == (4, 4, 4)
+    assert 0.9 < names["batch"]["x1"].std() < 1.1
+    assert names["batch"]["cond"].shape == (128,)
+
+
+@pytest.mark.slow
 def test_guidance(run):
     names = run("guidance")
     (plain, nfe), (guided, guided_nfe) = names["plain"], names["guided"]
@@ -299,6 +330,10 @@ def test_options_exist(page, command, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name, *options])
     if name == "fm_jax.data.images":
         monkeypatch.setattr(module, "prepare", lambda *_, **__: None)
+        module.main()
+        return
+    if name == "fm_jax.weights.convert":
+        monkeypatch.setattr(module, "convert", lambda *_, **__: "")
         module.main()
         return
     parse = importlib.import_module("experiments.lab.command_line").parse

@@ -1,7 +1,7 @@
 """Guidance: velocity functions made of other velocity functions."""
 
 from fm_jax.guidance.classifier import classifier
-from fm_jax.guidance.classifier_free import classifier_free, classifier_free_batched, compose
+from fm_jax.guidance.classifier_free import classifier_free, classifier_free_batched, compose, nested
 from fm_jax.guidance.known import keep_known
 from fm_jax.guidance.rules import Extrapolate, FirstChannels, Projected, Rescale, Rule, ZeroStar
 
@@ -17,4 +17,5 @@ __all__ = [
     "classifier_free_batched",
     "compose",
     "keep_known",
+    "nested",
 ]

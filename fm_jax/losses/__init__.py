@@ -1,5 +1,6 @@
 """Losses: `(params, key, batch) -> (scalar, metrics)`, for any network library."""
 
+from fm_jax.losses.autoencoder import gaussian_kl, kl_autoencoder, negative_elbo
 from fm_jax.losses.bridge import bridge_matching, bridge_score, bridge_velocity, split_channels, two_heads
 from fm_jax.losses.matching import data_prediction, flow_matching, noise_prediction, score_matching
 from fm_jax.losses.trajectory import couple_snapshots, trajectory_matching
@@ -16,6 +17,9 @@ __all__ = [
     "data_prediction",
     "error_scale",
     "flow_matching",
+    "gaussian_kl",
+    "kl_autoencoder",
+    "negative_elbo",
     "noise_prediction",
     "score_matching",
     "split_channels",

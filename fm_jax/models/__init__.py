@@ -16,16 +16,21 @@ from fm_jax.checks import check_integer, check_key, is_traced, shown
 from fm_jax.models.adapters import check_kind, from_equinox, from_nnx, linen_apply
 from fm_jax.models.attention import apply_rope, attend, rope_angles
 from fm_jax.models.autoencoder import Autoencoder, Moments, make_autoencoder, sample_moments
+from fm_jax.models.branched import Branched
+from fm_jax.models.branches import ChannelConcat, CrossBranch, ImagePrompt, LocalBranch, VectorBranch
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import Border, Conditions
+from fm_jax.models.control import Controlled
 from fm_jax.models.crossdit import CrossDiT, make_crossdit
 from fm_jax.models.dit import DiT, make_dit
 from fm_jax.models.embed import LabelEmbedding, TokenEmbedding, VectorEmbedding
 from fm_jax.models.flux import Flux, fill_local, make_flux
+from fm_jax.models.grafting import base_of, trainable, with_base
 from fm_jax.models.icnn import ICNN, linen_potential
 from fm_jax.models.lightning import LightningDiT, make_lightning
 from fm_jax.models.mlp import MLP, PlainMLP
 from fm_jax.models.mmdit import MMDiT, make_mmdit
+from fm_jax.models.sequence_unet import SequenceUNet, make_sequence_unet
 from fm_jax.models.song_unet import SongUNet, make_song_unet
 from fm_jax.models.stack import stack_layers, unstack_layers
 from fm_jax.models.temporal_autoencoder import (
@@ -47,28 +52,37 @@ __all__ = [
     "MLP",
     "Autoencoder",
     "Border",
+    "Branched",
+    "ChannelConcat",
     "Compute",
     "Conditions",
+    "Controlled",
+    "CrossBranch",
     "CrossDiT",
     "DiT",
     "Flux",
+    "ImagePrompt",
     "LabelEmbedding",
     "LightningDiT",
+    "LocalBranch",
     "MMDiT",
     "Moments",
     "PlainMLP",
+    "SequenceUNet",
     "SongUNet",
     "TemporalAutoencoder",
     "TinyAutoencoder",
     "TokenEmbedding",
     "UNet",
     "UNetCondition",
+    "VectorBranch",
     "VectorEmbedding",
     "VideoDiT",
     "Wan",
     "WanAutoencoder",
     "apply_rope",
     "attend",
+    "base_of",
     "fill_local",
     "forward_flops",
     "from_equinox",
@@ -83,6 +97,7 @@ __all__ = [
     "make_flux",
     "make_lightning",
     "make_mmdit",
+    "make_sequence_unet",
     "make_song_unet",
     "make_temporal_autoencoder",
     "make_tiny_autoencoder",
@@ -96,7 +111,9 @@ __all__ = [
     "rope_angles",
     "sample_moments",
     "stack_layers",
+    "trainable",
     "unstack_layers",
+    "with_base",
 ]
 
 

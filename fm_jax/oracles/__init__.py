@@ -1,9 +1,27 @@
 """Closed forms that everything else is checked against.
 
 * `mixture`: a Gaussian mixture carried along any affine path from a standard normal source;
-* `gaussian`: two Gaussians, with any Gaussian coupling, joined by any stochastic interpolant.
+* `gaussian`: two Gaussians, with any Gaussian coupling, joined by any stochastic interpolant;
+* `field`: a stationary Gaussian field of which something was observed: a part, block means, the mean of the channels;
+* `token_set`: a Gaussian around each of a set of tokens, whose velocity is an attention;
+* `ppca`: probabilistic PCA, the best that a linear autoencoder can be.
 """
 
+from fm_jax.oracles.field import (
+    FieldPosterior,
+    GaussianField,
+    field_covariance,
+    field_posterior,
+    field_prediction,
+    field_velocity,
+    loss_floor,
+    observe,
+    posterior_mean,
+    power_law_spectrum,
+    sample_field,
+    sample_posterior,
+    stationary_field,
+)
 from fm_jax.oracles.gaussian import (
     BridgePrediction,
     GaussianBridge,
@@ -31,29 +49,77 @@ from fm_jax.oracles.mixture import (
     sample,
     velocity,
 )
+from fm_jax.oracles.observation import block_means, blur, channel_means, known_values
+from fm_jax.oracles.ppca import (
+    PPCA,
+    LinearEncoder,
+    ppca,
+    ppca_elbo,
+    ppca_log_prob,
+    ppca_mean_log_prob,
+    ppca_posterior,
+)
+from fm_jax.oracles.token_set import (
+    TokenMixture,
+    attention_of,
+    sample_points,
+    token_mixture,
+    token_prediction,
+    token_velocity,
+)
 
 __all__ = [
+    "PPCA",
     "BridgePrediction",
+    "FieldPosterior",
     "GaussianBridge",
+    "GaussianField",
     "GaussianMixture",
     "GaussianPair",
+    "LinearEncoder",
+    "TokenMixture",
+    "attention_of",
+    "block_means",
+    "blur",
     "bridge_drift",
     "bridge_moments",
     "bridge_prediction",
     "bures_distance",
     "cdf",
+    "channel_means",
     "displacement_moments",
     "displacement_velocity",
     "entropic_plan",
+    "field_covariance",
+    "field_posterior",
+    "field_prediction",
+    "field_velocity",
     "flow_map",
     "gaussian_mixture",
     "gaussian_pair",
+    "known_values",
     "log_prob",
+    "loss_floor",
     "monge_map",
+    "observe",
     "optimal_plan",
+    "posterior_mean",
+    "power_law_spectrum",
+    "ppca",
+    "ppca_elbo",
+    "ppca_log_prob",
+    "ppca_mean_log_prob",
+    "ppca_posterior",
     "prediction",
     "sample",
+    "sample_field",
     "sample_pair",
+    "sample_points",
+    "sample_posterior",
     "schroedinger_bridge",
+    "stationary_field",
+    "token_mixture",
+    "token_prediction",
+    "token_velocity",
     "velocity",
 ]

@@ -87,7 +87,8 @@ def check_ids(ids: AnyArray, mask: AnyArray | None, vocabulary: int) -> None:
         if mask.shape != ids.shape or mask.dtype != bool:
             raise ValueError(f"mask must be bool, true where a token is no padding, {ids.shape}, got {shown(mask)}.")
     if not is_traced(ids):
-        least, most = np.min(ids), np.max(ids)
+        values = np.asarray(ids)  # of an array of JAX inside a jitted function too
+        least, most = values.min(), values.max()
         if least < 0 or most >= vocabulary:
             raise ValueError(f"ids must be from 0 to {vocabulary - 1}, got ids from {least} to {most}.")
 

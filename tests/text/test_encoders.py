@@ -10,6 +10,7 @@ from parity.harness import random_tensors
 
 from fm_jax.models.compute import Compute
 from fm_jax.text.clip import ClipText, make_clip_text
+from fm_jax.text.encoder import check_ids
 from fm_jax.text.t5 import T5Encoder, distance_buckets, make_t5
 from fm_jax.weights.clip import clip_config, clip_from_config, clip_layout, clip_rules
 from fm_jax.weights.load import load
@@ -378,3 +379,10 @@ def test_a_file_of_a_whole_t5():
         "lm_head.weight": np.zeros((50, 32), np.float32),
     }
     assert equal(load(file, t5_rules(T5)), params_of(T5))
+
+
+def test_ids_may_be_arrays_of_jax_that_a_jitted_function_closes_over():
+    ids = jnp.array([[3, 49]])
+    jax.jit(lambda x: check_ids(ids, None, 50) or x)(1.0)
+    with pytest.raises(ValueError, match="got ids from 3 to 49"):
+        jax.jit(lambda x: check_ids(ids, None, 9) or x)(1.0)
