@@ -335,6 +335,7 @@ def load_latents(data: Data) -> Loaded:
     test = latent_dataset(latents, "test", space) if "test" in splits else None
     numbers = latents.shape[-1] * space.square**2
     shift, scale = (x if isinstance(x, tuple) else (x,) * numbers for x in (space.shift, space.scale))
+    std = latents.std.tolist() if data.space == "measured" else [1 / number for number in scale]  # as they were found
     image_shape = latents.about.get("image_shape")
     facts = Facts(
         f"encoded {data.encoded.name}",
@@ -343,7 +344,7 @@ def load_latents(data: Data) -> Loaded:
         latents.shape,
         class_names,
         None if space == PIXELS else shift,
-        None if space == PIXELS else tuple(1 / number for number in scale),
+        None if space == PIXELS else tuple(std),
         fingerprint(train),
         None if test is None else fingerprint(test),
         space.square,
