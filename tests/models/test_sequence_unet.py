@@ -320,12 +320,12 @@ def noisy_tracks(key, num):
 @pytest.mark.slow
 def test_learns_sequences_around_their_local_condition():
     """N(cond, 1/4) at every position: the velocity is known, and its own where the condition is dropped is not it."""
-    module = SequenceUNet(channels=(32, 32), kernel_size=3, time_channels=32, local_dim=1)
+    module = SequenceUNet(channels=(16, 16), kernel_size=3, time_channels=16, local_dim=1)
     drop = DropConditions({"local": 0.1}, Conditions(local=0.0))
     loss_fn = flow_matching(linen_apply(module), AffinePath(), drop=drop)
     params, optimizer = (
         init_params(module, jax.random.key(0), (16, 1)),
-        optax.adam(optax.cosine_decay_schedule(3e-3, 800)),
+        optax.adam(optax.cosine_decay_schedule(1e-2, 400)),
     )
 
     @jax.jit
@@ -333,11 +333,11 @@ def test_learns_sequences_around_their_local_condition():
         def step(carry, key):
             params, state = carry
             key_data, key_loss = jax.random.split(key)
-            gradient = jax.grad(loss_fn, has_aux=True)(params, key_loss, noisy_tracks(key_data, 128))[0]
+            gradient = jax.grad(loss_fn, has_aux=True)(params, key_loss, noisy_tracks(key_data, 64))[0]
             updates, state = optimizer.update(gradient, state)
             return (optax.apply_updates(params, updates), state), None
 
-        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(jax.random.key(1), 800))[0][0]
+        return jax.lax.scan(step, (params, optimizer.init(params)), jax.random.split(jax.random.key(1), 400))[0][0]
 
     params, batch = train(params), noisy_tracks(jax.random.key(2), 256)
     t = jnp.linspace(0.05, 0.95, 256)
@@ -348,6 +348,6 @@ def test_learns_sequences_around_their_local_condition():
     exact = oracles.velocity(law, Linear())(t_each, centred).reshape(x.shape) + local
     found = jax.jit(lambda cond: module.apply({"params": params}, t, x, cond))
     rms = lambda a: float(jnp.sqrt(jnp.mean(a**2)))  # noqa: E731
-    assert rms(found(batch["cond"]) - exact) < 0.15
-    assert rms(found(None) - exact) > 0.3
-    assert rms(exact) > 1.0
+    assert rms(found(batch["cond"]) - exact) < 0.2
+    assert rms(found(None) - exact) > 0.5
+    assert rms(exact) > 0.9
