@@ -69,7 +69,7 @@ from fm_jax.train.loop import DataIterator
 from fm_jax.types import Schedule
 
 PICTURES = ("samples.gif", "samples.png", "loss.png")
-STAGES = {"digits": Stage(16, 8, 8), "mnist": Stage(32, 14, 16, speeds=(0.5, 1.5), num_digits=2, apart=12)}
+STAGES = {"digits": Stage(16, 8, 8), "mnist": Stage(32, 14, 8, speeds=(0.5, 1.0), num_digits=2, apart=10)}
 LETTERS = 259
 """Number of ids of bytes, padding and end included."""
 _SIZES: dict[str, dict[str, Any]] = {
@@ -105,7 +105,7 @@ class Config:
     data_dir: Path | None = None
     """Where TFDS keeps MNIST; by default TFDS_DATA_DIR or ~/tensorflow_datasets."""
     num_frames: int | None = None
-    """Frames of a clip; by default 8 of digits and 16 of MNIST."""
+    """Frames of a clip, 8 by default."""
     encoders: int = 2
     """Encoders of the text: of its words and of the letters of the digits' names; with 3 a second one of words."""
     picture_every: int = 8
@@ -130,10 +130,14 @@ class Config:
                 f"--text-dropout must be above 0 for --guidance {self.sampling.guidance:g}, which leads away from what "
                 "the network makes without a sentence; --guidance 1 goes without."
             )
-        if self.stage.frames > _LONGEST:
+        if (self.num_frames or 2) > _LONGEST:
             raise ValueError(
                 f"--num-frames must be at most {_LONGEST}, for which the network has positions, got {self.num_frames}."
             )
+        try:
+            self.stage  # noqa: B018
+        except ValueError as error:
+            raise ValueError(f"--num-frames does not fit --dataset {self.dataset}: {error}") from error
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Options of no effect, and why."""
@@ -163,7 +167,7 @@ SMOKE: dict[str, Any] = {
 CONFIG = Config(
     training=Training(
         run_dir=Path("runs/text_to_video"),
-        total_steps=3500,
+        total_steps=4000,
         batch_size=16,
         learning_rate=3e-3,
         warmup_steps=100,

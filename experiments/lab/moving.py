@@ -107,8 +107,11 @@ class Stage:
         digit: height and width of a digit, less than `size`.
         frames: of a clip.
         speeds: pixels from frame to frame, along each axis that moves; one, or those of `PACES`.
-        num_digits: in a clip, 1 or 2. Two keep `apart` pixels, along rows or columns, in every frame.
-        apart: 0 for a single digit.
+        num_digits: in a clip, 1 or 2.
+        apart: pixels that two keep, along rows or columns, in every frame; 0 for a single one.
+
+    Raises:
+        ValueError: if two that go the same way as fast as they can do not keep apart.
     """
 
     size: int
@@ -117,6 +120,13 @@ class Stage:
     speeds: tuple[float, ...] = (1.0,)
     num_digits: int = 1
     apart: int = 0
+
+    def __post_init__(self) -> None:
+        most = math.floor((self.size - self.digit - self.apart) / max(self.speeds)) + 1
+        if self.num_digits == 2 and self.frames > most:
+            raise ValueError(
+                f"frames must be at most {most} for two digits to keep {self.apart} pixels apart, got {self.frames}."
+            )
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -146,10 +156,14 @@ class Stage:
 
     def places(self, rng: np.random.Generator, meaning: Meaning) -> np.ndarray:
         """The upper left corners of the digits [frames, digits, 2], rows and columns, in whole pixels."""
-        while True:
-            each = [self._path(rng, motion) for motion in meaning]
-            if len(each) == 1 or np.abs(each[0] - each[1]).max(axis=1).min() >= self.apart:
-                return np.stack(each, axis=1)
+        tries = 1 if len(meaning) == 1 else 64  # a way is found by chance
+        for _ in range(1000):
+            paths = np.stack([self._paths(rng, motion, tries) for motion in meaning], axis=2)
+            distance = np.abs(paths[:, :, 0] - paths[:, :, -1]).max(axis=-1).min(axis=1)
+            fits = np.flatnonzero(distance >= self.apart)
+            if len(fits):
+                return np.asarray(paths[fits[0]])
+        raise ValueError(f"{meaning} find no way on which they keep {self.apart} pixels apart.")
 
     def draw(self, rng: np.random.Generator, meanings: Sequence[Meaning], digits: Sequence[np.ndarray]) -> np.ndarray:
         """Clips float32 [n, frames, size, size, 1] in [-1, 1].
@@ -170,13 +184,14 @@ class Stage:
                     np.maximum(part, picture, out=part)
         return 2 * ink - 1
 
-    def _path(self, rng: np.random.Generator, motion: Motion) -> np.ndarray:
+    def _paths(self, rng: np.random.Generator, motion: Motion, num: int) -> np.ndarray:
+        """Random places [num, frames, 2] of a digit."""
         room = self.size - self.digit
         velocity = STEPS[motion.way] * self.speeds[motion.pace or 0]
         way = velocity * (self.straight - 1)  # which is to fit
         low, high = np.ceil(np.maximum(0, -way)), np.floor(room - np.maximum(0, way))
-        start = rng.integers(low.astype(int), high.astype(int) + 1)
-        at = (start + velocity * np.arange(self.frames)[:, None]) % (2 * room)
+        start = rng.integers(low.astype(int), high.astype(int) + 1, size=(num, 2))
+        at = (start[:, None] + velocity * np.arange(self.frames)[:, None]) % (2 * room)
         return np.rint(np.minimum(at, 2 * room - at)).astype(int)
 
 
