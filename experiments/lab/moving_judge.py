@@ -68,8 +68,6 @@ def track(stage: Stage, clips: np.ndarray) -> Tracks:
         for k, frame in enumerate(ink[i]):
             parts = [frame]
             if at is not None:
-                if k > 1:  # on with the speed of before
-                    at = 2 * at - centres[i, k - 2]
                 parts, at = _divided(frame, grid, at)
             for j, part in enumerate(parts):
                 mass[i, k, j] = part.sum()

@@ -322,7 +322,7 @@ def test_clips_are_animated_above_their_captions(tmp_path):
 
 
 @pytest.mark.slow
-def test_from_training_to_results_which_a_second_run_continues(tmp_path, capsys):
+def test_from_training_to_results(tmp_path, capsys):
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     training = dataclasses.replace(text_to_video.CONFIG.training, run_dir=tmp_path / "run")
     config = dataclasses.replace(text_to_video.CONFIG, smoke=True, encoders=3, training=training)
