@@ -70,6 +70,7 @@ _UNET: dict[str, Any] = {
     "num_blocks": 1,
     "attention_levels": (0, 1),
     "num_heads": 4,
+    "positions": True,
 }
 _SMALL_UNET: dict[str, Any] = {"channels": 8, "channel_mults": (1, 1), "attention_levels": (1,)}
 _MMDIT: dict[str, Any] = {
@@ -144,7 +145,7 @@ SMOKE: dict[str, Any] = {"sampling": {"solver": "euler", "steps": 2, "sample_bat
 CONFIG = Config(
     training=Training(
         run_dir=Path("runs/text_to_image"),
-        total_steps=3000,
+        total_steps=2500,
         batch_size=64,
         learning_rate=2e-3,
         decay="cosine",

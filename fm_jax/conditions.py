@@ -135,7 +135,7 @@ def drop_conditions(key: Key, cond: Cond, null_cond: Cond, rates: Mapping[Group,
     groups = rates_of(rates)
     nulls, structure = jax.tree.flatten(null_like(cond, null_cond))
     leaves = jax.tree.leaves(cond)
-    places = [places_of(cond, group) for group, _ in groups]
+    places = [places_of(cond, group, "rates") for group, _ in groups]
     for i, name in enumerate(names_of(cond)):
         if sum(i in at for at in places) > 1:
             raise ValueError(f"rates must have one rate for each part of cond, got two for {name!r}.")
@@ -200,7 +200,7 @@ def without(cond: Cond, null_cond: Cond, group: Group) -> Cond:
         Array([0., 0.], dtype=float32)
     """
     nulls, structure = jax.tree.flatten(null_like(cond, null_cond))
-    at = places_of(cond, group_of("group", group))
+    at = places_of(cond, group_of("group", group), "group")
     parts = enumerate(zip(nulls, jax.tree.leaves(cond), strict=True))
     return jax.tree.unflatten(structure, [null if i in at else jnp.asarray(leaf) for i, (null, leaf) in parts])
 

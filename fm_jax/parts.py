@@ -41,13 +41,13 @@ def names_of(cond: Cond) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
 
 
-def places_of(cond: Cond, group: tuple[str, ...]) -> set[int]:
-    """Which leaves belong to a group."""
+def places_of(cond: Cond, group: tuple[str, ...], argument: str) -> set[int]:
+    """Which leaves belong to a group, which an argument of that name named."""
     names, found = names_of(cond), set()
     for name in group:
         at = {i for i, each in enumerate(names) if f"{each}.".startswith(f"{name}.")}
         if not at:
             there = ", ".join(map(repr, names)) if any(names) else "none with a name"
-            raise ValueError(f"A part of cond must be one of those that there are, {there}, got {name!r}.")
+            raise ValueError(f"{argument} must name parts of cond that there are, {there}, got {name!r}.")
         found |= at
     return found

@@ -473,6 +473,5 @@ print(f"the classifier agrees with the word that was read: {agreement:.1%}; chan
 # of noise, three guided channels are a smaller scale, and a file is a permutation. What is left are the numbers in it,
 # and those are open to the bit.
 #
-# The networks, their sizes and licences: [docs/networks](../docs/networks/README.md). This is the end of the series. To
-# read it again with all of it in mind: [flows](01_flows.ipynb). To run it at size: the
-# [experiments](../experiments/README.md), from digits in minutes to CIFAR-10.
+# The networks, their sizes and licences: [docs/networks](../docs/networks/README.md). Next:
+# [conditions](13_conditions.ipynb).

@@ -28,6 +28,7 @@ from fm_jax.models.unet_blocks import ClassEmbedding
 from fm_jax.nfe import Counted
 from fm_jax.samplers.learned import from_method
 from fm_jax.samplers.runge_kutta import TABLEAUX
+from fm_jax.text import TextConditioned, WordEncoder
 
 SOURCES = [
     sources.Normal(),
@@ -113,6 +114,8 @@ LOSSES = {
     ),
 }
 """By name: the loss of a network `apply_fn`."""
+OTHER_LOSSES = ("kl_autoencoder", "negative_elbo")
+"""Those of two functions, an encoder and a decoder."""
 FIXED_STEPS = {
     **{name: lambda s, name=name: samplers.RungeKutta(name) for name in TABLEAUX},
     **{f"ab{order}": lambda s, order=order: samplers.AdamsBashforth(order) for order in (2, 3, 4)},
@@ -162,6 +165,13 @@ PUBLISHED = {
 """By name: the small network of a published family, made by the name "tiny"; each has a file of tests of its own."""
 PLAIN_MODELS = {"plain_mlp": PlainMLP}
 """Those without conditions."""
+AROUND = {
+    "branched": lambda: models.Branched(MODELS["dit"](), {"vector": models.VectorBranch(3)}),
+    "controlled": lambda: models.Controlled(MODELS["dit"](), channels=1),
+    "text": lambda: TextConditioned(models.make_mmdit("tiny"), WordEncoder(5, 8, hidden=16)),
+    "sequence_unet": lambda: models.make_sequence_unet("tiny"),
+}
+"""Networks around a network, and that of sequences; each has a file of tests of its own."""
 EMBEDS = {
     "label": lambda: LabelEmbedding(3),
     "vector": lambda: VectorEmbedding(5),

@@ -283,10 +283,10 @@ def test_groups_are_dropped_in_the_loss():
 @pytest.mark.parametrize(
     ("rates", "message"),
     [
-        ({"image": 0.1}, "must be one of those that there are, 'vector', 'label', 'tokens.clip', .*, got 'image'"),
-        ({"local": 0.1}, "must be one of those that there are, .*'guidance', got 'local'"),  # None
-        ({"token": 0.1}, "must be one of those that there are, .*, got 'token'"),
-        ({"tokens.": 0.1}, "must be one of those that there are, .*, got 'tokens.'"),
+        ({"image": 0.1}, "rates must name parts of cond that there are, 'vector', 'label', 'tokens.clip', .*, got 'image'"),
+        ({"local": 0.1}, "rates must name parts of cond that there are, .*'guidance', got 'local'"),  # None
+        ({"token": 0.1}, "rates must name parts of cond that there are, .*, got 'token'"),
+        ({"tokens.": 0.1}, "rates must name parts of cond that there are, .*, got 'tokens.'"),
         (
             {"label": 0.1, ("vector", "label"): 0.2},
             "rates must have one rate for each part of cond, got two for 'label'",
@@ -307,11 +307,11 @@ def test_refuses_groups(rates, message):
 
 
 def test_refuses_groups_of_what_has_no_names():
-    with pytest.raises(ValueError, match="must be one of those that there are, none with a name, got 'label'"):
+    with pytest.raises(ValueError, match="rates must name parts of cond that there are, none with a name, got 'label'"):
         drop_conditions(jax.random.key(0), LABELS, 7, {"label": 0.1})
     with pytest.raises(ValueError, match="null_cond must have the structure of cond"):
         drop_conditions(jax.random.key(0), parts(2), NO_PARTS._replace(local=0.0), {"label": 0.1})
-    with pytest.raises(ValueError, match=r"must be one of those that there are, .*, got 'local'"):
+    with pytest.raises(ValueError, match=r"group must name parts of cond that there are, .*, got 'local'"):
         without(parts(2), NO_PARTS, "local")
     with pytest.raises(ValueError, match=r"group must be a name, or a tuple of names, .*, got None"):
         without(parts(2), NO_PARTS, None)

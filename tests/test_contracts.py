@@ -46,7 +46,7 @@ CALLED = {
     "divergence": (["v", "probes", "t", "x"], contracts.DIVERGENCES),
     "model": (
         ["t", "x", "cond", "train"],
-        [make() for make in (contracts.MODELS | contracts.PLAIN_MODELS).values()]
+        [make() for make in (contracts.MODELS | contracts.PLAIN_MODELS | contracts.AROUND).values()]
         + [make("tiny") for make in contracts.PUBLISHED.values()],
     ),
     "embed": (
@@ -85,7 +85,7 @@ def public(module):
 def unlisted(modules):
     """{noun: what of it is not listed}."""
     found = {}
-    listed_losses = {*contracts.LOSSES}
+    listed_losses = {*contracts.LOSSES, *contracts.OTHER_LOSSES}
     for member in [member for module in modules for member in public(module)]:
         if inspect.isclass(member):
             nouns = [(noun, listed) for noun, (needed, listed) in NOUNS.items() if has(member, needed)]

@@ -13,7 +13,7 @@ DOCS = ROOT / "docs"
 
 THEORY = """
 1.3 1.5 1.6 2.1 2.4 2.5 2.6 2.7 2.8 2.10 2.11 4.1 4.2 4.3 4.5 4.6 4.9 5.1 5.4 6.1 6.5 6.6 6.7 6.8 7.2 7.3 8.3 8.4 9.8
-9.9 10.5 10.6 11.2 12.4
+9.9 10.5 10.6 11.2 12.4 13.4 13.5
 """
 """Definitions, steps of proofs, bounds and examples: equations that no function computes."""
 

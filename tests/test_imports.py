@@ -33,6 +33,7 @@ EXTRAS = [
 LAYERS = [
     ["types", "_version"],
     ["checks", "shapes"],
+    ["parts"],
     ["nfe", "sources", "schedules", "conditions", "latents"],
     ["times", "couplings", "oracles", "paths", "parameterization"],
     ["losses", "guidance", "samplers"],

@@ -60,6 +60,13 @@ T = jnp.array([0.2, 0.4, 0.6, 0.8])
 LINEAR = schedules.Linear()
 EULER = samplers.RungeKutta("euler")
 MIXTURE = oracles.gaussian_mixture([[-1.0, 0.0], [1.0, 0.5]], [0.6, 0.8], [0.3, 0.7])
+FIELD = oracles.stationary_field(oracles.power_law_spectrum((4,)), [[1.0]])
+SEEN = oracles.field_posterior(FIELD, oracles.known_values(np.arange(4) < 2), 0.1)
+WAVES = jax.random.normal(jax.random.key(2), (4, 4, 1))
+TOLD = jnp.where((jnp.arange(4) < 2)[None, :, None], WAVES, 0.0)
+TOKENS = oracles.token_mixture(jnp.stack([X, Y, X + Y], 1), 0.5, jnp.arange(3)[None] < jnp.array([[1], [2], [3], [3]]))
+COV = np.array([[3.0, 1.0], [1.0, 2.0]])
+COMPONENTS = oracles.ppca(np.zeros(2), COV, 1)
 PAIR = oracles.gaussian_pair([0.0, 0.0], np.eye(2), [1.0, 2.0], 2 * np.eye(2))
 BRIDGE = oracles.schroedinger_bridge(PAIR, 1.0)
 BATCH = {"x1": X, "x0": Y, "t": T, "weight": jnp.ones(4), "cond": LABELS}
@@ -93,6 +100,14 @@ def two_outputs(t, x, cond=None):
 
 def potential(params, x):
     return params * (x**2).sum(axis=1)
+
+
+def codes(params, x):
+    return params * x, -x
+
+
+def decoded(params, z):
+    return params * z
 
 
 def squared_loss(params, key, batch):
@@ -158,6 +173,16 @@ FUNCTIONS: dict[str, Call] = {
         lambda v: v(0.5, X),
     ),
     "drop_condition": Call(conditions.drop_condition, {"key": KEY, "cond": LABELS, "null_cond": 2, "rate": 0.5}),
+    "drop_conditions": Call(
+        conditions.drop_conditions,
+        {"key": KEY, "cond": {"a": LABELS, "b": T}, "null_cond": {"a": 2, "b": 0.0}, "rates": {"a": 0.5, "b": 0.2}},
+    ),
+    "DropConditions": Call(
+        conditions.DropConditions,
+        {"rates": {"a": 0.5}, "null_cond": {"a": 2, "b": 0.0}},
+        lambda drop: drop(KEY, {"a": LABELS, "b": T}),
+    ),
+    "without": Call(conditions.without, {"cond": {"a": LABELS, "b": T}, "null_cond": {"a": 2, "b": 0.0}, "group": "a"}),
     "DropCondition": Call(conditions.DropCondition, {"rate": 0.5, "null_cond": 2}, lambda drop: drop(KEY, LABELS)),
     "null_like": Call(conditions.null_like, {"cond": LABELS, "null_cond": 2}),
     "Counted": Call(nfe.Counted, {"function": v, "nfe": 1}, lambda f: f(0.5, X)),
@@ -196,6 +221,20 @@ FUNCTIONS: dict[str, Call] = {
         BATCH,
     ),
     "flow_matching, called": _of_loss(losses.flow_matching(network, paths.AffinePath()), BATCH),
+    "gaussian_kl": Call(losses.gaussian_kl, {"mean": X, "log_variance": Y}),
+    "kl_autoencoder": _loss(
+        losses.kl_autoencoder,
+        {"encode_fn": codes, "decode_fn": decoded, "beta": 0.1, "error": "l2", "feature_weight": 0.5},
+        {"x1": X, "noise": Y, "weight": jnp.ones(4)},
+    ),
+    "kl_autoencoder, called": _of_loss(
+        losses.kl_autoencoder(codes, decoded, features=lambda x: x), {"x1": X, "noise": Y, "weight": jnp.ones(4)}
+    ),
+    "negative_elbo": _loss(
+        losses.negative_elbo,
+        {"encode_fn": codes, "decode_fn": decoded, "variance": 0.5, "beta": 0.1},
+        {"x1": X, "noise": Y},
+    ),
     "bridge_matching": _loss(
         losses.bridge_matching,
         {"apply_fn": heads, "path": paths.BrownianBridge(1.0), "coupling": couplings.independent},
@@ -439,6 +478,24 @@ FUNCTIONS: dict[str, Call] = {
         },
         lambda v: v(0.5, X),
     ),
+    "nested": Call(
+        guidance.nested,
+        {
+            "model_fn": model,
+            "kind": "noise",
+            "schedule": LINEAR,
+            "conds": [LABELS, LABELS],
+            "null_cond": 2,
+            "scales": [2.0, 3.0],
+            "interval": (0.2, 0.8),
+        },
+        lambda v: v(0.5, X),
+    ),
+    "keep_known": Call(
+        guidance.keep_known,
+        {"v": v, "schedule": LINEAR, "x0": X, "x1": Y, "mask": jnp.array([True, False])},
+        lambda v: v(0.5, X),
+    ),
     "classifier": Call(
         guidance.classifier,
         {
@@ -534,6 +591,42 @@ FUNCTIONS: dict[str, Call] = {
     "bridge_drift": Call(
         oracles.bridge_drift, {"bridge": BRIDGE, "diffusion": 1.0, "direction": 1}, lambda v: v(0.5, X)
     ),
+    "power_law_spectrum": Call(oracles.power_law_spectrum, {"grid": (4,), "exponent": 2.0}),
+    "stationary_field": Call(
+        oracles.stationary_field, {"spectrum": np.array([2.0, 1.0, 0.5, 1.0]), "channels": np.eye(2)}
+    ),
+    "known_values": Call(oracles.known_values, {"known": np.arange(4) < 2, "channels": 1}),
+    "block_means": Call(oracles.block_means, {"grid": (4,), "factor": 2, "channels": 1}),
+    "channel_means": Call(oracles.channel_means, {"grid": (2,), "channels": 2, "weights": np.array([0.3, 0.7])}),
+    "blur": Call(oracles.blur, {"grid": (4,), "width": 1.0, "channels": 1}),
+    "field_posterior": Call(
+        oracles.field_posterior,
+        {"field": FIELD, "operator": oracles.known_values(np.arange(4) < 2), "noise": 0.1},
+        lambda law: law.gain,
+    ),
+    "field_covariance": Call(oracles.field_covariance, {"law": SEEN}),
+    "sample_field": Call(oracles.sample_field, {"field": FIELD, "key": KEY, "num": 3}),
+    "observe": Call(oracles.observe, {"posterior": SEEN, "key": KEY, "x1": WAVES}),
+    "posterior_mean": Call(oracles.posterior_mean, {"posterior": SEEN, "y": TOLD}),
+    "sample_posterior": Call(oracles.sample_posterior, {"posterior": SEEN, "key": KEY, "y": TOLD}),
+    "field_prediction": Call(
+        oracles.field_prediction, {"law": SEEN, "schedule": LINEAR, "t": T, "x": WAVES, "y": TOLD}
+    ),
+    "field_velocity": Call(oracles.field_velocity, {"law": SEEN, "schedule": LINEAR}, lambda v: v(0.5, WAVES, TOLD)),
+    "loss_floor": Call(oracles.loss_floor, {"law": SEEN, "schedule": LINEAR, "t": T}),
+    "token_mixture": Call(oracles.token_mixture, {"tokens": TOKENS.tokens, "std": 0.5, "mask": TOKENS.mask}),
+    "sample_points": Call(oracles.sample_points, {"mixture": TOKENS, "key": KEY, "num": 3}),
+    "attention_of": Call(oracles.attention_of, {"mixture": TOKENS, "schedule": LINEAR, "t": T, "x": X}),
+    "token_prediction": Call(oracles.token_prediction, {"mixture": TOKENS, "schedule": LINEAR, "t": T, "x": X}),
+    "token_velocity": Call(
+        oracles.token_velocity,
+        {"std": 0.5, "schedule": LINEAR},
+        lambda v: v(0.5, X, models.Conditions(tokens=TOKENS.tokens, mask=TOKENS.mask)),
+    ),
+    "ppca": Call(oracles.ppca, {"mean": np.zeros(2), "cov": COV, "num_latents": 1, "variance": 0.5}),
+    "ppca_log_prob": Call(oracles.ppca_log_prob, {"model": COMPONENTS, "x": X}),
+    "ppca_mean_log_prob": Call(oracles.ppca_mean_log_prob, {"model": COMPONENTS, "mean": np.zeros(2), "cov": COV}),
+    "ppca_posterior": Call(oracles.ppca_posterior, {"model": COMPONENTS}),
     "oracles.sample": Call(oracles.sample, {"mixture": MIXTURE, "key": KEY, "num": 3}),
     "oracles.log_prob": Call(oracles.log_prob, {"mixture": MIXTURE, "schedule": LINEAR, "t": T, "x": X}),
     "oracles.prediction": Call(oracles.prediction, {"mixture": MIXTURE, "schedule": LINEAR, "t": T, "x": X}),
@@ -669,7 +762,7 @@ FUNCTIONS: dict[str, Call] = {
     "make_dit": Call(models.make_dit, {"name": "tiny"}, lambda module: module.hidden),
     **{
         f"make_{name}": Call(getattr(models, f"make_{name}"), {"name": "tiny"}, lambda module: None)
-        for name in (*contracts.PUBLISHED, "autoencoder", "wan_autoencoder", "temporal_autoencoder")
+        for name in (*contracts.PUBLISHED, "sequence_unet", "autoencoder", "wan_autoencoder", "temporal_autoencoder")
         if name != "song_unet"
     },
     "make_song_unet": Call(models.make_song_unet, {"name": "ddpmpp"}, lambda module: None),
@@ -764,6 +857,24 @@ ELSEWHERE = {
         "tests/models/test_temporal_autoencoder.py",
     ),
     "fm_jax.latents": "tests/test_latents.py",
+    **dict.fromkeys(
+        (f"fm_jax.data.{name}" for name in ("encoding", "latents", "texts", "shards")),
+        "tests/data/test_latents.py, tests/data/test_texts.py, which need the extra",
+    ),
+    "fm_jax.parts": "tests/test_conditions.py",
+    **dict.fromkeys(
+        (
+            f"fm_jax.models.{name}"
+            for name in ("Branched", "VectorBranch", "LocalBranch", "CrossBranch", "ImagePrompt", "ChannelConcat")
+        ),
+        "tests/models/test_branches.py",
+    ),
+    **dict.fromkeys(
+        (f"fm_jax.models.{name}" for name in ("Controlled", "with_base", "base_of", "trainable")),
+        "tests/models/test_control.py",
+    ),
+    "fm_jax.models.SequenceUNet": "tests/models/test_sequence_unet.py",
+    "fm_jax.oracles.ppca_elbo": "tests/test_ppca.py",
     "fm_jax.text": "tests/text",
     "fm_jax.weights": "tests/weights, tests/parity",
     "fm_jax.pretrained": "tests/parity/test_pretrained.py, tests/experiments/test_sample_pretrained.py",
@@ -952,13 +1063,15 @@ RIGHT: dict[tuple[str, str], tuple[str, ...]] = {
     ("couple_snapshots", "key"): ("None",),
     **{
         (f"{name}, called", "key"): ("None",)  # nothing is random there
-        for name in ("flow_matching", "trajectory_matching", "distillation")
+        for name in ("flow_matching", "trajectory_matching", "distillation", "kl_autoencoder")
     },
+    ("kl_autoencoder, called", "noise"): ("None",),  # which is drawn then
     ("", "diffusion"): ("number",),  # None is the default, a number as right
     ("", "tol"): ("number",),
     ("", "out_channels"): ("number",),
     ("", "in_channels"): ("number",),
     ("", "time_channels"): ("number",),
+    ("", "token_dim"): ("number",),
     ("", "head_channels"): ("number",),
     ("grids.edm", "rho"): ("infinite",),
     ("expand_time", "t"): ("complex", "bools", "scalar"),  # whatever is one for each example

@@ -309,8 +309,21 @@ def _checkpointer(config: Any, facts: Facts | None = None, *, read_only: bool = 
         allow_change=may_change,
         name_of=option,
         data=None if facts is None else facts.identity(),
+        new_fields=_defaults(config),
         read_only=read_only,
     )
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    """The defaults of all fields that have one, which a run of before there was the field was made with."""
+    found: dict[str, Any] = {}
+    for each in dataclasses.fields(config):
+        value = getattr(config, each.name)
+        if dataclasses.is_dataclass(value):
+            found[each.name] = _defaults(value)
+        elif each.default is not dataclasses.MISSING:
+            found[each.name] = each.default
+    return json.loads(json.dumps(found, default=str))
 
 
 def config_to_json(config: Any) -> dict[str, Any]:

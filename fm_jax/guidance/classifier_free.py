@@ -208,6 +208,8 @@ def nested(
     of the second, `DropConditions` a network that knows both. Computed as `v_n + sum_i (scale_i - 1) (v_i - v_{i-1})`,
     so that scales of 1 are the velocity under the last condition, `v_n` of that call, to the bit.
 
+    Notebooks: (13.8).
+
     Args:
         model_fn: `model_fn(t, x, cond)`, with its parameters bound.
         kind: what it predicts.

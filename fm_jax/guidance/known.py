@@ -2,7 +2,15 @@
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_array, check_same_shape, check_schedule, check_velocity, shown
+from fm_jax.checks import (
+    check_array,
+    check_same_shape,
+    check_schedule,
+    check_shape,
+    check_state,
+    check_velocity,
+    shown,
+)
 from fm_jax.nfe import Counted, cost, domain_of, reach_of
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import time_of
@@ -42,9 +50,11 @@ def keep_known(v: VelocityFn, schedule: Schedule, x0: State, x1: State, mask: Ar
     """
     check_velocity(v)
     check_schedule(schedule)
+    check_state(x0, "x0")
+    check_state(x1, "x1")
     check_same_shape(x0=x0, x1=x1)
     check_array("mask", mask)
-    if mask.dtype != bool or not _broadcasts(mask.shape, x1.shape):
+    if mask.dtype != bool or not mask.shape or not _broadcasts(mask.shape, x1.shape):
         raise ValueError(f"mask must be bool and broadcast to the state {x1.shape}, got {shown(mask)}.")
     known = jnp.broadcast_to(mask, x1.shape)
 
@@ -52,7 +62,9 @@ def keep_known(v: VelocityFn, schedule: Schedule, x0: State, x1: State, mask: Ar
         check_same_shape(x=x, x1=x1)
         a, s, da, ds = coefficients(schedule, time_of(t, x))
         inside = jnp.where(known, (a * x1 + s * x0).astype(x.dtype), x)
-        return jnp.where(known, (da * x1 + ds * x0).astype(x.dtype), v(t, inside))
+        rest = v(t, inside)
+        check_shape("v(t, x)", rest, x)
+        return jnp.where(known, (da * x1 + ds * x0).astype(x.dtype), rest)
 
     return Counted(kept, cost(v), domain_of(v), reach_of(v))
 

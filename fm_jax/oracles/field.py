@@ -214,7 +214,7 @@ def field_covariance(law: Law) -> Array:
 
 def sample_field(field: GaussianField, key: Key, num: int) -> State:
     """Draws x1 [num, *grid, c] from N(0, K)."""
-    _check_law(field)
+    check_has("field", field, ("eigenvalues", "eigenvectors"), "a GaussianField, as from stationary_field")
     check_key(key)
     check_integer("num", num)
     return _draw(field, key, num)
@@ -233,6 +233,7 @@ def _over(axes: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 def observe(posterior: FieldPosterior, key: Key, x1: State) -> State:
     """Draws the condition `y = A x1 + noise z` [batch, *grid_y, c_y]; where A sees nothing, y is 0 without noise."""
     axes = _check_posterior(posterior)
+    check_state(x1, "x1")
     _check_law(posterior, x1, "x1")
     check_key(key)
     operator = posterior.operator
@@ -243,6 +244,7 @@ def observe(posterior: FieldPosterior, key: Key, x1: State) -> State:
 
 def posterior_mean(posterior: FieldPosterior, y: State) -> State:
     """E[x1 | y] = G y, [batch, *grid, c]."""
+    check_state(y, "y")
     axes = _check_posterior(posterior, y)
     return jnp.tensordot(y, posterior.gain, _over(axes))
 
@@ -274,6 +276,7 @@ def field_prediction(law: Law, schedule: Schedule, t: Time, x: State, y: State |
     Raises:
         ValueError: for shapes that do not fit the law, a condition that is missing, or one that a field has no use for.
     """
+    check_state(x, "x")
     _check_law(law, x)
     check_schedule(schedule)
     conditional = hasattr(law, "gain")

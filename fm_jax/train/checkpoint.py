@@ -69,7 +69,8 @@ class Checkpointer:
         data: what the data of the run are, such as {"num_images": 200, "classes": ["a", "b"], "checksum": "9f3a"}; a
             JSON-like dict. A checkpoint of other data is refused. `None`, like a checkpoint in which nothing is said of
             them, leaves nothing to compare.
-
+        new_fields: values of fields of `config`, nested as it is, that a checkpoint of before there were these fields
+            counts as having.
         read_only: only to restore, also from where nothing can be written; `save` is then refused.
 
     Raises:
@@ -87,6 +88,7 @@ class Checkpointer:
         allow_change: Collection[str] = ALLOW_CHANGE,
         name_of: Callable[[str], str] | None = None,
         data: Mapping[str, Any] | None = None,
+        new_fields: Mapping[str, Any] | None = None,
         read_only: bool = False,
     ):
         check_bool("read_only", read_only)
@@ -102,11 +104,14 @@ class Checkpointer:
             check_function("name_of", name_of, "a function of a field's path", 1)
         if data is not None and not isinstance(data, Mapping):
             raise ValueError(f"data must be a dict that describes the data, or None, got {shown(data)}.")
+        if new_fields is not None and not isinstance(new_fields, Mapping):
+            raise ValueError(f"new_fields must be a dict of fields of config, or None, got {shown(new_fields)}.")
         _silence_orbax()
         self.directory = Path(run_dir).absolute() / "checkpoints"
         self.save_every = save_every
         self._config = through_json("config", dict(config), exact=False)
         self._data = None if data is None else through_json("data", dict(data), exact=False)
+        self._new_fields = _flatten(through_json("new_fields", dict(new_fields or {}), exact=False))
         self._allow_change = frozenset(allow_change)
         self._name_of = name_of or (lambda path: path)
         self.restored_devices: int | None = None
@@ -356,7 +361,7 @@ class Checkpointer:
     def _check_config(self, path: Path, saved: Mapping[str, Any]) -> None:
         old, new = _flatten(saved), _flatten(self._config)
         for name in sorted({*old, *new}):
-            before, now = old.get(name, _ABSENT), new.get(name, _ABSENT)
+            before, now = old.get(name, self._new_fields.get(name, _ABSENT)), new.get(name, _ABSENT)
             if before == now or name in self._allow_change or name.split(".")[0] in self._allow_change:
                 continue
             name = self._name_of(name)

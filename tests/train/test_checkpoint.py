@@ -135,6 +135,15 @@ def test_changed_config_is_refused(run_dir, config, message):
     assert "Restore the old value, or start anew with another --run-dir" in found
 
 
+def test_a_field_that_there_was_not_counts_as_what_it_was_then(run_dir):
+    config = CONFIG | {"model": CONFIG["model"] | {"norm": "rms"}}
+    assert "with model.norm=absent" in refusal(run_dir, config=config)
+    assert "with model.norm=layer" in refusal(run_dir, config=config, new_fields={"model": {"norm": "layer"}})
+    checkpointer = Checkpointer(run_dir, config, new_fields={"model": {"norm": "rms"}})
+    assert checkpointer.restore(make_state()) is not None
+    checkpointer.close()
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
