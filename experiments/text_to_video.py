@@ -83,10 +83,11 @@ _PATCH, _LONGEST, _POSITION_STD = 4, 16, 0.15
 
 @dataclass(frozen=True)
 class MovieGenMethod(Method):
-    """What is regressed, and where on the path. The path "linear" keeps 1e-5 of its noise, as Movie Gen's does."""
+    """What is regressed, and where on the path. The path "linear" keeps 1e-5 of its noise, as Movie Gen's does.
 
-    times: Literal["stratified", "uniform", "logit_normal", "mode", "beta", "edm"] = "logit_normal"
-    """Distribution of training times."""
+    Times are even by default: of many frames noise hides little, so that where a digit goes is settled before t = 0.1,
+    where only a hundredth of logit-normal times lies.
+    """
 
     @property
     def schedule(self) -> Schedule:
