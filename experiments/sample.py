@@ -350,6 +350,8 @@ def _write(
                 np.savez(unfinished, samples=experiment.to_data(samples), **of_classes)
             else:
                 np.savez(unfinished, samples=samples, latents=latents, **of_classes)
+    elif samples.ndim == 5:
+        figures.save_clips(config.out, samples, [config.prompt or ""] * len(samples))
     elif samples.ndim == 4:
         figures.save_sheet(config.out, samples if latents is not None else experiment.visible(samples))
     else:

@@ -60,7 +60,6 @@ from fm_jax.conditions import DropCondition
 from fm_jax.data.digits import load_digits
 from fm_jax.data.images import load_images
 from fm_jax.models import Compute, linen_apply, make_videodit, num_params
-from fm_jax.samplers import grids
 from fm_jax.schedules import Linear
 from fm_jax.sources import Normal
 from fm_jax.text import ByteTokenizer, TextConditioned, Tokens, WordEncoder, WordTokenizer
@@ -114,9 +113,9 @@ class Config:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters are float32."""
     method: MovieGenMethod = field(default_factory=MovieGenMethod)
-    sampling: Sampling = field(default_factory=lambda: Sampling(solver="heun", steps=16, guidance=2.5))
-    linear_quadratic: bool = True
-    """Step at Movie Gen's times, half of them near the noise, in place of those of --grid."""
+    sampling: Sampling = field(
+        default_factory=lambda: Sampling(solver="heun", steps=16, grid="linear_quadratic", guidance=2.5)
+    )
     text_dropout: float = 0.1
     """Probability that an example is trained without its sentence, for classifier-free guidance."""
     num_samples: int = 200
@@ -144,8 +143,6 @@ class Config:
         """Options of no effect, and why."""
         if self.dataset == "digits":
             yield "data_dir", "--dataset digits is embedded in scikit-learn"
-        if self.linear_quadratic:
-            yield "sampling.grid", "--linear-quadratic has its own times; --no-linear-quadratic would take it"
         if self.smoke:
             yield from of_smoke(SMOKE | {"training": TRAINING | {"batch_size": None}})
         yield from self.training.unused()
@@ -278,8 +275,7 @@ def _run(config: Config) -> dict[str, Any]:
 
 def _generator(config: Config, experiment: Experiment, guidance: float | None = None) -> Any:
     sampling = config.sampling if guidance is None else dataclasses.replace(config.sampling, guidance=guidance)
-    times = np.asarray(grids.linear_quadratic(sampling.steps)) if config.linear_quadratic else None
-    return make_generate(sampling, config.method, experiment.apply_fn, null_label=experiment.null_cond, frames=times)
+    return make_generate(sampling, config.method, experiment.apply_fn, null_label=experiment.null_cond)
 
 
 def asked(stage: Stage, num: int) -> dict[str, tuple[list[Meaning], list[str]]]:

@@ -24,6 +24,7 @@ MODULES = {
     "images": "experiments.lab.images",
     "toy2d": "experiments.toy2d",
     "text_to_image": "experiments.text_to_image",
+    "text_to_video": "experiments.text_to_video",
 }
 """Where the `Config` and the `build` of a run are, by the name that its `config.json` has."""
 

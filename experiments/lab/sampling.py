@@ -33,7 +33,7 @@ from fm_jax.types import ApplyFn, Array, ArrayTree, Cond, Key, Params, Sampler, 
 
 Generate = Callable[[Params, Key, Array, Cond], Solution]
 SOLVER_HELP = tyro.conf.arg(metavar="NAME", help="Sampler, one of\n\n" + table())
-Grid = Literal["uniform", "cosine", "edm", "log_snr", "training_times"]
+Grid = Literal["uniform", "cosine", "edm", "log_snr", "training_times", "linear_quadratic"]
 RuleName = Literal["extrapolate", "rescale", "zero_star", "projected"]
 OF_SOLVER = ("steps", "grid", "tolerance", "diffusion", "eta", "churn")
 """The options of `Sampling` that some samplers take."""
@@ -55,7 +55,8 @@ class Sampling:
     steps: int = 20
     """Steps of a sampler with fixed steps."""
     grid: Grid = "uniform"
-    """Their times: those of EDM with rho = 7, equal steps in log-SNR, or quantiles of the training times."""
+    """Their times: those of EDM with rho = 7, equal steps in log-SNR, quantiles of the training times, or Movie Gen's,
+    half of which lie near the noise."""
     tolerance: float = 1e-3
     """Relative and absolute tolerance of an adaptive sampler."""
     diffusion: float | None = None
@@ -128,6 +129,8 @@ def make_grid(sampling: Sampling, method: Method, strength: float = 1.0) -> Arra
         return grids.edm(steps, method.schedule, *ends, rho=7.0 if sampling.grid == "edm" else np.inf)
     if sampling.grid == "training_times":
         return grids.quantiles(steps, method.time_sampler, *ends)
+    if sampling.grid == "linear_quadratic":
+        return ends[0] + (ends[1] - ends[0]) * grids.linear_quadratic(steps)
     return (grids.cosine if sampling.grid == "cosine" else grids.uniform)(steps, *ends)
 
 
