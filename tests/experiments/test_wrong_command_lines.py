@@ -27,7 +27,23 @@ import pytest
 pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
 
 import experiments
-from experiments import cifar10, cnf, digits, export, fashion_mnist, learned_solver, mnist, reflow, sample, toy2d
+from experiments import (
+    autoencoder,
+    cifar10,
+    cnf,
+    digits,
+    encode,
+    export,
+    fashion_mnist,
+    latent,
+    learned_solver,
+    mnist,
+    reflow,
+    sample,
+    text_to_image,
+    text_to_video,
+    toy2d,
+)
 from experiments import images as own_images
 from experiments.lab import command_line, images, options
 from experiments.lab.experiment import Restored
@@ -48,6 +64,11 @@ MAINS = {
         for module in (digits, mnist, fashion_mnist, cifar10)
     },
     "toy2d": toy2d.main,
+    "text_to_image": text_to_image.main,
+    "text_to_video": text_to_video.main,
+    "autoencoder": autoencoder.main,
+    "encode": encode.main,
+    "latent": latent.main,
     "cnf": cnf.main,
     "reflow": reflow.main,
     "torchcfm_table": table.main,
@@ -63,6 +84,10 @@ COUNTS = {
     "sample-batch",
     "cifar10": "total-steps num-samples",
     "toy2d": "batch-size width depth num-samples",
+    "text_to_image": "total-steps batch-size num-samples steps",
+    "text_to_video": "total-steps num-samples",
+    "autoencoder --dataset digits": "total-steps num-samples base-channels",
+    "encode --dataset digits --autoencoder ae": "batch-size",
     "cnf": "steps width depth total-steps",
     "reflow": "rounds num-test steps batch-size reflow-pairs",
     "torchcfm_table": "num-test num-reference reuse ofm-steps ofm-reuse",
@@ -82,6 +107,9 @@ NUMBERS = {
     "digits --solver ddim --eta": [("2", r"in \[0, 1\]")],
     "digits --solver churn --churn": [("-1", "finite and not negative")],
     "digits --solver euler_maruyama --diffusion": [("-1", "finite and not negative"), ("inf", "finite")],
+    "text_to_image --text-dropout": [("1", r"in \[0, 1\)"), ("nan", r"in \[0, 1\)")],
+    "text_to_video --text-dropout": [("-0.1", r"in \[0, 1\)")],
+    "autoencoder --dataset digits --beta": [("-1", "finite and not negative"), ("nan", "finite")],
     "reflow --sigma": [("-0.1", r"in \(0, 1\)"), ("0", r"in \(0, 1\)")],
     "torchcfm_table --bridge-sigma": [("0", "positive and finite")],
     "torchcfm_table --ema-decay": [("1", r"in \(0, 1\)")],
@@ -95,6 +123,8 @@ COMMON = "config.json results.json metrics.jsonl .lock"
 TAKEN = {
     "digits": f"{COMMON} samples.png animation.gif loss.png",
     "toy2d": "config.json samples.png loss.png",
+    "text_to_image": "config.json samples.png loss.png",
+    "text_to_video": "config.json samples.png loss.png samples.gif",
     "cnf": "results.json density.png",
     "reflow": "reflow.md reflow.png",
     "torchcfm_table": "config.json results.json table.md trajectories.png",
@@ -103,6 +133,8 @@ TAKEN = {
 _TRAINING = {"total-steps": 9, "batch-size": 8, "log-every": 3, "save-every": 3}
 OF_SMOKE = {
     "toy2d": _TRAINING | {"solver": "heun", "width": 9, "depth": 9, "num-samples": 9, "frames": 9, "floor-repeats": 9},
+    "text_to_image": _TRAINING | {"solver": "heun", "num-samples": 9},
+    "text_to_video": _TRAINING | {"total-steps": 200, "num-samples": 9, "num-frames": 4},
     "cnf": _TRAINING | {"steps": 9, "width": 9, "depth": 9, "num-samples": 9},
     "reflow": {"steps": 200, "batch-size": 9, "reflow-pairs": 9, "num-test": 9, "rounds": 3, "floor-repeats": 9},
     "torchcfm_table": {"steps": 200, "ofm-steps": 200, "reuse": 9, "num-test": 9, "num-reference": 9},
@@ -366,7 +398,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ),
         ("sample --run moons --weak-run vp --guidance 2", "--weak-run vp was trained by another method than moons"),
         ("sample --run moons --class 3", "--class needs a run with classes"),
-        ("sample --run toy --out a.jpg", "--out must end in .png or .npz, got a.jpg"),
+        ("sample --run toy --out a.jpg", "--out must end in .png or .npz, or for videos in .gif, got a.jpg"),
         *(
             (f"torchcfm_table --peer-python {path}", f"must be an .* torch and torchcfm, got \\S*{path}: {why}")
             for path, why in [
@@ -612,6 +644,11 @@ def test_as_a_process(command, message, world):
 CONFIGS = {
     "images": (images.Config, own_images.CONFIG),
     "toy2d": (toy2d.Config, toy2d.CONFIG),
+    "text_to_image": (text_to_image.Config, text_to_image.CONFIG),
+    "text_to_video": (text_to_video.Config, text_to_video.CONFIG),
+    "autoencoder": (autoencoder.Config, autoencoder.CONFIG),
+    "encode": (encode.Config, None),
+    "latent": (latent.Config, latent.CONFIG),
     "cnf": (cnf.Config, cnf.CONFIG),
     "reflow": (reflow.Config, reflow.Config()),
     "torchcfm_table": (table.Config, table.CONFIG),
@@ -630,13 +667,21 @@ def paths_of(kind, within=()):
             yield (*within, name)
 
 
-PATHS = [(command, path) for command, (kind, _) in CONFIGS.items() for path in paths_of(kind)]
+REFUSED = [(name, ("data", "encoded")) for name in ("autoencoder", "encode")]
+PATHS = [(name, path) for name, (kind, _) in CONFIGS.items() for path in paths_of(kind) if (name, path) not in REFUSED]
+TOGETHER = {
+    ("sample", "image"): ["--strength=0.5"],
+    ("sample", "mask"): ["--image=a.png"],
+    ("encode", "text"): ["--captions=a.txt"],
+    ("encode", "captions"): ["--text=t5"],
+}
+"""What has to be given with a path."""
 
 
 def read(monkeypatch, command, path, text):
     """What a command makes of an option that is a path."""
     needs_run = command in ("sample", "learned_solver", "export") and path != ("run",)
-    argv = [f"{option(path[-1])}={text}", *(["--run=toy"] if needs_run else [])]
+    argv = [f"{option(path[-1])}={text}", *(["--run=toy"] if needs_run else []), *TOGETHER.get((command, path[-1]), [])]
     monkeypatch.setattr(sys, "argv", [command, *argv])
     kind, default = CONFIGS[command]
     return functools.reduce(getattr, path, command_line.parse(kind, default))
