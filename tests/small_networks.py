@@ -90,7 +90,9 @@ NETWORKS = {
 }
 """By name: the network of options such as `compute` and `scan_layers`, and what it is told, of 2 examples."""
 SCANNED = ("unet_condition", "dit", "lightning", "mmdit", "flux", "crossdit", "videodit", "wan")
-VARIANTS = [(name, scan) for name in NETWORKS for scan in ((False, True) if name in SCANNED else (None,))]
+BOTH = ("dit", "mmdit", "flux")
+"""Those of one, two and both kinds of streams, which are tried without a loop over their blocks too."""
+VARIANTS = [(name, True if name in SCANNED else None) for name in NETWORKS] + [(name, False) for name in BOTH]
 """Name of the network, and whether its blocks are in a loop, `None` for those that cannot be."""
 T = jnp.array([0.2, 0.7])
 

@@ -93,8 +93,8 @@ def test_control(run):
     assert (names["before"] == names["after"]).all()
     labels = {jax.tree_util.keystr(path): name for path, name in jax.tree_util.tree_leaves_with_path(names["labels"])}
     assert {path for path, name in labels.items() if name == "new"} == {path for path in labels if "branch_" in path}
-    base = {path: leaf for path, leaf in jax.tree_util.tree_leaves_with_path(names["updates"]) if "branch_" not in jax.tree_util.keystr(path)}
-    assert not any(leaf.any() for leaf in base.values())
+    updates = jax.tree_util.tree_leaves_with_path(names["updates"])
+    assert not any(leaf.any() for path, leaf in updates if "branch_" not in jax.tree_util.keystr(path))
     v = names["v"]
     assert v.nfe == 3
     assert v(0.5, names["x"]).shape == (4, 8, 8, 1)

@@ -81,7 +81,14 @@ def alone(variant, **options):
 def test_starts_as_nothing_and_learns(variant):
     _, module, x, cond, base, field = build(variant)
     params = first(variant)
-    np.testing.assert_array_equal(field(params, cond), alone(variant))
+    if variant[0] == "song_unet":  # operation by operation: XLA fuses what stands around a branch otherwise
+        net = module.network
+        found, wanted = (
+            each.apply({"params": p}, T, x, c) for each, p, c in ((module, params, cond), (net, base, None))
+        )
+    else:
+        found, wanted = field(params, cond), alone(variant)
+    np.testing.assert_array_equal(found, wanted)
     jax.tree.map(np.testing.assert_array_equal, base_of(params), base)
 
     gradient = jit(jax.grad(lambda params: (module.apply({"params": params}, T, x, cond) ** 3).sum()))(params)
