@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
-from experiments.lab.scenes import NUMBERS
+from experiments.lab.scenes import NUMBERS, with_article
 from fm_jax.checks import check_integer
 from fm_jax.text.words import split_words
 
@@ -19,8 +19,8 @@ WAYS = ("right", "up right", "up", "up left", "left", "down left", "down", "down
 STEPS = np.array([(0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1), (1, 0), (1, 1)])
 """Rows and columns [8, 2] that each of them takes at a speed of 1; rows count downwards."""
 PACES = ("slow", "fast")
-TEMPLATES = ("a {x} moves {way}", "a {x} is going {way}", "{way} goes a {x}")
-HELD_OUT_TEMPLATE = "a {x} goes {way}"
+TEMPLATES = ("{x} moves {way}", "{x} is going {way}", "{way} goes {x}")
+HELD_OUT_TEMPLATE = "{x} goes {way}"
 """A sentence of words that are all known, in an order that training has not seen."""
 
 
@@ -47,7 +47,7 @@ def describe(meaning: Meaning, template: str) -> str:
     """The sentence.
 
     Example:
-        >>> describe((Motion(3, 2), Motion(7, 4)), "a {x} moves {way}")
+        >>> describe((Motion(3, 2), Motion(7, 4)), "{x} moves {way}")
         'a three moves up while a seven moves left'
     """
     return " while ".join(template.format(x=_named(motion), way=WAYS[motion.way]) for motion in meaning)
@@ -60,7 +60,7 @@ def describe_picture(meaning: Meaning) -> str:
         >>> describe_picture((Motion(3, 2), Motion(7, 4)))
         'a three and a seven'
     """
-    return " and ".join(f"a {NUMBERS[motion.digit]}" for motion in meaning)
+    return " and ".join(with_article(NUMBERS[motion.digit]) for motion in meaning)
 
 
 def quoted(sentence: str) -> str:
@@ -92,7 +92,8 @@ def _some_sentences(num_digits: int, paces: bool) -> list[str]:
 
 
 def _named(motion: Motion) -> str:
-    return NUMBERS[motion.digit] if motion.pace is None else f"{PACES[motion.pace]} {NUMBERS[motion.digit]}"
+    name = NUMBERS[motion.digit]
+    return with_article(name if motion.pace is None else f"{PACES[motion.pace]} {name}")
 
 
 @dataclass(frozen=True)

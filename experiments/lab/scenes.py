@@ -18,8 +18,8 @@ RGB = np.array([(1, 0, 0), (1, 1, 0), (0, 1, 0), (0, 1, 1), (0, 0, 1), (1, 0, 1)
 RELATIONS = ("left of", "right of", "above", "below")
 _SAME = ("to the left of", "to the right of", "over", "under")
 _INVERSE = ("to its left", "to its right", "above it", "below it")
-TEMPLATES = ("a {x} {relation} a {y}", "a {x} is {same} a {y}", "a {y} with a {x} {inverse}")
-HELD_OUT_TEMPLATE = "a {x} is {relation} a {y}"
+TEMPLATES = ("{x} {relation} {y}", "{x} is {same} {y}", "{y} with {x} {inverse}")
+HELD_OUT_TEMPLATE = "{x} is {relation} {y}"
 """A sentence of words that are all known, in an order that training has not seen."""
 
 
@@ -62,15 +62,20 @@ def describe(meaning: Meaning, template: str) -> str:
     """The sentence.
 
     Example:
-        >>> describe(Meaning(3, 7, 0, 0, 4), "a {x} is {same} a {y}")
+        >>> describe(Meaning(3, 7, 0, 0, 4), "{x} is {same} {y}")
         'a red three is to the left of a blue seven'
     """
     names = []
     for digit, colour in ((meaning.first, meaning.first_colour), (meaning.second, meaning.second_colour)):
-        names.append(NUMBERS[digit] if colour is None else f"{COLOURS[colour]} {NUMBERS[digit]}")
+        names.append(with_article(NUMBERS[digit] if colour is None else f"{COLOURS[colour]} {NUMBERS[digit]}"))
     relation = meaning.relation
     words = {"relation": RELATIONS[relation], "same": _SAME[relation], "inverse": _INVERSE[relation]}
     return template.format(x=names[0], y=names[1], **words)
+
+
+def with_article(name: str) -> str:
+    """The name behind "a", or "an" as in "an eight"."""
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +114,9 @@ class Canvas:
     def words(self) -> tuple[str, ...]:
         """The vocabulary of its sentences, sorted."""
         templates = (*self.templates, HELD_OUT_TEMPLATE)
-        texts = [describe(Meaning(0, 0, relation), template) for relation in range(4) for template in templates]
+        colours = (0, 0) if self.colours else (None, None)
+        meanings = [Meaning(0, 8, relation, *colours) for relation in range(4)]  # "a zero left of an eight"
+        texts = [describe(meaning, template) for meaning in meanings for template in templates]
         return tuple(sorted({*" ".join(texts).split(), *NUMBERS, *(COLOURS if self.colours else ())}))
 
     def draw_meanings(self, rng: np.random.Generator, num: int, *, held_out: bool | None = None) -> list[Meaning]:
