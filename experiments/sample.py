@@ -104,7 +104,7 @@ class Drawing:
             for name in ("guidance", "guidance_interval", "guidance_rule"):
                 yield name, "the run has no classes; with --weak-run it would"
         if sampling.guidance == 1:
-            for name in ("avoid", "weak_run", "negative"):
+            for name in ("avoid", "weak_run", *(["negative"] if hasattr(self, "negative") else [])):
                 yield name, "--guidance 1 is none; another scale would take it"
         if self.weak_run is not None and self.weak_run.resolve() == self.run.resolve():
             yield "weak_run", "it is the run itself, from which nothing leads away"

@@ -68,9 +68,9 @@ class Experiment(NamedTuple):
         """Points [num, ...] of the source."""
         return self.source.draw(key, jax.ShapeDtypeStruct((num, *self.event_shape), jnp.float32))
 
-    def to_data(self, x: np.ndarray) -> np.ndarray:
-        """Samples as the data are: latents with the mean and variance that they had."""
-        return x if self.space == PIXELS else np.asarray(self.space.to_latent(jnp.asarray(x)), np.float32)
+    def to_data(self, x: Any) -> Any:
+        """Samples, an array or a traced one, as the data are: latents with the mean and variance that they had."""
+        return x if self.space == PIXELS else self.space.to_latent(jnp.asarray(x)).astype(jnp.float32)
 
     def visible(self, x: np.ndarray) -> np.ndarray:
         """What a picture can show of images [n, h, w, c]: 1 or 3 channels in [-1, 1]; of latents three deviations."""

@@ -31,7 +31,7 @@ class Branched(nn.Module):
 
     Example:
         >>> import jax
-        >>> from fm_jax.models import init_params, make_dit
+        >>> from fm_jax.models import LocalBranch, init_params, make_dit
         >>> module = Branched(make_dit("tiny"), {"depth": LocalBranch(1)})
         >>> cond = {"depth": jnp.zeros((1, 8, 8, 1))}
         >>> params = init_params(module, jax.random.key(0), (8, 8, 3), cond)

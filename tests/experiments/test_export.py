@@ -30,6 +30,7 @@ from experiments.lab.method import Method
 from experiments.lab.samplers import SAMPLERS, make_sampler
 from experiments.lab.sampling import Sampling, make_generate, named_sampler
 from experiments.lab.training import from_json, restore
+from fm_jax.latents import PIXELS, LatentSpace
 from fm_jax.models import MLP, LabelEmbedding, init_params, linen_apply
 from fm_jax.parameterization import bind
 from fm_jax.samplers import Adaptive, DiffraxSDE
@@ -229,13 +230,13 @@ def test_a_licence_is_told_as_it_is_given(license, front):
     assert text.count("not stated") > 10
 
 
-def draw_of(solver, num_classes=None, source=None, scale=None, method=None, **options):
+def draw_of(solver, num_classes=None, source=None, space=PIXELS, method=None, **options):
     """The sampler of a small network that was never trained, as it is here, and exported to any batch."""
     module = MLP(features=(8,), embed=None if num_classes is None else LabelEmbedding(num_classes))
     rng = np.random.default_rng(0)
     initial = init_params(module, jax.random.key(0), (2,))
     params = jax.tree.map(lambda leaf: np.float32(0.3) * rng.standard_normal(leaf.shape, dtype=np.float32), initial)
-    experiment = Experiment(module, linen_apply(module), source or Normal(), (2,), num_classes, scale=scale)
+    experiment = Experiment(module, linen_apply(module), source or Normal(), (2,), num_classes, space=space)
     sampling = Sampling(solver, **({"steps": 3, "guidance": 1.0} | options))
     generate = make_generate(sampling, method or Method(), experiment.apply_fn, null_label=num_classes)
     draw = lab.make_draw(generate, experiment)
@@ -325,8 +326,8 @@ def test_another_source_and_another_scale_are_in_the_sampler():
         return jnp.stack([jax.random.uniform(key, (num,)), jnp.zeros(num)], axis=1) + 3
 
     _, plain = draw_of("euler", source=Sampled(line))
-    _, scaled = draw_of("euler", source=Sampled(line), scale=(np.array([1.0, -2.0]), np.array([2.0, 0.5])))
-    np.testing.assert_allclose(scaled(SEEDS), np.asarray(plain(SEEDS)) * [2.0, 0.5] + [1.0, -2.0], rtol=1e-5)
+    _, scaled = draw_of("euler", source=Sampled(line), space=LatentSpace(shift=-2.0, scale=0.5))
+    np.testing.assert_allclose(scaled(SEEDS), np.asarray(plain(SEEDS)) * 2.0 - 2.0, rtol=1e-5)
     _, normal = draw_of("euler")
     assert jnp.abs(normal(SEEDS) - plain(SEEDS)).max() > 1
 
