@@ -84,7 +84,7 @@ def distance(one, other):  # relative
 # \min L = \frac{\pi}{2d}\,\mathrm{tr}\,\sqrt S , \tag{13.3}
 # $$
 #
-# with $K$ for $S$ where nothing is told. `fm_jax.oracles.field` has all of it. We confirm it by the library's own loss
+# with $K$ for $S$ where nothing is told. `fm_jax.oracles` has all of it. We confirm it by the library's own loss
 # of the exact velocity, and (13.1) by the mean square of the differences.
 
 # %%
