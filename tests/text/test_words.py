@@ -82,6 +82,7 @@ def loss_of(model):
     return loss, params
 
 
+@pytest.mark.slow
 def test_a_frozen_encoder_gets_no_gradient_and_gives_the_same():
     (joint, params), (frozen, _) = (loss_of(TextConditioned(NETWORK, ENCODER, frozen=each)) for each in (False, True))
     (value, of_joint), (same, of_frozen) = (jax.jit(jax.value_and_grad(each))(params) for each in (joint, frozen))
