@@ -104,7 +104,7 @@ class Drawing:
             for name in ("guidance", "guidance_interval", "guidance_rule"):
                 yield name, "the run has no classes; with --weak-run it would"
         if sampling.guidance == 1:
-            for name in ("avoid", "weak_run", *(["negative"] if hasattr(self, "negative") else [])):
+            for name in ("avoid", "weak_run"):
                 yield name, "--guidance 1 is none; another scale would take it"
         if self.weak_run is not None and self.weak_run.resolve() == self.run.resolve():
             yield "weak_run", "it is the run itself, from which nothing leads away"
@@ -147,6 +147,8 @@ class Config(Drawing):
         """Options of no effect on samples of that run, and why."""
         yield from super().unused()
         of_run, _ = read_run(self.run)
+        if sampling_of(self, of_run).guidance == 1:
+            yield "negative", "--guidance 1 is none; another scale would take it"
         if getattr(getattr(of_run, "data", None), "encoded", None) is None:
             yield "autoencoder", "the run was not trained on latents of --encoded"
 
@@ -178,11 +180,6 @@ def sampling_of(config: Drawing, of_run: Any) -> Sampling:
     sampling = dataclasses.replace(of_run.sampling, **{k: v for k, v in given.items() if v is not None})
     dataclasses.replace(of_run, sampling=sampling)  # which refuses what the run cannot be drawn from by
     by_null_label = sampling.guidance != 1 and config.avoid is None and config.weak_run is None
-    if by_null_label and getattr(of_run, "text_dropout", None) == 0 and getattr(config, "negative", None) is None:
-        raise ValueError(
-            f"--guidance must be 1 for a run with --text-dropout 0, which knows no samples without a sentence, or give "
-            f"--negative, got {sampling.guidance:g}."
-        )
     if getattr(of_run, "label_dropout", None) == 0 and config.also is not None:
         raise ValueError(
             "--also needs what the network makes without a label, which a run with --label-dropout 0 does not know, at "
@@ -216,7 +213,7 @@ def run(config: Config) -> None:
     codec = codec_of_run(restored.config, "--autoencoder", config.autoencoder)
     try:
         labels, given = _labels(config, experiment), _given(config, experiment)
-        sampling, generate = generator(config, restored, given)
+        sampling, generate = generator(config, restored, config.negative, given)
         size, key = min(config.num, sampling.sample_batch), jax.random.key(config.seed)
         samples, nfe = generate_many(generate, restored.params, key, experiment, labels, size)
     except ValueError as error:  # what a sampler or a rule of guidance refuses
@@ -229,8 +226,16 @@ def run(config: Config) -> None:
     print(f"{config.out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe_text(nfe)}")
 
 
-def generator(config: Drawing, restored: Restored, given: Given | None = None) -> tuple[Sampling, Generate]:
-    """How to draw from a run, and the function that does; `given` as in `make_generate`.
+def generator(
+    config: Drawing, restored: Restored, negative: str | None = None, given: Given | None = None
+) -> tuple[Sampling, Generate]:
+    """How to draw from a run, and the function that does.
+
+    Args:
+        config: how to draw.
+        restored: the run.
+        negative: the sentence to be led away from, for a run on sentences; by default the empty one.
+        given: as in `make_generate`.
 
     Raises:
         SystemExit: for options that do not fit the run.
@@ -238,7 +243,7 @@ def generator(config: Drawing, restored: Restored, given: Given | None = None) -
     """
     experiment, num_classes = restored.experiment, restored.experiment.num_classes
     null_label, weak = experiment.null_cond, None
-    if (negative := getattr(config, "negative", None)) is not None:
+    if negative is not None:
         null_label = _told("--negative", negative, experiment)
     if config.avoid is not None:
         null_label = _label("--avoid", config.avoid, num_classes)

@@ -9,11 +9,9 @@ Expect: nothing that looks like agreement before a thousand steps, then nearly e
 are ten pairs of digits, in their order, so that no set of words alone says what is where.
 """
 
-import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -22,12 +20,12 @@ import jax
 import numpy as np
 
 from experiments.lab import command_line, prompts
-from experiments.lab.experiment import Experiment, begin_with
+from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_captioned
-from experiments.lab.method import Method, couple_ahead, make_loss
+from experiments.lab.method import Method
 from experiments.lab.options import check_options, of_smoke
 from experiments.lab.processes import own_folder
-from experiments.lab.sampling import Sampling, generate_many, make_generate, nfe_text
+from experiments.lab.sampling import Sampling, check_dropout, generate_many, generator_of, nfe_text
 from experiments.lab.scene_judge import Judge, fit_judge
 from experiments.lab.scenes import (
     HELD_OUT_TEMPLATE,
@@ -36,8 +34,8 @@ from experiments.lab.scenes import (
     Meaning,
     SceneBatches,
     Sentences,
-    by_digit,
     describe,
+    load_digits_of,
 )
 from experiments.lab.smoke import TRAINING, smoke
 from experiments.lab.training import (
@@ -47,16 +45,11 @@ from experiments.lab.training import (
     draw_loss,
     files_of,
     median_rate,
-    sampling_params,
-    train,
     write_results,
 )
 from fm_jax.conditions import DropCondition
-from fm_jax.data.digits import load_digits
-from fm_jax.data.images import load_images
 from fm_jax.models import VectorEmbedding, linen_apply, make_mmdit, make_unet, num_params
 from fm_jax.sources import Normal
-from fm_jax.train import TrainState
 from fm_jax.train.folder import write_text
 from fm_jax.train.loop import DataIterator
 
@@ -116,11 +109,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_options(self, text_dropout="[0, 1)")
-        if self.text_dropout == 0 and self.sampling.guidance != 1:
-            raise ValueError(
-                f"--text-dropout must be above 0 for --guidance {self.sampling.guidance:g}, which leads away from what "
-                "the network makes without a sentence; --guidance 1 goes without."
-            )
+        check_dropout("--text-dropout", self.text_dropout, self.sampling.guidance, "a sentence")
 
     def unused(self) -> Iterator[tuple[str, str]]:
         """Options of no effect, and why."""
@@ -176,17 +165,6 @@ def build(config: Config) -> Experiment:
     return Experiment(model, linen_apply(model), Normal(), canvas.shape, drop=drop, tell=reader.tell)
 
 
-def load(config: Config, split: Literal["train", "test"]) -> list[np.ndarray]:
-    """For each of ten digits pictures [m, digit, digit] in [0, 1]."""
-    if config.dataset == "digits":
-        found = load_digits(split)
-        return by_digit((np.asarray(found.images)[..., 0] + 1) / 2, found.labels)
-    found = load_images("mnist", split, data_dir=config.data_dir)
-    num, side = len(found.images), config.canvas.digit
-    images = np.asarray(found.images[:], np.float32).reshape(num, side, 2, side, 2).mean(axis=(2, 4)) / 255
-    return by_digit(images, np.asarray(found.labels))
-
-
 def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
     if config.write_captions is not None:
@@ -205,7 +183,8 @@ def _run(config: Config) -> dict[str, Any]:
     check_run_dir(config, PICTURES, folders=["samples"])
     keys = jax.random.split(jax.random.key(config.training.seed), 5)
     key_train, key_init, key_draw, key_judge, key_pairs = keys
-    digits, sentences = load(config, "train"), Sentences(experiment.told, canvas)
+    digits = load_digits_of(config.dataset, "train", canvas.digit, config.data_dir)
+    sentences = Sentences(experiment.told, canvas)
     params = experiment.init_params(key_init)
     print(
         f"composed digits of {config.dataset}, {'x'.join(map(str, canvas.shape))}, {config.model} with "
@@ -216,19 +195,16 @@ def _run(config: Config) -> dict[str, Any]:
         size, seed = config.training.batch_size // count, config.training.seed
         return SceneBatches(canvas, digits, sentences, seed, size, process_index=index, process_count=count)
 
-    data = couple_ahead(config.method, data_of, key_pairs, experiment.source)
-    generate = _generator(config, experiment)
     shown = canvas.draw_meanings(np.random.default_rng(0), 24, held_out=False)
-
-    def draw(step: int, state: TrainState) -> None:
-        texts = [describe(meaning, TEMPLATES[0]) for meaning in shown]
-        params = sampling_params(state, config.training)
-        images, _ = generate_many(generate, params, key_draw, experiment, experiment.told(texts), len(texts))
-        save_captioned(run_dir / "samples" / f"step_{step:06d}.png", images, texts)
-
-    begin = partial(begin_with, config, ())
-    state = train(config, key_train, params, make_loss(config.method, experiment), data, draw, begin=begin)
-    params = sampling_params(state, config.training)
+    params = prompts.learn(
+        config,
+        experiment,
+        params,
+        (key_train, key_draw, key_pairs),
+        data_of,
+        [describe(meaning, TEMPLATES[0]) for meaning in shown],
+        lambda name, images, texts: save_captioned(run_dir / "samples" / f"{name}.png", images, texts),
+    )
     scenes = fit_judge(canvas, digits, num_steps=4 if config.smoke else 1500)
     results = judge(config, experiment, params, key_judge, scenes)
     results["training_images_per_second"] = median_rate(run_dir)
@@ -236,11 +212,6 @@ def _run(config: Config) -> dict[str, Any]:
     write_results(run_dir, results)
     print(_report(config, results))
     return results
-
-
-def _generator(config: Config, experiment: Experiment, guidance: float | None = None) -> Any:
-    sampling = config.sampling if guidance is None else dataclasses.replace(config.sampling, guidance=guidance)
-    return make_generate(sampling, config.method, experiment.apply_fn, null_label=experiment.null_cond)
 
 
 def asked(canvas: Canvas, num: int) -> dict[str, tuple[list[Meaning], list[str]]]:
@@ -267,10 +238,11 @@ def judge(config: Config, experiment: Experiment, params: Any, key: Any, scenes:
     kinds = asked(canvas, num)
     rng = np.random.default_rng(2)
     meanings = canvas.draw_meanings(rng, 1000)
-    results: dict[str, Any] = {"real": scenes(canvas.draw(rng, meanings, load(config, "test")), meanings).shares()}
+    digits = load_digits_of(config.dataset, "test", canvas.digit, config.data_dir)
+    results: dict[str, Any] = {"real": scenes(canvas.draw(rng, meanings, digits), meanings).shares()}
     scales = {"guided": config.sampling.guidance, "unguided": 1.0}
     for name, scale in scales.items():
-        generate, found, nfe = _generator(config, experiment, scale), {}, None
+        generate, found, nfe = generator_of(config, experiment, scale), {}, None
         start = time.perf_counter()
         for kind, (meanings, texts) in kinds.items():
             # The same noise for every kind: a pair and the swapped one differ in what was said alone.

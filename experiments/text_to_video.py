@@ -15,7 +15,6 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -23,9 +22,9 @@ import jax
 import numpy as np
 
 from experiments.lab import command_line
-from experiments.lab.experiment import Experiment, begin_with
+from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_clips, save_sheet
-from experiments.lab.method import Method, couple_ahead, make_loss
+from experiments.lab.method import Method
 from experiments.lab.moving import (
     HELD_OUT_TEMPLATE,
     TEMPLATES,
@@ -42,8 +41,9 @@ from experiments.lab.moving import (
 from experiments.lab.moving_judge import Judge, fit_judge
 from experiments.lab.options import check_options, of_smoke
 from experiments.lab.processes import own_folder
-from experiments.lab.sampling import Sampling, generate_many, make_generate, nfe_text
-from experiments.lab.scenes import by_digit
+from experiments.lab.prompts import learn
+from experiments.lab.sampling import Sampling, check_dropout, generate_many, generator_of, nfe_text
+from experiments.lab.scenes import load_digits_of
 from experiments.lab.smoke import TRAINING, smoke
 from experiments.lab.training import (
     Training,
@@ -52,18 +52,13 @@ from experiments.lab.training import (
     draw_loss,
     files_of,
     median_rate,
-    sampling_params,
-    train,
     write_results,
 )
 from fm_jax.conditions import DropCondition
-from fm_jax.data.digits import load_digits
-from fm_jax.data.images import load_images
 from fm_jax.models import Compute, linen_apply, make_videodit, num_params
 from fm_jax.schedules import Linear
 from fm_jax.sources import Normal
 from fm_jax.text import ByteTokenizer, TextConditioned, Tokens, WordEncoder, WordTokenizer
-from fm_jax.train import TrainState
 from fm_jax.train.loop import DataIterator
 from fm_jax.types import Schedule
 
@@ -125,11 +120,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_options(self, text_dropout="[0, 1)", num_frames=2, encoders=(2, 3), picture_every=0)
-        if self.text_dropout == 0 and self.sampling.guidance != 1:
-            raise ValueError(
-                f"--text-dropout must be above 0 for --guidance {self.sampling.guidance:g}, which leads away from what "
-                "the network makes without a sentence; --guidance 1 goes without."
-            )
+        check_dropout("--text-dropout", self.text_dropout, self.sampling.guidance, "a sentence")
         if (self.num_frames or 2) > _LONGEST:
             raise ValueError(
                 f"--num-frames must be at most {_LONGEST}, for which the network has positions, got {self.num_frames}."
@@ -209,17 +200,6 @@ def build(config: Config) -> Experiment:
     return Experiment(model, linen_apply(model), Normal(), stage.shape, drop=drop, tell=tell)
 
 
-def load(config: Config, split: Literal["train", "test"]) -> list[np.ndarray]:
-    """For each of ten digits pictures [m, digit, digit] in [0, 1]."""
-    if config.dataset == "digits":
-        found = load_digits(split)
-        return by_digit((np.asarray(found.images)[..., 0] + 1) / 2, found.labels)
-    found = load_images("mnist", split, data_dir=config.data_dir)
-    num, side = len(found.images), config.stage.digit
-    images = np.asarray(found.images[:], np.float32).reshape(num, side, 2, side, 2).mean(axis=(2, 4)) / 255
-    return by_digit(images, np.asarray(found.labels))
-
-
 def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
     config = smoke(config, **SMOKE)
@@ -238,7 +218,8 @@ def _run(config: Config) -> dict[str, Any]:
     check_run_dir(config, PICTURES, folders=["samples"])
     keys = jax.random.split(jax.random.key(config.training.seed), 5)
     key_train, key_init, key_draw, key_judge, key_pairs = keys
-    digits, sentences = load(config, "train"), Sentences(experiment.told, stage)
+    digits = load_digits_of(config.dataset, "train", stage.digit, config.data_dir)
+    sentences = Sentences(experiment.told, stage)
     params = experiment.init_params(key_init)
     print(
         f"moving digits of {config.dataset}, {'x'.join(map(str, stage.shape))}, {config.encoders} encoders, "
@@ -251,19 +232,16 @@ def _run(config: Config) -> dict[str, Any]:
             stage, digits, sentences, seed, size, picture_every=every, process_index=index, process_count=count
         )
 
-    data = couple_ahead(config.method, data_of, key_pairs, experiment.source)
-    generate = _generator(config, experiment)
     shown = stage.draw_meanings(np.random.default_rng(0), 8, held_out=False)
-
-    def draw(step: int, state: TrainState) -> None:
-        texts = [describe(meaning, TEMPLATES[0]) for meaning in shown]
-        params = sampling_params(state, config.training)
-        clips, _ = generate_many(generate, params, key_draw, experiment, experiment.told(texts), len(texts))
-        save_clips(run_dir / "samples" / f"step_{step:06d}.gif", clips, texts)
-
-    begin = partial(begin_with, config, ())
-    state = train(config, key_train, params, make_loss(config.method, experiment), data, draw, begin=begin)
-    params = sampling_params(state, config.training)
+    params = learn(
+        config,
+        experiment,
+        params,
+        (key_train, key_draw, key_pairs),
+        data_of,
+        [describe(meaning, TEMPLATES[0]) for meaning in shown],
+        lambda name, clips, texts: save_clips(run_dir / "samples" / f"{name}.gif", clips, texts),
+    )
     judge_of_clips = fit_judge(stage, digits, num_steps=4 if config.smoke else 1500)
     results = judge(config, experiment, params, key_judge, judge_of_clips)
     results["training_clips_per_second"] = median_rate(run_dir)
@@ -271,11 +249,6 @@ def _run(config: Config) -> dict[str, Any]:
     write_results(run_dir, results)
     print(_report(config, results))
     return results
-
-
-def _generator(config: Config, experiment: Experiment, guidance: float | None = None) -> Any:
-    sampling = config.sampling if guidance is None else dataclasses.replace(config.sampling, guidance=guidance)
-    return make_generate(sampling, config.method, experiment.apply_fn, null_label=experiment.null_cond)
 
 
 def asked(stage: Stage, num: int) -> dict[str, tuple[list[Meaning], list[str]]]:
@@ -294,7 +267,8 @@ def judge(config: Config, experiment: Experiment, params: Any, key: Any, verdict
     """Draws clips for each kind of sentence, with guidance and without, and has them judged beside real ones."""
     stage, num, size, run_dir = config.stage, config.num_samples, config.sampling.sample_batch, config.training.run_dir
     meanings = stage.draw_meanings(np.random.default_rng(2), 500)
-    real = stage.draw(np.random.default_rng(3), meanings, load(config, "test"))
+    digits = load_digits_of(config.dataset, "test", stage.digit, config.data_dir)
+    real = stage.draw(np.random.default_rng(3), meanings, digits)
     # What clips of other sentences get right: the level of chance.
     results: dict[str, Any] = {
         "real": verdict_of(real, meanings).shares(),
@@ -302,7 +276,7 @@ def judge(config: Config, experiment: Experiment, params: Any, key: Any, verdict
     }
     of_pictures = experiment._replace(event_shape=(1, *stage.shape[1:]))
     for name, scale in {"guided": config.sampling.guidance, "unguided": 1.0}.items():
-        generate, found, nfe = _generator(config, experiment, scale), {}, None
+        generate, found, nfe = generator_of(config, experiment, scale), {}, None
         start = time.perf_counter()
         kinds = asked(stage, num)
         for kind, (meanings, texts) in kinds.items():

@@ -39,7 +39,7 @@ from experiments.lab.training import (
 )
 from fm_jax.data.toy import make_toy
 from fm_jax.metrics import Measured, floor, wasserstein
-from fm_jax.models import MLP, init_params, linen_apply
+from fm_jax.models import MLP, linen_apply
 from fm_jax.sources import Normal, Sampled
 
 
@@ -140,7 +140,7 @@ def _run(config: Config) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(config.training.seed), 8)
     key_train, key_data, key_init, key_x0, key_x1, key_floor, key_sampler, key_pairs = keys
     loss_fn = make_loss(config.method, experiment)
-    params = init_params(experiment.model, key_init, (2,))
+    params = experiment.init_params(key_init)
 
     def data_of(index: int, count: int) -> Batches:
         size = config.training.batch_size // count

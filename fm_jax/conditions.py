@@ -62,8 +62,7 @@ def drop_condition(key: Key, cond: Cond, null_cond: Cond, rate: Scalar | float) 
 class _ByValue:
     """Equal, and hashed, by `_values()`."""
 
-    def _values(self) -> tuple[Any, ...]:
-        raise NotImplementedError
+    _values: Callable[[], tuple[Any, ...]]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, type(self)) and self._values() == other._values()

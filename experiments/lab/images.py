@@ -25,11 +25,12 @@ from experiments.lab.options import check_options, of_smoke, refuse_unused
 from experiments.lab.processes import from_first, mean_of_shares, own_folder
 from experiments.lab.sampling import (
     Sampling,
+    check_dropout,
     check_interval,
     frame_times,
     generate_many,
     generate_together,
-    make_generate,
+    generator_of,
     nfe_text,
 )
 from experiments.lab.smoke import TRAINING, smoke
@@ -184,11 +185,7 @@ def fit_to(config: Config, facts: Facts) -> Config:
             without labels.
     """
     if facts.class_names:
-        if config.label_dropout == 0 and config.sampling.guidance != 1:
-            raise ValueError(
-                f"--label-dropout must be above 0 for --guidance {config.sampling.guidance:g}, which leads away from "
-                "what the network makes without a label; --guidance 1 goes without."
-            )
+        check_dropout("--label-dropout", config.label_dropout, config.sampling.guidance, "a label")
         check_interval(config.sampling, config.method)
         return config
     usual = dataclasses.replace(config, sampling=Sampling(), label_dropout=Config.label_dropout)
@@ -243,7 +240,7 @@ def _run(config: Config) -> dict[str, Any]:
     _check_data(config, loaded, seen)
     keys = jax.random.split(jax.random.key(config.training.seed), 5)
     key_train, key_init, key_draw, key_judge, key_pairs = keys
-    params = init_params(experiment.model, key_init, experiment.event_shape)
+    params = experiment.init_params(key_init)
     if facts.shape[-1] not in (1, 3) and seen.codec is None:
         print(f"Pictures show {experiment.visible(np.zeros(facts.shape)).shape[-1]} of {facts.shape[-1]} channels.")
     print(
@@ -274,7 +271,7 @@ def _run(config: Config) -> dict[str, Any]:
 
     data = couple_ahead(config.method, data_of, key_pairs, experiment.source)
     loss_fn = make_loss(config.method, experiment)
-    generate = _generator(config, experiment)
+    generate = generator_of(config, experiment)
     # Traced now, so that what cannot be sampled is not found after the training.
     num = config.sampling.sample_batch
     x0, labels = jax.eval_shape(lambda: experiment.draw_x0(key_draw, num)), jax.ShapeDtypeStruct((num,), jnp.int32)
@@ -340,12 +337,6 @@ def _is_judged(seen: Seen) -> bool:
     return len(facts.class_names) > 1 and facts.num_test > 0 and math.prod(facts.shape) <= most
 
 
-def _generator(config: Config, experiment: Experiment, **options):
-    return make_generate(
-        config.sampling, config.method, experiment.apply_fn, null_label=experiment.num_classes, **options
-    )
-
-
 def _classes_in_turn(experiment: Experiment, num: int) -> np.ndarray:
     return np.arange(num) % (experiment.num_classes or 1)
 
@@ -374,8 +365,7 @@ def judge(config: Config, experiment: Experiment, params, key, loaded: Loaded, s
     if experiment.num_classes is None:
         drawn = {"unguided": generate}
     else:
-        unguided = dataclasses.replace(config, sampling=dataclasses.replace(sampling, guidance=1.0))
-        drawn = {"guided": generate, "unguided": _generator(unguided, experiment)}
+        drawn = {"guided": generate, "unguided": generator_of(config, experiment, 1.0)}
     for name, function in drawn.items():
         generate_many(function, params, key, experiment, labels[:size], size)  # compiles
         start = time.perf_counter()
@@ -389,7 +379,7 @@ def judge(config: Config, experiment: Experiment, params, key, loaded: Loaded, s
             _save_grid(run_dir / "samples.png", images, labels, seen)
             results["nearest"] = _save_neighbours(run_dir / "neighbours.png", images, seen)
     times = frame_times(config.method, config.frames)
-    animate = _generator(config, experiment, frames=times)
+    animate = generator_of(config, experiment, frames=times)
     shown = _classes_shown(experiment)
     labels = np.repeat(shown, 5 if len(shown) > 1 else 50)
     x0 = experiment.draw_x0(jax.random.fold_in(key, 1), len(labels))

@@ -3,14 +3,14 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import numpy as np
 
-from experiments.lab.scenes import NUMBERS, with_article
+from experiments.lab.scenes import NUMBERS, FreshBatches, with_article
 from fm_jax.checks import check_integer
 from fm_jax.text.words import split_words
 
@@ -221,22 +221,19 @@ class Sentences:
         return jax.tree.map(lambda leaf: leaf[templates * self._num + row], self._table)
 
 
-class ClipBatches:
+class ClipBatches(FreshBatches):
     """Fresh clips with their sentences, without end; every so often pictures in their place, as clips of one frame.
 
-    A step is `batch_size * process_count` clips, or `frames` times as many pictures, which are as many patches: a
-    function of the seed and the number of the step, of which process p has its share. So batches have two shapes, and
-    neither they nor a position depends on the number of processes.
+    A step is of clips, or of `frames` times as many pictures, which are as many patches: batches have two shapes.
 
     Args:
         stage: how they are drawn.
         digits: for each of ten digits pictures of it.
         sentences: what a network is told of them.
-        seed: of all of them.
-        batch_size: clips in a batch of *this* process, the same on all of them.
+        seed: as in `FreshBatches`, like the rest.
+        batch_size: clips in a batch of this process.
         picture_every: every so many steps is one of pictures; 0 for none.
-        process_index: which process this is; by default `jax.process_index()`.
-        process_count: how many there are; by default `jax.process_count()`.
+        processes: which process this is, and how many there are.
     """
 
     def __init__(
@@ -248,40 +245,20 @@ class ClipBatches:
         batch_size: int,
         *,
         picture_every: int = 0,
-        process_index: int | None = None,
-        process_count: int | None = None,
+        **processes: int | None,
     ):
-        self._index = jax.process_index() if process_index is None else process_index
-        self._count = jax.process_count() if process_count is None else process_count
-        check_integer("batch_size", batch_size)
         check_integer("picture_every", picture_every, least=0)
-        self._stage, self._digits, self._sentences, self._seed = stage, digits, sentences, seed
-        self._num, self._picture_every = batch_size * self._count, picture_every
-        self._position = 0
+        of_pictures = dataclasses.replace(stage, frames=1)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self
+        def draw(rng: np.random.Generator, step: int, num: int) -> dict[str, Any]:
+            if picture_every > 0 and step % picture_every == 0:
+                meanings = stage.draw_meanings(rng, num * stage.frames)
+                templates = np.full(len(meanings), len(TEMPLATES))
+                x1 = of_pictures.draw(rng, meanings, digits)
+            else:
+                meanings = stage.draw_meanings(rng, num, held_out=False)
+                templates = rng.integers(len(TEMPLATES), size=num)
+                x1 = stage.draw(rng, meanings, digits)
+            return {"x1": x1, "cond": sentences.of(meanings, templates)}
 
-    def __next__(self) -> dict[str, Any]:
-        self._position += 1
-        rng = np.random.default_rng((self._seed, self._position))
-        pictures = self._picture_every > 0 and self._position % self._picture_every == 0
-        stage = self._stage
-        num = self._num * stage.frames if pictures else self._num
-        meanings = stage.draw_meanings(rng, num, held_out=None if pictures else False)
-        if pictures:
-            stage, templates = dataclasses.replace(stage, frames=1), np.full(num, len(TEMPLATES))
-        else:
-            templates = rng.integers(len(TEMPLATES), size=num)
-        x1 = stage.draw(rng, meanings, self._digits)
-        share = slice(self._index * num // self._count, (self._index + 1) * num // self._count)
-        cond = self._sentences.of(meanings, templates)
-        return {"x1": x1[share], "cond": jax.tree.map(lambda leaf: leaf[share], cond)}
-
-    def get_state(self) -> dict[str, Any]:
-        """The number of batches taken as JSON values."""
-        return {"position": self._position}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `get_state` gave, on any number of processes."""
-        self._position = state["position"]
+        super().__init__(draw, seed, batch_size, **processes)

@@ -1,17 +1,24 @@
-"""How sentences reach a network: whole words, the tokens of CLIP, or features that a frozen encoder made of them."""
+"""How sentences reach a network: words, tokens of CLIP, features of a frozen encoder; and how it learns from them."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import numpy as np
 
+from experiments.lab.experiment import Experiment, begin_with
+from experiments.lab.method import couple_ahead, make_loss
+from experiments.lab.sampling import generate_many, generator_of
+from experiments.lab.training import sampling_params, train
 from fm_jax.data.texts import open_texts
 from fm_jax.models.conditioning import Conditions
 from fm_jax.text import TextConditioned, Tokens, WordEncoder, WordTokenizer, read_clip_tokenizer
 from fm_jax.text.tokens import check_prompts
-from fm_jax.types import Cond
+from fm_jax.train import TrainState
+from fm_jax.train.loop import DataIterator
+from fm_jax.types import Cond, Key, Params
 
 
 class Reader(NamedTuple):
@@ -114,3 +121,39 @@ def of_features(folder: Path) -> Reader:
         return Conditions(tokens=features, mask=mask, vector=pooled)
 
     return Reader(tell, texts.shape[1], texts.num_pooled, lambda network: network)
+
+
+def learn(
+    config: Any,
+    experiment: Experiment,
+    params: Params,
+    keys: tuple[Key, Key, Key],
+    data_of: Callable[[int, int], DataIterator],
+    texts: list[str],
+    save: Callable[[str, np.ndarray, list[str]], None],
+) -> Params:
+    """Trains a network on sentences, and draws on the way what it makes of some of them.
+
+    Args:
+        config: of the run.
+        experiment: the network.
+        params: initial parameters.
+        keys: of the training, of what is drawn on the way, and of the coupling.
+        data_of: as in `couple_ahead`.
+        texts: what is drawn on the way.
+        save: called with the name of a step, samples [n, ...] and their sentences.
+
+    Returns:
+        What to sample with.
+    """
+    key_train, key_draw, key_pairs = keys
+    data = couple_ahead(config.method, data_of, key_pairs, experiment.source)
+    generate = generator_of(config, experiment)
+
+    def draw(step: int, state: TrainState) -> None:
+        params, told = sampling_params(state, config.training), experiment.told(texts)
+        save(f"step_{step:06d}", generate_many(generate, params, key_draw, experiment, told, len(texts))[0], texts)
+
+    begin = partial(begin_with, config, ())
+    state = train(config, key_train, params, make_loss(config.method, experiment), data, draw, begin=begin)
+    return sampling_params(state, config.training)

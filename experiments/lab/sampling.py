@@ -1,8 +1,9 @@
 """Sampling of any experiment: one function from parameters and noise to samples, by the name of a sampler."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -306,6 +307,35 @@ def make_generate(
         return solution._replace(x=jnp.where(given.mask, given.x1, solution.x))
 
     return jax.jit(generate)
+
+
+def generator_of(config: Any, experiment: Experiment, guidance: float | None = None, **options: Any) -> Generate:
+    """`make_generate` for the network of a run, guided away from no condition; by another scale than its own if given.
+
+    Args:
+        config: with a `sampling` and a `method`.
+        experiment: the network, and what stands for no condition.
+        guidance: scale.
+        options: of `make_generate`.
+    """
+    sampling = config.sampling if guidance is None else dataclasses.replace(config.sampling, guidance=guidance)
+    return make_generate(sampling, config.method, experiment.apply_fn, null_label=experiment.null_cond, **options)
+
+
+def check_dropout(name: str, rate: float, guidance: float, without: str) -> None:
+    """Refuses guidance away from what a network that always has its condition has never seen.
+
+    Args:
+        name: of the option.
+        rate: how often an example is trained without.
+        guidance: scale; 1 is none.
+        without: the condition, in words.
+    """
+    if rate == 0 and guidance != 1:
+        raise ValueError(
+            f"{name} must be above 0 for --guidance {guidance:g}, which leads away from what the network makes without "
+            f"{without}; --guidance 1 goes without."
+        )
 
 
 def generate_many(

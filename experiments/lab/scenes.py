@@ -2,14 +2,17 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
 from fm_jax.checks import check_integer
+from fm_jax.data.digits import load_digits
+from fm_jax.data.images import load_images
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = ("red", "yellow", "green", "cyan", "blue", "purple")
@@ -156,20 +159,76 @@ def by_digit(images: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
     return [images[labels == digit] for digit in range(10)]
 
 
-class SceneBatches:
-    """Fresh scenes with their sentences, without end.
+def load_digits_of(
+    dataset: Literal["digits", "mnist"], split: Literal["train", "test"], side: int, data_dir: Path | None = None
+) -> list[np.ndarray]:
+    """For each of ten digits pictures [m, side, side] in [0, 1]: scikit-learn's, or MNIST's at half their size."""
+    if dataset == "digits":
+        found = load_digits(split)
+        return by_digit((np.asarray(found.images)[..., 0] + 1) / 2, found.labels)
+    found = load_images("mnist", split, data_dir=data_dir)
+    images = np.asarray(found.images[:], np.float32).reshape(-1, side, 2, side, 2).mean(axis=(2, 4)) / 255
+    return by_digit(images, np.asarray(found.labels))
 
-    A step is `batch_size * process_count` scenes, a function of the seed and the number of the step; process p has the
-    rows from `p * batch_size` of it. So neither the scenes of a step nor a position depends on the number of processes.
+
+class FreshBatches:
+    """Batches without end, each drawn afresh.
+
+    A step is a function of the seed and its number, of which process p has its share. So neither the examples of a step
+    nor a position depends on the number of processes.
+
+    Args:
+        draw: `draw(rng, step, num)`, the whole batch of a step, of `num` examples or a multiple of that.
+        seed: of all of them.
+        batch_size: examples in a batch of *this* process, the same on all of them.
+        process_index: which process this is; by default `jax.process_index()`.
+        process_count: how many there are; by default `jax.process_count()`.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[np.random.Generator, int, int], dict[str, Any]],
+        seed: int,
+        batch_size: int,
+        *,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ):
+        self._index = jax.process_index() if process_index is None else process_index
+        self._count = jax.process_count() if process_count is None else process_count
+        check_integer("batch_size", batch_size)
+        self._draw, self._seed, self._num = draw, seed, batch_size * self._count
+        self._position = 0
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        self._position += 1
+        rng = np.random.default_rng((self._seed, self._position))
+        batch = self._draw(rng, self._position, self._num)
+        num = len(batch["x1"]) // self._count
+        return jax.tree.map(lambda leaf: leaf[self._index * num : (self._index + 1) * num], batch)
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of batches taken as JSON values."""
+        return {"position": self._position}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position that `get_state` gave, on any number of processes."""
+        self._position = state["position"]
+
+
+class SceneBatches(FreshBatches):
+    """Fresh scenes with their sentences, without end.
 
     Args:
         canvas: how they are drawn.
         digits: for each of ten digits pictures of it.
         sentences: what a network is told of them.
-        seed: of all of them.
-        batch_size: scenes in a batch of *this* process, the same on all of them.
-        process_index: which process this is; by default `jax.process_index()`.
-        process_count: how many there are; by default `jax.process_count()`.
+        seed: as in `FreshBatches`, like the rest.
+        batch_size: scenes in a batch of this process.
+        processes: which process this is, and how many there are.
     """
 
     def __init__(
@@ -179,36 +238,14 @@ class SceneBatches:
         sentences: "Sentences",
         seed: int,
         batch_size: int,
-        *,
-        process_index: int | None = None,
-        process_count: int | None = None,
+        **processes: int | None,
     ):
-        index = jax.process_index() if process_index is None else process_index
-        count = jax.process_count() if process_count is None else process_count
-        check_integer("batch_size", batch_size)
-        self._canvas, self._digits, self._sentences, self._seed = canvas, digits, sentences, seed
-        self._num, self._share = batch_size * count, slice(index * batch_size, (index + 1) * batch_size)
-        self._position = 0
+        def draw(rng: np.random.Generator, step: int, num: int) -> dict[str, Any]:
+            meanings = canvas.draw_meanings(rng, num, held_out=False)
+            templates = rng.integers(len(canvas.templates), size=num)
+            return {"x1": canvas.draw(rng, meanings, digits), "cond": sentences.of(meanings, templates)}
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return self
-
-    def __next__(self) -> dict[str, Any]:
-        self._position += 1
-        rng = np.random.default_rng((self._seed, self._position))
-        meanings = self._canvas.draw_meanings(rng, self._num, held_out=False)
-        templates = rng.integers(len(self._canvas.templates), size=self._num)
-        x1 = self._canvas.draw(rng, meanings, self._digits)
-        cond = self._sentences.of(meanings, templates)
-        return {"x1": x1[self._share], "cond": jax.tree.map(lambda leaf: leaf[self._share], cond)}
-
-    def get_state(self) -> dict[str, Any]:
-        """The number of batches taken as JSON values."""
-        return {"position": self._position}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a position that `get_state` gave, on any number of processes."""
-        self._position = state["position"]
+        super().__init__(draw, seed, batch_size, **processes)
 
 
 class Sentences:

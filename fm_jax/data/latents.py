@@ -23,7 +23,7 @@ from fm_jax.checks import check_bool, check_member, shown
 from fm_jax.data.images import ImageDataset
 from fm_jax.data.lazy import LazyImages
 from fm_jax.data.pipeline import _AHEAD, _FLIPS, _THREADS, _check_sizes, _Order, _random_bytes
-from fm_jax.data.shards import Records, read_json, shards
+from fm_jax.data.shards import Records, read_finished, shards
 from fm_jax.latents import LatentSpace
 
 if TYPE_CHECKING:
@@ -144,9 +144,7 @@ def open_latents(folder: str | Path) -> Latents:
         ImportError: if array_record is not installed.
     """
     folder = Path(folder)
-    info = read_json(folder / INFO, "a folder of latents")
-    if not info.get("finished"):
-        raise ValueError(f"{folder} holds latents that are not finished: the command that began them goes on.")
+    info = read_finished(folder, INFO, "latents")
     try:
         space: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in info["space"].items()}
         return Latents(

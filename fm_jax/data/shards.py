@@ -62,6 +62,19 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return record
 
 
+def read_finished(folder: Path, name: str, what: str) -> dict[str, Any]:
+    """The record of a folder of `what`, such as "latents", that is finished.
+
+    Raises:
+        FileNotFoundError: if the folder has none.
+        ValueError: if it is damaged, or not finished.
+    """
+    info = read_json(folder / name, f"a folder of {what}")
+    if not info.get("finished"):
+        raise ValueError(f"{folder} holds {what} that are not finished: the command that began them goes on.")
+    return info
+
+
 def write_array(path: Path, array: np.ndarray) -> None:
     """Writes an array as `.npy`, or leaves the old file as it was."""
     with whole_file(path) as unfinished, open(unfinished, "wb") as file:

@@ -14,7 +14,7 @@ import numpy as np
 
 from fm_jax.checks import check_bool, check_function, check_integer, shown
 from fm_jax.data.lazy import watched
-from fm_jax.data.shards import ENCODING, Records, read_json, shards, write_array, write_json, write_shard
+from fm_jax.data.shards import ENCODING, Records, read_finished, read_json, shards, write_array, write_json, write_shard
 
 INFO = "texts.json"
 _HALF = np.dtype("<f2")
@@ -185,9 +185,7 @@ def open_texts(folder: str | Path) -> Texts:
         ImportError: if array_record is not installed.
     """
     folder = Path(folder)
-    info = read_json(folder / INFO, "a folder of texts")
-    if not info.get("finished"):
-        raise ValueError(f"{folder} holds texts that are not finished: the command that began them goes on.")
+    info = read_finished(folder, INFO, "texts")
     try:
         captions = tuple(read_json(folder / "captions.json", "a folder of texts")["captions"])
         index = np.load(folder / "captions_index.npy", allow_pickle=False)

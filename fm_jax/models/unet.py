@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from fm_jax.checks import check_bool, check_integer, check_member, check_setting, shown
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import OURS, Border, Conditions, check_border
-from fm_jax.models.crossdit import check_fields, check_tokens
+from fm_jax.models.crossdit import check_tokens
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import (
     TimeEmbedding,
@@ -218,9 +218,10 @@ class UNet(nn.Module):
         """The tokens and which of them are seen, or `ValueError` for what are not those of this network."""
         if self.token_dim is None:
             return None, None
-        given = check_fields(cond, cond._fields if isinstance(cond, Conditions) else (), "tokens=..., mask=...")
-        check_tokens(given.tokens, given.mask, x.shape[0], self.token_dim)
-        return given.tokens, given.mask
+        if not isinstance(cond, Conditions):
+            raise ValueError(f"cond must be Conditions(tokens=..., mask=...), got {shown(cond)}.")
+        check_tokens(cond.tokens, cond.mask, x.shape[0], self.token_dim)
+        return cond.tokens, cond.mask
 
     def _time(self, t: Array) -> Array:
         """Embeds our time [batch]."""

@@ -14,7 +14,7 @@ import pytest
 pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
 
 from experiments import cifar10, digits, fashion_mnist, learned_solver, mnist, sample, toy2d
-from experiments.lab import images
+from experiments.lab import images, sampling
 from experiments.lab.command_line import parse
 from experiments.lab.experiment import restore_run
 from experiments.lab.method import Method
@@ -400,7 +400,7 @@ def test_two_runs_at_once(run, copied, tmp_path):
 
 def test_what_cannot_be_sampled_is_found_before_the_training(tmp_path, monkeypatch):
     monkeypatch.setattr(images, "train", trained_again)
-    monkeypatch.setattr(images, "make_generate", refusing)
+    monkeypatch.setattr(sampling, "make_generate", refusing)
     with pytest.raises(ValueError, match="cannot be sampled"):
         images.run(small_digits(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
