@@ -26,6 +26,7 @@ from experiments.lab.processes import from_first, mean_of_shares, own_folder
 from experiments.lab.sampling import (
     Sampling,
     check_dropout,
+    check_generate,
     check_interval,
     frame_times,
     generate_many,
@@ -272,10 +273,8 @@ def _run(config: Config) -> dict[str, Any]:
     data = couple_ahead(config.method, data_of, key_pairs, experiment.source)
     loss_fn = make_loss(config.method, experiment)
     generate = generator_of(config, experiment)
-    # Traced now, so that what cannot be sampled is not found after the training.
-    num = config.sampling.sample_batch
-    x0, labels = jax.eval_shape(lambda: experiment.draw_x0(key_draw, num)), jax.ShapeDtypeStruct((num,), jnp.int32)
-    jax.eval_shape(generate, params, key_draw, x0, labels)
+    labels = jax.ShapeDtypeStruct((config.sampling.sample_batch,), jnp.int32)
+    check_generate(generate, params, key_draw, experiment, labels)
 
     def draw(step: int, state: TrainState) -> None:
         labels = _classes_in_turn(experiment, config.sampling.sample_batch)

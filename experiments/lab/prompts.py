@@ -10,7 +10,7 @@ import numpy as np
 
 from experiments.lab.experiment import Experiment, begin_with
 from experiments.lab.method import couple_ahead, make_loss
-from experiments.lab.sampling import generate_many, generator_of
+from experiments.lab.sampling import check_generate, generate_many, generator_of
 from experiments.lab.training import sampling_params, train
 from fm_jax.data.texts import open_texts
 from fm_jax.models.conditioning import Conditions
@@ -148,10 +148,11 @@ def learn(
     """
     key_train, key_draw, key_pairs = keys
     data = couple_ahead(config.method, data_of, key_pairs, experiment.source)
-    generate = generator_of(config, experiment)
+    generate, told = generator_of(config, experiment), experiment.told(texts)
+    check_generate(generate, params, key_draw, experiment, told)
 
     def draw(step: int, state: TrainState) -> None:
-        params, told = sampling_params(state, config.training), experiment.told(texts)
+        params = sampling_params(state, config.training)
         save(f"step_{step:06d}", generate_many(generate, params, key_draw, experiment, told, len(texts))[0], texts)
 
     begin = partial(begin_with, config, ())

@@ -338,6 +338,20 @@ def check_dropout(name: str, rate: float, guidance: float, without: str) -> None
         )
 
 
+def check_generate(generate: Generate, params: Params, key: Key, experiment: Experiment, told: Cond) -> None:
+    """Traces the sampler, so that what cannot be sampled is not found after the training.
+
+    Args:
+        generate: from `make_generate`.
+        params: network parameters.
+        key: PRNG key.
+        experiment: whose source x0 is drawn from.
+        told: what the network is told, arrays or their shapes [num, ...].
+    """
+    x0 = jax.eval_shape(lambda: experiment.draw_x0(key, jax.tree.leaves(told)[0].shape[0]))
+    jax.eval_shape(generate, params, key, x0, told)
+
+
 def generate_many(
     generate: Generate, params: Params, key: Key, experiment: Experiment, labels: Cond, batch_size: int
 ) -> tuple[np.ndarray, float | None]:

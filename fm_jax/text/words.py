@@ -169,6 +169,7 @@ class WordEncoder(nn.Module):
         check_ids(ids, mask, self.vocabulary)
         if ids.shape[1] > self.max_tokens:
             raise ValueError(f"ids must be at most {self.max_tokens} tokens, the table of positions, got {ids.shape}.")
+        mask = None if mask is None else jnp.asarray(mask, bool)
         dtype, normal = self.compute.dtype, nn.initializers.normal
         h = nn.Embed(self.vocabulary, self.hidden, embedding_init=normal(1.0), name="tokens")(ids).astype(dtype)
         places = self.param("positions", normal(self.position_std), (self.max_tokens, self.hidden))
@@ -176,6 +177,6 @@ class WordEncoder(nn.Module):
         for i in range(self.num_layers):
             h = WordBlock(self.num_heads, self.compute, name=f"block_{i}")(h, mask)
         last = layer_norm(jnp.float32, "norm", affine=True)(h)
-        seen = jnp.ones(ids.shape) if mask is None else jnp.asarray(mask, jnp.float32)
+        seen = jnp.ones(ids.shape) if mask is None else mask.astype(jnp.float32)
         pooled = (last * seen[..., None]).sum(axis=1) / jnp.maximum(seen.sum(axis=1, keepdims=True), 1.0)
         return TextFeatures(last, (), pooled)

@@ -98,3 +98,15 @@ def test_a_learned_solver_survives_its_file(tmp_path):
         load_solver(tmp_path / "no.npz", params)
     with pytest.raises(SystemExit, match="was learned for another network"):
         load_solver(tmp_path / "a.npz", {"w": jnp.arange(3.0) + 1})
+
+
+@pytest.mark.parametrize("path", ["linear", "vp"])
+def test_training_times_are_shifted_towards_noise(path):
+    methods = [Method(path, times="stratified", time_shift=shift) for shift in (1.0, 3.0)]
+    (low, high), domain = (method.time_sampler.domain for method in methods)
+    assert domain == (low, high)
+    plain, shifted = (np.asarray(m.time_sampler(jax.random.key(0), 4000), float) for m in methods)
+    u = (plain - low) / (high - low)
+    # Esser et al. 2024, eq. 23, of sigma = 1 - u.
+    np.testing.assert_allclose(shifted, low + (high - low) * (1 - 3 * (1 - u) / (1 + 2 * (1 - u))), atol=2e-6)
+    assert np.median(shifted) == pytest.approx(low + (high - low) / 4, abs=1e-3)

@@ -103,6 +103,7 @@ NUMBERS = {
     "digits --dropout": [("1", r"in \[0, 1\)"), ("nan", r"in \[0, 1\)")],
     "mnist --label-dropout": [("1.5", r"in \[0, 1\)")],
     "digits --guidance": [("nan", "a finite number"), ("inf", "a finite number")],
+    "digits --time-shift": [("0", "positive and finite"), ("nan", "positive and finite")],
     "digits --tolerance": [(value, r"in \[1e-7, inf\)") for value in ("0", "nan", "1e-300", "9e-8")],
     "digits --solver ddim --eta": [("2", r"in \[0, 1\]")],
     "digits --solver churn --churn": [("-1", "finite and not negative")],
