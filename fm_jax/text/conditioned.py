@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fm_jax.checks import check_bool
 from fm_jax.models.adapters import check_kind
@@ -96,7 +97,8 @@ class TextConditioned(nn.Module):
                 which = "cond" if name is None else f"cond[{name!r}]"
                 raise ValueError(f"{which} must be Tokens(ids, mask), as a tokenizer makes them, got {_got(tokens)}.")
             features = encoder(tokens.ids, tokens.mask)
-            found[name] = features.last, tokens.mask, features.pooled
+            mask = None if tokens.mask is None else jnp.asarray(tokens.mask)
+            found[name] = features.last, mask, features.pooled
         if self.frozen:
             found = jax.lax.stop_gradient(found)
         return found if several else found[None]
