@@ -257,7 +257,7 @@ print(f"unpatchify(patchify(x)) less x: {cut}; x becomes {patchify(images, 2).sh
 
 block = DiTBlock(4, mlp_ratio=4.0, dropout=0.0)
 h, e = jax.random.normal(keys[2], (4, 16, 72)), jax.random.normal(keys[3], (4, 72))
-run = jax.jit(lambda params, h: block.apply({"params": params}, h, e, False, capture_intermediates=True))
+run = jax.jit(lambda params, h: block.apply({"params": params}, h, e, None, False, capture_intermediates=True))
 params = fresh["DiT"]["block_0"]
 untouched = float(abs(run(params, h)[0] - h).max())
 largest = [float(abs(jax.jit(networks[name].apply)({"params": fresh[name]}, 0.5, images)).max()) for name in networks]
