@@ -11,6 +11,7 @@ import numpy as np
 
 from fm_jax.checks import check_integer, check_member, check_number, check_real, shown
 from fm_jax.models.compute import Attention, Dtype
+from fm_jax.models.dense import DenseGeneral
 from fm_jax.types import Array
 
 
@@ -204,9 +205,9 @@ def rms_norm(dtype: Dtype, name: str, *, epsilon: float = 1e-6) -> nn.RMSNorm:
 
 def to_heads(heads: int, head_dim: int, dtype: Dtype, name: str, *, use_bias: bool = True) -> nn.DenseGeneral:
     """A projection [..., d] -> [..., heads, head_dim] with a kernel [d, heads, head_dim], to be sharded by heads."""
-    return nn.DenseGeneral((heads, head_dim), use_bias=use_bias, dtype=dtype, name=name)
+    return DenseGeneral((heads, head_dim), use_bias=use_bias, dtype=dtype, name=name)
 
 
 def from_heads(features: int, dtype: Dtype, name: str, *, use_bias: bool = True) -> nn.DenseGeneral:
     """A projection [..., heads, head_dim] -> [..., features] with a kernel [heads, head_dim, features]."""
-    return nn.DenseGeneral(features, axis=(-2, -1), use_bias=use_bias, dtype=dtype, name=name)
+    return DenseGeneral(features, axis=(-2, -1), use_bias=use_bias, dtype=dtype, name=name)

@@ -11,6 +11,7 @@ from fm_jax.checks import check_bool, check_has, check_integer, check_key, check
 from fm_jax.latents import LatentSpace
 from fm_jax.models.autoencoder_blocks import ResidualBlock, middle, norm
 from fm_jax.models.compute import Compute
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import check_image, check_options, check_widths, conv3x3, double
 from fm_jax.types import Array, Key, Params
 
@@ -182,8 +183,8 @@ class Autoencoder(nn.Module):
         decoder_channels = self.decoder_channels or self.channels
         self.decoder = Decoder(decoder_channels, self.num_blocks, self.image_channels, *options)
         if self.quantize:
-            self.encoder_out = nn.Dense(2 * self.latent_channels)
-            self.decoder_in = nn.Dense(self.latent_channels)
+            self.encoder_out = Dense(2 * self.latent_channels)
+            self.decoder_in = Dense(self.latent_channels)
         if self.statistics:
             size = (4 * self.latent_channels,)
             self.latent_mean = self.param("latent_mean", nn.initializers.zeros_init(), size)

@@ -4,6 +4,7 @@ import flax.linen as nn
 
 from fm_jax.models.attention import attend
 from fm_jax.models.compute import Compute, Dtype
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import conv3x3, group_norm
 from fm_jax.types import Array
 
@@ -39,7 +40,7 @@ class ResidualBlock(nn.Module):
         h = nn.silu(norm(self.features, self.num_groups, dtype, "norm_out")(h))
         h = conv3x3(self.features, dtype, "conv_out")(h)
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=dtype, name="skip")(x)
+            x = Dense(self.features, dtype=dtype, name="skip")(x)
         return x + h
 
 
@@ -57,9 +58,9 @@ class PixelAttention(nn.Module):
         """Maps [batch, h, w, c] to the same shape."""
         width, dtype = x.shape[-1], self.compute.dtype
         h = norm(width, self.num_groups, dtype, "norm")(x).reshape(x.shape[0], -1, width)
-        q, k, v = (nn.Dense(width, dtype=dtype, name=name)(h)[:, :, None] for name in ("query", "key", "value"))
+        q, k, v = (Dense(width, dtype=dtype, name=name)(h)[:, :, None] for name in ("query", "key", "value"))
         h = attend(q, k, v, implementation="xla")[:, :, 0]
-        return x + nn.Dense(width, dtype=dtype, name="out")(h).reshape(x.shape)
+        return x + Dense(width, dtype=dtype, name="out")(h).reshape(x.shape)
 
 
 def middle(h: Array, num_groups: int, attention: bool, compute: Compute) -> Array:

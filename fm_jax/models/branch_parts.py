@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from fm_jax.models.attention import attend, layer_norm, to_heads
+from fm_jax.models.dense import Dense, DenseGeneral
 from fm_jax.models.layers import zeros
 from fm_jax.models.places import Head
 from fm_jax.types import Array
@@ -31,8 +32,8 @@ class VectorPart(nn.Module):
     @nn.compact
     def __call__(self, vector: Array) -> Array:
         """Maps [batch, dim] to float32 [batch, features]."""
-        h = nn.silu(nn.Dense(self.features, name="in")(vector.astype(jnp.float32)))
-        return nn.Dense(self.features, kernel_init=zeros, name="out")(h)
+        h = nn.silu(Dense(self.features, name="in")(vector.astype(jnp.float32)))
+        return Dense(self.features, kernel_init=zeros, name="out")(h)
 
 
 class CrossPart(nn.Module):
@@ -49,7 +50,7 @@ class CrossPart(nn.Module):
         head = self.num_heads, width // self.num_heads, dtype
         q = to_heads(*head, "query")(layer_norm(dtype, "norm")(h))
         k, v = (to_heads(*head, name)(tokens) for name in ("key", "value"))
-        out = nn.DenseGeneral(width, axis=(-2, -1), kernel_init=zeros, dtype=dtype, name="out")
+        out = DenseGeneral(width, axis=(-2, -1), kernel_init=zeros, dtype=dtype, name="out")
         return out(attend(q, k, v, mask=mask))
 
 
@@ -63,7 +64,7 @@ class PromptTokens(nn.Module):
         """Maps [batch, n, dim], or [batch, dim], to float32 [batch, n, dim]."""
         h, dim = h.astype(jnp.float32), h.shape[-1]
         if self.num_tokens is not None:
-            h = nn.DenseGeneral((self.num_tokens, dim), name="tokens")(h)
+            h = DenseGeneral((self.num_tokens, dim), name="tokens")(h)
         normed: Array = layer_norm(jnp.float32, "norm", affine=True, epsilon=1e-5)(h)
         return normed
 
@@ -77,7 +78,7 @@ class PromptPart(nn.Module):
     def __call__(self, tokens: Array) -> tuple[Array, Array]:
         """Maps tokens [batch, m, dim] to keys and values [batch, m, heads, head_dim]."""
         shape, dtype = (self.head.heads, self.head.head_dim), self.head.dtype
-        k = nn.DenseGeneral(shape, use_bias=False, dtype=dtype, name="key")(tokens)
+        k = DenseGeneral(shape, use_bias=False, dtype=dtype, name="key")(tokens)
         if self.head.normed:
             k = nn.RMSNorm(epsilon=1e-6, dtype=dtype, name="norm_key")(k)
-        return k, nn.DenseGeneral(shape, use_bias=False, kernel_init=zeros, dtype=dtype, name="value")(tokens)
+        return k, DenseGeneral(shape, use_bias=False, kernel_init=zeros, dtype=dtype, name="value")(tokens)

@@ -19,13 +19,13 @@ subtrees `branch_{name}` beside and in them; `fm_jax.models.grafting` takes a tr
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax.numpy as jnp
 
 from fm_jax.checks import check_integer, check_real, check_setting, shown
 from fm_jax.models.branch_parts import CrossPart, LocalFeatures, PromptPart, PromptTokens, VectorPart
 from fm_jax.models.conditioning import Conditions
 from fm_jax.models.crossdit import check_fields
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import zeros
 from fm_jax.models.places import Head, Seen, on_grid
 from fm_jax.types import Array
@@ -131,7 +131,7 @@ class LocalBranch:
         """What joins the state of a block."""
         if h.ndim == 2:
             raise ValueError("A LocalBranch needs blocks with a grid, which an MLP has not.")
-        part = nn.Dense(h.shape[-1], kernel_init=zeros, dtype=h.dtype, name=name)
+        part = Dense(h.shape[-1], kernel_init=zeros, dtype=h.dtype, name=name)
         out: Array = self.scale * part(on_grid(told, h, grid))
         return out
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fm_jax.models.attention import attend
 from fm_jax.models.autoencoder import DOWN_PADDING
 from fm_jax.models.compute import Compute, Dtype
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import conv3x3, double
 from fm_jax.types import Array
 
@@ -60,7 +61,7 @@ class CausalBlock(nn.Module):
         h = causal_conv(self.features, dtype, "conv_in")(nn.silu(ChannelNorm(dtype, name="norm_in")(x)))
         h = causal_conv(self.features, dtype, "conv_out")(nn.silu(ChannelNorm(dtype, name="norm_out")(h)))
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=dtype, name="skip")(x)
+            x = Dense(self.features, dtype=dtype, name="skip")(x)
         return x + h
 
 
@@ -74,9 +75,9 @@ class FrameAttention(nn.Module):
         """Maps [batch, f, h, w, c] to the same shape."""
         width, dtype = x.shape[-1], self.compute.dtype
         h = ChannelNorm(dtype, name="norm")(x).reshape(x.shape[0] * x.shape[1], -1, width)
-        q, k, v = (nn.Dense(width, dtype=dtype, name=name)(h)[:, :, None] for name in ("query", "key", "value"))
+        q, k, v = (Dense(width, dtype=dtype, name=name)(h)[:, :, None] for name in ("query", "key", "value"))
         h = attend(q, k, v, implementation="xla")[:, :, 0]
-        return x + nn.Dense(width, dtype=dtype, name="out")(h).reshape(x.shape)
+        return x + Dense(width, dtype=dtype, name="out")(h).reshape(x.shape)
 
 
 def frames_halved(x: Array, conv: Callable[[Array], Array]) -> Array:

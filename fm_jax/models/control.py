@@ -16,6 +16,7 @@ from fm_jax.checks import check_integer, check_setting, check_state, shown
 from fm_jax.models.adapters import check_kind
 from fm_jax.models.branch_parts import LocalFeatures
 from fm_jax.models.branches import check_local
+from fm_jax.models.dense import Dense
 from fm_jax.models.grafting import NETWORK
 from fm_jax.models.layers import zeros
 from fm_jax.models.places import TOKEN_BLOCKS, Interceptor, on_grid, state_of, token_grid, with_state
@@ -114,7 +115,7 @@ class Controlled(nn.Module):
         features = LocalFeatures(self.features, name="local")(local)
 
         def hint(h: Array) -> Array:
-            part = nn.Dense(h.shape[-1], kernel_init=zeros, dtype=h.dtype, parent=self, name="first")
+            part = Dense(h.shape[-1], kernel_init=zeros, dtype=h.dtype, parent=self, name="first")
             out: Array = part(on_grid(features, h, tokens))
             return out
 

@@ -11,6 +11,7 @@ from fm_jax.checks import check_bool, check_integer, check_member, check_real, c
 from fm_jax.models.attention import attend, from_heads, layer_norm, to_heads
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import DDPM, Border, Conditions
+from fm_jax.models.dense import Dense
 from fm_jax.models.dit import modulate, patchify, small_normal, unpatchify, xavier
 from fm_jax.models.layers import TimeEmbedding, check_image, check_options, zeros
 from fm_jax.models.stack import run_blocks
@@ -116,9 +117,9 @@ class CrossDiTBlock(nn.Module):
         x = x + Attention(self.num_heads, compute=self.compute, name="cross")(x, text, mask)
 
         h = modulate(layer_norm(dtype, "norm_mlp")(x), shift_m, scale_m)
-        h = nn.Dense(int(self.mlp_ratio * width), kernel_init=xavier, dtype=dtype, name="mlp_in")(h)
+        h = Dense(int(self.mlp_ratio * width), kernel_init=xavier, dtype=dtype, name="mlp_in")(h)
         h = nn.gelu(h, approximate=True)
-        return x + gate_m * nn.Dense(width, kernel_init=xavier, dtype=dtype, name="mlp_out")(h)
+        return x + gate_m * Dense(width, kernel_init=xavier, dtype=dtype, name="mlp_out")(h)
 
 
 class TextProjection(nn.Module):
@@ -133,9 +134,9 @@ class TextProjection(nn.Module):
     @nn.compact
     def __call__(self, tokens: Array) -> Array:
         """Maps [batch, n, text_features] to [batch, n, hidden]."""
-        h = nn.Dense(self.hidden, kernel_init=small_normal, dtype=self.compute.dtype, name="in")(tokens)
+        h = Dense(self.hidden, kernel_init=small_normal, dtype=self.compute.dtype, name="in")(tokens)
         h = nn.gelu(h, approximate=True)
-        return nn.Dense(self.hidden, kernel_init=small_normal, dtype=self.compute.dtype, name="out")(h)
+        return Dense(self.hidden, kernel_init=small_normal, dtype=self.compute.dtype, name="out")(h)
 
 
 class CrossDiT(nn.Module):
@@ -233,10 +234,10 @@ class CrossDiT(nn.Module):
             resolution = embedding(features=third, name="resolution")(sizes[:, :2].reshape(-1))
             aspect = embedding(features=third, name="aspect")(sizes[:, 2])
             emb = emb + jnp.concatenate([resolution.reshape(-1, 2 * third), aspect], axis=-1)
-        modulation = nn.Dense(6 * self.hidden, kernel_init=small_normal, name="modulation")(nn.silu(emb))
+        modulation = Dense(6 * self.hidden, kernel_init=small_normal, name="modulation")(nn.silu(emb))
         text = TextProjection(self.hidden, self.compute, name="text")(tokens)
 
-        h = nn.Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="patches")(patchify(x, self.patch_size))
+        h = Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="patches")(patchify(x, self.patch_size))
         grid = (height // self.patch_size, width // self.patch_size)
         base = self.sample_size // self.patch_size
         h = h + jnp.asarray(position_table(*grid, self.hidden, base, self.interpolation_scale), dtype)[None]
@@ -249,7 +250,7 @@ class CrossDiT(nn.Module):
         table = self.param("table", nn.initializers.normal(self.hidden**-0.5), (2, self.hidden))
         shift, scale = modulations(table, emb[:, None])  # of the embedding itself, without silu
         h = modulate(layer_norm(jnp.float32, "norm")(h), shift, scale)
-        h = nn.Dense(self.patch_size**2 * self.out_channels, kernel_init=zeros, name="out")(h)
+        h = Dense(self.patch_size**2 * self.out_channels, kernel_init=zeros, name="out")(h)
         return self.border.output(unpatchify(h, self.patch_size, height, width))
 
     def _conditions(self, x: Array, cond: Any) -> tuple[Array, Array | None, Array | None]:

@@ -10,6 +10,7 @@ from fm_jax.checks import check_bool, check_integer, check_member, check_real, c
 from fm_jax.models.attention import layer_norm
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import OURS, Border, check_border
+from fm_jax.models.dense import Dense
 from fm_jax.models.embed import add_condition
 from fm_jax.models.in_sequence import MaskedSelfAttention, append_tokens, check_token_dim, fields_read
 from fm_jax.models.layers import SelfAttention, TimeEmbedding, check_image, check_options, zeros
@@ -106,7 +107,7 @@ class DiTBlock(nn.Module):
     def __call__(self, x: Array, emb: Array, mask: Array | None, train: bool) -> Array:
         """Maps tokens [batch, tokens, d], seen where `mask` is, and the embedding [batch, d] to the same tokens."""
         width, dtype = x.shape[-1], self.compute.dtype
-        modulation = nn.Dense(6 * width, kernel_init=zeros, dtype=dtype, name="modulation")(nn.silu(emb))
+        modulation = Dense(6 * width, kernel_init=zeros, dtype=dtype, name="modulation")(nn.silu(emb))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation[:, None, :], 6, axis=-1)
         drop = nn.Dropout(self.dropout, deterministic=not train)
 
@@ -119,9 +120,9 @@ class DiTBlock(nn.Module):
         x = x + gate_a * drop(h)
 
         h = modulate(layer_norm(dtype, "norm_mlp", epsilon=self.norm_mlp_epsilon)(x), shift_m, scale_m)
-        h = nn.Dense(int(self.mlp_ratio * width), kernel_init=xavier, dtype=dtype, name="mlp_in")(h)
+        h = Dense(int(self.mlp_ratio * width), kernel_init=xavier, dtype=dtype, name="mlp_in")(h)
         h = nn.gelu(h, approximate=True)
-        h = nn.Dense(width, kernel_init=xavier, dtype=dtype, name="mlp_out")(h)
+        h = Dense(width, kernel_init=xavier, dtype=dtype, name="mlp_out")(h)
         return x + gate_m * drop(h)
 
 
@@ -215,7 +216,7 @@ class DiT(nn.Module):
         dtype, mask = self.compute.dtype, None
 
         # A product with the cut patches is the strided convolution of the paper, and fast inside loops on CPU too.
-        h = nn.Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="patches")(patchify(x, self.patch_size))
+        h = Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="patches")(patchify(x, self.patch_size))
         position = position_features(height // self.patch_size, width // self.patch_size, self.hidden)
         h = h + jnp.asarray(position, dtype=dtype)[None]
         num_patches = h.shape[1]
@@ -234,10 +235,10 @@ class DiT(nn.Module):
         h = h[:, :num_patches] if self.token_dim is not None else h
 
         shift, scale = jnp.split(
-            nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(nn.silu(emb))[:, None, :], 2, axis=-1
+            Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(nn.silu(emb))[:, None, :], 2, axis=-1
         )
         h = modulate(layer_norm(jnp.float32, "norm")(h), shift, scale)
-        h = nn.Dense(self.patch_size**2 * (self.out_channels or channels), kernel_init=zeros, name="out")(h)
+        h = Dense(self.patch_size**2 * (self.out_channels or channels), kernel_init=zeros, name="out")(h)
         return self.border.output(unpatchify(h, self.patch_size, height, width))
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from fm_jax.checks import check_array, check_integer, check_setting, is_traced
 from fm_jax.models.conditioning import Conditions
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import zeros
 from fm_jax.types import Array, Cond
 
@@ -129,7 +130,7 @@ class VectorEmbedding(nn.Module):
         if not jnp.issubdtype(vectors.dtype, jnp.floating):
             raise ValueError(f"cond must hold real numbers, got dtype {vectors.dtype.name}.")
         vectors = vectors.astype(jnp.float32)
-        h = nn.Dense(features, name="out")(nn.silu(nn.Dense(features, name="in")(vectors)))
+        h = Dense(features, name="out")(nn.silu(Dense(features, name="in")(vectors)))
         return jnp.where((vectors == 0).all(axis=1, keepdims=True), null[None, :], h)
 
 

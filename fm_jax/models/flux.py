@@ -20,6 +20,7 @@ from fm_jax.models.attention import (
 )
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import RECTIFIED, Conditions
+from fm_jax.models.dense import Dense
 from fm_jax.models.dit import modulate, patchify, unpatchify
 from fm_jax.models.layers import TimeEmbedding, check_image, check_options, space_to_depth, zeros
 from fm_jax.models.stack import run_blocks
@@ -94,7 +95,7 @@ class DoubleBlock(nn.Module):
         width, dtype = streams[0].shape[-1], self.compute.dtype
         parts, heads = {}, []
         for name, h in zip(("image", "text"), streams, strict=True):
-            modulation = nn.Dense(6 * width, kernel_init=zeros, dtype=jnp.float32, name=f"{name}_modulation")(emb)
+            modulation = Dense(6 * width, kernel_init=zeros, dtype=jnp.float32, name=f"{name}_modulation")(emb)
             parts[name] = jnp.split(modulation.astype(dtype)[:, None, :], 6, axis=-1)
             shift, scale = parts[name][:2]
             h = modulate(layer_norm(dtype, f"{name}_norm_attention")(h), shift, scale)
@@ -108,8 +109,8 @@ class DoubleBlock(nn.Module):
             _, _, gate_a, shift, scale, gate_m = parts[name]
             h = h + gate_a * from_heads(width, dtype, f"{name}_out")(a)
             m = modulate(layer_norm(dtype, f"{name}_norm_mlp")(h), shift, scale)
-            m = nn.gelu(nn.Dense(MLP_RATIO * width, dtype=dtype, name=f"{name}_mlp_in")(m), approximate=True)
-            out.append(h + gate_m * nn.Dense(width, dtype=dtype, name=f"{name}_mlp_out")(m))
+            m = nn.gelu(Dense(MLP_RATIO * width, dtype=dtype, name=f"{name}_mlp_in")(m), approximate=True)
+            out.append(h + gate_m * Dense(width, dtype=dtype, name=f"{name}_mlp_out")(m))
         return out[0], out[1]
 
 
@@ -129,7 +130,7 @@ class SingleBlock(nn.Module):
         """Maps tokens [batch, n, d], with silu of the embedding [batch, d], to the same shape."""
         width, dtype = h.shape[-1], self.compute.dtype
         head_dim = width // self.num_heads
-        modulation = nn.Dense(3 * width, kernel_init=zeros, dtype=jnp.float32, name="modulation")(emb)
+        modulation = Dense(3 * width, kernel_init=zeros, dtype=jnp.float32, name="modulation")(emb)
         shift, scale, gate = jnp.split(modulation.astype(dtype)[:, None, :], 3, axis=-1)
         x = modulate(layer_norm(dtype, "norm")(h), shift, scale)
         a = rotated_attention(*Heads(self.num_heads, head_dim, dtype, name="attention")(x), turn, mask, self.compute)
@@ -218,12 +219,12 @@ class Flux(nn.Module):
         emb = embed(name="time")(RECTIFIED.time(batch_time(t, x)))
         if self.guidance:
             emb = emb + embed(name="guidance")(GUIDANCE_SCALE * given.guidance.astype(jnp.float32))
-        vector = nn.Dense(self.hidden, name="vector_in")(given.vector.astype(jnp.float32))
-        emb = nn.silu(emb + nn.Dense(self.hidden, name="vector_out")(nn.silu(vector)))
+        vector = Dense(self.hidden, name="vector_in")(given.vector.astype(jnp.float32))
+        emb = nn.silu(emb + Dense(self.hidden, name="vector_out")(nn.silu(vector)))
 
         x = jnp.concatenate([part.astype(jnp.float32) for part in (x, given.local) if part is not None], axis=-1)
-        image = nn.Dense(self.hidden, dtype=dtype, name="patches")(patchify(x, PATCH))
-        text = nn.Dense(self.hidden, dtype=dtype, name="tokens")(given.tokens)
+        image = Dense(self.hidden, dtype=dtype, name="patches")(patchify(x, PATCH))
+        text = Dense(self.hidden, dtype=dtype, name="tokens")(given.tokens)
 
         turn = rotation(rope_angles(joint_ids(height // PATCH, width // PATCH, texts), self.axes))
         mask = None
@@ -236,10 +237,10 @@ class Flux(nn.Module):
         h = jnp.concatenate(h, axis=1)
         h = run_blocks(SingleBlock, options, self.num_single, h, emb, turn, mask, name="single", **loop)
 
-        modulation = nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(emb)
+        modulation = Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(emb)
         shift, scale = jnp.split(modulation[:, None, :], 2, axis=-1)
         h = modulate(layer_norm(jnp.float32, "norm")(h[:, : image.shape[1]]), shift, scale)
-        h = nn.Dense(PATCH**2 * self.channels, kernel_init=zeros, name="out")(h)
+        h = Dense(PATCH**2 * self.channels, kernel_init=zeros, name="out")(h)
         return RECTIFIED.output(unpatchify(h, PATCH, height, width))
 
     def _checked(self, x: Array, given: Any) -> Any:

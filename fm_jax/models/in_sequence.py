@@ -9,6 +9,7 @@ from fm_jax.checks import check_integer, check_state, shown
 from fm_jax.models.attention import attend
 from fm_jax.models.compute import Dtype
 from fm_jax.models.conditioning import Conditions
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import SelfAttention
 from fm_jax.types import Array, Cond
 
@@ -69,7 +70,7 @@ def append_tokens(h: Array, cond: Conditions | None, token_dim: int, dtype: Dtyp
             raise ValueError(f"cond.mask must be bool {list(tokens.shape[:2])}, true for tokens, got {shown(mask)}.")
         tokens = jnp.where(mask[:, :, None], tokens, 0)  # so that padding may be anything, NaN too
         mask = jnp.concatenate([jnp.ones((batch, num), bool), mask], axis=1)
-    projected = nn.Dense(h.shape[2], kernel_init=nn.initializers.xavier_uniform(), dtype=dtype, name="tokens")(tokens)
+    projected = Dense(h.shape[2], kernel_init=nn.initializers.xavier_uniform(), dtype=dtype, name="tokens")(tokens)
     return jnp.concatenate([h, projected], axis=1), mask
 
 
@@ -81,7 +82,7 @@ class MaskedSelfAttention(SelfAttention):
         """Maps tokens [batch, tokens, channels], seen where `mask` [batch, tokens] is, to the same shape."""
         batch_size, num_tokens, width = x.shape
         dtype = self.compute.dtype
-        qkv = nn.Dense(3 * width, kernel_init=self.kernel_init, dtype=dtype, name="qkv")(x)
+        qkv = Dense(3 * width, kernel_init=self.kernel_init, dtype=dtype, name="qkv")(x)
         q, k, v = jnp.moveaxis(qkv.reshape(batch_size, num_tokens, 3, self.num_heads, width // self.num_heads), 2, 0)
         h = attend(q, k, v, mask=mask, implementation=self.compute.attention).reshape(batch_size, num_tokens, width)
-        return nn.Dense(width, kernel_init=self.out_init, dtype=dtype, name="out")(h)
+        return Dense(width, kernel_init=self.out_init, dtype=dtype, name="out")(h)

@@ -13,6 +13,7 @@ import numpy as np
 
 from fm_jax.checks import check_bool, check_integer, check_number, check_real, check_state, shown
 from fm_jax.models.compute import Compute, Dtype
+from fm_jax.models.dense import Dense
 from fm_jax.types import Array
 
 zeros = nn.initializers.zeros_init()
@@ -133,8 +134,8 @@ class TimeEmbedding(nn.Module):
             frequency_shift=self.frequency_shift,
             sine_first=self.sine_first,
         )
-        h = nn.silu(nn.Dense(self.features, kernel_init=self.kernel_init, name="in")(h))
-        return nn.Dense(self.features, kernel_init=self.kernel_init, name="out")(h)
+        h = nn.silu(Dense(self.features, kernel_init=self.kernel_init, name="in")(h))
+        return Dense(self.features, kernel_init=self.kernel_init, name="out")(h)
 
 
 class SelfAttention(nn.Module):
@@ -159,11 +160,11 @@ class SelfAttention(nn.Module):
         """Maps tokens [batch, tokens, channels] to the same shape."""
         batch_size, num_tokens, width = x.shape
         dtype, implementation = self.compute.dtype, self.compute.attention
-        qkv = nn.Dense(3 * width, kernel_init=self.kernel_init, dtype=dtype, name="qkv")(x)
+        qkv = Dense(3 * width, kernel_init=self.kernel_init, dtype=dtype, name="qkv")(x)
         qkv = qkv.reshape(batch_size, num_tokens, 3, self.num_heads, width // self.num_heads)
         h = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], implementation=implementation)
         h = h.reshape(batch_size, num_tokens, width)
-        return nn.Dense(width, kernel_init=self.out_init, dtype=dtype, name="out")(h)
+        return Dense(width, kernel_init=self.out_init, dtype=dtype, name="out")(h)
 
 
 def num_norm_groups(channels: int, max_groups: int = 32) -> int:

@@ -10,6 +10,7 @@ from fm_jax.checks import check_bool, check_integer, check_member
 from fm_jax.models.attention import apply_rope, attend, from_heads, rms_norm, rope_angles, to_heads
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import SIT, Border, check_border
+from fm_jax.models.dense import Dense
 from fm_jax.models.dit import modulate, patchify, position_features, small_normal, unpatchify
 from fm_jax.models.embed import add_condition
 from fm_jax.models.in_sequence import append_tokens, check_token_dim, fields_read
@@ -31,7 +32,7 @@ class LightningBlock(nn.Module):
     def __call__(self, x: Array, emb: Array, angles: Array, mask: Array | None, train: bool) -> Array:
         """Maps tokens [batch, n, d], seen where `mask` is, with emb [batch, d] and angles [n, d / heads / 2]."""
         width, dtype = x.shape[-1], self.compute.dtype
-        modulation = nn.Dense(6 * width, kernel_init=zeros, dtype=dtype, name="modulation")(nn.silu(emb))
+        modulation = Dense(6 * width, kernel_init=zeros, dtype=dtype, name="modulation")(nn.silu(emb))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation[:, None, :], 6, axis=-1)
         drop = nn.Dropout(self.dropout, deterministic=not train)
 
@@ -45,9 +46,9 @@ class LightningBlock(nn.Module):
         x = x + gate_a * drop(from_heads(width, dtype, "attention_out")(h))
 
         h = modulate(rms_norm(dtype, "norm_mlp")(x), shift_m, scale_m)
-        gate = nn.Dense(self.mlp_hidden, dtype=dtype, name="mlp_gate")(h)
-        h = nn.silu(gate) * nn.Dense(self.mlp_hidden, dtype=dtype, name="mlp_in")(h)
-        return x + gate_m * drop(nn.Dense(width, dtype=dtype, name="mlp_out")(h))
+        gate = Dense(self.mlp_hidden, dtype=dtype, name="mlp_gate")(h)
+        h = nn.silu(gate) * Dense(self.mlp_hidden, dtype=dtype, name="mlp_in")(h)
+        return x + gate_m * drop(Dense(width, dtype=dtype, name="mlp_out")(h))
 
 
 class LightningDiT(nn.Module):
@@ -127,7 +128,7 @@ class LightningDiT(nn.Module):
         emb = add_condition(time(self.border.time(batch_time(t, x))), self.embed, cond, taken)
         dtype, mask = self.compute.dtype, None
 
-        h = nn.Dense(self.hidden, dtype=dtype, name="patches")(patchify(x, self.patch_size))
+        h = Dense(self.hidden, dtype=dtype, name="patches")(patchify(x, self.patch_size))
         h = h + jnp.asarray(position_features(rows, columns, self.hidden), dtype)[None]
         half = self.hidden // self.num_heads // 2
         ids = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), axis=-1).reshape(-1, 2)
@@ -147,10 +148,10 @@ class LightningDiT(nn.Module):
         h = run_blocks(LightningBlock, options, self.num_layers, h, *args, train=train, scan=scan, remat=remat)
         h = h[:, : rows * columns] if self.token_dim is not None else h
 
-        modulation = nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(nn.silu(emb))[:, None, :]
+        modulation = Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(nn.silu(emb))[:, None, :]
         shift, scale = jnp.split(modulation, 2, axis=-1)
         h = modulate(rms_norm(jnp.float32, "norm")(h), shift, scale)
-        h = nn.Dense(self.patch_size**2 * (self.out_channels or channels), kernel_init=zeros, name="out")(h)
+        h = Dense(self.patch_size**2 * (self.out_channels or channels), kernel_init=zeros, name="out")(h)
         return self.border.output(unpatchify(h, self.patch_size, height, width))
 
 

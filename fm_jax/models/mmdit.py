@@ -10,6 +10,7 @@ from fm_jax.checks import check_array, check_bool, check_integer, check_member, 
 from fm_jax.models.attention import attend, from_heads, layer_norm, rms_norm, to_heads
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import RECTIFIED, Conditions
+from fm_jax.models.dense import Dense
 from fm_jax.models.dit import modulate, patchify, small_normal, unpatchify, xavier
 from fm_jax.models.layers import TimeEmbedding, check_image, check_options, zeros
 from fm_jax.models.stack import run_blocks
@@ -122,13 +123,13 @@ class JointBlock(nn.Module):
         width, dtype = x.shape[-1], self.compute.dtype
 
         def modulation(num: int, name: str) -> list[Array]:
-            out = nn.Dense(num * width, kernel_init=zeros, name=name)(emb).astype(dtype)
+            out = Dense(num * width, kernel_init=zeros, name=name)(emb).astype(dtype)
             return jnp.split(out[:, None, :], num, axis=-1)
 
         def mlp(h: Array, prefix: str) -> Array:
-            h = nn.Dense(4 * width, kernel_init=xavier, dtype=dtype, name=f"{prefix}mlp_in")(h)
+            h = Dense(4 * width, kernel_init=xavier, dtype=dtype, name=f"{prefix}mlp_in")(h)
             h = nn.gelu(h, approximate=True)
-            return nn.Dense(width, kernel_init=xavier, dtype=dtype, name=f"{prefix}mlp_out")(h)
+            return Dense(width, kernel_init=xavier, dtype=dtype, name=f"{prefix}mlp_out")(h)
 
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m, *second = modulation(9 if self.dual else 6, "modulation")
         shift_c, scale_c, *rest = modulation(2 if self.last else 6, "context_modulation")
@@ -248,15 +249,15 @@ class MMDiT(nn.Module):
         dtype = self.compute.dtype
 
         time = TimeEmbedding(256, self.hidden, time_scale=1.0, kernel_init=small_normal, name="time")
-        h = nn.Dense(self.hidden, kernel_init=small_normal, name="vector_in")(given.vector.astype(jnp.float32))
-        text = nn.Dense(self.hidden, kernel_init=small_normal, name="vector_out")(nn.silu(h))
+        h = Dense(self.hidden, kernel_init=small_normal, name="vector_in")(given.vector.astype(jnp.float32))
+        text = Dense(self.hidden, kernel_init=small_normal, name="vector_out")(nn.silu(h))
         emb = nn.silu(time(RECTIFIED.time(batch_time(t, x))) + text)
 
-        h = nn.Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="patches")(patchify(x, self.patch_size))
+        h = Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="patches")(patchify(x, self.patch_size))
         grid = height // self.patch_size, width // self.patch_size
         position = position_table(*grid, self.table_size, self.table_base, self.hidden, numpy=jnp)
         h = h + position.astype(dtype)[None]
-        c = nn.Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="context")(given.tokens)
+        c = Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="context")(given.tokens)
 
         options: dict[str, Any] = {"num_heads": self.num_heads, "qk_norm": self.qk_norm, "compute": self.compute}
         loop = {"scan": self.scan_layers, "remat": self.compute.remat}
@@ -270,10 +271,10 @@ class MMDiT(nn.Module):
             block = nn.remat(JointBlock, static_argnums=(4,)) if self.compute.remat else JointBlock
             h, _ = block(**options, dual=dual, last=True, name="last_block")((h, c), emb, given.mask, train)
 
-        modulation = nn.Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(emb)[:, None, :]
+        modulation = Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(emb)[:, None, :]
         shift, scale = jnp.split(modulation, 2, axis=-1)
         h = modulate(layer_norm(jnp.float32, "norm")(h), shift, scale)
-        h = nn.Dense(self.patch_size**2 * (self.out_channels or self.channels), kernel_init=zeros, name="out")(h)
+        h = Dense(self.patch_size**2 * (self.out_channels or self.channels), kernel_init=zeros, name="out")(h)
         return RECTIFIED.output(unpatchify(h, self.patch_size, height, width))
 
     def _checked(self, x: Array, cond: Any) -> Any:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from fm_jax.checks import check_bool, check_integer, check_member, check_state, shown
 from fm_jax.models.compute import Compute, Dtype
 from fm_jax.models.conditioning import OURS, Border, Conditions, check_border
+from fm_jax.models.dense import Dense
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import check_options, check_widths, num_norm_groups, sinusoidal_features, zeros
 from fm_jax.shapes import batch_time
@@ -66,7 +67,7 @@ class SequenceBlock(nn.Module):
         h = conv1d(self.features, size, dtype, "conv_in")(x)
         h = jax.nn.mish(_norm(self.features, self.num_groups, dtype, "norm_in")(h))
         width, bias_init = (2 * self.features, _scale_of_one) if self.film else (self.features, zeros)
-        modulation = nn.Dense(width, bias_init=bias_init, dtype=dtype, name="embed")(jax.nn.mish(emb))[:, None, :]
+        modulation = Dense(width, bias_init=bias_init, dtype=dtype, name="embed")(jax.nn.mish(emb))[:, None, :]
         if self.film:
             scale, shift = jnp.split(modulation, 2, axis=-1)
             h = h * scale + shift
@@ -226,7 +227,7 @@ class SequenceUNet(nn.Module):
         """Embeds our time [batch], in float32: [batch, time_channels]."""
         features = self.time_channels
         h = sinusoidal_features(self.border.time(t), features, scale=1.0, frequency_shift=1.0, sine_first=True)
-        return nn.Dense(features, name="time_out")(jax.nn.mish(nn.Dense(4 * features, name="time_in")(h)))
+        return Dense(features, name="time_out")(jax.nn.mish(Dense(4 * features, name="time_in")(h)))
 
     def _conditions(self, x: Array, cond: Any) -> tuple[Array | None, Array | None]:
         """The vector, and the local condition at every position, float32 and checked; `None` where there is none."""

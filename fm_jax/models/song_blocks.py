@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm_jax.models.compute import Compute
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import SelfAttention, double, group_norm, halve
 from fm_jax.types import Array
 
@@ -87,7 +88,7 @@ class SongBlock(nn.Module):
             return x if self.resize is None else filtered(x, self.resample_filter, up=self.resize == "up")
 
         h = conv(self.features, 3, dtype, "conv_in")(resized(nn.silu(norm(x, dtype, "norm_in"))))
-        shift = nn.Dense(self.features, kernel_init=scaled(1.0), dtype=dtype, name="embed")(emb)
+        shift = Dense(self.features, kernel_init=scaled(1.0), dtype=dtype, name="embed")(emb)
         h = nn.silu(norm(h + shift[:, None, None, :], dtype, "norm_out"))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         h = conv(self.features, 3, dtype, "conv_out", gain=1e-5)(h)

@@ -10,6 +10,7 @@ import numpy as np
 from fm_jax.checks import check_integer, check_member, shown
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import SIT, Border, Conditions, check_border
+from fm_jax.models.dense import Dense
 from fm_jax.models.embed import check_below, check_integers
 from fm_jax.models.layers import check_image, check_options, check_widths, sinusoidal_features
 from fm_jax.models.song_blocks import SongBlock, conv, filtered, norm, scaled
@@ -176,12 +177,12 @@ class SongUNet(nn.Module):
             none = jnp.full(t.shape, self.num_classes)
             labels = jax.nn.one_hot(none if cond.label is None else cond.label, self.num_classes)
             labels = labels * np.float32(np.sqrt(self.num_classes))
-            emb = emb + nn.Dense(features, kernel_init=scaled(1.0), name="label")(labels)
+            emb = emb + Dense(features, kernel_init=scaled(1.0), name="label")(labels)
         if self.augment_dim > 0:
             vector = jnp.zeros((t.shape[0], self.augment_dim)) if cond.vector is None else cond.vector
-            emb = emb + nn.Dense(features, use_bias=False, kernel_init=scaled(1.0), name="augment")(vector)
+            emb = emb + Dense(features, use_bias=False, kernel_init=scaled(1.0), name="augment")(vector)
         for name in ("time_in", "time_out"):
-            emb = nn.silu(nn.Dense(width, kernel_init=scaled(1.0), name=name)(emb))
+            emb = nn.silu(Dense(width, kernel_init=scaled(1.0), name=name)(emb))
         return emb
 
     def _checked(self, x: Array, cond: Any) -> Conditions:

@@ -22,6 +22,7 @@ from fm_jax.checks import (
 from fm_jax.latents import LatentSpace
 from fm_jax.models.autoencoder import LOG_VARIANCE, Moments
 from fm_jax.models.compute import Compute
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import check_options, check_widths
 from fm_jax.models.temporal_blocks import TemporalDecoder, TemporalEncoder
 from fm_jax.types import Array, Key, Params
@@ -102,8 +103,8 @@ class TemporalAutoencoder(nn.Module):
         self.encoder = TemporalEncoder(self.channels, self.num_blocks, 2 * self.latent_channels, *options)
         self.decoder = TemporalDecoder(self.channels, self.num_blocks, self.image_channels, *options)
         if self.quantize:
-            self.encoder_out = nn.Dense(2 * self.latent_channels)
-            self.decoder_in = nn.Dense(self.latent_channels)
+            self.encoder_out = Dense(2 * self.latent_channels)
+            self.decoder_in = Dense(self.latent_channels)
 
     def encode(self, x: Array) -> Moments:
         """The latents of videos.

@@ -10,6 +10,7 @@ from fm_jax.models.attention import attend
 from fm_jax.models.autoencoder import DOWN_PADDING
 from fm_jax.models.autoencoder_blocks import PixelAttention, norm
 from fm_jax.models.compute import Compute, Dtype
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import double, zeros
 from fm_jax.types import Array, Key
 
@@ -78,7 +79,7 @@ class TemporalBlock(nn.Module):
         h = nn.silu(_norm(h, self.num_groups, dtype, "norm_out"))
         h = _conv(h, self.features, dtype, "conv_out")
         if x.shape[-1] != self.features:
-            x = nn.Dense(self.features, dtype=dtype, name="skip")(x)
+            x = Dense(self.features, dtype=dtype, name="skip")(x)
         return x + h
 
 
@@ -94,9 +95,9 @@ class TimeAttention(nn.Module):
         b, f, *sides, width = x.shape
         dtype = self.compute.dtype
         h = jnp.moveaxis(_norm(x, self.num_groups, dtype, "norm"), 1, 3).reshape(-1, f, width)
-        q, k, v = (nn.Dense(width, dtype=dtype, name=name)(h)[:, :, None] for name in ("query", "key", "value"))
+        q, k, v = (Dense(width, dtype=dtype, name=name)(h)[:, :, None] for name in ("query", "key", "value"))
         h = attend(q, k, v, implementation="xla")[:, :, 0]
-        h = nn.Dense(width, kernel_init=zeros, dtype=dtype, name="out")(h)
+        h = Dense(width, kernel_init=zeros, dtype=dtype, name="out")(h)
         return x + jnp.moveaxis(h.reshape(b, *sides, f, width), 3, 1)
 
 

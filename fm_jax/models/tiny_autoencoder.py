@@ -9,6 +9,7 @@ from fm_jax import latents
 from fm_jax.checks import check_bool, check_integer, check_member, shown
 from fm_jax.latents import LatentSpace
 from fm_jax.models.compute import Compute
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import check_image, check_options, check_widths, conv3x3, double, group_norm
 from fm_jax.types import Array
 
@@ -40,9 +41,9 @@ class TinyBlock(nn.Module):
         """Maps [batch, h, w, c] to the same shape."""
         width, dtype = x.shape[-1], self.compute.dtype
         if self.pooled:
-            h = nn.Dense(4 * width, use_bias=False, dtype=dtype, name="pool_in")(x)
+            h = Dense(4 * width, use_bias=False, dtype=dtype, name="pool_in")(x)
             h = nn.relu(group_norm(4 * width, 4, dtype, "pool_norm", epsilon=EPSILON)(h))
-            x = x + nn.Dense(width, use_bias=False, dtype=dtype, name="pool_out")(h)
+            x = x + Dense(width, use_bias=False, dtype=dtype, name="pool_out")(h)
         h = nn.relu(conv3x3(width, dtype, "conv_0")(x))
         h = nn.relu(conv3x3(width, dtype, "conv_1")(h))
         return nn.relu(x + conv3x3(width, dtype, "conv_2")(h))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from fm_jax.checks import check_integer, check_setting
 from fm_jax.models.attention import attend, to_heads
 from fm_jax.models.compute import Compute
+from fm_jax.models.dense import Dense
 from fm_jax.models.dit import position_features
 from fm_jax.models.embed import look_up
 from fm_jax.models.layers import SelfAttention, conv3x3, group_norm, zeros
@@ -46,7 +47,7 @@ class ResBlock(nn.Module):
             h, x = self.resize(h), self.resize(x)
         h = conv3x3(self.features, dtype, "conv_in")(h)
         width = 2 * self.features if self.film else self.features
-        modulation = jnp.expand_dims(nn.Dense(width, dtype=dtype, name="embed")(nn.silu(emb)), (1, 2))
+        modulation = jnp.expand_dims(Dense(width, dtype=dtype, name="embed")(nn.silu(emb)), (1, 2))
         norm = group_norm(self.features, self.num_groups, dtype, "norm_out", epsilon=epsilon)
         if self.film:
             scale, shift = jnp.split(modulation, 2, axis=-1)
@@ -101,7 +102,7 @@ class TokenBlock(nn.Module):
         q = to_heads(self.num_heads, width // self.num_heads, dtype, "query")(h)
         k, v = (to_heads(self.num_heads, width // self.num_heads, dtype, name)(tokens) for name in ("key", "value"))
         h = attend(q, k, v, mask=mask, implementation=self.compute.attention).reshape(batch, -1, width)
-        return x + nn.Dense(width, kernel_init=zeros, dtype=dtype, name="out")(h).reshape(x.shape)
+        return x + Dense(width, kernel_init=zeros, dtype=dtype, name="out")(h).reshape(x.shape)
 
 
 class ClassEmbedding(nn.Module):

@@ -10,6 +10,7 @@ from fm_jax.checks import check_bool, check_condition, check_integer, check_memb
 from fm_jax.models.attention import attend, from_heads, layer_norm, to_heads
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import DDPM, Border, Conditions
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import (
     TimeEmbedding,
     check_image,
@@ -40,7 +41,7 @@ class VectorEmbedding(nn.Module):
         pooled, sizes = jnp.split(vector.astype(jnp.float32), [vector.shape[1] - self.num_sizes], axis=1)
         waves = sinusoidal_features(sizes.reshape(-1), self.size_features, scale=1.0)
         h = jnp.concatenate([pooled, waves.reshape(vector.shape[0], -1)], axis=1)
-        return nn.Dense(self.features, name="out")(nn.silu(nn.Dense(self.features, name="in")(h)))
+        return Dense(self.features, name="out")(nn.silu(Dense(self.features, name="in")(h)))
 
 
 class Attention(nn.Module):
@@ -75,9 +76,9 @@ class TransformerBlock(nn.Module):
         seen = norm("norm_cross")(h)
         h = h + Attention(self.num_heads, self.compute, name="cross_attention")(seen, tokens, mask)
         seen = norm("norm_mlp")(h)
-        value = nn.Dense(4 * width, dtype=dtype, name="mlp_in")(seen)
-        gate = nn.Dense(4 * width, dtype=dtype, name="mlp_gate")(seen)
-        return h + nn.Dense(width, dtype=dtype, name="mlp_out")(value * nn.gelu(gate, approximate=False))
+        value = Dense(4 * width, dtype=dtype, name="mlp_in")(seen)
+        gate = Dense(4 * width, dtype=dtype, name="mlp_gate")(seen)
+        return h + Dense(width, dtype=dtype, name="mlp_out")(value * nn.gelu(gate, approximate=False))
 
 
 class SpatialTransformer(nn.Module):
@@ -94,11 +95,11 @@ class SpatialTransformer(nn.Module):
         """Maps an image [batch, h, w, c] and text [batch, m, e] to an image."""
         channels, dtype = x.shape[-1], self.compute.dtype
         h = group_norm(channels, self.num_groups, dtype, "norm", epsilon=1e-6)(x)
-        h = nn.Dense(channels, dtype=dtype, name="in")(h.reshape(x.shape[0], -1, channels))
+        h = Dense(channels, dtype=dtype, name="in")(h.reshape(x.shape[0], -1, channels))
         options = {"num_heads": self.num_heads, "compute": self.compute}
         loop: dict[str, Any] = {"train": train, "scan": self.scan_layers, "remat": self.compute.remat}
         h = run_blocks(TransformerBlock, options, self.num_layers, h, tokens, mask, **loop)
-        h = nn.Dense(channels, kernel_init=zeros, dtype=dtype, name="out")(h)
+        h = Dense(channels, kernel_init=zeros, dtype=dtype, name="out")(h)
         return x + h.reshape(x.shape)
 
 

@@ -12,6 +12,7 @@ from fm_jax.models.attention import layer_norm, rms_norm
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import OURS, Conditions
 from fm_jax.models.crossdit import Attention, check_fields, check_tokens, modulations
+from fm_jax.models.dense import Dense
 from fm_jax.models.dit import modulate, small_normal
 from fm_jax.models.layers import check_options, sinusoidal_features, zeros
 from fm_jax.models.stack import run_blocks
@@ -36,7 +37,7 @@ def unpatchify_video(patches: Array, patch_size: Triple, grid: Triple) -> Array:
 
 
 def _linear(features: int, dtype: Any, name: str, init: Any = small_normal) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, kernel_init=init, dtype=dtype, name=name)
+    return Dense(features, use_bias=False, kernel_init=init, dtype=dtype, name=name)
 
 
 class VideoTime(nn.Module):

@@ -15,6 +15,7 @@ from fm_jax.models.attention import (
 from fm_jax.models.compute import Compute
 from fm_jax.models.conditioning import RECTIFIED, Conditions
 from fm_jax.models.crossdit import TextProjection, check_fields, check_tokens, modulations
+from fm_jax.models.dense import Dense
 from fm_jax.models.dit import modulate, small_normal, xavier
 from fm_jax.models.layers import TimeEmbedding, check_options, zeros
 from fm_jax.models.stack import run_blocks
@@ -116,10 +117,10 @@ class Wan(nn.Module):
         dtype = self.compute.dtype
         embedding = TimeEmbedding(self.time_features, self.hidden, 1.0, kernel_init=small_normal, name="time")
         emb = embedding(RECTIFIED.time(t))
-        modulation = nn.Dense(6 * self.hidden, kernel_init=small_normal, name="modulation")(nn.silu(emb))
+        modulation = Dense(6 * self.hidden, kernel_init=small_normal, name="modulation")(nn.silu(emb))
         text = TextProjection(self.hidden, self.compute, name="text")(tokens)
         image = None if features is None else ImageProjection(self.hidden, self.compute, name="image")(features)
-        h = nn.Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="patches")(patchify_video(x, self.patch_size))
+        h = Dense(self.hidden, kernel_init=xavier, dtype=dtype, name="patches")(patchify_video(x, self.patch_size))
 
         options = {name: getattr(self, name) for name in ("num_heads", "mlp_hidden", "epsilon", "compute")}
         positions = rotation(grid_angles(grid, self.hidden // self.num_heads))
@@ -130,7 +131,7 @@ class Wan(nn.Module):
         table = self.param("table", nn.initializers.normal(self.hidden**-0.5), (2, self.hidden))
         shift, scale = (spread(part, h) for part in modulations(table, emb[:, None]))  # of emb itself, without silu
         h = modulate(layer_norm(jnp.float32, "norm", epsilon=self.epsilon)(h), shift, scale)
-        h = nn.Dense(math.prod(self.patch_size) * self.channels, kernel_init=zeros, name="out")(h)
+        h = Dense(math.prod(self.patch_size) * self.channels, kernel_init=zeros, name="out")(h)
         return RECTIFIED.output(unpatchify_video(h, self.patch_size, grid))
 
     def _grid(self, x: Array) -> Triple:

@@ -11,6 +11,7 @@ from fm_jax.latents import LatentSpace
 from fm_jax.models.autoencoder import LOG_VARIANCE, Moments
 from fm_jax.models.causal import CausalDecoder, CausalEncoder
 from fm_jax.models.compute import Compute
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import check_options, check_widths
 from fm_jax.types import Array
 
@@ -119,8 +120,8 @@ class WanAutoencoder(nn.Module):
         self.encoder = CausalEncoder(self.channels, self.num_blocks, 2 * self.latent_channels, *options)
         channels = self.decoder_channels or self.channels
         self.decoder = CausalDecoder(channels, self.num_blocks, self.image_channels * self.patch_size**2, *options)
-        self.encoder_out = nn.Dense(2 * self.latent_channels)
-        self.decoder_in = nn.Dense(self.latent_channels)
+        self.encoder_out = Dense(2 * self.latent_channels)
+        self.decoder_in = Dense(self.latent_channels)
 
     def encode(self, x: Array) -> Moments:
         """The latents of videos.

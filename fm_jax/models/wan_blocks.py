@@ -7,6 +7,7 @@ import numpy as np
 from fm_jax.models.attention import Rotation, apply_rope, attend, from_heads, layer_norm, rope_angles, to_heads
 from fm_jax.models.compute import Compute
 from fm_jax.models.crossdit import modulations
+from fm_jax.models.dense import Dense
 from fm_jax.models.dit import modulate, small_normal, xavier
 from fm_jax.models.videodit import Triple
 from fm_jax.types import Array
@@ -128,9 +129,9 @@ class WanBlock(nn.Module):
         x = x + WanAttention(*options, name="cross")(h, text, mask=mask, image=image)
 
         h = modulate(layer_norm(dtype, "norm_mlp", epsilon=epsilon)(x), shift_m, scale_m)
-        h = nn.Dense(self.mlp_hidden, kernel_init=xavier, dtype=dtype, name="mlp_in")(h)
+        h = Dense(self.mlp_hidden, kernel_init=xavier, dtype=dtype, name="mlp_in")(h)
         h = nn.gelu(h, approximate=True)
-        return x + gate_m * nn.Dense(width, kernel_init=xavier, dtype=dtype, name="mlp_out")(h)
+        return x + gate_m * Dense(width, kernel_init=xavier, dtype=dtype, name="mlp_out")(h)
 
 
 class ImageProjection(nn.Module):
@@ -149,7 +150,7 @@ class ImageProjection(nn.Module):
         """Maps features of an image [batch, k, image_features] to tokens [batch, k, hidden]."""
         dtype = self.compute.dtype
         h = layer_norm(dtype, "norm_in", affine=True, epsilon=1e-5)(tokens)
-        h = nn.Dense(h.shape[-1], kernel_init=small_normal, dtype=dtype, name="in")(h)
+        h = Dense(h.shape[-1], kernel_init=small_normal, dtype=dtype, name="in")(h)
         h = nn.gelu(h, approximate=False)
-        h = nn.Dense(self.hidden, kernel_init=small_normal, dtype=dtype, name="out")(h)
+        h = Dense(self.hidden, kernel_init=small_normal, dtype=dtype, name="out")(h)
         return layer_norm(dtype, "norm_out", affine=True, epsilon=1e-5)(h)

@@ -12,6 +12,7 @@ import numpy as np
 from fm_jax.checks import check_bool, check_integer, check_member, check_setting, is_traced
 from fm_jax.models.attention import layer_norm
 from fm_jax.models.compute import Compute
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import check_options
 from fm_jax.models.stack import run_blocks
 from fm_jax.text.encoder import SelfAttention, TextFeatures, check_ids, check_kept
@@ -50,8 +51,8 @@ class ClipBlock(nn.Module):
             self.num_heads, width // self.num_heads, True, causal=True, compute=self.compute, name="attention"
         )
         h = h + attention(norm("norm_attention")(h), mask, None)
-        m = nn.Dense(self.mlp, dtype=dtype, name="mlp_in")(norm("norm_mlp")(h))
-        return h + nn.Dense(width, dtype=dtype, name="mlp_out")(ACTIVATIONS[self.activation](m)), kept
+        m = Dense(self.mlp, dtype=dtype, name="mlp_in")(norm("norm_mlp")(h))
+        return h + Dense(width, dtype=dtype, name="mlp_out")(ACTIVATIONS[self.activation](m)), kept
 
 
 class ClipText(nn.Module):
@@ -151,7 +152,7 @@ class ClipText(nn.Module):
         pooled = jnp.take_along_axis(last, place[:, None, None], axis=1)[:, 0]
         if self.projection is None:
             return TextFeatures(last, hidden, pooled)
-        return TextFeatures(last, hidden, pooled, nn.Dense(self.projection, use_bias=False, name="projection")(pooled))
+        return TextFeatures(last, hidden, pooled, Dense(self.projection, use_bias=False, name="projection")(pooled))
 
     def _check(self, ids: Array, mask: Array | None) -> None:
         check_ids(ids, mask, self.vocabulary)

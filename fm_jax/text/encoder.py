@@ -9,6 +9,7 @@ import numpy as np
 from fm_jax.checks import check_array, check_integer, is_traced, shown
 from fm_jax.models.attention import attend, from_heads, to_heads
 from fm_jax.models.compute import Compute
+from fm_jax.models.dense import DenseGeneral
 from fm_jax.types import AnyArray, Array
 
 
@@ -53,7 +54,7 @@ class SelfAttention(nn.Module):
         """Maps tokens [batch, n, d] to tokens, with a mask of keys [batch, n] and a bias [1, heads, n, n]."""
         dtype, heads = self.compute.dtype, (self.num_heads, self.head_dim)
         variance = 1.0 if self.scale is None else self.scale**2 / self.head_dim
-        query = nn.DenseGeneral(
+        query = DenseGeneral(
             heads,
             use_bias=self.use_bias,
             dtype=dtype,

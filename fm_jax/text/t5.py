@@ -11,6 +11,7 @@ import numpy as np
 from fm_jax.checks import check_bool, check_integer, check_member, check_setting
 from fm_jax.models.attention import rms_norm
 from fm_jax.models.compute import Compute
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import check_options
 from fm_jax.models.stack import run_blocks
 from fm_jax.text.encoder import SelfAttention, TextFeatures, check_ids, check_kept
@@ -112,11 +113,11 @@ class T5Block(nn.Module):
         h = h + attention(rms_norm(dtype, "norm_attention", epsilon=self.epsilon)(h), mask, bias)
 
         m = rms_norm(dtype, "norm_mlp", epsilon=self.epsilon)(h)
-        hidden = ACTIVATIONS[self.activation](nn.Dense(self.mlp, use_bias=False, dtype=dtype, name="mlp_in")(m))
+        hidden = ACTIVATIONS[self.activation](Dense(self.mlp, use_bias=False, dtype=dtype, name="mlp_in")(m))
         if self.activation.startswith("gated"):
-            hidden = hidden * nn.Dense(self.mlp, use_bias=False, dtype=dtype, name="mlp_value")(m)
+            hidden = hidden * Dense(self.mlp, use_bias=False, dtype=dtype, name="mlp_value")(m)
         # The last product is float32: what it gives is large.
-        return h + nn.Dense(h.shape[-1], use_bias=False, dtype=jnp.float32, name="mlp_out")(hidden), kept
+        return h + Dense(h.shape[-1], use_bias=False, dtype=jnp.float32, name="mlp_out")(hidden), kept
 
 
 class T5Encoder(nn.Module):

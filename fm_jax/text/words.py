@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from fm_jax.checks import check_bool, check_integer, shown
 from fm_jax.models.attention import layer_norm
 from fm_jax.models.compute import Compute
+from fm_jax.models.dense import Dense
 from fm_jax.models.layers import check_options
 from fm_jax.text.encoder import SelfAttention, TextFeatures, check_ids
 from fm_jax.text.tokens import Tokens, check_prompts, pad_tokens
@@ -105,8 +106,8 @@ class WordBlock(nn.Module):
         # Not zero at first: a network learns digits long before it asks who stands where, and by then would hardly open
         # a branch that started as nothing.
         h = h + attention(layer_norm(dtype, "norm_attention", affine=True)(h), mask, None)
-        m = nn.gelu(nn.Dense(4 * width, dtype=dtype, name="mlp_in")(layer_norm(dtype, "norm_mlp", affine=True)(h)))
-        return h + nn.Dense(width, dtype=dtype, name="mlp_out")(m)
+        m = nn.gelu(Dense(4 * width, dtype=dtype, name="mlp_in")(layer_norm(dtype, "norm_mlp", affine=True)(h)))
+        return h + Dense(width, dtype=dtype, name="mlp_out")(m)
 
 
 class WordEncoder(nn.Module):
