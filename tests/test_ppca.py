@@ -138,3 +138,10 @@ def test_in_single_precision_and_compiled():
 def test_refusals(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_model_that_is_traced_is_refused_where_it_is_decomposed():
+    model, x = ppca(MEAN, COV, K), jnp.asarray(DATA)
+    for call in (ppca_log_prob, lambda model, x: ppca_mean_log_prob(model, MEAN, COV), lambda m, x: ppca_posterior(m)):
+        with pytest.raises(ValueError, match="model must hold numbers, not what is traced"):
+            jax.eval_shape(call, model, x)

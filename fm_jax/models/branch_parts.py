@@ -50,7 +50,7 @@ class CrossPart(nn.Module):
         head = self.num_heads, width // self.num_heads, dtype
         q = to_heads(*head, "query")(layer_norm(dtype, "norm")(h))
         k, v = (to_heads(*head, name)(tokens) for name in ("key", "value"))
-        out = DenseGeneral(width, axis=(-2, -1), kernel_init=zeros, dtype=dtype, name="out")
+        out = DenseGeneral(width, axis=(-2, -1), use_bias=False, kernel_init=zeros, dtype=dtype, name="out")
         return out(attend(q, k, v, mask=mask))
 
 

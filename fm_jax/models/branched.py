@@ -10,9 +10,10 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_state, shown
 from fm_jax.models.adapters import check_kind
-from fm_jax.models.branches import Branch
+from fm_jax.models.branches import Branch, ChannelConcat
+from fm_jax.models.control import Controlled
 from fm_jax.models.grafting import PREFIX
-from fm_jax.models.places import Head, Seen, at_attention, at_blocks, at_time, token_grid
+from fm_jax.models.places import Head, Seen, at_attention, at_blocks, at_time, innermost, path_of, token_grid
 from fm_jax.types import Array, Cond
 
 WORDS = {"time": "embedding of time", "blocks": "blocks", "attention": "attention"}
@@ -44,7 +45,7 @@ class Branched(nn.Module):
 
     def __post_init__(self) -> None:
         check_kind("network", self.network, nn.Module, "flax.linen.Module")
-        if isinstance(getattr(self.network, "network", None), nn.Module):
+        if isinstance(self.network, Branched | Controlled):
             raise ValueError("network must have no branches or control yet: put all branches into one Branched.")
         if not isinstance(self.branches, Mapping) or not self.branches:
             raise ValueError(f'branches must be a dict, such as {{"depth": LocalBranch(1)}}, got {self.branches!r}.')
@@ -63,7 +64,8 @@ class Branched(nn.Module):
             t: time, as the network takes it.
             x: state, [batch, ...].
             cond: a dict with the condition of every branch by its name, and of the network, if it takes one, as
-                `"network"`. `None` for a branch leaves it out: the output is that of the network without it.
+                `"network"`. `None` for a branch leaves it out: the output is that of the network without it. Of a
+                `ChannelConcat` there is no such network, and `None` is refused.
             train: whether dropout is on; it draws from the `"dropout"` key.
 
         Returns:
@@ -95,7 +97,7 @@ class Branched(nn.Module):
             joined.add("attention")
             return [branch.see(name, each, head) for name, branch, each in at("attention")]
 
-        root, grid = self.network.path, token_grid(self.network, x)
+        root, grid = path_of(self.network), token_grid(self.network, x)
         tokens = math.prod(grid)
         interceptors = {
             "time": at_time(root, lambda module, emb: total("time", emb)),
@@ -110,7 +112,8 @@ class Branched(nn.Module):
             out: Array = self.network(t, seen, given["network"], train=train)
         if missing := [place for place in needed if place not in joined]:
             names = ", ".join(name for name in told if self._is(name, missing[0]))
-            raise ValueError(f"{type(self.network).__name__} has no {WORDS[missing[0]]} that {names} could join.")
+            kind = type(innermost(self.network)).__name__
+            raise ValueError(f"{kind} has no {WORDS[missing[0]]} that {names} could join.")
         return out[..., : x.shape[-1]] if seen is not x and out.shape == seen.shape else out
 
     def _is(self, name: str, place: str) -> bool:
@@ -129,6 +132,9 @@ class Branched(nn.Module):
             got = ", ".join(map(repr, cond)) or "nothing"
             raise ValueError(f"cond must be a dict of {', '.join(map(repr, names))}, got one of {got}.")
         given = {"network": None} | dict(cond)
+        for name, branch in self.branches.items():
+            if given[name] is None and isinstance(branch, ChannelConcat):
+                raise ValueError(f"cond[{name!r}] must be there, for the network was made for its channels, got None.")
         if self.is_initializing() and (absent := [name for name in self.branches if given[name] is None]):
             raise ValueError(f"cond must have {', '.join(map(repr, absent))} where parameters are made, got None.")
         return given

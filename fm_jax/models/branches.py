@@ -55,7 +55,11 @@ def check_set(name: str, value: Any, x: Array, dim: int) -> tuple[Array, Array |
         raise ValueError(f"{name} must be tokens [{x.shape[0]}, n, {dim}], got shape {tokens.shape}.")
     if mask is not None and (getattr(mask, "shape", None) != tokens.shape[:2] or mask.dtype != bool):
         raise ValueError(f"{name}.mask must be bool {list(tokens.shape[:2])}, true for a token, got {shown(mask)}.")
-    return tokens.astype(jnp.float32), mask
+    tokens = tokens.astype(jnp.float32)
+    if mask is not None:  # zero times what is not finite would be no zero
+        mask = jnp.asarray(mask)
+        tokens = jnp.where(mask[..., None], tokens, 0.0)
+    return tokens, mask
 
 
 def _check(branch: Any, *integers: str) -> None:
@@ -140,7 +144,8 @@ class LocalBranch:
 class CrossBranch:
     """Tokens, [batch, n, dim] or `Conditions(tokens=..., mask=...)`: the state attends to them behind every block.
 
-    A token that is masked has no influence, and no order of them counts.
+    A token that is masked has no influence, whatever it holds, and no order of them counts; where all are masked,
+    nothing is added.
 
     Attributes:
         dim: width of the tokens.
@@ -218,6 +223,7 @@ class ChannelConcat:
     The network sees `channels` more than the state has, so it is built for that: `MMDiT`, `CrossDiT`, `VideoDiT` and
     those with an `in_channels` say how many; `UNet`, `DiT`, `LightningDiT` and `MLP` take what comes. (`UNetCondition`,
     `Flux` and `Wan` have a `local` of their own.) If it gives as many channels as it sees, those of the state are kept.
+    Unlike other branches it cannot be left out: zeros may stand for "no condition".
 
     Attributes:
         channels: of the condition.

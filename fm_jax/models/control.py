@@ -17,9 +17,9 @@ from fm_jax.models.adapters import check_kind
 from fm_jax.models.branch_parts import LocalFeatures
 from fm_jax.models.branches import check_local
 from fm_jax.models.dense import Dense
-from fm_jax.models.grafting import NETWORK
+from fm_jax.models.grafting import NETWORK, PREFIX
 from fm_jax.models.layers import zeros
-from fm_jax.models.places import TOKEN_BLOCKS, Interceptor, on_grid, state_of, token_grid, with_state
+from fm_jax.models.places import TOKEN_BLOCKS, Interceptor, innermost, on_grid, state_of, token_grid, with_state
 from fm_jax.types import Array, Cond, Params
 
 CONTROL, FEATURE = "control", "feature"
@@ -44,7 +44,8 @@ class Controlled(nn.Module):
     one; its branches are copied with it.
 
     Attributes:
-        network: any network of `fm_jax.models` but an MLP.
+        network: any network of `fm_jax.models` but an `MLP` and a `SequenceUNet`, which has a local condition itself;
+            or one that reads text.
         channels: of the condition.
         features: width of its features, which two convolutions make.
         scale: factor on what the taps give.
@@ -98,7 +99,7 @@ class Controlled(nn.Module):
         check_state(x, "x")
         local, told = self._checked(x, cond)
         module = self.network.clone(parent=None, name=None)
-        tokens = token_grid(getattr(module, NETWORK, module), x)
+        tokens = token_grid(module, x)
         if self.is_initializing():
             self.network(t, x, told)
         base: Any = jax.lax.stop_gradient(self.get_variable("params", NETWORK))
@@ -114,15 +115,19 @@ class Controlled(nn.Module):
         copy = self.param(CONTROL, lambda key: used(base))
         features = LocalFeatures(self.features, name="local")(local)
 
+        hinted = []
+
         def hint(h: Array) -> Array:
+            hinted.append(h.shape)
             part = Dense(h.shape[-1], kernel_init=zeros, dtype=h.dtype, parent=self, name="first")
             out: Array = part(on_grid(features, h, tokens))
             return out
 
         _, found = run(completed(copy, base), _gives(tokens, hint))
         given = {path[:-1]: h for path, h in flatten_dict(found.get(CONTROL, {})).items()}
-        if not given:
-            raise ValueError(f"{type(module).__name__} has no blocks that control could join.")
+        if not given or not hinted:
+            what = "first layer" if given else "blocks"
+            raise ValueError(f"{type(innermost(module)).__name__} has no {what} that control could join.")
         to = routes(given)
         taps = self.param("taps", lambda key: unflatten_dict({path: untrained(given[path]) for path in to}))
         taken = {(*to[path], FEATURE): self._tapped(given[path], _at(taps, path)) for path in to}
@@ -153,16 +158,20 @@ def untrained(h: Array) -> Any:
 
 
 def used(params: Params) -> Params:
-    """What a copy has a use for, of the parameters of a network: all but the way up of a U-Net and the last layer."""
+    """What a copy has a use for, of the parameters of a network: all but the way up of a U-Net and the last layer.
+
+    An encoder of text is read as it is.
+    """
     if NETWORK in params:
-        return dict(params) | {NETWORK: used(params[NETWORK])}
+        own = {name: value for name, value in params.items() if name.startswith(PREFIX)}
+        return own | {NETWORK: used(params[NETWORK])}
     return {name: value for name, value in params.items() if not _UNUSED.fullmatch(name)}
 
 
 def completed(copy: Params, base: Params) -> Params:
-    """A copy with zeros for what `used` left out; nothing that is computed depends on them."""
+    """A copy with what `used` left out: an encoder of text, and zeros, on which nothing that is computed depends."""
     if NETWORK in base:
-        return dict(copy) | {NETWORK: completed(copy[NETWORK], base[NETWORK])}
+        return dict(base) | dict(copy) | {NETWORK: completed(copy[NETWORK], base[NETWORK])}
     return {name: copy[name] if name in copy else jax.tree.map(jnp.zeros_like, value) for name, value in base.items()}
 
 

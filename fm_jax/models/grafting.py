@@ -12,6 +12,8 @@ PREFIX = "branch_"
 """Of the names of the parameters of branches."""
 NETWORK = "network"
 """The name of the parameters of the network, in which there may be those of branches."""
+OF_CONTROL = ("control", "first", "local", "taps")
+"""The names of the parameters of control beside those."""
 
 
 def base_of(params: Params) -> Params:
@@ -93,7 +95,10 @@ def trainable(params: Params) -> Params:
 
 
 def _is_wrapped(params: Any) -> bool:
-    return isinstance(params, Mapping) and NETWORK in params
+    """Whether they are those of a `Branched` or `Controlled` network; one of text has a `"network"` of its own."""
+    if not isinstance(params, Mapping) or NETWORK not in params:
+        return False
+    return all(name in (NETWORK, *OF_CONTROL) or str(name).startswith(PREFIX) for name in params)
 
 
 def _check_params(params: Any) -> None:

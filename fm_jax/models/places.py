@@ -21,6 +21,7 @@ from fm_jax.models.layers import SelfAttention, TimeEmbedding
 from fm_jax.models.lightning import LightningBlock
 from fm_jax.models.mlp import Hidden
 from fm_jax.models.mmdit import JointAttention, JointBlock
+from fm_jax.models.sequence_unet import SequenceBlock
 from fm_jax.models.song_blocks import SongBlock
 from fm_jax.models.unet_blocks import ResBlock
 from fm_jax.models.videodit import VideoDiTBlock, VideoTime
@@ -38,8 +39,9 @@ TOKEN_BLOCKS = (
     WanBlock,
 )
 """Blocks of tokens [batch, n, d]: those of the state stand first, in the first of several streams."""
-BLOCKS = (*TOKEN_BLOCKS, ResBlock, SongBlock, Hidden)
-"""Those, the residual blocks of feature maps [batch, h, w, c], and the hidden layers [batch, d] of an `MLP`."""
+BLOCKS = (*TOKEN_BLOCKS, ResBlock, SongBlock, SequenceBlock, Hidden)
+"""Those, the residual blocks of feature maps [batch, h, w, c] and of sequences [batch, l, c], and the hidden layers
+[batch, d] of an `MLP`."""
 
 Interceptor = Callable[[Any, Any, Any, Any], Any]
 
@@ -75,8 +77,24 @@ LOOKING = (
 """Cross-attention where a network has it, joint attention or self-attention where it has none."""
 
 
+def innermost(network: nn.Module) -> nn.Module:
+    """The network itself, of one that reads text (`TextConditioned`) or has branches or control."""
+    while isinstance(inner := getattr(network, "network", None), nn.Module):
+        network = inner
+    return network
+
+
+def path_of(network: nn.Module) -> tuple[str, ...]:
+    """The path of `innermost(network)`, of a bound network."""
+    path = network.path
+    while isinstance(inner := getattr(network, "network", None), nn.Module):
+        network, path = inner, (*path, "network")
+    return path
+
+
 def token_grid(network: nn.Module, x: Array) -> tuple[int, ...]:
     """Rows and columns (and frames before them) of the patches of a state, as the blocks of tokens see them."""
+    network = innermost(network)
     patch = PATCH if isinstance(network, Flux) else getattr(network, "patch_size", 1)
     sides = x.shape[1:-1]
     patches = (patch,) * len(sides) if isinstance(patch, int) else tuple(patch)
@@ -232,8 +250,8 @@ def resized(features: Array, grid: tuple[int, ...]) -> Array:
 
 
 def on_grid(features: Array, h: Array, grid: tuple[int, ...]) -> Array:
-    """Features [batch, *sides, c] in the layout of a block's state `h`: a feature map, or tokens on `grid`."""
-    if h.ndim != 3:
+    """Features [batch, *sides, c] in the layout of a block's state `h`: a map, a sequence, or tokens on `grid`."""
+    if h.ndim != 3 or len(grid) == 1:
         return resized(features, h.shape[1:-1])
     if h.shape[1] != math.prod(grid):
         raise ValueError(f"The tokens of a block must tile the state, {grid}, got {h.shape[1]} of them.")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Real
 
-from fm_jax.checks import check_has, check_integer, check_number, check_same_shape
+from fm_jax.checks import check_has, check_integer, check_number, check_same_shape, is_traced
 from fm_jax.oracles.gaussian import as_numbers, check_points
 from fm_jax.types import AnyArray, Array, ArrayTree, PerExample, Points, Scalar
 
@@ -97,6 +97,9 @@ def ppca(mean: ArrayTree, cov: ArrayTree, num_latents: int, *, variance: float |
 def ppca_log_prob(model: PPCA, x: Points) -> PerExample:
     """The logarithm of the density of points [batch, d], nats, [batch].
 
+    Raises:
+        ValueError: if a shape does not fit, or the model is traced: it is decomposed once, in double precision.
+
     Example:
         >>> model = ppca([0.0, 0.0], np.diag([2.0, 1.0]), 1)  # which is N(0, diag(2, 1))
         >>> float(ppca_log_prob(model, jnp.zeros((1, 2)))[0] + math.log(2 * math.pi) + math.log(2) / 2)
@@ -118,6 +121,9 @@ def ppca_mean_log_prob(model: PPCA, mean: ArrayTree, cov: ArrayTree) -> Scalar:
     `-1/2 (d log(2 pi) + log |C| + tr(C^-1 S))`, where `C = W W' + variance I` and S is the covariance about the mean of
     the model.
 
+    Raises:
+        ValueError: if a shape does not fit, or the model is traced.
+
     References:
         Tipping & Bishop 1999, section 3; Bishop 2006, "Pattern Recognition and Machine Learning", equation 12.44.
     """
@@ -134,6 +140,9 @@ def ppca_mean_log_prob(model: PPCA, mean: ArrayTree, cov: ArrayTree) -> Scalar:
 
 def ppca_posterior(model: PPCA) -> LinearEncoder:
     """The encoder of the model: `M = W'W + variance I`, kernel `W M^-1` and covariance `variance M^-1`.
+
+    Raises:
+        ValueError: if the model is traced.
 
     References:
         Tipping & Bishop 1999, section 3.
@@ -196,6 +205,9 @@ def _model(mean: np.ndarray, weights: np.ndarray, variance: float) -> PPCA:
 
 
 def _doubles(model: PPCA) -> tuple[np.ndarray, ...]:
+    """Its numbers; raises `ValueError` where they are not known yet."""
+    if any(map(is_traced, model)):
+        raise ValueError("model must hold numbers, not what is traced: make it outside of the jitted function.")
     return tuple(np.asarray(each, np.float64) for each in model)
 
 

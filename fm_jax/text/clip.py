@@ -15,7 +15,7 @@ from fm_jax.models.compute import Compute
 from fm_jax.models.dense import Dense
 from fm_jax.models.layers import check_options
 from fm_jax.models.stack import run_blocks
-from fm_jax.text.encoder import SelfAttention, TextFeatures, check_ids, check_kept
+from fm_jax.text.encoder import SelfAttention, TextFeatures, TokenEmbed, check_ids, check_kept
 from fm_jax.types import Array
 
 END = 49407
@@ -131,7 +131,7 @@ class ClipText(nn.Module):
         dtype = self.compute.dtype
         small = nn.initializers.normal(0.02)
         # Cast behind the look-up: a table of bfloat16 is not made float32, nor the other way round.
-        h = nn.Embed(self.vocabulary, self.hidden, embedding_init=small, name="tokens")(ids).astype(dtype)
+        h = TokenEmbed(self.vocabulary, self.hidden, embedding_init=small, name="tokens")(ids).astype(dtype)
         places = self.param("positions", small, (self.max_tokens, self.hidden))
         h = h + jnp.asarray(places[None, : ids.shape[1]], dtype)
 

@@ -10,6 +10,7 @@ from fm_jax.checks import check_array, check_integer, is_traced, shown
 from fm_jax.models.attention import attend, from_heads, to_heads
 from fm_jax.models.compute import Compute
 from fm_jax.models.dense import DenseGeneral
+from fm_jax.models.embed import rows
 from fm_jax.types import AnyArray, Array
 
 
@@ -73,6 +74,14 @@ class SelfAttention(nn.Module):
             implementation=self.compute.attention,
         )
         return from_heads(x.shape[-1], dtype, "out", use_bias=self.use_bias)(h)
+
+
+class TokenEmbed(nn.Embed):
+    """A vector for each token; one that is not in the vocabulary, a negative one too, is NaN."""
+
+    def __call__(self, inputs: Array) -> Array:
+        """The vectors [..., features] of ids [...]."""
+        return rows(self.embedding, inputs)
 
 
 def check_ids(ids: AnyArray, mask: AnyArray | None, vocabulary: int) -> None:

@@ -14,7 +14,7 @@ from fm_jax.models.compute import Compute
 from fm_jax.models.dense import Dense
 from fm_jax.models.layers import check_options
 from fm_jax.models.stack import run_blocks
-from fm_jax.text.encoder import SelfAttention, TextFeatures, check_ids, check_kept
+from fm_jax.text.encoder import SelfAttention, TextFeatures, TokenEmbed, check_ids, check_kept
 from fm_jax.types import Array
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -192,7 +192,7 @@ class T5Encoder(nn.Module):
         """
         check_ids(ids, mask, self.vocabulary)
         init = nn.initializers.normal(1.0)
-        h = nn.Embed(self.vocabulary, self.hidden, embedding_init=init, name="tokens")(ids).astype(jnp.float32)
+        h = TokenEmbed(self.vocabulary, self.hidden, embedding_init=init, name="tokens")(ids).astype(jnp.float32)
         bias = None
         if self.shared_bias:
             bias = DistanceBias(self.num_heads, self.buckets, self.max_distance, name="distance")(ids.shape[1])

@@ -14,7 +14,7 @@ from fm_jax.models.attention import layer_norm
 from fm_jax.models.compute import Compute
 from fm_jax.models.dense import Dense
 from fm_jax.models.layers import check_options
-from fm_jax.text.encoder import SelfAttention, TextFeatures, check_ids
+from fm_jax.text.encoder import SelfAttention, TextFeatures, TokenEmbed, check_ids
 from fm_jax.text.tokens import Tokens, check_prompts, pad_tokens
 from fm_jax.types import Array
 
@@ -172,7 +172,7 @@ class WordEncoder(nn.Module):
             raise ValueError(f"ids must be at most {self.max_tokens} tokens, the table of positions, got {ids.shape}.")
         mask = None if mask is None else jnp.asarray(mask, bool)
         dtype, normal = self.compute.dtype, nn.initializers.normal
-        h = nn.Embed(self.vocabulary, self.hidden, embedding_init=normal(1.0), name="tokens")(ids).astype(dtype)
+        h = TokenEmbed(self.vocabulary, self.hidden, embedding_init=normal(1.0), name="tokens")(ids).astype(dtype)
         places = self.param("positions", normal(self.position_std), (self.max_tokens, self.hidden))
         h = h + places[None, : ids.shape[1]].astype(dtype)
         for i in range(self.num_layers):

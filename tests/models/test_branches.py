@@ -12,7 +12,7 @@ import pytest
 from small_networks import LABELS, VARIANTS, T, bfloat16, drawn, jit, make, normal, shapes_of, state, variant_id
 
 from fm_jax.losses import flow_matching
-from fm_jax.models import Conditions, PlainMLP, crossdit, dit, linen_apply
+from fm_jax.models import Conditions, PlainMLP, crossdit, dit, linen_apply, make_sequence_unet
 from fm_jax.models.attention import attend
 from fm_jax.models.branched import Branched
 from fm_jax.models.branches import ChannelConcat, CrossBranch, ImagePrompt, LocalBranch, VectorBranch
@@ -113,8 +113,30 @@ def test_once_trained_says_what_it_is_told(variant):
         np.testing.assert_allclose(moved[1], out[1], rtol=1e-5, atol=1e-5)
     for name in ("words", "style")[: len(module.branches) // 2]:
         tokens = cond[name].tokens
-        noise = jnp.where(MASK[..., None], tokens, 100 * normal(9, *tokens.shape))
+        noise = jnp.where(MASK[..., None], tokens, jnp.nan)
         np.testing.assert_array_equal(field(params, cond | {name: cond[name]._replace(tokens=noise)}), out)
+    unseen = {
+        name: cond[name]._replace(mask=jnp.zeros_like(MASK)) for name in ("words", "style") if name in module.branches
+    }
+    left_out = field(params, cond | dict.fromkeys(unseen))
+    np.testing.assert_allclose(field(params, cond | unseen), left_out, rtol=1e-5, atol=1e-5)
+
+
+def test_branches_join_a_network_of_sequences():
+    """At every level of it, with fewer places than the sequence has."""
+    net = make_sequence_unet("tiny", channels=(8, 16), time_channels=8, local_dim=1)
+    branches = {"sizes": VectorBranch(5), "words": CrossBranch(6, 2), "depth": LocalBranch(2, 4)}
+    module, x = Branched(net, branches), normal(0, 2, 8, 3)
+    cond = {"network": Conditions(local=normal(1, 2, 8, 1))} | told_of(x, branches)
+    base = drawn(shapes_of(net, x, cond["network"]))
+    params = with_base(jit(module.init)(jax.random.key(0), T, x, cond)["params"], base)
+    field = jit(lambda params, cond: module.apply({"params": params}, T, x, cond))
+    alone = jit(lambda params: net.apply({"params": params}, T, x, cond["network"]))(base)
+    np.testing.assert_allclose(field(params, cond), alone, rtol=1e-5, atol=1e-6)
+    assert all("branch_depth" in params["network"][name] for name in ("down_0_0", "down_1_0", "middle_0", "up_1_1"))
+    params = drawn(shapes_of(module, x, cond), seed=1)
+    for name in branches:
+        assert np.abs(field(params, cond) - field(params, cond | {name: None})).max() > 1e-4, name
 
 
 @SLOW
@@ -306,6 +328,7 @@ def refused(branches, cond, net=NET, x=X):
         ),
         (ImagePrompt(6, num_tokens=2), jnp.zeros((2, 3, 6)), "cond['a'] must be [batch, dim] = (2, 6)"),
         (CrossBranch(6, 3), jnp.zeros((2, 3, 6)), "num_heads must divide the 16 channels of every block, got 3."),
+        (ChannelConcat(1), None, "cond['a'] must be there, for the network was made for its channels, got None."),
         (ChannelConcat(1), jnp.zeros((2, 8, 8, 1)), "cond['a'] must be [2, 4, 4, 1], on the grid of x, got shape"),
     ],
 )
@@ -341,6 +364,7 @@ VECTOR = {"a": VectorBranch(5)}
         (lambda: LocalBranch(1, scale=float("nan")), "scale must be a finite number, got nan."),
         (lambda: ImagePrompt(4, num_tokens=2.5), "num_tokens must be an integer, got 2.5."),
         (lambda: base_of({"out": T}), "params must be those of a Branched or Controlled network, with 'network', got"),
+        (lambda: base_of({"network": {"out": T}, "encoder": {}}), "got a dict of ['encoder', 'network']."),
         (lambda: trainable(T), "with 'network', got float32 of shape (2,)."),
         (lambda: with_base({"network": {"a": T}}, {"b": T}), "base must have ['a'], as the network has, got ['b']."),
         (lambda: with_base({"network": {"a": T}}, {"a": T[:1]}), "base['a'] must have shape (2,), as the network's"),

@@ -12,7 +12,7 @@ import pytest
 from small_networks import LABELS, VARIANTS, T, drawn, jit, make, normal, shapes_of, state, variant_id
 
 from fm_jax.losses import flow_matching
-from fm_jax.models import linen_apply
+from fm_jax.models import linen_apply, make_sequence_unet
 from fm_jax.models.branched import Branched
 from fm_jax.models.branches import CrossBranch
 from fm_jax.models.control import Controlled, completed, routes, used
@@ -223,6 +223,16 @@ LOCAL = normal(6, 2, 4, 4, 2)
         (lambda: refused({"local": LOCAL[..., :1]}), "cond['local'] must be [2, 4, 4, 2], with the sides of x, multip"),
         (lambda: refused({"local": LOCAL[:, :3]}), "divisors of them, got shape (2, 3, 4, 2)."),
         (lambda: refused({"local": LOCAL}, make("mlp", None)[0]), "MLP has no blocks that control could join."),
+        (
+            lambda: jax.eval_shape(
+                Controlled(make_sequence_unet("tiny"), 2).init,
+                jax.random.key(0),
+                T,
+                normal(0, 2, 4, 3),
+                {"local": normal(6, 2, 4, 2)},
+            ),
+            "SequenceUNet has no first layer that control could join.",
+        ),
         (lambda: Controlled(3, 2), "network must be an instance of flax.linen.Module, got a builtins.int."),
         (lambda: Controlled(Controlled(NET, 2), 2), "network must have no control yet, got a Controlled one."),
         (lambda: Controlled(NET, 0), "channels must be at least 1, got 0."),

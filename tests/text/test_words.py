@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fm_jax.models import init_params, linen_apply, make_mmdit
+from fm_jax.models import Branched, Controlled, LocalBranch, init_params, linen_apply, make_mmdit
+from fm_jax.models.grafting import base_of, with_base
 from fm_jax.text import TextConditioned, Tokens, WordEncoder, WordTokenizer
 
 TOKENIZER = WordTokenizer(("a", "red", "seven", "three"), length=6)
@@ -108,6 +109,34 @@ def test_what_a_tokenizer_does_not_make_is_refused(cond, message):
     model = TextConditioned(NETWORK, ENCODER)
     with pytest.raises(ValueError, match=message):
         model.init(jax.random.key(0), jnp.zeros(2), jnp.zeros((2, 4, 4, 1)), cond)
+
+
+@pytest.mark.parametrize("make", [Controlled, lambda net, channels: Branched(net, {"local": LocalBranch(channels)})])
+def test_a_network_with_its_encoder_takes_branches_and_control(make):
+    """They join the network alone, and start as nothing; an encoder is not copied."""
+    model, tokens = TextConditioned(NETWORK, ENCODER), TOKENIZER(["a red three", "a"])
+    x, t = jax.random.normal(jax.random.key(1), (2, 4, 4, 1)), jnp.full(2, 0.5)
+    base = jax.tree.map(lambda leaf: leaf + 0.05, jax.jit(model.init)(jax.random.key(0), t, x, tokens)["params"])
+    whole, cond = make(model, 1), {"network": tokens, "local": x}
+    params = jax.jit(whole.init)(jax.random.key(0), t, x, cond)["params"]
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    assert sum("encoder" in name for name in names) == len(jax.tree.leaves(base["encoder"]))
+    assert not any("encoder" in name and ("branch_" in name or "control" in name) for name in names)
+    params = with_base(params, base)
+    jax.tree.map(np.testing.assert_array_equal, base_of(params), base)
+    found = jax.jit(lambda params: whole.apply({"params": params}, t, x, cond))
+    wanted = jax.jit(lambda params: model.apply({"params": params}, t, x, tokens))(base)
+    np.testing.assert_array_equal(found(params), wanted)
+    assert np.abs(found(jax.tree.map(lambda leaf: leaf + 0.05, params)) - found(params)).max() > 1e-3
+
+
+def test_an_id_that_is_none_is_never_another_word(trained):
+    """Traced, it cannot be refused."""
+    for number in (-1, TOKENIZER.vocabulary):
+        ids = jnp.array([[number, 1], [3, 1]])
+        last = jax.jit(lambda ids: ENCODER.apply(trained, ids).last)(ids)
+        assert np.isnan(last[0]).all()
+        assert np.isfinite(last[1]).all()
 
 
 def test_several_encoders_are_told_by_name():
