@@ -31,6 +31,7 @@ from experiments.lab.processes import by_first
 from experiments.lab.samplers import SAMPLERS, load_solver
 from experiments.lab.sampling import (
     OF_SOLVER,
+    OF_THE_WHOLE_WAY,
     RANGES,
     SOLVER_HELP,
     Generate,
@@ -45,10 +46,16 @@ from experiments.lab.sampling import (
     nfe_text,
 )
 from fm_jax.checks import check_member
-from fm_jax.data.picture import PictureReader
+from fm_jax.data.picture import Picture, PictureReader
 from fm_jax.latents import PIXELS
+from fm_jax.samplers import LearnedSolver
 from fm_jax.train.folder import make_folder, replacing
 from fm_jax.types import Cond
+
+_TYPED = {r", or drop its last \d+ with truncate=True": ""}
+"""What the library says of sentences that is not of this command line."""
+_NEAR = 64
+"""How far black and white of a mask may be off: JPEG changes them by less."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +93,13 @@ class Drawing:
     """How the two branches are combined."""
 
     def __post_init__(self) -> None:
-        check_options(self, label=0, also=0, avoid=0, seed=SEED, strength="(0, 1]", **RANGES)  # some are a subclass's
+        # Some are a subclass's; 0.01 of the way is about one step of a picture of 8 bits.
+        check_options(self, label=0, also=0, avoid=0, seed=SEED, strength="[0.01, 1]", **RANGES)
         if self.solver is not None:
             check_member("--solver", self.solver, tuple(SAMPLERS))
-        if sum(each is not None for each in (self.avoid, self.also, self.weak_run)) > 1:
-            raise ValueError("--also, --avoid and --weak-run are three ways to guide: give one.")
+        ways = [name for name in ("also", "avoid", "negative", "weak_run") if getattr(self, name, None) is not None]
+        if len(ways) > 1:
+            raise ValueError(f"{' and '.join(map(option, ways))} are {len(ways)} ways to guide: give one.")
         if self.also is not None and self.guidance_rule not in (None, "extrapolate"):
             raise ValueError(f"--also goes with --guidance-rule extrapolate, got {self.guidance_rule}.")
         if self.learned_solver is not None and self.solver is not None:
@@ -133,9 +142,10 @@ class Config(Drawing):
     image: Path | None = None
     """Picture of which a part is kept, or to begin from; of the size of the samples."""
     mask: Path | None = None
-    """Picture that is white where the samples are drawn anew, and black where --image is kept."""
+    """Picture that is white where the samples are drawn anew, and black where --image is kept: without greys, which
+    say neither, and opaque."""
     strength: float | None = None
-    """Begin from --image: 1 forgets it, and near 0 hardly anything changes."""
+    """Begin from --image: 1 forgets it, and with 0.01, the least, hardly anything changes."""
     first_frame: Path | None = None
     """Picture that the videos begin with."""
     autoencoder: Path | None = None
@@ -157,6 +167,8 @@ class Config(Drawing):
         for name in ("also", "avoid"):
             if self.label is not None and getattr(self, name) == self.label:
                 raise ValueError(f"{option(name)} must be another class than --class, got {self.label} for both.")
+        if self.prompt is not None and self.negative == self.prompt:
+            raise ValueError(f"--negative must be another sentence than --prompt, got {self.prompt!r} for both.")
         if self.prompt is not None and self.label is not None:
             raise ValueError("--prompt and --class are what two kinds of runs are told: give one.")
         if (self.image is None) != (self.mask is None and self.strength is None):
@@ -165,6 +177,8 @@ class Config(Drawing):
             )
         if self.mask is not None and self.strength is not None:
             raise ValueError("--mask keeps a part of --image, and --strength something of all of it: give one.")
+        if self.strength is not None and self.strength < 1 and self.learned_solver is not None:
+            raise ValueError(OF_THE_WHOLE_WAY.format(self.strength))
         if self.first_frame is not None and self.image is not None:
             raise ValueError("--first-frame begins a video, and --image is for pictures: give one.")
         if self.out.suffix not in (".png", ".npz", ".gif"):
@@ -174,8 +188,8 @@ class Config(Drawing):
 SAMPLING_OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling) if field.name in Drawing.__annotations__)
 
 
-def sampling_of(config: Drawing, of_run: Any) -> Sampling:
-    """How to draw: as the run, but for what is given."""
+def sampling_of(config: Drawing, of_run: Any, solver: LearnedSolver | None = None) -> Sampling:
+    """How to draw: as the run, but for what is given; with the learned solver, once it is read."""
     given = {name: getattr(config, name) for name in SAMPLING_OPTIONS}
     sampling = dataclasses.replace(of_run.sampling, **{k: v for k, v in given.items() if v is not None})
     dataclasses.replace(of_run, sampling=sampling)  # which refuses what the run cannot be drawn from by
@@ -196,8 +210,9 @@ def sampling_of(config: Drawing, of_run: Any) -> Sampling:
         )
     told = any(getattr(of_run, name, None) is not None for name in ("label_dropout", "text_dropout"))
     guides = told or config.weak_run is not None
-    if guides and (sampling.guidance != 1 or config.also is not None) and config.learned_solver is None:
-        check_interval(sampling, of_run.method)
+    guides = guides and (sampling.guidance != 1 or config.also is not None)
+    if guides and (config.learned_solver is None or solver is not None):
+        check_interval(sampling, of_run.method, getattr(config, "strength", None) or 1.0, solver)
     return sampling
 
 
@@ -254,7 +269,8 @@ def generator(
         if weaker.experiment.event_shape != experiment.event_shape or weaker.experiment.num_classes != num_classes:
             raise SystemExit(f"--weak-run {config.weak_run} was trained on other data than {config.run}.")
         weak = Weak(weaker.experiment.apply_fn, weaker.params)
-    sampling = sampling_of(config, restored.config)
+    solver = None if config.learned_solver is None else load_solver(config.learned_solver, restored.params)
+    sampling = sampling_of(config, restored.config, solver)
     generate = make_generate(
         sampling,
         restored.config.method,
@@ -262,7 +278,7 @@ def generator(
         null_label=null_label,
         also=None if config.also is None else _label("--also", config.also, num_classes),
         weak=weak,
-        learned_solver=None if config.learned_solver is None else load_solver(config.learned_solver, restored.params),
+        learned_solver=solver,
         given=given,
     )
     return sampling, generate
@@ -302,7 +318,7 @@ def _told(name: str, prompt: str, experiment: Experiment) -> Cond:
     try:
         return experiment.told([prompt])
     except ValueError as error:
-        raise SystemExit(as_typed(str(error), {r"\bprompt 0\b": name})) from error
+        raise SystemExit(as_typed(str(error), _TYPED | {r"\bprompt(s\[0\]| 0\b)": name})) from error
 
 
 def _given(config: Config, experiment: Experiment) -> Given | None:
@@ -317,7 +333,7 @@ def _given(config: Config, experiment: Experiment) -> Given | None:
         )
     if experiment.space != PIXELS or shape[-1] not in (1, 3):
         raise SystemExit(f"{name} is for runs on pixels, and this one makes latents of {shape[-1]} channels.")
-    image = _read(name, path, shape[-3:]).astype(np.float32) / 127.5 - 1
+    image = _read(name, path, shape[-3:]).pixels.astype(np.float32) / 127.5 - 1
     if config.first_frame is not None:
         mask = np.zeros((shape[0], 1, 1, 1), bool)
         mask[0] = True
@@ -325,21 +341,39 @@ def _given(config: Config, experiment: Experiment) -> Given | None:
     if config.strength is not None:
         return Given(image, strength=config.strength)
     assert config.mask is not None
-    drawn = _read("--mask", config.mask, (*shape[:2], 1)) > 127
+    return Given(image, ~_drawn(config.mask, shape[:2]))
+
+
+def _drawn(path: Path, size: tuple[int, ...]) -> np.ndarray:
+    """Where a mask has the samples drawn anew, bool [h, w, 1]."""
+    pixels, notes = _read("--mask", path, (*size, 1))
+    if any(note.startswith("transparent") for note in notes):
+        raise SystemExit(
+            f"--mask {path} is transparent in part, and must be opaque: white where the samples are drawn anew, black "
+            "where --image is kept."
+        )
+    drawn = pixels > 255 - _NEAR
+    if num := int((~drawn & (pixels >= _NEAR)).sum()):
+        raise SystemExit(
+            f"--mask {path} must be black and white alone, got {num} of {pixels.size} pixels between: cut it at a "
+            "threshold, or draw it without soft edges."
+        )
     if not drawn.any():
-        raise SystemExit(f"--mask {config.mask} is black everywhere: nothing would be drawn. White is drawn anew.")
-    return Given(image, ~drawn)
+        raise SystemExit(f"--mask {path} is black everywhere: nothing would be drawn. White is drawn anew.")
+    if drawn.all():
+        raise SystemExit(f"--mask {path} is white everywhere: nothing of --image would be kept. Black is kept.")
+    return drawn
 
 
-def _read(name: str, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+def _read(name: str, path: Path, shape: tuple[int, ...]) -> Picture:
     """A picture uint8 [h, w, c] of the size that samples have."""
     if not path.is_file():
         raise SystemExit(f"{name} {path} does not exist: give a picture.")
-    pixels = PictureReader(colour="grey" if shape[-1] == 1 else "rgb")(path).pixels
-    if pixels.shape != shape:
-        sizes = ["x".join(map(str, each[:2])) for each in (shape, pixels.shape)]
+    picture = PictureReader(colour="grey" if shape[-1] == 1 else "rgb")(path)
+    if picture.pixels.shape != shape:
+        sizes = ["x".join(map(str, each[:2])) for each in (shape, picture.pixels.shape)]
         raise SystemExit(f"{name} {path} must be {sizes[0]}, as the samples of the run, got {sizes[1]}.")
-    return pixels
+    return picture
 
 
 @by_first

@@ -1,5 +1,6 @@
 """Sampling of any experiment: one function from parameters and noise to samples, by the name of a sampler."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ RANGES: dict[str, Range] = {
     "guidance_interval": "[0, 1]",
 }
 """Of the options of `Sampling` that are real numbers; a scale of guidance may be any."""
+OF_THE_WHOLE_WAY = "--learned-solver goes the whole way from noise, and --strength {:g} a part of it: give one."
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,25 @@ def frame_times(method: Method, num: int) -> np.ndarray:
 
 
 def make_grid(sampling: Sampling, method: Method, strength: float = 1.0) -> Array:
-    """The times [steps + 1] of a sampler with fixed steps, on the last `strength` of the way."""
-    steps, ends = sampling.steps, ends_of(method, strength)
+    """The times [steps + 1] of a sampler with fixed steps, on the last `strength` of the way.
+
+    Raises:
+        ValueError: if float32 does not tell so many apart.
+    """
+    if strength == 1:
+        return _grid(sampling, method, ends_of(method))
+    with contextlib.suppress(ValueError):  # of some grids, whose times would not increase
+        times = _grid(sampling, method, ends_of(method, strength))
+        if (np.diff(times) > 0).all():
+            return times
+    raise ValueError(
+        f"--strength {strength:g} leaves no room for --steps {sampling.steps} of --grid {sampling.grid}: take more "
+        "strength, fewer steps, or --grid uniform."
+    )
+
+
+def _grid(sampling: Sampling, method: Method, ends: tuple[float, float]) -> Array:
+    steps = sampling.steps
     if sampling.grid in ("edm", "log_snr"):
         return grids.edm(steps, method.schedule, *ends, rho=7.0 if sampling.grid == "edm" else np.inf)
     if sampling.grid == "training_times":
@@ -184,12 +203,26 @@ def sampler_and_times(
     return sampler, frames
 
 
-def check_interval(sampling: Sampling, method: Method) -> None:
-    """Refuses an interval of guidance in which a sampler with fixed steps never asks for the velocity."""
+def check_interval(
+    sampling: Sampling, method: Method, strength: float = 1.0, learned_solver: LearnedSolver | None = None
+) -> None:
+    """Refuses an interval of guidance in which the sampler never asks for the velocity.
+
+    Args:
+        sampling: how to draw.
+        method: that the network was trained with.
+        strength: how much of the way is gone.
+        learned_solver: what goes it in place of the sampler.
+    """
     low, high = sampling.guidance_interval
     if (low, high) == (0.0, 1.0):
         return
-    sampler, times = sampler_and_times(sampling, method)
+    begin, end = ends_of(method, strength)
+    without = f"--guidance-interval {low:g} {high:g} would have no effect: "
+    if np.float32(high) < np.float32(begin) or np.float32(low) > np.float32(end):
+        of = f"with --strength {strength:g} " if strength < 1 else ""
+        raise ValueError(f"{without}{of}sampling goes from {begin:g} to {end:g}. Take times among these.")
+    sampler, times = (learned_solver, None) if learned_solver else sampler_and_times(sampling, method, None, strength)
     if sampler.nfe_per_step is None:  # it goes where it will
         return
     key = jax.random.key(0) if sampler.stochastic else None
@@ -201,9 +234,11 @@ def check_interval(sampling: Sampling, method: Method) -> None:
         return np.asarray(sample(v, jnp.ones((1, 1)), sampler, times=times, key=key).x)
 
     if np.array_equal(solved(0.0), solved(1.0), equal_nan=True):
+        if learned_solver is not None:
+            raise ValueError(f"{without}--learned-solver never asks for the velocity within it. Take a wider interval.")
         raise ValueError(
-            f"--guidance-interval {low:g} {high:g} would have no effect: --solver {sampling.solver} with --steps "
-            f"{sampling.steps} never asks for the velocity within it. Take more steps, or a wider interval."
+            f"{without}--solver {sampling.solver} with --steps {sampling.steps} never asks for the velocity within it. "
+            "Take more steps, or a wider interval."
         )
 
 
@@ -273,19 +308,29 @@ def make_generate(
         given: a part of each sample that is known, or what it begins from.
 
     Raises:
-        ValueError: if a part is known and the sampler is random, which would leave it.
+        ValueError: if a part is known and the sampler is random, which would leave it; if `learned_solver` or `frames`,
+            whose times are those of the whole way, are to go a part of it, or both are given; if a part is known and
+            the strength is less than 1.
 
     Returns:
         A function of parameters, key (only random samplers use it), standard normal noise [batch, ...] and labels
         [batch], or what else the network is told, [batch, ...].
     """
     sampler: Sampler
+    strength = 1.0 if given is None else given.strength
+    if learned_solver is not None and strength < 1:
+        raise ValueError(OF_THE_WHOLE_WAY.format(strength))
+    if frames is not None and (learned_solver is not None or strength < 1):
+        raise ValueError(
+            "frames are times of the whole way by a sampler: give no learned solver, and no strength below 1."
+        )
+    if given is not None and given.mask is not None and strength < 1:
+        raise ValueError(f"strength must be 1 where a part is known, which comes from noise, got {strength:g}.")
     if learned_solver is None:
-        strength = 1.0 if given is None else given.strength
         sampler, times = sampler_and_times(sampling, method, frames, strength)
     else:
         sampler, times = learned_solver, None
-    t0, _ = ends_of(method, 1.0 if given is None else given.strength)
+    t0, _ = ends_of(method, strength)
     if given is not None and given.mask is not None and sampler.stochastic:
         raise ValueError(f"--solver {sampling.solver} is random and would not keep what is known: heun would.")
 

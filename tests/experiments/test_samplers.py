@@ -11,7 +11,7 @@ pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiment
 
 from experiments.lab.method import Method
 from experiments.lab.samplers import SAMPLERS, load_solver, make_sampler, needs_schedule, save_solver, table
-from experiments.lab.sampling import Sampling, sampler_and_times
+from experiments.lab.sampling import Given, Sampling, check_interval, make_generate, make_grid, sampler_and_times
 from fm_jax.samplers import DDIM, Adaptive, DiffraxSDE, RungeKutta, sample
 from fm_jax.samplers.learned import from_method
 from fm_jax.schedules import VP, Linear
@@ -98,6 +98,62 @@ def test_a_learned_solver_survives_its_file(tmp_path):
         load_solver(tmp_path / "no.npz", params)
     with pytest.raises(SystemExit, match="was learned for another network"):
         load_solver(tmp_path / "a.npz", {"w": jnp.arange(3.0) + 1})
+
+
+NETWORK = {"apply_fn": lambda params, t, x, cond, **_: params * x, "null_label": None}
+
+
+@pytest.mark.parametrize("mask", [np.arange(6).reshape(3, 2) < 3, np.array([[True], [False], [False]])])
+def test_a_learned_solver_keeps_what_is_known(mask):
+    """As the solver does that it began from: a part of a picture, the first frame of a video."""
+    given = Given(np.full((3, 2), 0.5, np.float32), mask)
+    x0 = jax.random.normal(jax.random.key(0), (4, 3, 2))
+    found = [
+        make_generate(Sampling(solver="euler", steps=3), Method(), given=given, learned_solver=solver, **NETWORK)(
+            jnp.float32(0.3), jax.random.key(1), x0, jnp.zeros(4, int)
+        ).x
+        for solver in (None, from_method("euler", 3))
+    ]
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    np.testing.assert_array_equal(found[1][:, np.broadcast_to(mask, (3, 2))], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"strength": 0.6, "learned_solver": from_method("euler", 3)},
+            "--learned-solver goes the whole way from noise",
+        ),
+        ({"strength": 0.6, "frames": np.linspace(0, 1, 3)}, "frames are times of the whole way"),
+        ({"frames": np.linspace(0, 1, 3), "learned_solver": from_method("euler", 3)}, "frames are times of the whole"),
+        ({"strength": 0.6, "mask": np.array([True, False])}, "strength must be 1 where a part is known"),
+    ],
+)
+def test_a_part_of_the_way_is_for_samplers_that_begin_on_it(options, message):
+    given = Given(np.zeros((3, 2)), options.pop("mask", None), options.pop("strength", 1.0))
+    with pytest.raises(ValueError, match=message):
+        make_generate(Sampling(solver="euler"), Method(), given=given, **options, **NETWORK)
+
+
+@pytest.mark.parametrize("grid", ["edm", "training_times", "uniform"])
+def test_the_least_strength_has_times_and_too_many_steps_are_refused_in_words_of_options(grid):
+    times = np.asarray(make_grid(Sampling(grid=grid), Method(), 0.01))
+    assert (np.diff(times) > 0).all()
+    assert times[0] == pytest.approx(0.99)
+    with pytest.raises(ValueError, match=f"--strength 0.01 leaves no room for --steps 500000 of --grid {grid}: take"):
+        make_grid(Sampling(grid=grid, steps=500_000), Method(), 0.01)
+
+
+def test_an_interval_of_guidance_has_to_be_on_the_way():
+    within = Sampling(solver="heun", guidance_interval=(0.3, 0.4))
+    check_interval(within, Method(), 0.7)
+    check_interval(dataclasses.replace(within, guidance_interval=(0.0, 0.3)), Method(), 0.7)  # the first of its times
+    with pytest.raises(ValueError, match=r"would have no effect: with --strength 0\.5 sampling goes from 0.5 to 1"):
+        check_interval(within, Method(), 0.5)
+    check_interval(within, Method(), learned_solver=from_method("euler", 3))
+    with pytest.raises(ValueError, match="--learned-solver never asks for the velocity within it"):
+        check_interval(within, Method(), learned_solver=from_method("euler", 2))
 
 
 @pytest.mark.parametrize("path", ["linear", "vp"])

@@ -118,6 +118,7 @@ NUMBERS = {
     "toy2d --tolerance": [("1e-300", r"in \[1e-7, inf\), got 1e-300")],
     "sample --run toy --tolerance": [("-1", r"in \[1e-7, inf\)")],
     "sample --run toy --solver ddim --eta": [("nan", r"in \[0, 1\]")],
+    "sample --run toy --image a.png --strength": [(value, r"in \[0.01, 1\], got") for value in ("1e-9", "0", "1.5")],
 }
 BEYOND = 2**32
 COMMON = "config.json results.json metrics.jsonl .lock"
@@ -260,9 +261,22 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("sample --run labelled --also 1", "--also needs what the network makes without a label, .* at any --guidance"),
         ("sample --run labelled --also 1 --guidance 1", "--also needs what the network makes without a label"),
         ("sample --run narrow --also 1", "--also goes with --guidance-rule extrapolate, and the run has rescale"),
-        ("sample --run digits --also 1 --avoid 2", "--also, --avoid and --weak-run are three ways to guide"),
+        ("sample --run digits --also 1 --avoid 2", "--also and --avoid are 2 ways to guide: give one"),
+        *(
+            (f"sample --run toy --negative a --{way}", f"{wanted} are 2 ways to guide: give one")
+            for way, wanted in [
+                ("weak-run moons", "--negative and --weak-run"),
+                ("avoid 3", "--avoid and --negative"),
+                ("also 3", "--also and --negative"),
+            ]
+        ),
+        ("sample --run toy --prompt a --negative a", "--negative must be another sentence than --prompt, got 'a'"),
         ("sample --run digits --also 1 --guidance-rule rescale", "--also goes with --guidance-rule extrapolate"),
         ("sample --run toy --solver heun --learned-solver a.npz", "--learned-solver takes the place of --solver"),
+        (
+            "sample --run toy --image a.png --strength 0.6 --learned-solver a.npz",
+            "--learned-solver goes the whole way from noise, and --strength 0.6 a part of it: give one",
+        ),
     ],
     "an option of no effect": [
         ("digits --eta 0.5", "--eta 0.5 would have no effect: --solver bosh3 does not take it; ddim would"),
@@ -305,6 +319,17 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ),
         ("sample --run digits --solver churn --steps 4 --guidance-interval 0.3 0.4", "--solver churn with --steps 4"),
         ("sample --run narrow --solver ab2 --steps 3", "--guidance-interval 0.8 0.9 would have no effect"),
+        *(
+            (
+                f"sample --run digits --image a.png --strength 0.2 --guidance-interval 0 0.3 {solver}",
+                "--guidance-interval 0 0.3 would have no effect: with --strength 0.2 sampling goes from 0.8 to 1",
+            )
+            for solver in ("", "--solver heun")
+        ),
+        (
+            "sample --run digits --image a.png --strength 0.2 --solver euler --steps 2 --guidance-interval 0.82 0.88",
+            "--guidance-interval 0.82 0.88 would have no effect: --solver euler with --steps 2 never asks",
+        ),
         *(
             (f"{command} --smoke --{name} {value}", f"--{name} {value} would have no effect: --smoke has its own")
             for command, names in OF_SMOKE.items()
