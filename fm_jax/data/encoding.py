@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def write_latents(
         folder: made if need be.
         datasets: "train" and perhaps "test".
         encode: is always given batches of `batch_size`, the last one filled up.
-        autoencoder: SHA-256 of its parameters, which tells its latents from those of another one.
+        autoencoder: SHA-256 of its parameters, or another name, which tells its latents from those of another one. By
+            `None` nothing is told: a pass without a name begins in a folder without latents, and does not go on.
         space: what the authors of the autoencoder make of its latents.
         flip: whether mirrored images are encoded as well.
         batch_size: images encoded at once.
@@ -55,8 +57,8 @@ def write_latents(
         The folder, opened.
 
     Raises:
-        ValueError: if the folder holds latents of another autoencoder, of other images or otherwise made; if latents
-            are not finite, or too large for float16.
+        ValueError: if the folder holds latents of another autoencoder or of one without a name, of other images, in
+            another space or otherwise made; if latents are not finite, or too large for float16.
         ImportError: if array_record is not installed.
     """
     check_function("encode", encode, "a function of images", 1)
@@ -74,6 +76,7 @@ def write_latents(
     what = {
         "autoencoder": autoencoder,
         "images": {name: fingerprint(each) for name, each in datasets.items()},
+        "space": json.loads(json.dumps(dataclasses.asdict(space))),
         "flip": flip,
         "batch_size": batch_size,
         "shard_size": shard_size,
@@ -115,7 +118,6 @@ def write_latents(
         "shape": list(shape),
         "has_std": has_std,
         "class_names": list(first.class_names),
-        "space": dataclasses.asdict(space),
         "about": dict(about or {}),
     }
     measured = _measured(splits_of(folder, info), progress)
@@ -125,8 +127,9 @@ def write_latents(
 
 def _check_same(folder: Path, what: Mapping[str, Any]) -> dict[str, Any]:
     """What the folder says of latents that are there already, which must be the same ones."""
+    left = sorted(path.name for name in ("train", "test") for path in folder.glob(f"{name}-*.array_record"))
     if not (folder / INFO).is_file():
-        if left := sorted(path.name for name in ("train", "test") for path in folder.glob(f"{name}-*.array_record")):
+        if left:
             raise ValueError(
                 f"{folder} holds {left[0]} and no {INFO} to say what it is: remove it, or give another folder. "
                 "Nothing was overwritten."
@@ -141,6 +144,11 @@ def _check_same(folder: Path, what: Mapping[str, Any]) -> dict[str, Any]:
                 f"{folder} holds latents {other} ({shown(theirs)}, and this is {shown(ours)}): give another folder. "
                 "Nothing was overwritten."
             )
+    if what["autoencoder"] is None and left:
+        raise ValueError(
+            f"{folder} holds latents of an encoder without a name, autoencoder=None, and nothing tells whether this is "
+            "the same one: give another folder, and a name, with which a pass goes on. Nothing was overwritten."
+        )
     return before
 
 

@@ -100,7 +100,7 @@ class Latents:
         std: float64 [c], the standard deviation of each channel, as of latents that are drawn: the deviations of the
             encoder are in it.
         space: what the authors of the autoencoder make of its latents.
-        autoencoder: SHA-256 of its parameters; `None` for none that is known.
+        autoencoder: SHA-256 of its parameters, or another name; `None` for one without.
         sha256: of all that is written, in order.
         images: checksums of the images by split, as `fm_jax.data.arrays.fingerprint` gives them.
         about: whatever the writer added, such as size and crop of the images.

@@ -5,6 +5,7 @@ and so on, and `texts.json`, which says of which encoder they are.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ class Texts:
         index: int32 [n], for each caption that was given, such as those of the images in their order, its number.
         shape: tokens and width of the features, (n, d).
         num_pooled: width of what is pooled; 0 for none.
-        encoder: SHA-256 of the parameters of the encoder.
+        encoder: what tells its features from those of another one.
         records: a caption each.
         about: whatever the writer added.
     """
@@ -100,7 +101,8 @@ def write_texts(
         folder: made if need be.
         captions: one for each image, say; most may be there many times.
         encode: is always given `batch_size` captions, the last ones repeated.
-        encoder: SHA-256 of its parameters.
+        encoder: SHA-256 of its parameters and of what its tokenizer gives, say: what tells its features from those of
+            another one.
         with_padding: whether the features of padding are written: published networks see those of CLIP. Otherwise
             they are read as 0, for a network that masks them.
         batch_size: captions encoded at once.
@@ -129,7 +131,7 @@ def write_texts(
     unique, folder = list(numbers), Path(folder)
     what = {
         "encoder": encoder,
-        "captions": hashlib.sha256("\n".join(unique).encode()).hexdigest(),
+        "captions": hashlib.sha256(json.dumps(unique).encode()).hexdigest(),
         "with_padding": with_padding,
         "batch_size": batch_size,
         "shard_size": shard_size,

@@ -1,5 +1,6 @@
 """Latents in records: what is written, what is drawn of them, and a pass that is killed."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -133,7 +134,12 @@ def test_what_is_finished_is_not_made_again(tmp_path):
     ("options", "message"),
     [
         ({"autoencoder": "cd34"}, "holds latents of another autoencoder ('ab12', and this is 'cd34')"),
+        ({"autoencoder": None}, "holds latents of another autoencoder ('ab12', and this is None)"),
         ({"flip": False}, "holds latents made with another flip (True, and this is False)"),
+        (
+            {"space": LatentSpace((0.0,) * 4, (3.0,) * 4)},
+            "another space ({'shift': 0.0, 'scale': 0.18215, 'square': 1}, and this is {'shift': [0.0, 0.0, 0.0, 0.0],",
+        ),
         ({"batch_size": 4}, "holds latents made with another batch_size (8, and this is 4)"),
         ({"shard_size": 20}, "shard_size must be a multiple of batch_size=8, got 20."),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0."),
@@ -142,8 +148,36 @@ def test_what_is_finished_is_not_made_again(tmp_path):
 def test_other_latents_are_refused(options, message, latents):
     before = (latents.folder / "latents.json").read_bytes()
     with pytest.raises(ValueError, match=re.escape(message)):
-        written(latents.folder, lambda x: pytest.fail("encoded"), **{"flip": True, **options})
+        written(latents.folder, lambda x: pytest.fail("encoded"), **{"flip": True, "space": SD, **options})
     assert (latents.folder / "latents.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("space", [SD, LatentSpace((1.0, 2.0, 3.0, 4.0), (0.5, 1.0, 2.0, 3.0)), PIXELS])
+def test_the_same_space_is_found_again(space, tmp_path):
+    assert written(tmp_path, space=space).space == space
+    assert written(tmp_path, lambda x: pytest.fail("encoded again"), space=space).space == space
+
+
+@pytest.mark.parametrize("after", [4, 99])
+def test_of_an_encoder_without_a_name_nothing_is_taken_for_that_of_another(after, tmp_path):
+    calls = []
+
+    def killed(x):
+        calls.append(None)
+        if len(calls) > after:
+            raise Killed
+        return encode(x)
+
+    with pytest.raises(ValueError, match="latents must be finite"):  # with which nothing is written yet
+        written(tmp_path, lambda x: (encode(x)[0] * np.nan, None), autoencoder=None, shard_size=8)
+    with pytest.raises(Killed) if after == 4 else contextlib.nullcontext():
+        written(tmp_path, killed, autoencoder=None, shard_size=8)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="holds latents of an encoder without a name, autoencoder=None"):
+        written(tmp_path, only_mean, autoencoder=None, shard_size=8)
+    with pytest.raises(ValueError, match=r"holds latents of another autoencoder .None, and this is 'mean'"):
+        written(tmp_path, only_mean, autoencoder="mean", shard_size=8)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_other_images_are_refused(latents):

@@ -88,6 +88,12 @@ def test_refusals(captions, options, message, tmp_path):
         write_texts(tmp_path, captions, encode, **({"with_padding": True} | OPTIONS | options))
 
 
+def test_where_one_caption_ends_tells_it_from_another(tmp_path):
+    write_texts(tmp_path, ["a\nb", "c"], encode, with_padding=True, **OPTIONS)
+    with pytest.raises(ValueError, match="holds texts of other captions"):
+        write_texts(tmp_path, ["a", "b\nc"], encode, with_padding=True, **OPTIONS)
+
+
 def test_features_that_cannot_be_written(tmp_path):
     large = encode(CAPTIONS[:2])._replace(tokens=np.full((2, 8, 5), 1e5, np.float32))
     with pytest.raises(ValueError, match="finite and at most 65504, as float16 is, got 100000"):
