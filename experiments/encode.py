@@ -41,7 +41,12 @@ from fm_jax.train.folder import FolderInUseError
 from fm_jax.types import Array, Params
 from fm_jax.weights import WeightsError, open_model
 
-_TYPED = {"give another folder": "give another --out", "batch_size": "--batch-size", "another flip": "another --flip"}
+_TYPED = {
+    "give another folder": "give another --out",
+    "texts of another encoder": "texts of another encoder or tokenizer",
+    "batch_size": "--batch-size",
+    "another flip": "another --flip",
+}
 """What the library calls its arguments, and what they are here."""
 _SMOKE = {"data": {"num_images": 40}, "batch_size": 8}
 SHARD = 4096
@@ -200,7 +205,7 @@ def encode_captions(config: Config, progress: bool | None = None) -> Texts:
             config.out,
             captions,
             encode,
-            encoder=f"{sha256_of(params)} {config.features}, {tokens.ids.shape[1]} tokens",
+            encoder=f"{config.features}, {tokens.ids.shape[1]} tokens {sha256_of(tokens)[:16]}, {sha256_of(params)}",
             with_padding=with_padding,
             batch_size=config.batch_size,
             shard_size=-(-1024 // config.batch_size) * config.batch_size,
@@ -220,7 +225,7 @@ def _text_function(module: Any, features: str, *, masked: bool) -> Any:
 
 
 def read_captions(path: Path) -> list[str]:
-    """The lines of a text file, none of them empty.
+    """The lines of a text file, none of them empty; what ends one is a line feed, with a carriage return or without.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -229,10 +234,10 @@ def read_captions(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"--captions {path} does not exist: give a text file with a caption in each line.")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_bytes().decode("utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"--captions {path} must be a text in UTF-8: {error}.") from None
-    if not lines:
+    if lines == [""]:
         raise ValueError(f"--captions {path} must have a caption in each line: it is empty.")
     if empty := [i for i, line in enumerate(lines, 1) if not line.strip()]:
         raise ValueError(f"--captions {path} must have a caption in each line: line {empty[0]} is empty.")

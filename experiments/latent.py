@@ -33,7 +33,7 @@ class Config(images.Config):
         """Options of no effect, and why."""
         of_data = self
         if self.smoke and all(getattr(self.data, name) is None for name in SOURCES):  # which has its own
-            of_data = dataclasses.replace(self, data=dataclasses.replace(self.data, encoded=Path(".")))
+            of_data = _with(self, encoded=Path("."))
         yield from images.Config.unused(of_data)
 
 
@@ -58,9 +58,14 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, samples, decodes, judges, draws; returns the numbers it prints."""
     if config.smoke and all(getattr(config.data, name) is None for name in SOURCES):
         with tempfile.TemporaryDirectory() as folder:
-            data = dataclasses.replace(config.data, encoded=_small(Path(folder)))
-            return images.run(dataclasses.replace(config, data=data))
-    return images.run(config)
+            return images.run(_with(config, encoded=_small(Path(folder))))
+    places = {name: getattr(config.data, name) for name in ("encoded", "decoder")}
+    # As they are found from anywhere.
+    return images.run(_with(config, **{name: path.absolute() for name, path in places.items() if path is not None}))
+
+
+def _with(config: Config, **of_data: Any) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, **of_data))
 
 
 def _small(folder: Path) -> Path:

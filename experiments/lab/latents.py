@@ -87,10 +87,20 @@ def _where_it_was(data: Data, option: str) -> Path:
 
 
 def codec_of_run(config: Any, option: str, path: Path | None) -> Codec | None:
-    """The autoencoder of the latents of a run that was read again, as `codec_of`; `None` for runs on other data."""
+    """The autoencoder of the latents of a run that was read again, as `codec_of`; `None` for runs on other data.
+
+    Raises:
+        FileNotFoundError: if it is not known where it is, or went with the latents of a smoke run.
+        ValueError: if another one is there.
+    """
     data = getattr(config, "data", None)
     if not isinstance(data, Data) or data.encoded is None:
         return None
+    if config.smoke and path is None and data.decoder is None and not data.encoded.exists():
+        raise FileNotFoundError(
+            f"{config.training.run_dir} is a smoke run, and its latents {data.encoded} are gone: with those that it "
+            f"made itself went their random autoencoder, and nothing decodes its samples. For others, give {option}."
+        )
     return codec_of(data, read_facts(config.training.run_dir, data), option, path)
 
 

@@ -24,9 +24,9 @@ from experiments import encode, latent, sample
 from experiments import images as command
 from experiments.lab import command_line, images
 from experiments.lab.codecs import Codec, open_codec, sha256_of
-from experiments.lab.data import Data, load, read_facts
+from experiments.lab.data import Data, load, read_facts, write_facts
 from experiments.lab.experiment import read_run
-from experiments.lab.latents import codec_of
+from experiments.lab.latents import codec_of, codec_of_run
 from experiments.lab.sampling import Sampling
 from experiments.lab.small_codec import write_small_autoencoder, write_small_text_encoder
 from fm_jax.data.encoding import write_latents
@@ -34,6 +34,7 @@ from fm_jax.data.latents import open_latents
 from fm_jax.data.texts import open_texts
 from fm_jax.latents import PIXELS, SD
 from fm_jax.models.tiny_autoencoder import TinyAutoencoder
+from fm_jax.text import Tokens
 from fm_jax.train.log import read_metrics
 from fm_jax.weights import WeightsError, open_model
 
@@ -156,7 +157,7 @@ def test_a_pass_by_sigkill_goes_on_to_the_same_bits(coded, tmp_path):
     out = tmp_path / "again"
     shutil.copytree(coded / "latents", out)
     record = json.loads((out / "latents.json").read_bytes())
-    kept = {name: record[name] for name in ("autoencoder", "images", "flip", "batch_size", "shard_size")}
+    kept = {name: record[name] for name in ("autoencoder", "images", "space", "flip", "batch_size", "shard_size")}
     (out / "latents.json").write_text(json.dumps({"finished": False} | kept))
     next(out.glob("test*.array_record")).unlink()
     encode.run(encode.Config(DIGITS, coded / "autoencoder", out, flip=True, batch_size=32))
@@ -211,7 +212,15 @@ def test_checksums_know_every_number():
     assert sha256_of(jax.tree.map(jnp.asarray, params)) == sha256_of(params)
 
 
-def test_captions(tmp_path):
+def test_another_scale_in_the_config_of_the_autoencoder_is_another_space(coded, tmp_path):
+    shutil.copytree(coded / "autoencoder", tmp_path / "autoencoder")
+    path = tmp_path / "autoencoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"scaling_factor": 3.0}))
+    with pytest.raises(ValueError, match=r"holds latents made with another space .*: give another --out"):
+        encode.run(encode.Config(DIGITS, tmp_path / "autoencoder", coded / "latents", flip=True, batch_size=32))
+
+
+def test_captions(tmp_path, monkeypatch):
     write_small_text_encoder(tmp_path / "text_encoder")
     captions = tmp_path / "captions.txt"
     captions.write_text("a three\na blue seven\na three\n")
@@ -227,8 +236,32 @@ def test_captions(tmp_path):
     np.testing.assert_array_equal(found.tokens[2, 8:], 0)
     with pytest.raises(ValueError, match=r"Line 2 of .*captions.txt has 13 tokens.*drop its last 5 with --truncate"):
         encode.run(dataclasses.replace(config, max_tokens=8, out=tmp_path / "b"))
-    with pytest.raises(ValueError, match=r"holds texts of another encoder .*: give another --out"):
+    with pytest.raises(ValueError, match=r"holds texts of another encoder or tokenizer .*: give another --out"):
         encode.run(dataclasses.replace(config, features="penultimate"))
+    assert encode.run(config)["captions"] == 2
+    read = encode.read_tokenizer
+
+    def shifted(*args, **kwargs):
+        """A tokenizer of the same lengths that counts letters from another one on."""
+        of_bytes = read(*args, **kwargs)
+
+        def tokenizer(prompts, truncate):
+            ids, mask = of_bytes(prompts, truncate=truncate)
+            return Tokens(np.where(ids > 2, ids + 1, ids), mask)
+
+        return tokenizer
+
+    monkeypatch.setattr(encode, "read_tokenizer", shifted)
+    with pytest.raises(
+        ValueError, match=r"encoder or tokenizer \('last, 13 tokens \w{16}, .* is 'last, 13 tokens \w{16}"
+    ):
+        encode.run(config)
+
+
+@pytest.mark.parametrize("content", [b"a\xe2\x80\xa8b\xc2\x85c\x0cd\re\nf\n", b"a\xe2\x80\xa8b\xc2\x85c\x0cd\re\r\nf"])
+def test_a_line_feed_alone_ends_a_caption(content, tmp_path):
+    (tmp_path / "a.txt").write_bytes(content)
+    assert encode.read_captions(tmp_path / "a.txt") == ["a\u2028b\x85c\x0cd\re", "f"]
 
 
 @pytest.mark.parametrize(
@@ -287,6 +320,21 @@ def test_runs_on_latents_that_are_refused(coded, tmp_path, monkeypatch):
     assert codec_of(lost, dataclasses.replace(facts, autoencoder=None)) is None
 
 
+def test_a_run_keeps_where_its_latents_are_as_it_is_found_from_anywhere(coded, monkeypatch):
+    monkeypatch.chdir(coded)
+    monkeypatch.setattr(images, "run", lambda config: config.data)
+    data = latent.run(small(coded / "b", Data(encoded=Path("latents"), decoder=Path("autoencoder"))))
+    assert (data.encoded, data.decoder) == (coded / "latents", coded / "autoencoder")
+
+
+def test_a_smoke_run_whose_autoencoder_went_with_it_says_so(coded, tmp_path):
+    write_facts(tmp_path, load(Data(encoded=coded / "latents")).facts)
+    gone = small(tmp_path, Data(encoded=tmp_path / "gone"), smoke=True)
+    with pytest.raises(FileNotFoundError, match=r"is a smoke run, and its latents .* are gone.*give --autoencoder"):
+        codec_of_run(gone, "--autoencoder", None)
+    assert codec_of_run(gone, "--autoencoder", coded / "autoencoder") is not None
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -313,6 +361,8 @@ def test_the_smoke_runs(tmp_path, monkeypatch):
     training = dataclasses.replace(latent.CONFIG.training, run_dir=tmp_path / "run")
     results = latent.run(dataclasses.replace(latent.CONFIG, smoke=True, training=training))
     assert results["floor"]["images"] == 20
+    with pytest.raises(FileNotFoundError, match=r"run-smoke is a smoke run, and its latents .* are gone"):
+        sample.run(sample.Config(tmp_path / "run-smoke", out=tmp_path / "a.png", num=1))
 
 
 def typed(main, words, monkeypatch):
