@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from experiments.lab import command_line, prompts
+from experiments.lab.data import FACTS
 from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_captioned
 from experiments.lab.method import Method
@@ -59,11 +60,14 @@ WIDTH, LONGEST = 96, 16
 """Width of the encoded words; words of the longest sentence, its end included."""
 _UNET: dict[str, Any] = {
     "channels": 32,
-    "channel_mults": (2, 3),
     "num_blocks": 1,
-    "attention_levels": (0, 1),
     "num_heads": 4,
     "positions": True,
+    "patch_size": 2,
+}
+_LEVELS: dict[str, dict[str, Any]] = {
+    "digits": {"channel_mults": (2, 3), "attention_levels": (0, 1)},
+    "mnist": {"channel_mults": (1, 2, 3), "attention_levels": (1, 2)},
 }
 _SMALL_UNET: dict[str, Any] = {"channels": 8, "channel_mults": (1, 1), "attention_levels": (1,)}
 _MMDIT: dict[str, Any] = {
@@ -143,19 +147,12 @@ CONFIG = Config(
 )
 
 
-def build(config: Config) -> Experiment:
-    """The network, and what reads sentences for it."""
-    canvas, frozen = config.canvas, config.text == "frozen"
-    if config.encoded_text is not None:
-        reader = prompts.of_features(config.encoded_text)
-    elif config.clip_tokens is not None:
-        sentences = canvas.all_sentences(held_out=True)
-        reader = prompts.of_clip_tokens(config.clip_tokens, sentences, WIDTH, frozen=frozen)
-    else:
-        reader = prompts.of_words(canvas.words, LONGEST, WIDTH, frozen=frozen)
+def build(config: Config, reader: prompts.Reader | None = None) -> Experiment:
+    """The network, and what reads sentences for it; by default what the run in the folder was trained with."""
+    canvas, reader = config.canvas, reader or _reader_of_run(config)
     network: nn.Module
     if config.model == "unet":
-        sizes = _UNET | (_SMALL_UNET if config.smoke else {}) | {"patch_size": canvas.size // 8}
+        sizes = _UNET | _LEVELS[config.dataset] | (_SMALL_UNET if config.smoke else {})
         network = make_unet("tiny", **sizes, embed=VectorEmbedding(reader.vector_width), token_dim=reader.width)
     else:
         sizes = _MMDIT | (_SMALL_MMDIT if config.smoke else {}) | {"channels": canvas.shape[2]}
@@ -163,6 +160,38 @@ def build(config: Config) -> Experiment:
     model = reader.wrap(network)
     drop = DropCondition(config.text_dropout, reader.tell([""]))
     return Experiment(model, linen_apply(model), Normal(), canvas.shape, drop=drop, tell=reader.tell)
+
+
+def _reader(config: Config, path: Path | None) -> prompts.Reader:
+    """What reads sentences, from the files at `path` where the configuration has such."""
+    canvas, frozen = config.canvas, config.text == "frozen"
+    if path is None:
+        return prompts.of_words(canvas.words, LONGEST, WIDTH, frozen=frozen)
+    sentences = canvas.all_sentences(held_out=True)
+    if config.encoded_text is not None:
+        return prompts.of_features(path, sentences)
+    return prompts.of_clip_tokens(path, sentences, WIDTH, frozen=frozen)
+
+
+def _reader_of_run(config: Config) -> prompts.Reader:
+    """What read sentences for the run in the folder.
+
+    Raises:
+        ValueError: if the files that it was trained with have changed since.
+    """
+    run_dir, path = config.training.run_dir, config.encoded_text or config.clip_tokens
+    facts = None if path is None else prompts.read_text_facts(run_dir)
+    if facts is None:
+        return _reader(config, path)
+    path = Path(facts.path) if Path(facts.path).exists() else path
+    reader = _reader(config, path)
+    if reader.checksum != facts.checksum:
+        raise ValueError(
+            f"{path} has changed since {run_dir} was trained with it: its sentences are now read as something else "
+            f"(SHA-256 {str(reader.checksum)[:16]}, and it was {facts.checksum[:16]}). Encode anew as before, or train "
+            "another run."
+        )
+    return reader
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -179,8 +208,11 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _run(config: Config) -> dict[str, Any]:
-    experiment, canvas, run_dir = build(config), config.canvas, config.training.run_dir
-    check_run_dir(config, PICTURES, folders=["samples"])
+    canvas, run_dir, path = config.canvas, config.training.run_dir, config.encoded_text or config.clip_tokens
+    reader = _reader(config, path)
+    facts = None if path is None else prompts.TextFacts(str(path.absolute()), str(reader.checksum))
+    experiment = build(config, reader)
+    check_run_dir(config, [*PICTURES, FACTS], folders=["samples"])
     keys = jax.random.split(jax.random.key(config.training.seed), 5)
     key_train, key_init, key_draw, key_judge, key_pairs = keys
     digits = load_digits_of(config.dataset, "train", canvas.digit, config.data_dir)
@@ -204,6 +236,7 @@ def _run(config: Config) -> dict[str, Any]:
         data_of,
         [describe(meaning, TEMPLATES[0]) for meaning in shown],
         lambda name, images, texts: save_captioned(run_dir / "samples" / f"{name}.png", images, texts),
+        facts,
     )
     scenes = fit_judge(canvas, digits, num_steps=4 if config.smoke else 1500)
     results = judge(config, experiment, params, key_judge, scenes)

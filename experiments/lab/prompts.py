@@ -1,6 +1,9 @@
 """How sentences reach a network: words, tokens of CLIP, features of a frozen encoder; and how it learns from them."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +11,8 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import numpy as np
 
+from experiments.lab.codecs import sha256_of
+from experiments.lab.data import FACTS
 from experiments.lab.experiment import Experiment, begin_with
 from experiments.lab.method import couple_ahead, make_loss
 from experiments.lab.sampling import check_generate, generate_many, generator_of
@@ -32,6 +37,38 @@ class Reader(NamedTuple):
     """Of the features of the whole text."""
     wrap: Callable[[nn.Module], nn.Module]
     """From a network of encoded text to one of what `tell` gives."""
+    checksum: str | None = None
+    """Of what files give for the sentences that the network will learn from; `None` where no files are read."""
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What a run has to know of the files that its sentences are read by: written to its folder as `data.json`."""
+
+    path: str
+    """Where they are, as it is found from anywhere."""
+    checksum: str
+    """As of `Reader`."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that continues must find again."""
+        return {"checksum of what sentences are read as": self.checksum}
+
+
+def read_text_facts(run_dir: Path) -> TextFacts | None:
+    """What a run noted of the files that its sentences are read by; `None` for one that noted nothing.
+
+    Raises:
+        ValueError: if its `data.json` is damaged.
+    """
+    try:
+        return TextFacts(**json.loads((run_dir / FACTS).read_bytes()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{run_dir / FACTS} is damaged ({error}). The command that trained the run writes it anew."
+        ) from None
 
 
 def of_words(words: tuple[str, ...], length: int, width: int, *, frozen: bool) -> Reader:
@@ -80,7 +117,7 @@ def of_clip_tokens(path: Path, sentences: Sequence[str], width: int, *, frozen: 
             raise ValueError(f"prompt {i} has {num} tokens, and the longest sentence of the training {length}.")
         return Tokens(np.where(mask, place, 0).astype(np.int32)[:, :length], mask[:, :length])
 
-    return _joint(tell, len(known), length, width, frozen)
+    return _joint(tell, len(known), length, width, frozen)._replace(checksum=sha256_of(rows))
 
 
 def _first_unknown(encode: Callable[[str], list[int]], prompt: str, known: set[int]) -> str:
@@ -93,8 +130,12 @@ def _joint(tell: Callable[[list[str]], Tokens], vocabulary: int, length: int, wi
     return Reader(tell, width, width, lambda network: TextConditioned(network, encoder, frozen=frozen))
 
 
-def of_features(folder: Path) -> Reader:
+def of_features(folder: Path, sentences: Sequence[str]) -> Reader:
     """Features of sentences as `python -m experiments.encode --text` stored them; zero stands for none.
+
+    Args:
+        folder: that they were stored in.
+        sentences: all that the network will learn from.
 
     Raises:
         FileNotFoundError: if there are none.
@@ -105,8 +146,13 @@ def of_features(folder: Path) -> Reader:
     if not texts.num_pooled:
         raise ValueError(f"{folder} must hold pooled features too, as of CLIP, and its encoder gives none.")
     stored = texts.read(np.arange(len(texts.captions)))
+    assert stored.pooled is not None
     tokens, length = stored.tokens.astype(np.float16), int(stored.mask.sum(axis=1).max())
     places = {caption: i for i, caption in enumerate(texts.captions)}
+    digest = hashlib.sha256()
+    for sentence in sentences:
+        if (i := places.get(sentence)) is not None:
+            digest.update(sentence.encode() + tokens[i, stored.mask[i]].tobytes() + stored.pooled[i].tobytes())
 
     def tell(prompts: list[str]) -> Conditions:
         for i, prompt in enumerate(prompts := check_prompts(prompts)):
@@ -114,13 +160,12 @@ def of_features(folder: Path) -> Reader:
                 raise ValueError(f"prompt {i}, {prompt!r}, is not among the {len(places)} captions of {folder}.")
         rows = np.array([places.get(prompt, 0) for prompt in prompts])
         empty = np.array([not prompt for prompt in prompts])
-        assert stored.pooled is not None
         features: Any = np.where(empty[:, None, None], 0, tokens[rows, :length]).astype(np.float32)
         mask: Any = stored.mask[rows, :length] & ~empty[:, None]
         pooled: Any = np.where(empty[:, None], 0, stored.pooled[rows])
         return Conditions(tokens=features, mask=mask, vector=pooled)
 
-    return Reader(tell, texts.shape[1], texts.num_pooled, lambda network: network)
+    return Reader(tell, texts.shape[1], texts.num_pooled, lambda network: network, digest.hexdigest())
 
 
 def learn(
@@ -131,6 +176,7 @@ def learn(
     data_of: Callable[[int, int], DataIterator],
     texts: list[str],
     save: Callable[[str, np.ndarray, list[str]], None],
+    facts: Any = None,
 ) -> Params:
     """Trains a network on sentences, and draws on the way what it makes of some of them.
 
@@ -142,6 +188,7 @@ def learn(
         data_of: as in `couple_ahead`.
         texts: what is drawn on the way.
         save: called with the name of a step, samples [n, ...] and their sentences.
+        facts: a `TextFacts`, which a run that continues must find again.
 
     Returns:
         What to sample with.
@@ -156,5 +203,5 @@ def learn(
         save(f"step_{step:06d}", generate_many(generate, params, key_draw, experiment, told, len(texts))[0], texts)
 
     begin = partial(begin_with, config, ())
-    state = train(config, key_train, params, make_loss(config.method, experiment), data, draw, begin=begin)
+    state = train(config, key_train, params, make_loss(config.method, experiment), data, draw, facts=facts, begin=begin)
     return sampling_params(state, config.training)

@@ -5,6 +5,8 @@ import gzip
 import importlib
 import itertools
 import json
+import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +16,8 @@ pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiment
 
 from experiments import export, learned_solver, sample, text_to_image
 from experiments.lab import prompts
+from experiments.lab.data import write_facts
+from experiments.lab.experiment import Experiment, read_run
 from experiments.lab.scene_judge import fit_judge, judge_of
 from experiments.lab.scenes import (
     TEMPLATES,
@@ -25,7 +29,10 @@ from experiments.lab.scenes import (
     describe,
     is_held_out,
 )
+from experiments.lab.training import write_config
 from fm_jax.data.digits import load_digits
+from fm_jax.data.texts import TextBatch, write_texts
+from fm_jax.train.checkpoint import CheckpointError
 
 CANVAS = Canvas(16, 8, colours=False)
 # Of each "digit" one picture: as many bright rows as it says, above a bright edge.
@@ -168,6 +175,88 @@ def test_tokens_of_clip_are_numbered_anew_and_unknown_ones_refused(clip_file):
         reader.tell(["one", "one above"])
     with pytest.raises(ValueError, match=r"prompt 0 has 6 tokens, and the longest sentence of the training 5"):
         reader.tell(["one the one the"])
+
+
+def encode_sentences(folder, seed, canvas=CANVAS):
+    """Features of all sentences of a canvas, as by an encoder that the seed tells from others."""
+    pytest.importorskip("array_record", reason="needs the extra fm_jax[data]")
+    rng, length = np.random.default_rng(seed), text_to_image.LONGEST
+
+    def encode(captions):
+        mask = np.arange(length) < np.array([len(caption.split()) for caption in captions])[:, None]
+        tokens = rng.normal(size=(len(captions), length, 8)).astype(np.float32)
+        return TextBatch(tokens, mask, tokens[:, 0])
+
+    shutil.rmtree(folder, ignore_errors=True)
+    sentences, sizes = canvas.all_sentences(held_out=True), {"batch_size": 256, "shard_size": 1024}
+    write_texts(folder, sentences, encode, encoder=str(seed), with_padding=True, progress=False, **sizes)
+
+
+@pytest.mark.parametrize("kind", ["encoded_text", "clip_tokens"])
+def test_a_run_knows_what_its_sentences_were_read_by(kind, clip_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(seed):
+        if kind == "encoded_text":
+            encode_sentences(Path("texts"), seed)
+        else:
+            Path("texts").write_bytes(gzip.compress(("\n".join(MERGES[: 4 + seed]) + "\n").encode()))
+
+    write(0)
+    training = dataclasses.replace(text_to_image.CONFIG.training, run_dir=tmp_path / "run")
+    config = dataclasses.replace(text_to_image.CONFIG, training=training, **{kind: Path("texts")})
+    told = []
+
+    def learn(config, *args):
+        write_config(config)
+        write_facts(config.training.run_dir, args[-1])
+        told.append(args[-1].identity())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prompts, "learn", learn)
+    monkeypatch.setattr(Experiment, "init_params", lambda *_: {})
+    for seed in (0, 1, 0):
+        write(seed)
+        with pytest.raises(KeyboardInterrupt):
+            text_to_image.run(config)
+    assert told[0] == told[2] != told[1]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    read_run(tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    write(1)
+    with pytest.raises(
+        ValueError, match=r"texts has changed since .*run was trained with it.*\(SHA-256 [0-9a-f]{16}, and"
+    ):
+        read_run(tmp_path / "run")
+    (tmp_path / "run" / "data.json").unlink()  # as of an older version: nothing to compare
+    read_run(tmp_path / "run")
+    (tmp_path / "run" / "data.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"data.json is damaged .* writes it anew"):
+        read_run(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_run_does_not_go_on_with_features_of_another_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_to_image, "_UNET", text_to_image._UNET | text_to_image._SMALL_UNET)
+    monkeypatch.setattr(text_to_image, "fit_judge", lambda *args, **_: fit_judge(*args, num_steps=4))
+    encode_sentences(tmp_path / "texts", 0)
+    training = dataclasses.replace(
+        text_to_image.CONFIG.training, run_dir=tmp_path / "run", total_steps=2, batch_size=8, decay="constant"
+    )
+    sampling = dataclasses.replace(text_to_image.CONFIG.sampling, solver="euler", steps=2, sample_batch=8)
+    config = dataclasses.replace(
+        text_to_image.CONFIG, training=training, sampling=sampling, num_samples=8, encoded_text=tmp_path / "texts"
+    )
+    text_to_image.run(config)
+    encode_sentences(tmp_path / "texts", 1)
+    longer = dataclasses.replace(config, training=dataclasses.replace(training, total_steps=3))
+    with pytest.raises(
+        CheckpointError, match=r"comes from a run on other data: checksum of what sentences are read as"
+    ):
+        text_to_image.run(longer)
+    encode_sentences(tmp_path / "texts", 0)
+    text_to_image.run(longer)
 
 
 def test_without_dropout_of_the_text_there_is_no_guidance():
