@@ -102,7 +102,7 @@ class Config:
     """Folder of sentences that `python -m experiments.encode --text` encoded, in place of an encoder of our own."""
     write_captions: Path | None = None
     """Write all sentences to this file, a line each, for `experiments.encode --captions`, and end."""
-    method: Method = field(default_factory=lambda: Method(times="logit_normal"))
+    method: Method = field(default_factory=lambda: Method(times="logit_normal", time_shift=3.0))
     sampling: Sampling = field(default_factory=lambda: Sampling(guidance=2.5))
     text_dropout: float = 0.1
     """Probability that an example is trained without its sentence, for classifier-free guidance."""

@@ -77,11 +77,7 @@ _PATCH, _LONGEST, _POSITION_STD = 4, 16, 0.15
 
 @dataclass(frozen=True)
 class MovieGenMethod(Method):
-    """What is regressed, and where on the path. The path "linear" keeps 1e-5 of its noise, as Movie Gen's does.
-
-    Times are even by default: of many frames noise hides little, so that where a digit goes is settled before t = 0.1,
-    where only a hundredth of logit-normal times lies.
-    """
+    """What is regressed, and where on the path. The path "linear" keeps 1e-5 of its noise, as Movie Gen's does."""
 
     @property
     def schedule(self) -> Schedule:
@@ -107,7 +103,11 @@ class Config:
     """Every so many steps is one of pictures, as clips of one frame; 0 for none."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype; parameters are float32."""
-    method: MovieGenMethod = field(default_factory=MovieGenMethod)
+    method: MovieGenMethod = field(
+        # Noise hides little of many frames: which digit goes where is settled between t = 0.03 and t = 0.15, where four
+        # in ten of these times lie, and one in ten of even ones.
+        default_factory=lambda: MovieGenMethod(times="logit_normal", time_shift=5.0)
+    )
     sampling: Sampling = field(
         default_factory=lambda: Sampling(solver="heun", steps=16, grid="linear_quadratic", guidance=2.5)
     )
@@ -156,8 +156,8 @@ SMOKE: dict[str, Any] = {
 CONFIG = Config(
     training=Training(
         run_dir=Path("runs/text_to_video"),
-        total_steps=4000,
-        batch_size=16,
+        total_steps=3000,
+        batch_size=32,
         learning_rate=3e-3,
         warmup_steps=100,
         decay="cosine",
