@@ -67,7 +67,7 @@ _UNET: dict[str, Any] = {
 }
 _LEVELS: dict[str, dict[str, Any]] = {
     "digits": {"channel_mults": (2, 3), "attention_levels": (0, 1)},
-    "mnist": {"channel_mults": (1, 2, 3), "attention_levels": (1, 2)},
+    "mnist": {"channel_mults": (2, 2, 3), "attention_levels": (1, 2)},
 }
 _SMALL_UNET: dict[str, Any] = {"channels": 8, "channel_mults": (1, 1), "attention_levels": (1,)}
 _MMDIT: dict[str, Any] = {
