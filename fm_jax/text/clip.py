@@ -131,7 +131,7 @@ class ClipText(nn.Module):
         dtype = self.compute.dtype
         small = nn.initializers.normal(0.02)
         # Cast behind the look-up: a table of bfloat16 is not made float32, nor the other way round.
-        h = TokenEmbed(self.vocabulary, self.hidden, embedding_init=small, name="tokens")(ids).astype(dtype)
+        h = TokenEmbed(self.vocabulary, self.hidden, small, name="tokens")(ids).astype(dtype)
         places = self.param("positions", small, (self.max_tokens, self.hidden))
         h = h + jnp.asarray(places[None, : ids.shape[1]], dtype)
 

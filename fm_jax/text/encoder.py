@@ -1,6 +1,6 @@
 """What the text encoders share: their outputs, their attention, and the ids that they refuse."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -76,12 +76,23 @@ class SelfAttention(nn.Module):
         return from_heads(x.shape[-1], dtype, "out", use_bias=self.use_bias)(h)
 
 
-class TokenEmbed(nn.Embed):
-    """A vector for each token; one that is not in the vocabulary, a negative one too, is NaN."""
+class TokenEmbed(nn.Module):
+    """A vector for each token; one that is not in the vocabulary, a negative one too, is NaN.
 
-    def __call__(self, inputs: Array) -> Array:
+    Attributes:
+        vocabulary: number of ids.
+        features: width of the vectors.
+        init: initialiser of the table, [vocabulary, features].
+    """
+
+    vocabulary: int
+    features: int
+    init: Any
+
+    @nn.compact
+    def __call__(self, ids: AnyArray) -> Array:
         """The vectors [..., features] of ids [...]."""
-        return rows(self.embedding, inputs)
+        return rows(self.param("embedding", self.init, (self.vocabulary, self.features)), jnp.asarray(ids))
 
 
 def check_ids(ids: AnyArray, mask: AnyArray | None, vocabulary: int) -> None:

@@ -192,7 +192,7 @@ class T5Encoder(nn.Module):
         """
         check_ids(ids, mask, self.vocabulary)
         init = nn.initializers.normal(1.0)
-        h = TokenEmbed(self.vocabulary, self.hidden, embedding_init=init, name="tokens")(ids).astype(jnp.float32)
+        h = TokenEmbed(self.vocabulary, self.hidden, init, name="tokens")(ids).astype(jnp.float32)
         bias = None
         if self.shared_bias:
             bias = DistanceBias(self.num_heads, self.buckets, self.max_distance, name="distance")(ids.shape[1])

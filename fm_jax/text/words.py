@@ -172,7 +172,7 @@ class WordEncoder(nn.Module):
             raise ValueError(f"ids must be at most {self.max_tokens} tokens, the table of positions, got {ids.shape}.")
         mask = None if mask is None else jnp.asarray(mask, bool)
         dtype, normal = self.compute.dtype, nn.initializers.normal
-        h = TokenEmbed(self.vocabulary, self.hidden, embedding_init=normal(1.0), name="tokens")(ids).astype(dtype)
+        h = TokenEmbed(self.vocabulary, self.hidden, normal(1.0), name="tokens")(ids).astype(dtype)
         places = self.param("positions", normal(self.position_std), (self.max_tokens, self.hidden))
         h = h + places[None, : ids.shape[1]].astype(dtype)
         for i in range(self.num_layers):
