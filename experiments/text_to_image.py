@@ -129,6 +129,11 @@ class Config:
         yield from self.sampling.unused()
 
     @property
+    def text_files(self) -> Path | None:
+        """What files sentences are read by, if any."""
+        return self.encoded_text or self.clip_tokens
+
+    @property
     def canvas(self) -> Canvas:
         """How scenes are drawn."""
         return CANVASES[self.dataset]
@@ -179,7 +184,7 @@ def _reader_of_run(config: Config) -> prompts.Reader:
     Raises:
         ValueError: if the files that it was trained with have changed since.
     """
-    run_dir, path = config.training.run_dir, config.encoded_text or config.clip_tokens
+    run_dir, path = config.training.run_dir, config.text_files
     facts = None if path is None else prompts.read_text_facts(run_dir)
     if facts is None:
         return _reader(config, path)
@@ -208,7 +213,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _run(config: Config) -> dict[str, Any]:
-    canvas, run_dir, path = config.canvas, config.training.run_dir, config.encoded_text or config.clip_tokens
+    canvas, run_dir, path = config.canvas, config.training.run_dir, config.text_files
     reader = _reader(config, path)
     facts = None if path is None else prompts.TextFacts(str(path.absolute()), str(reader.checksum))
     experiment = build(config, reader)

@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from fm_jax.data.records import load_records, load_tfds
 from fm_jax.latents import FLUX, PIXELS, SD, SD3, SDXL, LatentSpace, check_latents
 from fm_jax.train.folder import write_text
 
+T = TypeVar("T")
 FACTS = "data.json"
 """The file of a run that says what its data are."""
 SOURCES = ("dataset", "folder", "npz", "tfds", "array_record", "encoded")
@@ -401,13 +402,25 @@ def read_facts(run_dir: Path, data: Data) -> Facts:
         ValueError: if that is nothing, for want of its `data.json`.
     """
     try:
-        record = json.loads((run_dir / FACTS).read_bytes())
-        lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
-        return Facts(**(record | lists))
+        return noted(run_dir, Facts)
     except FileNotFoundError:
         if data.dataset is not None:
             return PRESETS[data.dataset]
         raise ValueError(f"{run_dir} has no {FACTS}: the command that trained the run writes it anew.") from None
+
+
+def noted(run_dir: Path, kind: Callable[..., T]) -> T:
+    """What a run noted in its `data.json`, as a dataclass of that kind.
+
+    Raises:
+        FileNotFoundError: if it noted nothing.
+        ValueError: if that is damaged.
+    """
+    content = (run_dir / FACTS).read_bytes()
+    try:
+        record = json.loads(content)
+        lists = {name: tuple(value) for name, value in record.items() if isinstance(value, list)}
+        return kind(**(record | lists))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{run_dir / FACTS} is damaged ({error}). The command that trained the run writes it anew."

@@ -1,7 +1,6 @@
 """How sentences reach a network: words, tokens of CLIP, features of a frozen encoder; and how it learns from them."""
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ import flax.linen as nn
 import numpy as np
 
 from experiments.lab.codecs import sha256_of
-from experiments.lab.data import FACTS
+from experiments.lab.data import noted
 from experiments.lab.experiment import Experiment, begin_with
 from experiments.lab.method import couple_ahead, make_loss
 from experiments.lab.sampling import check_generate, generate_many, generator_of
@@ -62,13 +61,9 @@ def read_text_facts(run_dir: Path) -> TextFacts | None:
         ValueError: if its `data.json` is damaged.
     """
     try:
-        return TextFacts(**json.loads((run_dir / FACTS).read_bytes()))
+        return noted(run_dir, TextFacts)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
-        raise ValueError(
-            f"{run_dir / FACTS} is damaged ({error}). The command that trained the run writes it anew."
-        ) from None
 
 
 def of_words(words: tuple[str, ...], length: int, width: int, *, frozen: bool) -> Reader:

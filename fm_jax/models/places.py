@@ -77,19 +77,20 @@ LOOKING = (
 """Cross-attention where a network has it, joint attention or self-attention where it has none."""
 
 
+def _nested(network: nn.Module) -> list[nn.Module]:
+    """A network that reads text (`TextConditioned`) or has branches or control, and those in it, outermost first."""
+    inner = getattr(network, "network", None)
+    return [network, *_nested(inner)] if isinstance(inner, nn.Module) else [network]
+
+
 def innermost(network: nn.Module) -> nn.Module:
-    """The network itself, of one that reads text (`TextConditioned`) or has branches or control."""
-    while isinstance(inner := getattr(network, "network", None), nn.Module):
-        network = inner
-    return network
+    """The network itself, of one that reads text or has branches or control."""
+    return _nested(network)[-1]
 
 
 def path_of(network: nn.Module) -> tuple[str, ...]:
     """The path of `innermost(network)`, of a bound network."""
-    path = network.path
-    while isinstance(inner := getattr(network, "network", None), nn.Module):
-        network, path = inner, (*path, "network")
-    return path
+    return (*network.path, *["network"] * (len(_nested(network)) - 1))
 
 
 def token_grid(network: nn.Module, x: Array) -> tuple[int, ...]:
