@@ -1,9 +1,9 @@
 """Composed digits: pictures of two digits from a sentence, such as "a red three to the left of a blue seven".
 
-Paper: Rombach et al. 2021 (arXiv:2112.10752) for attention to words, Esser et al. 2024 (arXiv:2403.03206) for the
-transformer of two streams.
+Paper: Esser et al. 2024 (arXiv:2403.03206) for the transformer of two streams, Rombach et al. 2021 (arXiv:2112.10752)
+for attention to words.
 Command: `python -m experiments.text_to_image`, or with colours
-`python -m experiments.text_to_image --dataset mnist --run-dir runs/text_to_image_colour`
+`python -m experiments.text_to_image --dataset mnist --model unet --run-dir runs/coloured`
 Hardware: two CPU cores; the README has the times.
 Expect: nothing that looks like agreement before a thousand steps, then nearly every picture as it was said. Held out
 are ten pairs of digits, in their order, so that no set of words alone says what is where.
@@ -67,7 +67,7 @@ _UNET: dict[str, Any] = {
 }
 _LEVELS: dict[str, dict[str, Any]] = {
     "digits": {"channel_mults": (2, 3), "attention_levels": (0, 1)},
-    "mnist": {"channel_mults": (2, 2, 3), "attention_levels": (1, 2)},
+    "mnist": {"channels": 48, "channel_mults": (1, 2, 3), "attention_levels": (1, 2)},
 }
 _SMALL_UNET: dict[str, Any] = {"channels": 8, "channel_mults": (1, 1), "attention_levels": (1,)}
 _MMDIT: dict[str, Any] = {
@@ -92,8 +92,8 @@ class Config:
     """Two grey digits of scikit-learn on 16x16, or two coloured ones of MNIST on 32x32."""
     data_dir: Path | None = None
     """Where TFDS keeps MNIST; by default TFDS_DATA_DIR or ~/tensorflow_datasets."""
-    model: Literal["unet", "mmdit"] = "unet"
-    """A U-Net whose pixels attend to the words, or the transformer of two streams, pixels and words."""
+    model: Literal["mmdit", "unet"] = "mmdit"
+    """The transformer of two streams, pixels and words, or a U-Net whose pixels attend to the words."""
     text: Literal["joint", "frozen"] = "joint"
     """Train the encoder of the words with the network, or leave it as it was drawn."""
     clip_tokens: Path | None = None
@@ -143,7 +143,7 @@ SMOKE: dict[str, Any] = {"sampling": {"solver": "euler", "steps": 2, "sample_bat
 CONFIG = Config(
     training=Training(
         run_dir=Path("runs/text_to_image"),
-        total_steps=2500,
+        total_steps=4200,
         batch_size=64,
         learning_rate=2e-3,
         decay="cosine",

@@ -3,12 +3,14 @@
 A notebook is edited as `NN_name.py`; its pair `NN_name.ipynb` is made here, with outputs, and never edited. Whatever is
 written to stderr is an error: a reader should not have to wonder about a warning.
 
-`--smoke` cuts trainings down to a few steps; `--output` leaves the outputs of the repository alone.
+`--smoke` cuts trainings down to a few steps, compiles without optimising, and runs two at a time; `--output` leaves the
+outputs of the repository alone.
 """
 
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jupytext
@@ -72,18 +74,25 @@ def main(names: tyro.conf.Positional[tuple[str, ...]] = (), *, smoke: bool = Fal
     if smoke and output.resolve() == FOLDER.resolve():
         raise SystemExit("--smoke needs an --output of its own: the repository keeps the outputs of whole runs.")
     os.environ["FM_JAX_SMOKE"] = str(int(smoke))
+    if smoke:
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
     wanted = [source for source in SOURCES if not names or source.stem.startswith(names)]
     if not wanted:
         existing = ", ".join(source.stem for source in SOURCES)
         raise SystemExit(f"No notebook begins with {' or '.join(names)}; there are {existing}.")
     output.mkdir(parents=True, exist_ok=True)
-    for source in wanted:
-        print(f"{source.stem:28}", end="", flush=True)
+
+    def write(source: Path) -> None:
         start = time.monotonic()
         notebook = execute(source)
         path = output / f"{source.stem}.ipynb"
         nbformat.write(notebook, path)
-        print(f"{time.monotonic() - start:6.1f} s {path.stat().st_size / 1e3:8.0f} kB", flush=True)
+        seconds, size = time.monotonic() - start, path.stat().st_size / 1e3
+        print(f"{source.stem:28}{seconds:6.1f} s {size:8.0f} kB", flush=True)
+
+    with ThreadPoolExecutor(2 if smoke else 1) as pool:
+        for _ in pool.map(write, wanted):  # which raises what the notebook did
+            pass
 
 
 if __name__ == "__main__":

@@ -467,7 +467,7 @@ def _read_table(table: Path) -> tuple[list[tuple[int, list[str]]], int, int]:
         raise ValueError(f"{where} must be text in UTF-8, got other bytes: save it as CSV UTF-8.") from None
     if "\0" in text:
         raise ValueError(f"{where} must be text in UTF-8, got zero bytes: save it as CSV UTF-8.")
-    first = next((line for line in text.splitlines() if line.strip()), "")
+    first = next((line for line in io.StringIO(text, newline=None) if line.strip()), "").rstrip("\n")
     delimiter = max(",;\t", key=first.count)
     if delimiter not in first:
         raise ValueError(

@@ -238,7 +238,7 @@ def test_a_run_knows_what_its_sentences_were_read_by(kind, clip_file, tmp_path, 
 
 @pytest.mark.slow
 def test_a_run_does_not_go_on_with_features_of_another_encoder(tmp_path, monkeypatch):
-    monkeypatch.setattr(text_to_image, "_UNET", text_to_image._UNET | text_to_image._SMALL_UNET)
+    monkeypatch.setattr(text_to_image, "_MMDIT", text_to_image._MMDIT | text_to_image._SMALL_MMDIT)
     monkeypatch.setattr(text_to_image, "fit_judge", lambda *args, **_: fit_judge(*args, num_steps=4))
     encode_sentences(tmp_path / "texts", 0)
     training = dataclasses.replace(
