@@ -24,6 +24,18 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of tests marked `slow_but_one` the first case of each stays among the quick ones; before -m chooses."""
+    seen = set()
+    for item in items:
+        if item.get_closest_marker("slow_but_one"):
+            family = item.nodeid.partition("[")[0]
+            if family in seen:
+                item.add_marker(pytest.mark.slow)
+            seen.add(family)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("parity"):
         reason = "torch is not installed; see 'Parity with PyTorch peers' in CONTRIBUTING.md"

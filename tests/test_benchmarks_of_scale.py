@@ -46,6 +46,7 @@ def test_a_sharded_row_takes_the_bytes_of_an_image_from_the_replicated_one():
     assert memory.markdown(results).count("\n| dit_xl/2 |") == 2
 
 
+@pytest.mark.slow
 def test_state_of_the_networks():
     """Parameters, two moments and an average, four bytes each, and three integers that count steps."""
     found = memory.exact(memory.Row("dit_s/2", "cpu", "shard_map", 1, False))

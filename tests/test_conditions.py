@@ -382,6 +382,7 @@ def gaps(params):
     return found
 
 
+@pytest.mark.slow
 def test_both_branches_are_learned():
     """Conditional and unconditional velocity agree with the oracles, far better than these with each other."""
     found = gaps(trained(0.3))
@@ -389,6 +390,7 @@ def test_both_branches_are_learned():
     assert max(found["none"], found[0], found[1]) < 0.22
 
 
+@pytest.mark.slow
 def test_without_dropping_there_is_no_unconditional_branch():
     found = gaps(trained(0.0))
     assert max(found[0], found[1]) < 0.22

@@ -170,6 +170,7 @@ def claims_of(schedule, num=41):
     return float(inverse), finite, bool((np.diff(log_snr(schedule, inside)) > 0).all())
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", contracts.SCHEDULES, ids=name_of)
 def test_schedules_keep_what_they_claim(schedule, x64):
     inverse, finite, increasing = claims_of(schedule)
@@ -268,6 +269,7 @@ def measured():
         return flow_orders(ON_FLOW) | law_orders(WITH_NOISE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ON_FLOW | WITH_NOISE)
 def test_the_declared_order_is_the_measured_one(measured, name):
     assert abs(measured[name] - MADE[name].order) < (0.35 if MADE[name].order > 3 else 0.25), measured[name]
@@ -318,6 +320,7 @@ def test_a_number_of_steps_goes_over_the_declared_range(name, schedule):
     assert np.isfinite(solution.x).all()
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", MADE)
 def test_random_means_that_the_key_matters(name):
     sampler, x0 = MADE[name], jnp.ones((4, 2))
@@ -355,6 +358,7 @@ def apply_fn(params, t, x, cond, *, train, rngs):
     return params.get("drift", params.get("latent", params))["w"] * x if "w" not in params else params["w"] * x
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", contracts.LOSSES)
 def test_losses_are_pure_differentiable_and_weigh_examples(name):
     params = {"drift": PARAMS, "latent": PARAMS} if name == "bridge_matching" else PARAMS
@@ -378,6 +382,7 @@ def test_losses_are_pure_differentiable_and_weigh_examples(name):
 # ---- Sources and paths.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", contracts.SOURCES, ids=name_of)
 def test_sources_draw_like_what_is_given(source):
     for like in (jnp.zeros((5, 2)), jax.ShapeDtypeStruct((3, 2), jnp.bfloat16)):
@@ -388,6 +393,7 @@ def test_sources_draw_like_what_is_given(source):
     ).any()
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("path", contracts.PATHS, ids=name_of)
 def test_paths_say_what_can_be_regressed_and_where(path):
     """Every kind has a target, in the shape of the state, finite over the whole of its declared range."""

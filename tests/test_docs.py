@@ -42,6 +42,7 @@ def test_a_name_of_nothing_is_found(tmp_path):
     assert public.problems(tmp_path)[0] == "fm_jax.losses.flow_matched is in docs/reference but not in fm_jax"
 
 
+@pytest.mark.slow
 def test_docstrings_name_equations_that_exist(monkeypatch):
     assert equations.problems() == []
     assert "fm_jax.losses.flow_matching" in equations.implementers()["5.3"]

@@ -102,6 +102,7 @@ def test_posterior_is_kalmans(name, x64):
     np.testing.assert_allclose(flat(COVARIANCE(law)), k - gain @ a @ k, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_what_is_seen_exactly_is_known(x64):
     """As many directions are left as there are unseen numbers; in single precision too, in which they come as 0."""
     for double in (True, False):
@@ -162,6 +163,7 @@ def test_floor_over_uniform_times(name, x64):
     np.testing.assert_allclose(drawn, closed, rtol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("time_sampler", [Stratified(), LogitNormal()], ids=str)
 def test_loss_of_the_exact_velocity_is_the_floor(time_sampler, key):
     """Through the library's loss, 20,000 examples of 16 numbers: one part in 250, at z below 4.5."""
@@ -190,6 +192,7 @@ def test_draws_have_the_joint_law(key):
         assert abs(z).max() < 4.5
 
 
+@pytest.mark.slow_but_one
 @each_operator
 def test_the_flow_ends_in_the_posterior(name):
     """The flow is linear: where it carries 0 and the unit vectors says all, without an error of sampling."""
@@ -270,6 +273,7 @@ def learn(law, prior, *, terms, num_steps, batch_size, rate):
     return 1 + float(reached - best) / floor, float(reached) / floor, *errors
 
 
+@pytest.mark.slow
 def test_a_linear_network_learns_to_fill_a_hole():
     """On a line of 4 points: the floor within 2%, posterior covariance and mean within 5%."""
     prior = stationary_field(power_law_spectrum((4,), 1.5))

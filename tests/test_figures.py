@@ -95,6 +95,7 @@ def test_scatter_draws_three_panels(tmp_path):
     assert orange[third:-third].sum() > 100
 
 
+@pytest.mark.slow
 def test_importing_leaves_pyplot_alone():
     code = "import sys, experiments.lab.figures; assert 'matplotlib.pyplot' not in sys.modules"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])

@@ -85,6 +85,7 @@ def test_displacement_is_a_geodesic(x64):
     np.testing.assert_allclose(oracles.displacement_moments(p, 1.0)[1], COV1, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_displacement_is_the_straight_bridge_of_the_optimal_plan(x64):
     """Two derivations of one velocity: by the Monge map and by conditioning."""
     straight = oracles.GaussianBridge(oracles.optimal_plan(pair()), Linear(), lambda t: 0 * t)
@@ -153,6 +154,7 @@ def test_conditional_means_by_numpy(plan, name, x64):
     np.testing.assert_allclose(got.velocity, drift + d_gamma * noise, rtol=1e-8)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", BRIDGES)
 def test_continuity_equation(name, x64):
     """d log p / dt + div v + v . grad log p = 0 and the score is grad log p, with every derivative by autodiff."""
@@ -229,6 +231,7 @@ def heun(key, x, g, grid):
     return sample(v, x, StochasticHeun(diffusion=lambda t: g, score=score), times=grid, key=key).x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", [1, -1])
 def test_sde_sampler_between_the_gaussians(direction, key):
     """Moments of 5,000 samples by Heun steps, forward and backward, for three g; and the coupling for g = sigma.

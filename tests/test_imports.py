@@ -79,6 +79,7 @@ def package_of(path: Path) -> str:
     return path.relative_to(ROOT / "fm_jax").parts[0].removesuffix(".py")
 
 
+@pytest.mark.slow
 def test_works_without_the_extras():
     """Losses, models, samplers and training, with everything of the extras out of reach."""
     python(f"""
@@ -98,6 +99,7 @@ import fm_jax.train.checkpoint, fm_jax.train.loop, fm_jax.train.log, fm_jax.trai
 """)
 
 
+@pytest.mark.slow
 def test_importing_fm_jax_imports_jax_and_little_else():
     """Beyond JAX there are fm_jax, jaxtyping and the standard library; slow packages wait until they are called."""
     before, after = json.loads(
@@ -133,6 +135,7 @@ def test_arrows_point_one_way(path):
             assert rest.partition(".")[0] in allowed, f"line {line}: {package} may not import {name}"
 
 
+@pytest.mark.slow
 def test_one_file_names_pmap():
     naming = [
         str(path.relative_to(ROOT))

@@ -111,6 +111,7 @@ def batch_of(key, size):
     return {"x1": MEAN + jax.random.normal(key, (size, 2))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", ["function", "linen", "nnx", "equinox"])
 def test_trains_to_the_least_loss(library):
     """After 150 steps the loss is at its minimum over all networks, known in closed form, and not below it."""
@@ -154,6 +155,7 @@ def test_gradients_agree(library):
     )
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("library", ["linen", "nnx", "equinox"])
 def test_dropout_follows_the_key(library):
     """In training dropout is drawn from the key of the step; without a key there is none."""

@@ -27,6 +27,7 @@ def test_density_is_scipys(schedule, x64):
     np.testing.assert_allclose(jax.jit(lambda x: oracles.log_prob(gm, schedule, T, x))(X), expected, rtol=1e-6)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_score_is_the_gradient_of_the_density(schedule, x64):
     gm = mixture()
@@ -35,6 +36,7 @@ def test_score_is_the_gradient_of_the_density(schedule, x64):
     np.testing.assert_allclose(score, gradient, rtol=1e-7)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_velocity_satisfies_the_continuity_equation(schedule, x64):
     """d log p / dt + div v + v . grad log p = 0, with every term by autodiff."""
@@ -48,6 +50,7 @@ def test_velocity_satisfies_the_continuity_equation(schedule, x64):
     assert jnp.abs(jax.jit(jax.vmap(residual))(T + 1e-4, X)).max() < 1e-9
 
 
+@pytest.mark.slow
 def test_data_and_noise_are_the_conditional_means(key):
     """E[x1 | x_t near x] over two million draws: the definition, by counting. Standard error 0.005."""
     gm, schedule, t, x = mixture(), schedules.Linear(), 0.6, jnp.array([[0.2, -0.5]])
@@ -62,6 +65,7 @@ def test_data_and_noise_are_the_conditional_means(key):
     np.testing.assert_allclose((x1 - x0)[near].mean(axis=0), p.velocity[0], atol=0.05)
 
 
+@pytest.mark.slow
 def test_samples_have_the_mixtures_moments(key):
     gm = mixture()
     x = oracles.sample(gm, key, 200_000)
@@ -78,6 +82,7 @@ def test_finite_at_both_ends():
         assert all(np.isfinite(value).all() for value in oracles.prediction(gm, schedules.Linear(), t, x))
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_flow_map_obeys_the_ode(schedule, x64):
     """d/dt flow_map = v(t, flow_map), and there and back is the identity."""
@@ -98,6 +103,7 @@ def test_any_dimension(key, x64):
     np.testing.assert_allclose(v[:, 7:8], jax.jit(oracles.velocity(one, schedules.VP()))(0.7, x[:, 7:8]), rtol=1e-9)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s.domain == (0.0, 1.0)], ids=str)
 def test_marginalisation(schedule, key, x64):
     """The marginal velocity minimises the conditional loss: its gradient E[(v - u_t) f(x_t)] is zero for any f.
@@ -134,6 +140,7 @@ def test_bad_input(arguments, message):
         oracles.gaussian_mixture(*arguments)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_distribution_function_is_scipys(schedule, x64):
     means, stds, weights = np.array([-1.0, 2.0]), np.array([0.2, 0.7]), np.array([0.3, 0.7])

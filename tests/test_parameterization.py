@@ -15,6 +15,7 @@ T = np.array([0.05, 0.3, 0.6, 0.9])
 X = np.array([[0.1, -0.4], [1.5, 0.3], [-1.0, 1.0], [0.4, -1.2]])
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_every_ordered_pair_against_the_oracle(schedule, x64):
     exact = jax.jit(lambda t, x: oracles.prediction(mixture(), schedule, t, x))(T, X)
@@ -26,6 +27,7 @@ def test_every_ordered_pair_against_the_oracle(schedule, x64):
             )
 
 
+@pytest.mark.slow
 def test_works_on_images_and_does_not_confuse_batch_with_features(x64):
     """t is [batch] and batch == width == channels: per-example results must equal one-by-one results."""
     schedule, t = schedules.Cosine(), jnp.array([0.2, 0.5, 0.8])
@@ -37,6 +39,7 @@ def test_works_on_images_and_does_not_confuse_batch_with_features(x64):
             np.testing.assert_allclose(a[i], b[0], rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [0.3, T], ids=["scalar", "batch"])
 def test_velocity_fn(t, x64):
     gm, schedule = mixture(), schedules.Cosine()
@@ -59,6 +62,7 @@ def test_velocity_fn_gives_the_model_batched_time_and_the_condition():
     np.testing.assert_array_equal(seen["cond"], jnp.arange(4))
 
 
+@pytest.mark.slow
 def test_score_fn_is_grad_log_p(x64):
     gm, schedule = mixture(), schedules.Linear()
     score = score_fn(oracles.velocity(gm, schedule), schedule)(T, X)
@@ -66,6 +70,7 @@ def test_score_fn_is_grad_log_p(x64):
     np.testing.assert_allclose(score, gradient, rtol=1e-9)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("new", SCHEDULES, ids=str)
 @pytest.mark.parametrize("old", [schedules.Linear(), schedules.Cosine(), schedules.VP()], ids=str)
 def test_reschedule_gives_the_oracle_velocity_of_the_new_schedule(old, new, x64):
@@ -113,6 +118,7 @@ def test_reschedule_domain():
         reschedule_domain(None, linear)
 
 
+@pytest.mark.slow
 def test_outside_of_its_domain_a_rescheduled_velocity_is_refused():
     old, new = schedules.VP(), schedules.Linear()
     v = reschedule(oracles.velocity(mixture(), old), old, new)
@@ -149,6 +155,7 @@ def test_sampling_keeps_to_the_domain_of_a_rescheduled_velocity():
             sample(v, x0, times=times)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("new", [schedules.Linear(), schedules.Cosine(), schedules.EDM()], ids=str)
 @pytest.mark.parametrize("old", [schedules.VP(), schedules.VE(), schedules.DDPM()], ids=str)
 def test_clipped_reschedule(old, new, x64):
@@ -177,6 +184,7 @@ def test_clipped_reschedule(old, new, x64):
     assert len(seen) == 1 + len(outside)
 
 
+@pytest.mark.slow
 def test_a_clipped_reschedule_is_sampled_from_noise_to_data():
     old, new = schedules.VP(), schedules.Linear()
     x0 = jax.random.normal(jax.random.key(0), (64, 2))

@@ -24,6 +24,7 @@ X, Y = (jax.random.normal(jax.random.key(seed), (4, 2), F32) for seed in (0, 1))
 NUM_STEPS = 300
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", contracts.FIXED_STEPS)
 def test_times_are_not_rounded_to_the_precision_of_the_state(name):
     """Each time of the grid reaches the network, and the samples are finite, where half precision has far fewer."""
@@ -44,6 +45,7 @@ def test_times_are_not_rounded_to_the_precision_of_the_state(name):
     assert {*np.float32(times[:-1]).tolist()} <= seen
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("name", contracts.COUPLINGS)
 def test_partners_are_those_of_the_costs_in_single_precision(name, dtype):
@@ -106,6 +108,7 @@ def dtypes(tree):
     return {leaf.dtype for leaf in jax.tree.leaves(tree)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", contracts.LOSSES)
 def test_losses_stay_in_single_precision(name, x64):
     seen, w = Seen(), {"w": jnp.ones((), F32)}
@@ -119,6 +122,7 @@ def test_losses_stay_in_single_precision(name, x64):
     assert {*seen} <= {F32}
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("weight", [None, *contracts.WEIGHTS], ids=str)
 @pytest.mark.parametrize("kind", ["velocity", "data", "noise", "score"])
 def test_every_weight_of_every_kind_is_finite_and_in_single_precision(kind, weight, x64):
@@ -133,6 +137,7 @@ def test_every_weight_of_every_kind_is_finite_and_in_single_precision(kind, weig
         assert {*seen} == {F32}
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("times", contracts.TIME_SAMPLERS, ids=str)
 def test_every_time_sampler_leaves_the_data_in_single_precision(times, x64):
     seen = Seen()
@@ -142,6 +147,7 @@ def test_every_time_sampler_leaves_the_data_in_single_precision(times, x64):
     assert {*seen} == {F32}
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", contracts.FIXED_STEPS | contracts.LEARNED)
 def test_samplers_stay_in_single_precision(name, x64):
     seen, sampler = Seen(), (contracts.FIXED_STEPS | contracts.LEARNED)[name](Linear())
@@ -151,6 +157,7 @@ def test_samplers_stay_in_single_precision(name, x64):
     assert {*seen[1::2]} == {F32}  # states; times may be as precise as those of a learned solver are
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [0.5, np.float64(0.5), np.full(4, 0.5)], ids=["number", "scalar", "batch"])
 def test_functions_of_time_and_state_stay_in_single_precision(t, x64):
     found = [parameterization.convert(kind, X, t, Y, VP()) for kind in ("velocity", "data", "noise", "score")]
@@ -170,6 +177,7 @@ def test_functions_of_time_and_state_stay_in_single_precision(t, x64):
     assert dtypes(found) == {F32}
 
 
+@pytest.mark.slow
 def test_steps_and_measures_stay_in_single_precision(x64):
     def v(t, x):
         return -x

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_code_runs():
     names = {}
     for block in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL):
@@ -25,6 +26,7 @@ def test_code_runs():
     assert np.isfinite(names["loss"])
 
 
+@pytest.mark.slow
 def test_code_of_the_page_on_couplings_runs():
     pytest.importorskip("ott", reason="needs the extra fm_jax[ot]")
     names = {}

@@ -17,6 +17,7 @@ def interior(schedule, num=41):
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 class TestEverySchedule:
+    @pytest.mark.slow_but_one
     def test_derivatives_equal_central_differences(self, schedule, x64):
         t, h = interior(schedule), 1e-6
         alpha, sigma, d_alpha, d_sigma = coefficients(schedule, t)

@@ -191,6 +191,7 @@ def test_what_samples_shares_its_options():
         assert positional(sampler)[:3] == ["schedule", "diffusion", "score"]
 
 
+@pytest.mark.slow
 def test_the_loss_is_what_jax_differentiates():
     """`jax.value_and_grad(loss_fn, has_aux=True)` works as it is."""
     loss_fn = losses.flow_matching(lambda params, t, x, cond, **_: params * x, PATH)

@@ -30,6 +30,7 @@ def test_draws_have_the_law(source, law, key):
     assert abs(np.corrcoef(x.T)[0, 1]) < 0.05
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(("source", "law"), LAWS, ids=IDS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_log_prob_is_scipys(source, law, shape, x64):
@@ -46,6 +47,7 @@ def test_the_density_integrates_to_one(source):
     np.testing.assert_allclose(jnp.trapezoid(jnp.exp(source.log_prob(grid[:, None])), grid), 1, atol=1e-3)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("source", [*(source for source, _ in LAWS), Sampled(ramp)], ids=[*IDS, "sampled"])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_draws_are_in_the_shape_and_dtype_of_what_they_are_like(source, dtype, key):

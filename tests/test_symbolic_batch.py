@@ -38,12 +38,14 @@ def model_fn_of(name):
     return bind(linen_apply(module), params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network(name):
     model_fn = model_fn_of(name)
     check_any_batch(lambda x, labels: model_fn(jnp.float32(0.4), x, labels))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [Extrapolate(), Rescale(), ZeroStar(), Projected(Linear())], ids=repr)
 def test_every_rule_of_guidance(rule):
     model_fn = model_fn_of("mlp")
@@ -56,6 +58,7 @@ def test_every_rule_of_guidance(rule):
     check_any_batch(guided)
 
 
+@pytest.mark.slow
 def test_composed_guidance():
     model_fn = model_fn_of("mlp")
 

@@ -9,6 +9,7 @@ from fm_jax import schedules, times
 NUM = 20_000
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("sampler", TIME_SAMPLERS, ids=str)
 def test_contract(sampler, key):
     """Shape, range, one stream a key, and the whole under jit."""

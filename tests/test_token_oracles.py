@@ -21,6 +21,7 @@ def velocity(tokens, mask=None):
     return token_velocity(STD, Linear())(T, POINTS, Conditions(tokens=tokens, mask=mask))
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", [Linear(), Cosine(), VP()], ids=str)
 def test_each_example_is_a_mixture_of_its_own(schedule, x64):
     got = PREDICT(token_mixture(TOKENS.astype(np.float64), STD, MASK), schedule, T, POINTS)

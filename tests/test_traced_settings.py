@@ -61,6 +61,7 @@ WORKS = {
 }
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", WORKS)
 def test_a_traced_setting_gives_what_a_number_does(name):
     value, call = WORKS[name]

@@ -15,6 +15,7 @@ def coupling(request):
     return ALL[request.param]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labelled", [False, True])
 def test_a_permutation_that_leaves_data_in_place(coupling, labelled):
     """Both marginals are kept: nothing dropped, nothing repeated, and the indices say who went where."""

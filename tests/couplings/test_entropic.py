@@ -40,6 +40,7 @@ def test_marginals_of_the_plan(batch, epsilon):
         assert np.abs(plan.sum(axis) - 1).mean() <= 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [0.2, 1.0])
 def test_plan_and_cost_are_pots(x64, epsilon):
     """In float64 and converged to 1e-9: the plan to 1e-7 and its cost to 1e-9, relative."""
@@ -54,6 +55,7 @@ def test_plan_and_cost_are_pots(x64, epsilon):
     np.testing.assert_allclose((plan * cost(x0, x1)).sum(), (expected * cost(x0, x1)).sum(), rtol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epsilon", [1e-3, 1e-4])
 def test_small_epsilon_is_the_assignment(batch, key, epsilon):
     """In single precision, where a peer's plan becomes uniform. Near-ties are shared out until epsilon is 1e-4."""
@@ -99,6 +101,7 @@ def test_any_cost(batch):
     np.testing.assert_allclose(other, expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_pairs_are_as_frequent_as_the_plan_says(batch):
     """10,000 draws of 8 x 8: the largest of 64 standardised deviations exceeds 5 in one of 25,000 runs."""
     x0, x1 = (x[:8] for x in batch)
@@ -114,6 +117,7 @@ def test_pairs_are_as_frequent_as_the_plan_says(batch):
     assert (plan > 0.05).sum() > 16  # it is no assignment
 
 
+@pytest.mark.slow
 def test_within_classes(batch, key):
     """No pair across classes, and in each class the plan that it has by itself."""
     cond = jnp.asarray(np.random.default_rng(3).integers(0, 3, N))
@@ -157,6 +161,7 @@ def test_failure_is_loud(batch, key):
         ot(key, spoilt, x1)
 
 
+@pytest.mark.slow
 def test_training_sees_the_failure(batch, key):
     """The loss and its gradient are NaN, of a jitted step."""
     loss_fn = flow_matching(
@@ -171,6 +176,7 @@ def test_training_sees_the_failure(batch, key):
     assert np.isfinite(grad)
 
 
+@pytest.mark.slow
 def test_inside_pmap(batch):
     """Each device solves its own batch, with its own key."""
     x0, x1 = (x.reshape(4, 8, 2) for x in batch)
@@ -181,6 +187,7 @@ def test_inside_pmap(batch):
         np.testing.assert_array_equal(index0[device], ot(keys[device], x0[device], x1[device]).index0)
 
 
+@pytest.mark.slow
 def test_one_trace_and_no_gradient(batch):
     """Equal couplings are one static argument; the pairing is a choice, through which nothing is differentiated."""
     traces = []

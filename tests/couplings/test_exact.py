@@ -28,6 +28,7 @@ def test_equals_scipys_assignment(batch):
     np.testing.assert_array_equal(minibatch_ot(None, *batch[:2]).index0, expected)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("num", [2, 97, 130, 600])
 @pytest.mark.parametrize("dim", [1, 2, 50])
 def test_potentials_of_a_part_leave_the_optimum_as_it_is(num, dim):
@@ -106,6 +107,7 @@ def test_optimal_within_each_class(batch):
         np.testing.assert_allclose(paired, best, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_inside_pmap(batch):
     """Each device solves its own batch."""
     x0, x1, _ = batch
@@ -115,6 +117,7 @@ def test_inside_pmap(batch):
         np.testing.assert_array_equal(index0[device], minibatch_ot(None, split(x0)[device], split(x1)[device]).index0)
 
 
+@pytest.mark.slow
 def test_devices_that_meet_afterwards_do_not_deadlock():
     """Costs of 256 KiB, beyond what XLA's CPU client copies in place: it hung when other devices were waiting."""
     x0, x1 = jax.random.normal(jax.random.key(1), (2, 4, 256, 2))

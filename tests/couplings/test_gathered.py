@@ -52,6 +52,7 @@ def shuffled(key, x0, x1, cond=None):
     return Pairing(x0[index0], x1, cond, index0, weight / weight.mean())
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("run", [in_pmap, in_shard_map, unchecked], ids=["pmap", "shard_map", "unchecked"])
 @pytest.mark.parametrize("coupling", [ExactOT(), PartialOT(0.7), independent], ids=["exact", "partial", "independent"])
 def test_the_shares_are_the_coupling_of_the_union(run, coupling):
@@ -59,6 +60,7 @@ def test_the_shares_are_the_coupling_of_the_union(run, coupling):
     jax.tree.map(np.testing.assert_array_equal, found, coupling(None, X0, X1, LABELS))
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("run", [in_pmap, in_shard_map], ids=["pmap", "shard_map"])
 def test_all_devices_use_the_first_ones_key(run):
     keys = jax.random.split(jax.random.key(3), 4)
@@ -67,6 +69,7 @@ def test_all_devices_use_the_first_ones_key(run):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), run(call, keys, X0, X1), expected)
 
 
+@pytest.mark.slow
 def test_with_entropic_transport():
     pytest.importorskip("ott")
     from fm_jax.couplings.entropic import EntropicOT
@@ -101,6 +104,7 @@ def apply_fn(params, t, x, cond, *, train, rngs):
     return jnp.tanh(x @ params["w1"]) @ params["w2"]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("make", [pmap_step, lambda step: shard_map_step(step, mesh())], ids=["pmap", "shard_map"])
 @pytest.mark.parametrize("coupling", [ExactOT(), PartialOT(0.7)], ids=["exact", "partial"])
 def test_a_training_step_on_four_devices_equals_one_on_one(make, coupling):

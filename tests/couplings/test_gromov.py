@@ -32,6 +32,7 @@ def as_plan(index0):
     return plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupling", [SHARP, BLURRED], ids=["sharp", "blurred"])
 @pytest.mark.parametrize("seed", range(5))
 def test_an_isometric_copy_in_more_dimensions_is_recovered(coupling, seed):
@@ -57,6 +58,7 @@ def test_keeps_distances_as_well_as_pot(seed):
     assert found < 1.02 * expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epsilon", "fused"), [(0.3, 0.0), (1.0, 1.0)])
 def test_the_plan_is_that_of_pot(epsilon, fused):
     """The formula's epsilon and weights are the ones meant: half of it all is POT's fused problem at alpha = 1/2."""
@@ -85,6 +87,7 @@ def test_rotations_change_nothing():
 SQUARE = np.array([[1.0, 1.0], [-1.0, 1.0], [-1.0, -1.0], [1.0, -1.0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("meant", [[2, 3, 0, 1], [1, 2, 3, 0], [0, 3, 2, 1]])
 def test_costs_and_classes_break_symmetry(meant):
     """The corners of a square, in three dimensions: every symmetry keeps distances, the rest says which is meant."""
@@ -111,6 +114,7 @@ def test_within_classes():
     np.testing.assert_array_equal(SHARP(None, x0, x0[within], labels).index0, within)
 
 
+@pytest.mark.slow
 def test_inside_jit():
     """Where nothing can be raised, weights of NaN say that it failed."""
     rng = np.random.default_rng(4)

@@ -44,6 +44,7 @@ PLANS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_pairs_are_as_frequent_as_the_plan_says(draw, plan):
     """Pearson's chi-square of every row, of which the worst of 8 is in the tail of 1e-4 in one of 1,250 runs."""
@@ -67,6 +68,7 @@ def test_without_empty_edges_it_is_the_same(monkeypatch):
     np.testing.assert_array_equal(draw(), kept)
 
 
+@pytest.mark.slow
 def test_drawing_with_a_bias_would_be_seen(draw):
     """A third of the mass moved along one cycle of four is far outside what the test above admits: 104 of 30."""
     plan = doubly_stochastic(8, 0)
@@ -78,12 +80,14 @@ def test_drawing_with_a_bias_would_be_seen(draw):
     assert statistic[:2].max() > chi2.isf(1e-4, 7)
 
 
+@pytest.mark.slow
 def test_blocks_are_never_left(draw):
     index0 = draw(BLOCKS)
     assert (index0[:, :3] < 3).all()
     assert (index0[:, 3:] >= 3).all()
 
 
+@pytest.mark.slow
 def test_a_permutation_is_returned_as_it_is(draw):
     order = np.random.default_rng(2).permutation(8)
     plan = np.zeros((8, 8))
@@ -91,6 +95,7 @@ def test_a_permutation_is_returned_as_it_is(draw):
     assert (draw(plan) == order).all()
 
 
+@pytest.mark.slow
 def test_pairs_of_pairs_are_random_too(draw):
     """Of the 24 permutations of 4, drawn from the uniform plan, no few make up the sample."""
     found, times = np.unique(draw(np.kron(np.eye(2), np.full((4, 4), 1 / 4)))[:, :4], axis=0, return_counts=True)
@@ -98,6 +103,7 @@ def test_pairs_of_pairs_are_random_too(draw):
     assert times.min() > DRAWS / 24 / 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("n", "bits"), [(1, 20), (37, 12), (70, 7)])
 def test_sizes_and_precisions(n, bits):
     index0 = sample_permutation(jax.random.key(3), jnp.asarray(doubly_stochastic(n, n)), bits=bits)
@@ -112,6 +118,7 @@ def test_one_bit_is_unbiased():
     assert abs(same.mean() - 0.7) < 5 * np.sqrt(0.21 / 4000)
 
 
+@pytest.mark.slow
 def test_sums_that_are_a_little_off_are_evened_out(draw):
     plan = doubly_stochastic(8, 5)
     skewed = plan * np.linspace(0.99, 1.01, 8)

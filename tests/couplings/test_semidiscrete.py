@@ -29,6 +29,7 @@ def plane():
     return fit_semidiscrete(jax.random.key(1), x1.astype(np.float32), num_iterations=4000)
 
 
+@pytest.mark.slow
 def test_cells_are_quantiles(line):
     """The k-th smallest point gets what lies between the quantiles k/m and (k + 1)/m.
 
@@ -60,6 +61,7 @@ def test_cost_is_the_wasserstein_distance(line):
     assert found < 0.6 * (1 + (x**2).mean())
 
 
+@pytest.mark.slow
 def test_cells_have_equal_masses(plane):
     """400,000 samples: every mass within 5% of 1/64, of which 4 standard errors of 1.3% are noise."""
     masses, worst, noise = cell_masses(plane, jax.random.key(3), num_batches=400)

@@ -33,6 +33,7 @@ def dense(edges, n):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 8, 37, 100])
 def test_sums_stay_and_few_entries_are_left(n):
     units = plan(n, n)
@@ -62,6 +63,7 @@ def draw():
     return jax.jit(lambda keys, units: jax.vmap(lambda key: thin(key, units))(keys)[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharpness", [1.0, 20.0])
 def test_the_mean_is_the_plan(draw, sharpness):
     """4,000 draws of 20 points, groups of 4: z-scores of 400 entries, the worst above 5 in one of 4,000 runs."""

@@ -22,6 +22,7 @@ def cost(x0, x1):
     return np.square(np.asarray(x0)[:, None] - np.asarray(x1)[None]).sum(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("epsilon", "rho"), [(0.5, (2.0, 2.0)), (0.5, (float("inf"), 0.5))], ids=["both", "keeps_the_source"]
 )
@@ -47,6 +48,7 @@ def test_one_mass_by_hand():
     np.testing.assert_allclose(plan, np.exp(-9 / (epsilon + 2 * rho)), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_size_of_the_batch_does_not_matter(x64):
     """A batch repeated twice has the plan of the batch, spread out."""
     x0, x1 = gaussians(1)
@@ -61,6 +63,7 @@ def test_weak_marginals_tend_to_the_balanced_plan(x64):
     np.testing.assert_allclose(soft, EntropicOT(0.5, threshold=1e-9).plan(x0, x1), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tau", [0.7, (1.0, 0.7)], ids=["both", "keeps_the_source"])
 def test_weighted_pairs_have_the_expectation_of_the_plan(tau):
     """8,000 permutations: the mean weight on each pair is pi_ij over its mass, though all examples are in each draw.
@@ -86,6 +89,7 @@ def test_weighted_pairs_have_the_expectation_of_the_plan(tau):
     assert weight.std() > 0.2
 
 
+@pytest.mark.slow
 def test_outliers_count_for_nothing(key):
     """A data point far out is paired, as all are, with a weight near 0; the others are as without it."""
     x0, x1 = gaussians(4)
@@ -98,6 +102,7 @@ def test_outliers_count_for_nothing(key):
     assert balanced.weight[5] == 1
 
 
+@pytest.mark.slow
 def test_within_classes(key):
     x0, x1 = gaussians(5)
     cond = jnp.array([0, 1, 0, 1, 1, 0, 0, 1])
@@ -110,6 +115,7 @@ def test_within_classes(key):
     assert (pairing.weight > 0).all()
 
 
+@pytest.mark.slow
 def test_failure_is_loud(key):
     ot = UnbalancedOT(0.01, 0.999, max_iterations=100)
     x0, x1 = map(jnp.asarray, gaussians(6))
@@ -125,6 +131,7 @@ def test_failure_is_loud(key):
         ot(key, spoilt, x1)
 
 
+@pytest.mark.slow
 def test_failure_of_the_unbalanced_plan_alone_is_loud(key, monkeypatch):
     """The permutation is drawn from the balanced plan, which is fine; the weights are not."""
     monkeypatch.setattr(unbalanced, "_unbalanced", lambda costs, *_, **__: (-costs, costs.max() < 0))

@@ -52,6 +52,7 @@ def test_environment_variable_counts_after_import(prepared, monkeypatch, tmp_pat
         load_images("mnist", "test[:3]")
 
 
+@pytest.mark.slow
 def test_tensorflow_is_not_imported(prepared):
     tfds_dir = prepared("mnist")
     code = (
@@ -64,6 +65,7 @@ def test_tensorflow_is_not_imported(prepared):
     assert result.stdout.strip() == "(2, 28, 28, 1)"
 
 
+@pytest.mark.slow
 def test_importing_the_package_is_light():
     code = (
         "import sys, fm_jax.data, fm_jax.data.toy, fm_jax.data.digits, fm_jax.data.images, fm_jax.data.pipeline;"

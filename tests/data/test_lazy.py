@@ -115,6 +115,7 @@ def test_watched_passes_everything_on(capsys, monkeypatch):
     assert capsys.readouterr().out.splitlines() == [f"Read {i} of 3 pictures." for i in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_available_memory_minds_the_limits_of_the_process():
     """Half a gigabyte more than it has: that is what is left."""
     code = (

@@ -182,6 +182,7 @@ def test_files_that_are_refused(tmp_path):
         write_records(tmp_path / "b", DATASET._replace(images=PIXELS.astype(np.float32)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnist", pytest.param("cifar10", marks=pytest.mark.slow)])
 def test_tfds(name, prepared):
     tfds_dir = prepared(name)

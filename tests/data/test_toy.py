@@ -27,6 +27,7 @@ def samples():
     return {name: np.asarray(jax.jit(f, static_argnums=1)(jax.random.key(0), NUM)) for name, f in toy.TOYS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", toy.TOYS)
 def test_moments_equal_closed_form(samples, name):
     mean, covariance = map(np.asarray, MOMENTS[name])
@@ -95,6 +96,7 @@ def test_pinwheel_has_the_right_symmetry():
     assert np.bincount(np.rint(arm[np.abs(arm - np.rint(arm)) < 1e-4]).astype(int) % 5).min() > 850
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", toy.TOYS)
 def test_float32_under_x64_and_keys_matter(name):
     with jax.enable_x64(True):

@@ -50,6 +50,7 @@ def moments_of(model, params, dataset):
     return np.asarray(moments.mean, np.float64), np.exp(np.asarray(moments.log_variance, np.float64))
 
 
+@pytest.mark.slow
 def test_what_is_judged_is_numpys_in_double_precision(untrained):
     model, params, loaded, results = untrained
     mean, variance = moments_of(model, params, loaded.train)
@@ -155,6 +156,7 @@ def test_psnr_is_the_mean_over_images():
     assert reconstruction.psnr(x, y) == pytest.approx((20 + 40) / 2, abs=1e-4)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("name", "latents", "millions"),
     [("mnist", (7, 7, 4), 2.7), ("digits", (4, 4, 4), 0.66)],

@@ -14,6 +14,7 @@ from fm_jax.data.toy import moons
 from fm_jax.train.log import read_metrics
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path, capsys):
     training = dataclasses.replace(cnf.CONFIG.training, run_dir=tmp_path / "run")
     results = cnf.run(dataclasses.replace(cnf.CONFIG, smoke=True, training=training))
@@ -60,6 +61,7 @@ def test_maximum_likelihood_reaches_the_entropy():
     np.testing.assert_allclose([scale, params[1] * (scale - 1) / params[0]], [x1.std(), x1.mean()], atol=0.1)
 
 
+@pytest.mark.slow
 def test_entropy_of_the_moons():
     """The number that the experiment is to approach, by quadrature over the two half circles."""
     x1 = np.asarray(moons(jax.random.key(0), 2000), dtype=float)

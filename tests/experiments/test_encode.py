@@ -66,6 +66,7 @@ def finished(coded):
     return config, latent.run(config)
 
 
+@pytest.mark.slow
 def test_latents_are_those_of_the_autoencoder(coded):
     latents = open_latents(coded / "latents")
     module, params = open_model(coded / "autoencoder")
@@ -183,6 +184,7 @@ def test_a_process_that_is_killed_goes_on_to_the_same_bits(coded, tmp_path):
     assert not list((tmp_path / "b").glob(".unfinished*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sides_that_do_not_halve_and_grey_pictures(channels):
     module = TinyAutoencoder(channels=4, encoder_blocks=(1, 1, 1), decoder_blocks=(1, 1, 1), latent_channels=2)
@@ -220,6 +222,7 @@ def test_another_scale_in_the_config_of_the_autoencoder_is_another_space(coded, 
         encode.run(encode.Config(DIGITS, tmp_path / "autoencoder", coded / "latents", flip=True, batch_size=32))
 
 
+@pytest.mark.slow
 def test_captions(tmp_path, monkeypatch):
     write_small_text_encoder(tmp_path / "text_encoder")
     captions = tmp_path / "captions.txt"

@@ -32,6 +32,7 @@ def smoke(config, run_dir, **changes):
     return dataclasses.replace(config, smoke=True, training=training, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [digits, *(pytest.param(module, marks=pytest.mark.slow) for module in (mnist, fashion_mnist, cifar10))],
@@ -57,6 +58,7 @@ def test_images(module, tmp_path, capsys):
     assert "images/s" in out
 
 
+@pytest.mark.slow
 def test_one_option_changes_the_network_and_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
     few = {"solver": "euler", "steps": 2, "sample_batch": 20}
     small = shrink(smoke(digits.CONFIG, tmp_path / "run"), model="smoke_dit", sampling=few, num_samples=20, frames=3)
@@ -70,6 +72,7 @@ def test_one_option_changes_the_network_and_a_finished_run_is_not_run_again(tmp_
         images.run(dataclasses.replace(small, num_samples=10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -128,6 +131,7 @@ def toy_run(tmp_path_factory):
     return config.training.run_dir.with_name("run-smoke")
 
 
+@pytest.mark.slow
 def test_samplers_by_name(toy_run, tmp_path, capsys):
     """One of each family; `--help` lists all of them."""
     nfe = {"ab3": 5, "ddim": 3, "ddpm": 3, "unipc_2": 3, "churn": 6, "predictor_corrector": 5, "tsit5": None}
@@ -159,6 +163,7 @@ def test_learned_solver_of_a_run(toy_run, tmp_path, capsys):
     assert "NFE 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_toy2d(tmp_path, capsys):
     results = toy2d.run(smoke(toy2d.CONFIG, tmp_path / "run", source="moons"))
     assert results["wasserstein2_floor"] > 0
@@ -222,6 +227,7 @@ def test_every_field_is_an_option_with_help(capsys, monkeypatch):
                     assert f"--{f.name.replace('_', '-')}" in text, f.name
 
 
+@pytest.mark.slow
 def test_a_typo_is_an_error_that_names_the_nearest_field():
     command = [sys.executable, "-m", "experiments.digits", "--bath-size", "64"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -263,6 +269,7 @@ def trained_again(*_, **__):
     pytest.fail("trained again")
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     "content",
     [None, b"", b"{", b"[]", b"null", b"{}", b'{"guided": 3}', b"\xff\x00", b'{"guided": {}, "unguided": {}}'],
@@ -278,6 +285,7 @@ def test_results_that_are_ruined_count_as_absent(content, copied, monkeypatch):
         images.run(config)
 
 
+@pytest.mark.slow
 def test_ruined_results_are_made_again(copied):
     config, whole = copied
     path = config.training.run_dir / "results.json"
@@ -304,6 +312,7 @@ def test_a_refused_run_leaves_the_results_of_a_finished_one(wrong, copied):
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_foreign_lines_among_the_metrics_stop_no_experiment(copied):
     config, _ = copied
     metrics = config.training.run_dir / "metrics.jsonl"
@@ -314,6 +323,7 @@ def test_foreign_lines_among_the_metrics_stop_no_experiment(copied):
     assert metrics.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_results_of_an_older_configuration_are_not_taken_for_those_of_a_newer_one(copied, monkeypatch):
     """Killed between the new configuration and its results: there are none."""
     config, _ = copied
@@ -338,6 +348,7 @@ def test_a_name_that_is_taken_in_a_finished_run(name, copied):
     assert {path: path.is_file() and path.read_bytes() for path in run_dir.rglob("*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", [None, b"", b"note\n"])
 def test_a_finished_run_without_its_metrics_is_judged_without_a_picture_of_them(content, copied, capsys):
     config, whole = copied
@@ -378,6 +389,7 @@ def test_lines_that_are_missing_on_resuming(steps, reached, missing, tmp_path):
     assert _missing_lines(Training(tmp_path, log_every=10), reached) == missing
 
 
+@pytest.mark.slow
 def test_without_an_average_samples_are_drawn_with_the_parameters(tmp_path):
     config = short(tmp_path / "run", 3, ema_decays=())
     assert np.isfinite(toy2d.run(config)["wasserstein2"])

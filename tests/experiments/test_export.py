@@ -78,6 +78,7 @@ def noise(experiment, seeds):
     return jnp.concatenate([lab.draw_x0(experiment, jnp.uint32(seed))[0] for seed in seeds])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num", [1, 3])
 def test_the_sampler_draws_what_the_library_draws_from_the_same_noise(num, written, digits_run):
     restored = restore_run(digits_run)
@@ -98,6 +99,7 @@ def test_a_label_that_is_none_and_one_that_is_not_there(written):
         assert jnp.isnan(draw(SEEDS, np.full(3, label, np.int32))).all()
 
 
+@pytest.mark.slow
 def test_devices_share_a_batch_that_is_cut_over_them(written):
     num = jax.device_count()
     whole = NamedSharding(Mesh(jax.devices(), ("data",)), PartitionSpec("data"))
@@ -107,6 +109,7 @@ def test_devices_share_a_batch_that_is_cut_over_them(written):
     np.testing.assert_allclose(np.asarray(found), call_of(written)(seeds, labels), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_program_of_jax_and_numpy_alone_draws(written, tmp_path):
     program = """
 import sys
@@ -245,6 +248,7 @@ def draw_of(solver, num_classes=None, source=None, space=PIXELS, method=None, **
     return here, jax_export.deserialize(exported.serialize()).call
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "solver",
     [
@@ -270,6 +274,7 @@ def test_what_would_call_python_is_refused(solver):
         lab.check_exportable(sampler, solver)
 
 
+@pytest.mark.slow
 def test_what_calls_python_is_refused_however_it_comes_there():
     with pytest.raises(ValueError, match="calls Python where a solve fails"):
         draw_of("tsit5")
@@ -308,6 +313,7 @@ assert np.isnan(draw(test.SEEDS)).all()
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_without_classes_seeds_are_all_that_is_asked_for(toy_run, tmp_path, capsys):
     export.run(export.Config(run=toy_run, out=tmp_path / "new" / "toy.safetensors", average="none", license="mine"))
     draw = call_of(tmp_path / "new" / "toy.safetensors")
@@ -321,6 +327,7 @@ def test_without_classes_seeds_are_all_that_is_asked_for(toy_run, tmp_path, caps
     assert "labels" not in card
 
 
+@pytest.mark.slow
 def test_another_source_and_another_scale_are_in_the_sampler():
     def line(key, num):
         return jnp.stack([jax.random.uniform(key, (num,)), jnp.zeros(num)], axis=1) + 3
@@ -332,6 +339,7 @@ def test_another_source_and_another_scale_are_in_the_sampler():
     assert jnp.abs(normal(SEEDS) - plain(SEEDS)).max() > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("average", "name"), [("none", None), ("0.3", "0.3"), ("0.10", "0.1"), (None, "0.3")])
 def test_the_average_that_is_asked_for(average, name, toy_run, digits_run, tmp_path):
     run = digits_run if average == "0.10" else toy_run
@@ -370,6 +378,7 @@ def test_options_of_guidance_are_in_the_sampler(digits_run, written, tmp_path):
     assert "guidance" not in metadata(tmp_path / "guidance.safetensors")["sampler"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["export_draw", "write_card", "flat"])
 def test_files_that_are_there_stay_until_all_is_well(where, toy_run, tmp_path, monkeypatch):
     out = tmp_path / "model.safetensors"
@@ -463,6 +472,7 @@ def test_parameters_that_are_too_many_go_beside(toy_run, tmp_path, monkeypatch):
 PAGE = Path(__file__).parents[2] / "docs" / "howto" / "export.md"
 
 
+@pytest.mark.slow
 def test_the_page_runs_and_says_what_is(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "page"}

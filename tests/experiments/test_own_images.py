@@ -89,6 +89,7 @@ def again(finished, flowers, tmp_path):
     return config_of, results
 
 
+@pytest.mark.slow
 def test_a_folder_of_odd_sizes_becomes_samples(finished):
     config, results = finished
     run_dir = config.training.run_dir
@@ -140,6 +141,7 @@ def edit(folder):
         Image.fromarray(pixels).save(path)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("change", "message"),
     [(add, "there and"), (swap, "checksum"), (rename, "a rose"), (edit, "checksum")],
@@ -192,6 +194,7 @@ def test_a_run_begins_with_the_parameters_of_another(finished, tmp_path, capsys)
     assert restore_run(tmp_path / "run").step == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("training", "model", "message"),
     [
@@ -219,6 +222,7 @@ def test_what_a_beginning_changes_is_told(finished, flowers, tmp_path, capsys):
     assert "Its embedding of labels is left out." in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_is_read_where_nothing_can_be_written(finished, tmp_path, monkeypatch):
     config, _ = finished
     monkeypatch.setattr("fm_jax.train.checkpoint.make_folder", lambda *_: pytest.fail("would write"))
@@ -263,6 +267,7 @@ FEW = Sampling(solver="euler", steps=2, sample_batch=20)
 GUIDED = dataclasses.replace(FEW, guidance=3.0)
 
 
+@pytest.mark.slow
 def test_latents_come_back_as_they_were(tmp_path):
     x = np.random.default_rng(0).normal([3.0, -1.0, 0.0, 10.0], [0.5, 2.0, 7.0, 1.0], (64, 8, 8, 4)).astype(np.float32)
     np.savez(tmp_path / "a.npz", latents=np.moveaxis(x, -1, 1))
@@ -338,6 +343,7 @@ def test_one_command_on_200_pictures_of_odd_sizes(tmp_path):
         assert (tmp_path / "runs" / "images" / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_network_of_nan_is_named(finished, tmp_path, monkeypatch):
     """Neither its tolerance nor its steps are to blame."""
     import jax
@@ -353,6 +359,7 @@ def test_a_network_of_nan_is_named(finished, tmp_path, monkeypatch):
         sample.run(sample.Config(config.training.run_dir, out=tmp_path / "a.png", num=4))
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("solver", ["heun", "euler_maruyama"])
 def test_samples_that_are_not_finite_are_no_picture(solver, finished, tmp_path, monkeypatch):
     config, _ = finished

@@ -32,12 +32,14 @@ def call(monkeypatch):
     return call
 
 
+@pytest.mark.slow
 def test_smoke_draws_a_picture(call, tmp_path, capsys):
     call("--smoke", "--num", 2, "--out", tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 100
     assert "2 pictures of 16x16 by DiTPipeline, 2 steps, NFE 4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_arrays_are_those_of_the_library(call, folder, tmp_path):
     import jax
 
@@ -51,6 +53,7 @@ def test_arrays_are_those_of_the_library(call, folder, tmp_path):
         assert file["images"].max() <= 1
 
 
+@pytest.mark.slow
 def test_a_flow_of_classes_is_sampled_as_any_flow(tmp_path):
     import jax
 
@@ -145,6 +148,7 @@ def test_what_is_wrong_in_a_folder(name, fields, match, folder, tmp_path):
         open_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_parameters_that_are_not_finite_are_named(folder):
     import jax
 

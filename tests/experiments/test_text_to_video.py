@@ -272,6 +272,7 @@ def test_a_network_is_told_of_words_and_letters_and_refuses_what_it_cannot_know(
         experiment.told(["a three moves up while a seven moves left".replace("while", "a")])
 
 
+@pytest.mark.slow_but_one
 def test_the_network_takes_clips_and_pictures_and_no_more_frames_than_it_has_positions_for(experiment):
     params = jax.eval_shape(experiment.init_params, jax.random.key(0))
     told = jax.tree.map(jnp.asarray, experiment.told(["a three moves up", "a seven"]))

@@ -33,6 +33,7 @@ def test_torchcfm_table(tmp_path, capsys, monkeypatch):
     assert (run_dir / "trajectories.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_reflow(tmp_path, capsys):
     results = reflow.run(reflow.Config(run_dir=tmp_path / "run", smoke=True))
     run_dir = tmp_path / "run-smoke"

@@ -44,6 +44,7 @@ def optimised(monkeypatch):
     monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     "toy", ["eight_gaussians", *(pytest.param(toy, marks=pytest.mark.slow) for toy in get_args(Toy)[1:])]
@@ -63,6 +64,7 @@ def test_many_at_once_are_the_bits_of_one_at_a_time(toy):
     assert at_once.get_state() == {"position": 11}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize(
     ("toy", "process_count"), [("eight_gaussians", 4), pytest.param("circles", 2, marks=pytest.mark.slow)]

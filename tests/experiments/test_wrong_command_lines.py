@@ -603,6 +603,7 @@ def test_mistakes_found_while_running(error, message, world, monkeypatch):
         cnf.main()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["tsit5", "kvaerno3"])
 def test_a_solver_that_does_not_arrive(solver, world, monkeypatch, capfd, caplog):
     """From within a jitted function, without the pages that JAX and Equinox have about it."""
@@ -718,6 +719,7 @@ def test_all_options_that_are_paths_are_known():
     assert ("toy2d", ("training", "run_dir")) in PATHS
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(("command", "path"), PATHS, ids=lambda x: str(x))
 def test_a_path_as_shells_and_job_systems_pass_it(command, path, world, monkeypatch):
     ending = ".safetensors" if command == "export" else ".npz"

@@ -29,6 +29,7 @@ def test_a_jaxlib_that_was_not_measured_gets_no_flag(monkeypatch):
     assert "XLA_FLAGS" not in os.environ
 
 
+@pytest.mark.slow
 def test_jaxlib_takes_the_flags_and_lowers_convolutions_without_ynnpack():
     code = """
 from experiments.lab.xla import use_flags

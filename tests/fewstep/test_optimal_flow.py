@@ -55,6 +55,7 @@ def solver(request, monkeypatch):
     monkeypatch.setattr(optimal_flow, "_DENSE", request.param)
 
 
+@pytest.mark.slow
 def test_value_by_hand(solver, x64):
     """Quadratic Psi: z0 solves a linear system, and d times the loss is the paper's E |(z0 - x0) / t|^2."""
     x_t = (1 - T)[:, None] * X0 + T[:, None] * X1
@@ -70,6 +71,7 @@ def test_value_by_hand(solver, x64):
     assert metrics["unconverged"] == 0
 
 
+@pytest.mark.slow
 def test_gradient_is_the_implicit_one(solver, x64):
     """Against a dense Hessian in NumPy, and against central differences of the loss, also in forward mode."""
     batch = {"x0": X0, "x1": X1, "t": T}
@@ -98,6 +100,7 @@ def test_gradient_is_the_implicit_one(solver, x64):
     np.testing.assert_allclose([forward, reverse], difference, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_inverse_at_all_times_and_event_shapes(dtype, x64):
     x = RNG.standard_normal((4, 3, 1)).astype(dtype)
@@ -114,6 +117,7 @@ def test_inverse_at_all_times_and_event_shapes(dtype, x64):
     np.testing.assert_allclose(at_zero[..., 0], curved_gradient(CURVED, x[..., 0]) - x[..., 0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_transport_and_back():
     params = jax.tree.map(lambda p: np.asarray(p, dtype=np.float32), CURVED)
     x0 = X0.astype(np.float32)
@@ -122,6 +126,7 @@ def test_transport_and_back():
     np.testing.assert_allclose(jax.jit(functools.partial(inverse_transport, curved))(params, x1).z0, x0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_velocity_is_straight(x64):
     """One Euler step is the transport, and on the way the velocity stays what it was."""
     v = straight_velocity(curved, CURVED, tolerance=1e-9)
@@ -165,6 +170,7 @@ def around_quadratic(params, x):
     return 0.5 * jnp.einsum("bi,ij,bj->b", x, params["s"], x) + x @ params["b"] + params["c"] * bend
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", ["independent", "turned"])
 def test_optimal_map_is_stationary_for_any_plan(plan):
     """At Brenier's potential from N(0, I) to N(m, C), C^(1/2) and m, the mean gradient of the loss is 0.

@@ -27,6 +27,7 @@ ONE_STEP = RungeKutta("euler")
 RK4 = {"sampler": RungeKutta("rk4"), "times": 40}
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("schedule", "options", "nfe", "atol"),
     [
@@ -87,6 +88,7 @@ def energy(v, x0, num_steps=200):
     return float(num_steps * (jnp.diff(states, axis=0) ** 2).mean(axis=1).sum())
 
 
+@pytest.mark.slow
 def test_one_reflow_is_optimal_transport_on_a_line(key):
     """The flow's pairs are monotone, so the reflowed velocity is the displacement's, and its energy is W2^2."""
     v = oracles.velocity(ON_A_LINE, Linear())
@@ -103,6 +105,7 @@ def test_one_reflow_is_optimal_transport_on_a_line(key):
     assert energy(v, x0) > 1.02 * w2
 
 
+@pytest.mark.slow
 def test_displacement_is_the_minimiser_on_the_pairs(key):
     """flow_matching with coupling=paired takes the pairs as they are: the loss of the displacement's velocity is 0."""
     v = oracles.velocity(ON_A_LINE, Linear())

@@ -36,6 +36,7 @@ def exact_classifier(schedule):
     return oracles.velocity(everything, schedule), oracles.velocity(one_class, schedule), log_prob_fn
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_the_exact_classifier_gives_the_conditional_velocity(schedule, x64):
     """And at scale s that of classifier-free guidance, since grad log p(y | x) is the difference of the scores."""
@@ -159,6 +160,7 @@ def narrow_gaussians(centres, width):
     return v
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [0.0, 0.3, 0.9, 1.0])
 def test_the_field_of_narrow_gaussians_is_the_oracle(t, x64):
     centres, x = np.random.default_rng(2).normal(size=(2, 5, 3))

@@ -178,6 +178,7 @@ def test_compose_of_one_is_classifier_free():
     np.testing.assert_allclose(one, same, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compose_samples_the_product_of_gaussians(x64):
     """p_u (p_1 / p_u)^s1 (p_2 / p_u)^s2 for Gaussians of one covariance: a Gaussian, reached exactly."""
     covariance = np.array([[0.5, 0.2], [0.2, 0.3]])
@@ -257,6 +258,7 @@ def test_nested_of_one_is_classifier_free_and_is_called_once():
     assert model_fn.batches == [6, 6, 9]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(("guide", "weights"), [(compose, (1.5, 7.0)), (nested, (1.5 - 7.0, 7.0))])
 def test_samples_the_tilted_gaussian_of_several_conditions(guide, weights, x64):
     """Of one covariance: v_0 + sum_i w_i (v_i - v_0) is the velocity of the mean m_0 + sum_i w_i (m_i - m_0)."""
@@ -278,6 +280,7 @@ def test_samples_the_tilted_gaussian_of_several_conditions(guide, weights, x64):
 # What guidance samples: p_c^scale p_u^(1 - scale), and when not
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", [Linear(), VP()], ids=str)
 def test_samples_the_tilted_law_of_gaussians_with_one_covariance(schedule, x64):
     """Then p_c^s p_u^(1 - s) is N(m_u + s (m_c - m_u), C), at every t, and the guided field is its velocity."""
@@ -310,6 +313,7 @@ def end_moments(mean_c, std_c, mean_u, std_u, scale):
     return (low + high) / 2, (high - low) / 2
 
 
+@pytest.mark.slow
 def test_does_not_sample_the_tilted_law_of_gaussians_with_two_covariances(x64):
     """v_i = m_i + A_i (x - t m_i) with A_i = S_i' / (2 S_i), S_i = t^2 std_i^2 + (1 - t)^2, so that the guided field is
     affine too: its samples have std std_c^s std_u^(1 - s), and a mean by quadrature. The guided score at t = 1 is that

@@ -15,6 +15,7 @@ X0, X1 = jax.random.normal(jax.random.key(0), (5, 4)), jax.random.normal(jax.ran
 MASK = jnp.array([True, False, True, False])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [Linear(), Cosine()], ids=["linear", "cosine"])
 def test_what_is_known_goes_its_own_way_and_the_rest_as_by_itself(schedule):
     # Independent coordinates: each velocity depends on its own alone.

@@ -121,6 +121,7 @@ def test_projected_is_continuous_up_to_both_ends(schedule, x64):
         np.testing.assert_allclose(guided(end, x), guided(near, x), atol=2e-4)
 
 
+@pytest.mark.slow
 def test_gradients_are_finite_where_velocities_vanish_or_agree():
     zero, one, c = jnp.zeros((1, 3)), jnp.ones((1, 3)), jnp.array([[1.0, -2.0, 0.5]])
     cases = [(c, zero), (zero, c), (zero, zero), (c, c), (c, 2 * c), (one, c), (c, one)]
@@ -147,6 +148,7 @@ def class_model(kind, schedule):
     return model_fn
 
 
+@pytest.mark.slow
 def test_one_batch_is_the_same_as_two_functions_for_every_kind(x64):
     schedule, cond, null, x = Cosine(), np.array([0, 1, 1]), np.full(3, 2), X[:, 0]
     velocities = class_model("velocity", schedule)
@@ -185,6 +187,7 @@ def guided_fields():
     }
 
 
+@pytest.mark.slow
 def test_every_guided_field_goes_through_every_sampler(x64):
     """Fixed and adaptive, joint and per example, agree. A switch among the fields makes them one compilation."""
     fields = guided_fields()

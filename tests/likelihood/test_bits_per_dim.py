@@ -68,6 +68,7 @@ def test_one_draw_may_be_estimated_by_hutchinson():
     np.testing.assert_allclose(bits, bits_per_dim(**options, tolerance=0.1), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_converged_solve_is_the_closed_form_and_another_is_refused():
     """Eight Euler steps on a sharp model are off by bits."""
     mixture = oracles.gaussian_mixture([[-0.4, 0.3], [0.5, -0.2]], 0.02)
@@ -84,6 +85,7 @@ def test_a_converged_solve_is_the_closed_form_and_another_is_refused():
     assert (np.abs(bits_per_dim(v, KEY, images, **euler(8), tolerance=1e6) - exact) > 1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rate", "options", "message"),
     [

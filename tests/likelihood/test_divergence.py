@@ -147,6 +147,7 @@ def test_hutch_plus_plus_is_less_noisy_for_as_many_products():
     assert 2 * spread[HutchPlusPlus] < spread[Hutchinson]
 
 
+@pytest.mark.slow
 def test_gradients_in_parameters_are_unbiased():
     """d trace(a M + a^2 N) / da with M of rank 1, which leaves Hutch++ a sketch whose derivative is infinite.
 

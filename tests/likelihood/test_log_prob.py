@@ -64,6 +64,7 @@ def closed_forms():
         return both()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_log_prob_is_the_closed_form(closed_forms, schedule):
     computed, exact = closed_forms[str(schedule)]
@@ -71,6 +72,7 @@ def test_log_prob_is_the_closed_form(closed_forms, schedule):
     np.testing.assert_allclose(computed, exact, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_defaults_in_single_precision_on_images():
     """The adaptive solver; sources that are a normal distribution up to the signal left in them."""
     mixture = contracts.mixture()
@@ -114,6 +116,7 @@ def test_stochastic_log_prob_is_unbiased(estimates, index):
     assert abs(values.mean() - exact - 0.2 * np.trace(MATRIX)) > 4 * error
 
 
+@pytest.mark.slow
 def test_both_directions_agree_and_probes_cost_no_steps():
     """Probes redrawn at each call would need thousands of steps."""
     matrix = jnp.asarray(MATRIX, jnp.float32)
@@ -151,6 +154,7 @@ def test_calls_are_those_that_happen_and_cost_what_the_velocity_costs():
     assert encode_and_log_prob(shrink, x, sampler=RK4, times=2)[0].nfe is None
 
 
+@pytest.mark.slow
 def test_guided_flow_integrates_to_one(x64):
     """What a guided velocity transports has a density too, though no closed form."""
     cats = oracles.gaussian_mixture([[-1.0], [0.5]], [0.3, 0.4])
@@ -168,6 +172,7 @@ def affine_log_prob(x1, a=1.0):
     return scipy.stats.multivariate_normal(cov=flow @ flow.T).logpdf(x1)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_closed_form():
     """In x1 and in a parameter of the velocity, through the adaptive solver and through fixed steps."""
     solves = [{}, {"sampler": RungeKutta("midpoint"), "times": 40}]
@@ -192,6 +197,7 @@ def test_scalar_events():
     np.testing.assert_allclose(log_p, scipy.stats.norm.logpdf([0.0, 1.0]) - 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_step_size_for_each_example():
     x1 = jnp.array([[0.0], [1.0], [-20.0]])
     solution, log_p = jax.jit(lambda x1: encode_and_log_prob(shrink, x1, sampler=Adaptive(per_sample=True)))(x1)
@@ -199,6 +205,7 @@ def test_one_step_size_for_each_example():
     np.testing.assert_allclose(log_p, scipy.stats.norm(0, np.exp(-1)).logpdf(x1[:, 0]), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_source_is_any_with_a_density():
     """dx/dt = x takes the box [-1, 1]^2 to [-e, e]^2, of density (2 e)^-2."""
     x1 = jnp.array([[0.5, -1.0], [2.5, 2.5], [2.8, 0.0]])
@@ -209,6 +216,7 @@ def test_the_source_is_any_with_a_density():
     np.testing.assert_allclose(sample_and_log_prob(lambda t, x: x, x0, **options)[1], -2 * np.log(2 * np.e), rtol=1e-5)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("times", [20, uniform(20), np.linspace(0, 1, 21)])
 def test_times_run_from_the_source_to_the_data(times):
     x1 = jnp.array([[0.3, -0.5]])

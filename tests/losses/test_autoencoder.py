@@ -181,6 +181,7 @@ def test_at_the_closed_form_the_loss_is_the_likelihood(learned, x64):
     np.testing.assert_allclose(loss, metrics["nll"] + metrics["kl"], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_away_from_it_the_loss_is_the_bound_of_the_oracle(x64):
     model, rng = ppca(MEAN, COV, K), np.random.default_rng(3)
     params = closed_form(model, True)

@@ -43,6 +43,7 @@ def heads(params, t, x, cond, *, train, rngs):
     return params * x, 2 * params * x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interpolant", [Linear(), Cosine()], ids=str)
 def test_value_by_hand(interpolant, key, x64):
     """Images, coupled by the data, in numpy; z is recovered from a network that shows where it was called."""
@@ -73,6 +74,7 @@ def test_value_by_hand(interpolant, key, x64):
     assert metrics["loss"] == loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLANS)
 def test_minimiser_is_the_oracle(name, key):
     """Adding A x to either perfect output leaves the slope of the loss in the matrix A at zero.
@@ -111,6 +113,7 @@ def model(bridge):
     return model_fn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [0.2, np.array([0.1, 0.5, 0.9])], ids=["scalar", "batch"])
 def test_velocity_and_score_of_a_perfect_network(t, x64):
     bridge, x = brownian("entropic"), np.array([[0.1, -0.4], [1.5, 0.3], [-1.0, 1.0]])
@@ -183,6 +186,7 @@ def sampled(key, x, grid):
     return flow, sample(v, x, StochasticHeun(diffusion=SIGMA, score=score), times=grid, key=key).x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", [1, -1])
 def test_perfect_networks_sample_the_bridge(direction, key):
     """From one end of the domain of a Brownian bridge to the other by the ODE and the SDE: the marginal's moments.
@@ -232,6 +236,7 @@ def test_two_heads_draw_different_dropout(key):
     )
 
 
+@pytest.mark.slow
 def test_couplings_and_their_weights(key):
     """A permuting coupling reaches the path, and the weights of its pairs multiply the loss."""
     x0, x1 = jax.random.normal(key, (2, 16, 2))
@@ -312,6 +317,7 @@ class Narrow(Linear):
         return 0.1, 0.9
 
 
+@pytest.mark.slow
 def test_denoiser_alone(key):
     """`flow_matching(kind="latent")` regresses z: the value by hand."""
     path = BrownianBridge(0.7)

@@ -22,6 +22,7 @@ def scaled_identity(params, t, x, cond, *, train, rngs):
     return params * x
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_value_by_hand(schedule, x64):
     """The mean of |f - target|^2 on a given batch, in numpy."""
@@ -40,6 +41,7 @@ def test_value_by_hand(schedule, x64):
         assert metrics["loss"] == metrics["mse"] == loss
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("kind", KINDS)
 def test_minimiser_is_the_oracle(kind, key):
     """Moving the perfect network by a constant raises the loss by that constant squared: the cross term vanishes.
@@ -59,6 +61,7 @@ def test_minimiser_is_the_oracle(kind, key):
     assert abs(gradient) / (2 * jnp.sqrt(mse / (2 * num))) < 4.5
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("weight", WEIGHTS, ids=str)
 def test_weighted_losses_agree_between_kinds(weight, key, x64):
     """A weight defines one objective: errors of equivalent networks of all four kinds weigh the same."""
@@ -88,6 +91,7 @@ def test_named_losses_are_the_one_function(key):
         )
 
 
+@pytest.mark.slow
 def test_weighted_score_loss_is_the_noise_loss(key, x64):
     """sigma^2 |s - (-x0 / sigma)|^2 = |(-sigma s) - x0|^2."""
     path = AffinePath(Linear())
@@ -113,6 +117,7 @@ def test_coupling_and_condition_reach_the_network(coupling, key):
     assert jax.jit(loss)(None, key, batch)[0] < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [AffinePath, StochasticInterpolant])
 @pytest.mark.parametrize("source", [Normal(), Uniform(-3.0, 3.0), Sampled(lambda key, num: jnp.full((num, 2), 7.0))])
 def test_x0_is_drawn_from_the_source_of_the_path(make, source, key):
@@ -132,6 +137,7 @@ def test_same_key_same_loss_and_different_key_different(key):
     assert loss(0.5, key, batch)[0] != loss(0.5, jax.random.key(1), batch)[0]
 
 
+@pytest.mark.slow
 def test_default_times_stay_where_the_target_is_finite(key):
     """VP has an infinite slope at t = 1 and the score is infinite there: 100,000 draws give no infinity."""
     for kind in KINDS:
@@ -198,6 +204,7 @@ def test_refused_when_traced(batch, key, message):
         flow_matching(scaled_identity, AffinePath())(0.5, key, batch)
 
 
+@pytest.mark.slow
 def test_dropping_conditions_changes_nothing_else(key):
     """Source, times, pairs and keys are those of a loss without, which are the first five of the key's split."""
     cond = jnp.arange(16)
@@ -260,6 +267,7 @@ def test_network_of_the_wrong_shape_is_refused(key):
         loss(1.0, key, {"x1": jnp.ones((4, 2))})
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("kind", "weight", "end"),
     [

@@ -30,6 +30,7 @@ def call(name, **changed):
 WITH_TIMES = [name for name in contracts.LOSSES if name != "distillation"]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("t", [-0.5, 1.5, np.nan, np.inf])
 @pytest.mark.parametrize("name", WITH_TIMES)
 def test_times_in_the_batch_outside_of_the_range(name, t):

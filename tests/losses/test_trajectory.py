@@ -66,6 +66,7 @@ def test_paired_trajectories_are_kept():
         np.testing.assert_array_equal(chain.x, x)
 
 
+@pytest.mark.slow
 def test_weights_of_the_links_multiply(key):
     """A coupling that weighs its pairs, with a fresh key for each link."""
 
@@ -96,6 +97,7 @@ def test_value_by_hand():
     np.testing.assert_allclose(metrics["mse"], np.mean(errors), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_snapshots_are_flow_matching(key):
     """K = 2 is the loss on straight lines under the same coupling."""
     x0, x1 = jax.random.normal(key, (2, 16, 3, 3, 1))
@@ -109,6 +111,7 @@ def test_two_snapshots_are_flow_matching(key):
     np.testing.assert_allclose(a, b, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_velocity_of_moving_gaussians_has_no_slope(key):
     """Snapshots N(m_k, s_k^2) in one dimension, coupled optimally: the spline of the moments moves them.
 
@@ -169,6 +172,7 @@ def test_conditions_dropout_keys_and_gradients(key):
     assert metrics["loss"] == metrics["mse"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -23,6 +23,7 @@ from fm_jax.metrics import (
 FLOORS = {eight_gaussians: (0.741, 0.085), moons: (0.281, 0.097), s_curve: (0.349, 0.137)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", FLOORS, ids=lambda draw: draw.__name__)
 def test_the_floor_of_w2(draw, key):
     """Within four standard errors of the difference of two means of 20."""
@@ -50,6 +51,7 @@ def test_the_two_samples_are_disjoint(key):
     np.testing.assert_allclose(measured[:2], [np.mean(values), np.std(values, ddof=1)])
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("metric", [energy_distance, functools.partial(mmd, bandwidths=1.0)], ids=["energy", "mmd"])
 def test_unbiased_metrics_have_their_floor_at_zero(metric, key):
     """Within four standard errors: 1 in 2,000 with Student's t of 29 degrees of freedom."""

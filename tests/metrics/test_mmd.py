@@ -71,6 +71,7 @@ def test_the_median_distance_of_many():
     np.testing.assert_allclose(median_distance(x, x[:2]), expected, rtol=1e-5)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("shift", [0.0, 1.0])
 def test_unbiased(shift):
     """The mean over 4,000 pairs of tiny samples is that of the distributions; false alarms: 1 in 16,000.

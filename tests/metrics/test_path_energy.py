@@ -31,6 +31,7 @@ def mean_square(x):
     return np.square(x).reshape(len(x), -1).sum(axis=1).mean()
 
 
+@pytest.mark.slow
 def test_a_straight_flow(x0):
     """Constant speed: the energy is the squared length, straightness is 0 beyond the rounding of the energy."""
     v = lambda t, x: jnp.full_like(x, 10.0)  # noqa: E731
@@ -120,6 +121,7 @@ def test_a_velocity_that_is_infinite_at_the_start():
     np.testing.assert_allclose([energy, curved], [1.125, 0.125], atol=0.01)
 
 
+@pytest.mark.slow
 def test_adaptive_steps_and_the_default(x0):
     """v = a x as above, to the tolerance of the steps; and 20 midpoint steps."""
     a, square = 0.7, mean_square(x0)

@@ -32,6 +32,7 @@ def entropic_cost(x, y, epsilon):
     return (plan * costs).sum() + epsilon * (plan * log_ratio).sum()
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("epsilon", [10.0, 0.3])
 def test_equals_plain_iterations(epsilon):
     expected = entropic_cost(X, Y, epsilon) - (entropic_cost(X, X, epsilon) + entropic_cost(Y, Y, epsilon)) / 2
@@ -52,6 +53,7 @@ def test_equals_pot():
     np.testing.assert_allclose(sinkhorn_divergence(X, Y, epsilon=epsilon), expected, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_point_and_a_pair():
     """{0} and {-a, a}. The plan of the pair with itself stays in place with probability 1 / (1 + e^(-4 a^2 / eps))."""
     a, epsilon = 0.7, 1.3
@@ -62,6 +64,7 @@ def test_a_point_and_a_pair():
     np.testing.assert_allclose(value, a**2 - within / 2, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_limits():
     """0 for equal samples; the squared distance of the means for large epsilon; W_2^2 for small."""
     y = np.random.default_rng(2).normal(size=X.shape) + 1.0

@@ -91,6 +91,7 @@ def test_what_is_masked_has_no_influence_to_the_bit(options, dtype):
     assert all(not grad[1, 4:].any() and grad[1, :4].any() for grad in grads)
 
 
+@pytest.mark.slow
 def test_padding_changes_nothing():
     """From 8 to 64 keys."""
     k, v = normal(7, B, 64, H, D), normal(8, B, 64, H, D)

@@ -57,6 +57,7 @@ PUBLISHED = {
 PUBLISHED_TINY = {"sd": (2_445_063, 134, "64fdb3c0c1d5"), "16ch": (2_458_899, 134, "2ab347cc962c")}
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     rules = autoencoder_rules(make_autoencoder(name))
@@ -150,6 +151,7 @@ def test_halves_of_tiny_ones_join(layout):
 ENCODE = jax.jit(lambda params: SMALL.apply({"params": params}, X, method="encode"))
 
 
+@pytest.mark.slow
 def test_moments_are_clipped_and_drawn_from():
     params = jax.tree.map(jnp.asarray, PARAMS)
     out = params["encoder_out"]
@@ -165,6 +167,7 @@ def test_moments_are_clipped_and_drawn_from():
     np.testing.assert_allclose(same, mean, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "rules"), [(SMALL, autoencoder_rules), (TINY, tiny_autoencoder_rules)], ids=["full", "tiny"]
 )

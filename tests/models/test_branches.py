@@ -77,6 +77,7 @@ def alone(variant, **options):
     return jit(lambda params: net.apply({"params": params}, T, x, cond["network"]))(base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", EVERY)
 def test_starts_as_nothing_and_learns(variant):
     _, module, x, cond, base, field = build(variant)
@@ -100,6 +101,7 @@ def test_starts_as_nothing_and_learns(variant):
             assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", EVERY)
 def test_once_trained_says_what_it_is_told(variant):
     """Each branch to its own example alone, and nothing of what is masked."""
@@ -122,6 +124,7 @@ def test_once_trained_says_what_it_is_told(variant):
     np.testing.assert_allclose(field(params, cond | unseen), left_out, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_branches_join_a_network_of_sequences():
     """At every level of it, with fewer places than the sequence has."""
     net = make_sequence_unet("tiny", channels=(8, 16), time_channels=8, local_dim=1)
@@ -181,6 +184,7 @@ X = state("dit")
 PROMPT = {"style": normal(7, 2, 3, 6), "network": LABELS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "branch"),
     [
@@ -239,6 +243,7 @@ def test_a_local_condition_is_heard_most_where_it_is(variant):
     assert np.unravel_index(squares.argmax(), squares.shape) == (1, 2)
 
 
+@pytest.mark.slow
 def test_an_image_prompt_is_the_formula():
     """`(attend(q, k_text, v_text) + scale attend(q, k_image, v_image)) W`, with the queries that there are."""
 

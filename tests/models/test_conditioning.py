@@ -45,6 +45,7 @@ def u(scale):
     return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("border", "network"),
     [(RECTIFIED, minus_u(1000.0)), (SIT, u(1.0)), (REPA, minus_u(1.0)), (OURS, u(1000.0))],
@@ -66,6 +67,7 @@ def test_a_diffusion_counts_its_steps_from_zero(x64):
     np.testing.assert_allclose(level.alpha**2, np.cumprod(1 - betas)[n], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_diffusion_answers_our_noise(x64):
     n = np.array([10, 300, 700, 990])
     alpha2 = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))

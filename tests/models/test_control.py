@@ -48,6 +48,7 @@ def gradient_of(variant):
     return jit(jax.grad(lambda params: (module.apply({"params": params}, T, x, cond) ** 3).sum()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", EVERY)
 def test_starts_as_nothing_and_learns_from_its_taps_on(variant):
     """At first the taps alone have a gradient; a step later the copy too, and the network never."""

@@ -11,6 +11,7 @@ from fm_jax.models.dense import Dense, DenseGeneral, matrix_product
 KEY = jax.random.key(0)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("shape", "kernel", "numbers"),
     [
@@ -32,6 +33,7 @@ def test_a_product_is_that_of_jax(shape, kernel, numbers):
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ours", "theirs", "shape"),
     [

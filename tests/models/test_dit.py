@@ -64,6 +64,7 @@ def closed_form_count(width, layers, patch, channels, out_channels, classes):
     return layers * block + ends + linear(256, width) + linear(width, width) + (classes + 1) * width
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("name", "width", "layers", "patch", "millions"),
     [
@@ -86,6 +87,7 @@ def test_published_parameter_counts(name, width, layers, patch, millions):
         assert count == 675_129_632 - 256 * 1152
 
 
+@pytest.mark.slow
 def test_published_operation_count():
     """Table 1: 6.06 "Gflops" for S/2, multiply-adds of the products."""
     flops = forward_flops(make_dit("S/2", embed=LabelEmbedding(1000, stddev=0.02), out_channels=8), (32, 32, 4))
@@ -147,6 +149,7 @@ def worded(request):
     return module, params, jax.jit(lambda params, cond: module.apply({"params": params}, T, X, cond))
 
 
+@pytest.mark.slow
 def test_tokens_are_seen_and_masked_ones_have_no_influence(worded):
     _, params, f = worded
     out = f(params, COND)
@@ -176,6 +179,7 @@ def test_order_of_tokens_is_what_they_say_themselves(worded):
     np.testing.assert_allclose(f(params, shuffled), out, rtol=0, atol=1e-6 * float(jnp.abs(out).max()))
 
 
+@pytest.mark.slow
 def test_no_tokens_are_masked_tokens_and_the_network_without(worded):
     module, params, f = worded
     alone = f(params, Conditions(label=LABEL))
@@ -190,6 +194,7 @@ def test_no_tokens_are_masked_tokens_and_the_network_without(worded):
     np.testing.assert_array_equal(alone, field(rest, Conditions(label=LABEL)))
 
 
+@pytest.mark.slow_but_one
 def test_scanned_blocks_with_tokens_are_the_unrolled_ones(worded):
     module, params, f = worded
     scanned = module.clone(scan_layers=True)
@@ -198,6 +203,7 @@ def test_scanned_blocks_with_tokens_are_the_unrolled_ones(worded):
     np.testing.assert_allclose(field(stack_layers(params)), out, rtol=0, atol=2e-6 * float(jnp.abs(out).max()))
 
 
+@pytest.mark.slow
 def test_tokens_are_among_the_initial_parameters_whether_there_are_any():
     module = DiT(**SMALL, token_dim=TOKEN_DIM)
     base = init_params(module.clone(token_dim=None), jax.random.key(0), (4, 4, 3))

@@ -32,6 +32,7 @@ def random_params(module):
 
 @pytest.mark.parametrize("name", EMBEDS)
 class TestEveryEmbed:
+    @pytest.mark.slow_but_one
     def test_float32_of_the_shape_that_was_asked_for(self, name):
         module, cond, _ = EMBEDS[name]
         for given in (cond, None):
@@ -55,6 +56,7 @@ class TestEveryEmbed:
         np.testing.assert_array_equal(none, jnp.broadcast_to(none[:1], none.shape))
         assert (jnp.abs(out - none).max(axis=1) > 0.1).all()
 
+    @pytest.mark.slow_but_one
     def test_gradients_are_finite_without_a_condition(self, name):
         module, cond, null_cond = EMBEDS[name]
 

@@ -61,6 +61,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     module = make_flux(name)
@@ -103,6 +104,7 @@ def test_the_initial_field_is_zero():
     assert not out.any()
 
 
+@pytest.mark.slow
 def test_every_condition_counts_for_its_own_example():
     base = run(T, X, COND)
     for name in ("vector", "tokens", "guidance"):
@@ -144,6 +146,7 @@ def lines(function, *args):
     return jax.jit(function).lower(*args).as_text().count("\n")
 
 
+@pytest.mark.slow
 def test_the_program_of_57_blocks_is_small():
     def programs(num_double, num_single):
         module = make_flux("tiny", num_double=num_double, num_single=num_single, guidance=True)
@@ -158,6 +161,7 @@ def test_the_program_of_57_blocks_is_small():
     assert lines(*gradient) <= 3500
 
 
+@pytest.mark.slow
 def test_what_is_masked_has_no_influence_to_the_bit():
     noise = SEEN.tokens.at[1, 3:].set(100 * normal(9, 5, 6))
     masked = run(T, X, SEEN)
@@ -196,6 +200,7 @@ def test_positions_of_patches_and_text():
     np.testing.assert_array_equal(joint_ids(2, 3, 2), wanted)
 
 
+@pytest.mark.slow
 def test_derivatives_along_a_path_are_those_of_differences():
     v = normal(7, *X.shape)
     field = lambda s: run(T + s, X + s * v, SEEN)  # noqa: E731

@@ -27,6 +27,7 @@ def any_params(module, seed=0):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)), shapes)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_hessian_is_at_least_the_strong_convexity(module, x64):
     psi = linen_potential(module)
@@ -54,6 +55,7 @@ def test_lies_below_its_chords(module, x64):
     assert (psi(s[:, None] * x + (1 - s[:, None]) * y) <= bound + 1e-10 * np.abs(chord)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dim", [2, 50])
 def test_starts_near_the_identity_map(dim):
     module = ICNN()
@@ -64,6 +66,7 @@ def test_starts_near_the_identity_map(dim):
     assert 0 < jnp.sqrt((moved**2).mean() / (x**2).mean()) < 0.1
 
 
+@pytest.mark.slow
 def test_holds_the_maps_between_gaussians(x64):
     """With the layers off, grad Psi(x) = (strong_convexity + A' A) x + b."""
     module = ICNN(features=(4,), strong_convexity=0.1)
@@ -76,6 +79,7 @@ def test_holds_the_maps_between_gaussians(x64):
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_sharpness_is_that_of_the_bend(x64):
     """One unit, Psi(x) = |A x|^2 / 2 + b x + w softplus(s (a x + c)) / s, adds w expit(s (a x + c)) a to the map."""
     module = ICNN(features=(1,), rank=0, strong_convexity=0.0, sharpness=7.0)
@@ -96,6 +100,7 @@ def test_any_event_shape(event_shape):
     assert (potential.shape, potential.dtype) == ((3,), jnp.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.0, 1e3])
 def test_derivatives_are_finite_at_the_origin_and_far_out(scale):
     module = ICNN(features=(4, 4))

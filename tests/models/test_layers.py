@@ -34,6 +34,7 @@ def test_time_embedding_by_hand():
     np.testing.assert_allclose(module.apply({"params": params}, t), expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_self_attention_against_numpy():
     batch, tokens, width, heads = 2, 5, 6, 3
     module = layers.SelfAttention(num_heads=heads)

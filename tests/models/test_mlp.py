@@ -9,6 +9,7 @@ import pytest
 from fm_jax.models import MLP, LabelEmbedding, PlainMLP, init_params
 
 
+@pytest.mark.slow
 def test_learns_a_translation():
     """x1 = x0 + shift[label], paired: the velocity is the shift, everywhere."""
     shifts = jnp.array([[2.0, -1.0], [-1.0, 0.5]])
@@ -59,6 +60,7 @@ def test_refuses_features(features, message):
         MLP(features=features)
 
 
+@pytest.mark.slow
 def test_plain_mlp_by_hand():
     """Layer by layer in numpy, on x and t side by side."""
     model = PlainMLP(features=(5, 4))

@@ -59,6 +59,7 @@ def relative(a, b):
     return float(jnp.linalg.norm(jnp.ravel(a - b)) / jnp.linalg.norm(jnp.ravel(b)))
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("name", "size", "num_keys", "manifest"),
     [
@@ -92,6 +93,7 @@ def test_a_network_is_what_its_configuration_says(name):
     assert mmdit_from_config(mmdit_config(module) | {"_diffusers_version": "0.42.1"}) == module
 
 
+@pytest.mark.slow
 def test_a_program_does_not_grow_with_depth():
     module = make_mmdit("tiny", num_layers=38, num_dual=13)
     x, cond = jnp.zeros((1, 8, 8, 3)), Conditions(vector=jnp.zeros((1, 128)), tokens=jnp.zeros((1, 4, 128)))
@@ -148,6 +150,7 @@ def test_bfloat16_is_near_float32():
     assert relative(found, out) < 2e-2
 
 
+@pytest.mark.slow
 def test_padding_has_no_influence():
     module = MMDiT(**SD35)
     params = drawn(module)

@@ -66,6 +66,7 @@ def build(name):
 
 @pytest.mark.parametrize("name", MODELS)
 class TestContract:
+    @pytest.mark.slow_but_one
     def test_starts_at_zero_in_float32(self, name):
         module, _, field = build(name)
         initial = init_params(module, jax.random.key(0), EVENT)
@@ -87,6 +88,7 @@ class TestContract:
             assert jnp.abs(other - out)[0].max() > 1e-2
             np.testing.assert_allclose(other[1:], out[1:], rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.slow
     def test_no_condition_is_the_null_label_and_a_scalar_time_is_repeated(self, name):
         _, params, field = build(name)
         expected = field(params, jnp.full(BATCH, 0.4), X, NULL)
@@ -103,6 +105,7 @@ class TestContract:
         assert jax.tree.map(jnp.shape, labelled.pop("embed")) == {"table": (CLASSES + 1, width)}
         assert jax.tree.map(jnp.shape, labelled) == jax.tree.map(jnp.shape, plain)
 
+    @pytest.mark.slow_but_one
     def test_any_module_is_an_embed(self, name):
         """What it returns is all that the network hears of the condition: of two embeds with one vector, one field."""
         module = MODELS[name](embed=VectorEmbedding(2))
@@ -112,6 +115,7 @@ class TestContract:
         expected = jit(other.apply)({"params": params | {"embed": {"table": table}}}, T, X, LABELS)
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     def test_dropout_acts_only_in_training_and_remat_changes_nothing(self, name):
         smaller = {"mlp": {}, "unet": {"channel_mults": (1,), "attention_levels": (0,)}, "dit": {"num_layers": 1}}
         options = {"embed": LabelEmbedding(CLASSES), "dropout": 0.3} | smaller[name]
@@ -136,6 +140,7 @@ class TestContract:
         assert jnp.abs(out - step(params, other_key)[0][1]).max() > 1e-2
         jax.eval_shape(lambda: plain(params, T, X, LABELS, train=False, rngs=None))
 
+    @pytest.mark.slow_but_one
     def test_bfloat16_computes_close_to_float32(self, name):
         _, params, field = build(name)
         module = MODELS[name](embed=LabelEmbedding(CLASSES), compute=Compute(jnp.bfloat16))
@@ -146,6 +151,7 @@ class TestContract:
         error = jnp.sqrt(jnp.mean((out - exact) ** 2) / jnp.mean(exact**2))
         assert 1e-5 < error < 0.03
 
+    @pytest.mark.slow_but_one
     def test_forward_derivative_in_time_and_state(self, name):
         module, params, field = build(name)
         x_dot = jax.random.normal(jax.random.key(5), X.shape)
@@ -179,6 +185,7 @@ class TestContract:
             jax.eval_shape(lambda: MODELS[name](**options).init(jax.random.key(0), T, X, cond))
 
 
+@pytest.mark.slow
 def test_init_params_is_the_modules_own_init():
     module = MODELS["mlp"](embed=LabelEmbedding(CLASSES))
     expected = jax.jit(lambda key: module.init(key, 0.5, X)["params"])(jax.random.key(0))

@@ -47,6 +47,7 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "cond"),
     [
@@ -100,6 +101,7 @@ def test_outputs_have_the_same_bits_operation_by_operation(dtype):
     np.testing.assert_array_equal(scanned, unrolled)
 
 
+@pytest.mark.slow
 def test_layers_and_their_dropout_are_drawn_one_by_one():
     module = build(True, dropout=0.5)
     params = jit(module.init)(jax.random.key(0), T, X)["params"]
@@ -122,6 +124,7 @@ def test_layers_and_their_dropout_are_drawn_one_by_one():
     assert not any((zeros[i] == zeros[j]).all() for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
+@pytest.mark.slow
 def test_the_program_does_not_grow_with_the_layers():
     def lines(scan_layers, num_layers):
         module = build(scan_layers, num_layers=num_layers)
@@ -132,6 +135,7 @@ def test_the_program_does_not_grow_with_the_layers():
     assert lines(False, 3) > 1.2 * lines(False, 2)
 
 
+@pytest.mark.slow
 def test_the_loop_keeps_products_alone_for_its_backward_pass():
     """Less than everything, and more than the input of the blocks, which is what `remat` keeps."""
 
@@ -147,6 +151,7 @@ def test_the_loop_keeps_products_alone_for_its_backward_pass():
     assert LAYERS * block_input < kept() <= LAYERS * (block_input + embedding + products)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(("num_layers", "remat"), [(4, False), (2, True)])
 def test_operations_are_those_of_the_unrolled_blocks(num_layers, remat):
     options = {"num_layers": num_layers, "compute": Compute(remat=remat)}
@@ -176,6 +181,7 @@ def numbered_state(module):
     return jax.tree.map(number, state)
 
 
+@pytest.mark.slow
 def test_a_whole_training_state_goes_there_and_back():
     state = numbered_state(build(False))
     stacked = stack_layers(state)

@@ -50,6 +50,7 @@ def window(values, start, size=8):
     return jnp.where(inside[None, :, None], jnp.roll(values, start - 76, axis=1), 0.0)
 
 
+@pytest.mark.slow
 def test_shifts_with_state_and_local_condition(field):
     """Away from the borders, whatever they do: state and condition are zero there. By the stride of the two levels."""
     _, f = field
@@ -80,6 +81,7 @@ def test_a_global_condition_is_the_same_for_all_positions(field):
     np.testing.assert_allclose(middle, jnp.broadcast_to(middle[:, :1], middle.shape), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_is_left_out_is_zeros_and_frames_are_repeated(field):
     """Those of a spectrogram stand for as many samples each: WaveNet's local condition."""
     _, f = field
@@ -96,6 +98,7 @@ def fresh():
     return module, module.clone(local_dim=None), params, X[:, :16], told
 
 
+@pytest.mark.slow
 def test_starts_at_zero_and_a_local_condition_starts_as_nothing(fresh):
     """And is learned from the first step on."""
     module, plain, params, x, told = fresh
@@ -127,6 +130,7 @@ def test_operation_by_operation_a_local_condition_starts_as_nothing_to_the_bit(f
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 def test_the_local_condition_joins_both_ways(field):
     """On the way down alone with `local_up=False`, and with it in full resolution behind all blocks."""
     params, f = field
@@ -199,6 +203,7 @@ def closed_form_count(channels, size, time, vector, local, n, *, film=True, up=4
     return total + conv(channels[0], channels[0], size) + 2 * channels[0] + conv(channels[0], n, 1)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [

@@ -38,6 +38,7 @@ def test_no_condition_is_a_condition_for_each_example(network):
     assert not np.allclose(one[1], out[1], atol=1e-2)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close(network):
     module, params, t, x, out = network
     near = jax.jit(module.clone(compute=Compute("bfloat16", remat=True)).apply)({"params": params}, t, x)

@@ -174,6 +174,7 @@ def test_calls_are_checked(method, value, options, message):
         jax.eval_shape(call, jax.random.key(0), value)
 
 
+@pytest.mark.slow
 def test_only_the_same_autoencoder_is_inflated(images):
     with pytest.raises(ValueError, match=r"params/.* must be float32 of shape .*, got float32 of shape"):
         inflate(VIDEOS.clone(channels=(16, 16)), images, jax.random.key(0))

@@ -17,6 +17,7 @@ def shapes(module, event_shape):
     return variables["params"], out
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("name", "event_shape", "expected"),
     [
@@ -53,6 +54,7 @@ def attention(n):
     return 2 * n + conv(n, 3 * n, 1) + conv(n, n, 1)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("film", [False, True])
 @pytest.mark.parametrize("resample", ["conv", "pool", "resblock"])
 def test_parameter_count_block_by_block(resample, film):
@@ -86,6 +88,7 @@ def res_block(resize=None):
     return ResBlock(features=4, film=True, dropout=0.0, num_groups=2, resize=resize)
 
 
+@pytest.mark.slow
 def test_residual_block_starts_as_the_identity():
     x, emb = jax.random.normal(jax.random.key(0), (2, 4, 4, 4)), jnp.ones((2, 3))
     variables = jax.jit(lambda: res_block().init(jax.random.key(1), x, emb, False))()
@@ -158,6 +161,7 @@ def published():
     return module, params, jax.jit(lambda t: module.apply({"params": params}, t, x, cond)), t, x, cond
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_close(published):
     module, params, f, t, x, cond = published
     out, low = f(t), jax.jit(module.clone(compute=Compute("bfloat16")).apply)({"params": params}, t, x, cond)
@@ -166,6 +170,7 @@ def test_bfloat16_stays_close(published):
     assert np.linalg.norm(low - out) <= 2e-2 * np.linalg.norm(out)
 
 
+@pytest.mark.slow
 def test_forward_derivatives(published):
     _, _, f, t, _, _ = published
     _, tangent = jax.jvp(f, (t,), (jnp.ones_like(t),))

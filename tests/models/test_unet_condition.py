@@ -87,6 +87,7 @@ def call(module=ONE):
     return jax.jit(lambda params, x, cond: module.apply({"params": params}, T, x, cond))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count", "manifest"),
     [
@@ -168,6 +169,7 @@ def test_bfloat16_and_remat():
     assert 1e-4 < jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected) < 2e-2
 
 
+@pytest.mark.slow
 def test_masked_tokens_and_padding_have_no_influence():
     mask = np.array([[True, True, False], [True, False, False]])
     noise = np.where(mask[..., None], COND.tokens, 100.0).astype(np.float32)

@@ -40,6 +40,7 @@ def assert_close(a, b, tolerance):
         assert jnp.linalg.norm(one - other) <= tolerance * jnp.linalg.norm(other)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("name", "options", "count", "keys", "manifest"),
     [
@@ -63,6 +64,7 @@ def test_configs_come_back(name):
     assert wan_from_config(wan_config(module)) == module
 
 
+@pytest.mark.slow
 def test_rules_are_a_bijection():
     module = build(patch_size=(2, 1, 3), local_channels=2, image_features=5)
     rules, params = wan_rules(module), drawn(module)
@@ -102,6 +104,7 @@ def network():
     return jit(functools.partial(module.apply, {"params": drawn(module)}))
 
 
+@pytest.mark.slow
 def test_masked_text_has_no_influence(network):
     out = network(T, X, Conditions(tokens=TOKENS, mask=MASK))
     noise = jnp.where(MASK[..., None], TOKENS, 100 * TOKENS[::-1, ::-1])

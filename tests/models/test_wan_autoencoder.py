@@ -26,6 +26,7 @@ def build(**options):
     return WanAutoencoder(**(defaults | options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "count", "keys", "manifest"),
     [("2.1", 126_892_531, 194, "6157cf3f708d"), ("2.2-5B", 704_688_668, 196, "cb562a5311e9")],
@@ -91,6 +92,7 @@ def test_what_follows_is_not_seen(model):
     assert jnp.abs(encode(X.at[:, 0].add(1)).mean - z)[:, -1].max() > 1e-3  # and what precedes is
 
 
+@pytest.mark.slow
 def test_only_decoded_pixels_in_range_are_given_unless_a_loss_asks(model):
     module = build()
     z = jax.random.normal(jax.random.key(2), (2, 3, 2, 3, 4))

@@ -81,6 +81,7 @@ def test_prose_leads_on(source):
     assert [anchor for anchor in anchors(source) if anchor.startswith("eq-")] == [f"eq-{n}-{k}" for n, k in tags]
 
 
+@pytest.mark.slow_but_one
 @each_notebook
 def test_links_lead_somewhere(source):
     for target in re.findall(r"\]\(([^)]+)\)", prose(source)):
@@ -93,6 +94,7 @@ def test_links_lead_somewhere(source):
             assert anchor in anchors(page.with_suffix(".py")), target
 
 
+@pytest.mark.slow
 def test_film_is_a_slider_and_a_strip_of_stills():
     script = (
         "import numpy as np, lab\n"

@@ -135,6 +135,7 @@ CASES = [case(name) for name in MODULES]
 each = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+@pytest.mark.slow
 @each
 def test_equals_the_record(case: Case) -> None:
     check_record(case)
@@ -155,6 +156,7 @@ def test_blocks_have_the_peers_names(case: Case) -> None:
     assert {other for _, other in case.blocks} <= set(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "name", "value"),
     [(autoencoder, "DOWN_PADDING", ((1, 1), (1, 1))), (autoencoder_blocks, "EPSILON", 1e-5)],
@@ -227,6 +229,7 @@ def test_statistics_normalise_as_the_peer_does() -> None:
     np.testing.assert_allclose(space.to_model(jax.numpy.asarray(z)), first_last(theirs), rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32() -> None:
     case, module = CASES[0], MODULES[CASES[0].name].clone(compute=Compute("bfloat16"))
     params, exact = case.rules().to_ours(case.tensors()), case.recorded()

@@ -155,6 +155,7 @@ PLAIN = case(
 CASES = [MASKED, SIZED, PLAIN]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_record(case):
     check_record(case)
@@ -301,6 +302,7 @@ MORE = [
 EVERY = [*MISTAKES, *(pytest.param(mistake, marks=pytest.mark.slow) for mistake in MORE)]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("mistake", EVERY, ids=lambda mistake: mistake.__name__)
 def test_mistakes_show(mistake, monkeypatch):
     mistake(monkeypatch)

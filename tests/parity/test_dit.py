@@ -113,6 +113,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 DIT, LIGHTNING = CASES[0], CASES[3]
 
 
+@pytest.mark.slow_but_one
 @every_case
 def test_record(case):
     check_record(case)
@@ -128,6 +129,7 @@ def _row_first(rows, columns, dim, real=dit.position_features):
     return np.roll(real(rows, columns, dim), dim // 2, axis=1)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("target", "name", "wrong"),
     [

@@ -198,6 +198,7 @@ CONTROL = case("control", given(4, 2, 3, local=3), scan_layers=False, in_channel
 CASES = [PLAIN, GUIDANCE, MASKED, FILL, CONTROL, AUTHORS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_record(case):
     check_record(case)

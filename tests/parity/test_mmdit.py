@@ -162,6 +162,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_it_gives_what_pytorch_gave(case):
     check_record(case)

@@ -141,6 +141,7 @@ def write_weights(folder):
 QUICK = ("sd3_without_t5", "dit")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SYSTEMS]
 )

@@ -98,6 +98,7 @@ def case(name):
 CASES = {name: case(name) for name in MODULES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["local", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != "local")]
 )
@@ -111,6 +112,7 @@ def test_peer(name):
     check_peer(CASES[name])
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", CASES)
 def test_rules_are_a_bijection(name):
     tensors, rules = CASES[name].tensors(), CASES[name].rules()

@@ -89,6 +89,7 @@ def case(name, module):
 CASES = {name: case(name, module) for name, module in MODULES.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_record(name):
     check_record(CASES[name])
@@ -164,6 +165,7 @@ def test_prefix_of_the_preconditioning():
 SIZES_OF_NAMES = {"ddpmpp": 55_733_891, "ncsnpp": 56_397_827}
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", SIZES_OF_NAMES)
 def test_published_sizes(name):
     shapes = song_unet_rules(make_song_unet(name)).shapes

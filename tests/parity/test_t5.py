@@ -104,6 +104,7 @@ def peer(name):
     )
 
 
+@pytest.mark.slow_but_one
 @every_case
 def test_record(case):
     check_record(case)

@@ -124,6 +124,7 @@ CASES = [case(name) for name in MODULES]
 each = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+@pytest.mark.slow_but_one
 @each
 def test_equals_the_record(case: Case) -> None:
     check_record(case)

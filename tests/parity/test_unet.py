@@ -139,6 +139,7 @@ SLOW_MUTATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_record(name):
     check_record(CASES[name])
@@ -258,6 +259,7 @@ CIFAR10 = {
 }
 
 
+@pytest.mark.slow
 def test_ddpm_cifar10_is_our_size_with_five_options():
     module = unet_from_config(CIFAR10)
     expected = make_unet(

@@ -134,6 +134,7 @@ def case(name, module=None, rules=rules_of):
     return kind(f"unet_condition_{name}", make, lambda: inputs(name), ours, theirs, pairs, trace_ours, trace_theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_record(name):
     check_record(case(name))

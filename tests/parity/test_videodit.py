@@ -134,6 +134,7 @@ DEEP = case("deep", inputs(4, 3, 6, channels=2), patch_size=[2, 1, 3], channels=
 CASES = [VIDEO, IMAGE, DEEP]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_record(case):
     check_record(case)
@@ -225,6 +226,7 @@ MORE = [positions_outside_of_the_residual, mask_forgotten, time_from_data]
 EVERY = [*MISTAKES, *(pytest.param(mistake, marks=pytest.mark.slow) for mistake in MORE)]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("mistake", EVERY, ids=lambda mistake: mistake.__name__)
 def test_mistakes_show(mistake, monkeypatch):
     mistake(monkeypatch)

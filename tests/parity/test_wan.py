@@ -148,6 +148,7 @@ FROM_IMAGE = case(
 CASES = [VIDEO, FRAMES, IMAGE, FROM_IMAGE]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("case", CASES, ids=repr)
 def test_record(case):
     check_record(case)
@@ -322,6 +323,7 @@ MORE = [
 EVERY = [*MISTAKES, *(pytest.param(mistake, marks=pytest.mark.slow) for mistake in MORE)]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("mistake", EVERY, ids=lambda mistake: mistake.__name__)
 def test_mistakes_show(mistake, monkeypatch):
     mistake(monkeypatch)

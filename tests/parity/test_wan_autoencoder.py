@@ -154,6 +154,7 @@ WHOLE, COLOUR, RESIDUAL = CASES
 each = pytest.mark.parametrize("case", CASES, ids=str)
 
 
+@pytest.mark.slow
 @each
 def test_equals_the_record(case: Case) -> None:
     check_record(case)
@@ -300,6 +301,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("mistake", EVERY, ids=lambda mistake: mistake.__name__)
 def test_mistakes_show(mistake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     mistake(monkeypatch)

@@ -17,6 +17,7 @@ def pair(key):
     return [jax.random.normal(k, SHAPE) for k in jax.random.split(key)]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_velocity_is_the_time_derivative(schedule, pair, x64):
     x0, x1 = (jnp.asarray(x, dtype=float) for x in pair)
@@ -37,6 +38,7 @@ def test_ends(pair):
     np.testing.assert_array_equal(path.sample(None, jnp.ones(4), x0, x1).x_t, x1)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_targets(schedule, pair, x64):
     """The conditional score is the gradient of log N(x_t | alpha x1, sigma^2)."""
@@ -70,6 +72,7 @@ def inverse_alpha(t, kind, schedule):
     return 1 / schedule.alpha(t)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("schedule", "kind", "weight", "expected"),
     [

@@ -38,6 +38,7 @@ SHAPE = (4, 2, 3, 1)
 T = np.array([0.15, 0.35, 0.6, 0.9])
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", GAMMAS)
 def test_value_by_hand(name, key, x64):
     """x_t and u_t in numpy for images, on the linear interpolant; the z in the sample is the one that was drawn."""
@@ -185,6 +186,7 @@ def plan(name):
     return PLANS[name](oracles.gaussian_pair(MEAN0, COV0, MEAN1, COV1))
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("coupling", PLANS)
 def test_marginals(coupling, key):
     """Mean and covariance of x_t for four gammas at three times, against the oracle.
@@ -213,6 +215,7 @@ def predicting(interpolant, sigma):
     return jax.jit(lambda p, t, x: oracles.bridge_prediction(oracles.GaussianBridge(p, interpolant, variance), t, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupling", PLANS)
 @pytest.mark.parametrize("interpolant", [Linear(), Cosine()], ids=str)
 def test_conditional_means(coupling, interpolant, key):

@@ -41,6 +41,7 @@ def displacement():
     return np.stack(out)
 
 
+@pytest.mark.slow
 def test_exact_transport_of_large_batches():
     """Every coefficient within 0.06 of the closed form, twice the largest error over five keys."""
     np.testing.assert_allclose(pooled_regressions(ExactOT()), displacement(), atol=0.06)
@@ -51,6 +52,7 @@ def test_independent_pairs_have_another_velocity():
     assert np.abs(pooled_regressions(independent) - displacement()).max() > 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", TIMES)
 def test_closed_forms_of_both_couplings(t):
     """The regression above, with infinitely many pairs: the bridge oracle without noise."""

@@ -32,6 +32,7 @@ def test_second_derivatives_are_scipys(x):
     np.testing.assert_allclose(got, spline(np.array(KNOTS), 2), atol=1e-9)
 
 
+@pytest.mark.slow
 def test_linear_is_scipys_linear_spline(x, x64):
     t = T + 0.01 * (T == 0.0) - 0.01 * (T == 1.0)
     sample = SplinePath(KNOTS, kind="linear").sample(None, jnp.asarray(t), jnp.asarray(x))
@@ -41,6 +42,7 @@ def test_linear_is_scipys_linear_spline(x, x64):
         np.testing.assert_allclose(sample.u_t[i], spline.derivative()(t[i]), rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["natural", "linear"])
 def test_passes_through_its_knots_exactly(kind, x):
     """Not to rounding: to the last digit, in single precision."""

@@ -53,12 +53,14 @@ def orders():
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", START)
 @pytest.mark.parametrize("field", FIELDS)
 def test_order_of_convergence(orders, order, field):
     np.testing.assert_allclose(orders[order, field], order, atol=0.25)
 
 
+@pytest.mark.slow
 def test_is_exact_on_polynomials_of_its_order_on_any_grid(x64):
     """A velocity t^(k-1), whatever x, is integrated exactly once k velocities are known; the start has order k - 1."""
     grid = np.sort(np.random.default_rng(0).uniform(size=9))
@@ -86,6 +88,7 @@ def test_textbook_weights():
         np.testing.assert_allclose(read, np.array(weights) / sum(weights), atol=1e-5)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("order", START)
 def test_few_steps_cost_what_the_start_costs(order):
     stages = {2: 1, 3: 2, 4: 3}[order]

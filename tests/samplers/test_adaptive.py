@@ -40,6 +40,7 @@ def swung(rates, x0):
     return x0 * jnp.exp(jnp.sin(3 * rates) / 3)[:, None]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("solver", [*EXPLICIT, diffrax.Ralston()])
 def test_calls_are_those_that_happen(x64, solver):
     calls = []
@@ -59,6 +60,7 @@ def test_calls_are_those_that_happen(x64, solver):
     np.testing.assert_allclose(solution.x, exact, atol=0.1)
 
 
+@pytest.mark.slow
 def test_error_follows_the_tolerance(x64):
     exact = swung(RATES, X)
     solutions = [solve(swing(RATES), X, Adaptive(rtol=tol, atol=tol)) for tol in (1e-3, 1e-9)]
@@ -68,6 +70,7 @@ def test_error_follows_the_tolerance(x64):
     assert solutions[0].calls < solutions[1].calls
 
 
+@pytest.mark.slow
 def test_backward_returns_to_the_start():
     back = solve(swing(RATES), swung(RATES, X), Adaptive(), [1.0, 0.5, 0.0], trajectory=True)
     half = X * jnp.exp(jnp.sin(1.5 * RATES) / 3)[:, None]
@@ -75,6 +78,7 @@ def test_backward_returns_to_the_start():
     np.testing.assert_allclose(back.trajectory, jnp.stack([swung(RATES, X), half, back.x]), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_per_sample_lines_up_with_the_condition_and_counts_for_each_example(x64):
     calls = []
 
@@ -101,6 +105,7 @@ def test_per_sample_lines_up_with_the_condition_and_counts_for_each_example(x64)
     assert int(alone.calls) == int(own.calls[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_gradient(x64, per_sample):
     def end(rates):
@@ -113,6 +118,7 @@ def test_gradient(x64, per_sample):
     np.testing.assert_allclose(gradient, jax.grad(lambda rates: swung(rates, X).sum())(RATES), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_forward_mode(x64):
     def end(rate):
         sampler = Adaptive(rtol=1e-7, atol=1e-7, adjoint=diffrax.ForwardMode(), per_sample=True)
@@ -125,6 +131,7 @@ def test_forward_mode(x64):
     np.testing.assert_allclose(derivative(end), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_implicit_solver_takes_long_steps_where_the_field_is_stiff(x64):
     """dx/dt = r (cos t - x) with r = 3,000: explicit steps are held to 3 / r, over 1,000 of them."""
 
@@ -137,11 +144,13 @@ def test_an_implicit_solver_takes_long_steps_where_the_field_is_stiff(x64):
     assert solution.nfe is None
 
 
+@pytest.mark.slow
 def test_too_few_steps_is_an_error():
     with pytest.raises(RuntimeError, match="maximum number of solver steps was reached"):
         jax.block_until_ready(solve(swing(RATES), X, Adaptive(max_steps=3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["everywhere", "from 0.5 on", "infinite", "x0"])
 @pytest.mark.parametrize(
     "sampler",
@@ -167,6 +176,7 @@ def test_a_velocity_that_is_not_finite_is_not_told_to_take_more_steps(sampler, w
     assert "max_steps" not in str(caught.value).partition("---")[0]
 
 
+@pytest.mark.slow
 def test_importing_the_samplers_does_not_import_diffrax():
     code = "import sys, fm_jax.samplers; assert not {'diffrax', 'equinox'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -178,6 +188,7 @@ def test_missing_diffrax_is_named(monkeypatch):
         sample(swing(RATES), X, Adaptive())
 
 
+@pytest.mark.slow
 def test_a_number_of_steps_says_where_to_save():
     """The solver chooses its own steps between."""
     solution = solve(lambda t, x: x, X, Adaptive(), 4, trajectory=True)

@@ -20,6 +20,7 @@ def swing(t, x):
     return jnp.sin(3 * t) * x - t
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", [Linear(), VP()])
 @pytest.mark.parametrize("options", [{"churn": 0.0}, {"churn_range": (1e5, 1e6)}])
 def test_no_churn_is_the_ode_sampler_to_the_last_bit(schedule, options):
@@ -31,6 +32,7 @@ def test_no_churn_is_the_ode_sampler_to_the_last_bit(schedule, options):
     np.testing.assert_array_equal(churned.trajectory, solution.trajectory)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", contracts.SCHEDULES, ids=str)
 def test_renoising_carries_each_marginal_to_an_earlier_one(x64, schedule):
     """a alpha = alpha_n and a^2 sigma^2 + s^2 = sigma_n^2, whatever the data."""
@@ -44,6 +46,7 @@ def test_renoising_carries_each_marginal_to_an_earlier_one(x64, schedule):
         assert (t_next < t) == (added > 0)
 
 
+@pytest.mark.slow
 def test_sampling_is_the_algorithm_of_the_paper(x64):
     """Karras et al. 2022, algorithm 2, in its own terms: alpha = 1, steps from sigma to sigma."""
     schedule, key = VE(sigma_min=0.1, sigma_max=100.0), jax.random.key(3)
@@ -106,6 +109,7 @@ def test_weak_order_is_the_order_of_the_method(moments, method):
     np.testing.assert_allclose(-np.polyfit(np.log(NUM_STEPS), np.log(errors), 1)[0], ORDERS[method], atol=0.15)
 
 
+@pytest.mark.slow
 def test_marginal_and_the_power_of_the_test():
     """Kolmogorov-Smirnov on four projections, 4,000 samples, each p-value refused below 1e-4.
 

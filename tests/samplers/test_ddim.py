@@ -27,11 +27,13 @@ from fm_jax.samplers.levels import levels, phi
 from fm_jax.schedules import DDPM, VE, VP, Cosine, Linear, Polynomial, linear_betas
 
 
+@pytest.mark.slow
 def test_order_one_without_noise(x64):
     for case, order in orders({"ddim": DDIM}, ["linear"]).items():
         np.testing.assert_allclose(order, 1, atol=0.1, err_msg=str(case))
 
 
+@pytest.mark.slow
 def test_exact_where_all_data_is_one_point(x64):
     assert point_errors([DDIM(schedule) for schedule in SCHEDULES]).max() < 1e-10
 
@@ -101,6 +103,7 @@ def test_a_noisy_step_has_the_law_of_the_posterior(x64):
         np.testing.assert_allclose(ours, mean + np.sqrt(variance) * z, rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_weak_order_one_with_noise(x64, monkeypatch):
     monkeypatch.setattr(ddim, "step_noise", one_draw_an_example)
     samplers = {eta: lambda schedule, eta=eta: DDIM(schedule, eta) for eta in (0.5, 1.0)}
@@ -110,6 +113,7 @@ def test_weak_order_one_with_noise(x64, monkeypatch):
         np.testing.assert_allclose(slope(variances), 1, atol=0.1, err_msg=str(case))
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_every_eta_reaches_the_same_marginal(eta):
     """Refused at p < 1e-4 on any of four projections: a right sampler fails with probability below 4e-4."""

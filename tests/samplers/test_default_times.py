@@ -70,6 +70,7 @@ def agrees_with_the_exact_flow(name, kind, schedule):
     assert grid[-1] >= min(schedule.domain[1], 1 - 1.001e-3) - 1e-6, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "DDPM"])
 def test_a_number_of_steps_is_right_for_every_kind(kind, schedule):
@@ -78,12 +79,14 @@ def test_a_number_of_steps_is_right_for_every_kind(kind, schedule):
             agrees_with_the_exact_flow(name, kind, SCHEDULES[schedule])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["heun", "ddim", "dpm_solver_2", "stochastic_heun"])
 def test_a_number_of_steps_is_right_on_a_table(name):
     for kind in ("data", "score"):
         agrees_with_the_exact_flow(name, kind, SCHEDULES["DDPM"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OF_DIFFRAX)
 @pytest.mark.parametrize(
     ("kind", "schedule"), [("data", "Linear"), ("noise", "Cosine"), ("score", "Polynomial"), ("velocity", "VP")]
@@ -103,6 +106,7 @@ SINGULAR = {"data": EVEN, "noise": EVEN, "score": EVEN}
 """Times from 0 to 1, which the velocity of a network of these kinds on `Linear` has not."""
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("kind", SINGULAR)
 @pytest.mark.parametrize("name", contracts.SAMPLERS)
 def test_times_at_which_the_velocity_is_infinite_are_refused(kind, name):
@@ -208,6 +212,7 @@ def test_a_new_schedule_has_the_signal_to_noise_ratios_of_the_domain():
     np.testing.assert_allclose(draw(RungeKutta("euler"), of_data).x, MEAN + SCALE * X0, atol=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_likelihood_keeps_to_it(kind):
     """Against the density of the data; the ends that are left out are worth less than 0.02."""

@@ -46,6 +46,7 @@ def measured():
         return orders({**SAMPLERS, "published 3m": lambda schedule: Published3M(schedule, 3)}, ["vp"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["mixture", "guided"])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_order_of_convergence(measured, name, field):
@@ -61,11 +62,13 @@ def test_3m_as_published_misses_order_three_by_one_factor_of_two(measured, field
     np.testing.assert_allclose(measured["published 3m", "vp", "slow start", field], 2, atol=0.2)
 
 
+@pytest.mark.slow
 def test_exact_where_all_data_is_one_point(x64):
     schedules = [Linear(), DDPM(), VE(), Linear()]
     assert point_errors([make(s) for make, s in zip(SAMPLERS.values(), schedules, strict=True)]).max() < 1e-9
 
 
+@pytest.mark.slow
 def test_weak_order_two_of_the_sde_on_a_gaussian(x64, monkeypatch):
     monkeypatch.setattr(dpm_solver, "step_noise", one_draw_an_example)
     means, variances = gaussian_moments({"sde": sde}, ["linear"])["sde", "linear"]
@@ -96,6 +99,7 @@ def test_a_first_step_is_ddim_or_ancestral_sampling():
         np.testing.assert_allclose(ours, first_order, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_from_end_to_end_and_back(x64):
     third = {name: make for name, make in SAMPLERS.items() if "3" in name}
     for name, (errors, (by_start, by_time)) in end_to_end(third).items():

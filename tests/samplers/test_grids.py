@@ -125,6 +125,7 @@ def test_edm_with_a_finite_range_of_levels_uses_all_of_it(x64):
     np.testing.assert_allclose(inner, np.linspace(*ratio, 5), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_quantiles_of_closed_forms():
     u = np.arange(9) / 8
     np.testing.assert_allclose(quantiles(8, times.Stratified()), u, atol=1e-4)
@@ -137,6 +138,7 @@ def test_quantiles_of_closed_forms():
     np.testing.assert_allclose(quantiles(8, times.Beta(2.0, 1.0), 0.6, 0.8), np.sqrt(0.36 + 0.28 * u), atol=0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", TIME_SAMPLERS, ids=str)
 def test_quantiles_of_every_time_sampler(sampler):
     grid = np.asarray(quantiles(10, sampler))
@@ -144,6 +146,7 @@ def test_quantiles_of_every_time_sampler(sampler):
     assert (np.diff(grid) > 0).all()
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_edm_on_every_schedule(schedule):
     t0, t1 = schedule.domain

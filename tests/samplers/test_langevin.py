@@ -37,6 +37,7 @@ def test_a_gaussian_is_kept_with_an_error_of_order_one_in_the_step_size(x64):
     np.testing.assert_allclose(np.polyfit(np.log(sizes), np.log(errors), 1)[0], 1, atol=0.05)
 
 
+@pytest.mark.slow
 def test_a_step_size_from_an_examples_own_norms_would_bias_the_law():
     """eps(x) proportional to 1 / |score|^2 settles at p_t |score|^2: twice the variance for a Gaussian in 2-D."""
 
@@ -67,6 +68,7 @@ def test_the_step_size_is_at_most_the_one_from_the_norms_of_the_score():
         assert 0 < mean_square(t) < 2 / (1 - t) ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("diffusion", "grid"), [(0.5, [0.0, 0.2, 0.7]), (0.0, [0.9, 0.5, 0.0])])
 def test_sampling_is_steps_with_the_documented_noise(diffusion, grid):
     schedule, key, x = Cosine(), jax.random.key(2), jnp.asarray(X)
@@ -81,6 +83,7 @@ def test_sampling_is_steps_with_the_documented_noise(diffusion, grid):
         np.testing.assert_allclose(solution.trajectory[i + 1], x, rtol=2e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_corrector_it_is_the_predictor():
     key, times = jax.random.key(0), uniform(5, 0.0, 0.9)
     ode = sample(swing, X, PredictorCorrector(Linear(), corrector_steps=0), times=times, key=key)
@@ -119,6 +122,7 @@ def test_calls_are_those_that_happen_and_none_for_the_score_at_sigma_zero(diffus
     assert np.isfinite(solution.x).all()
 
 
+@pytest.mark.slow
 def test_marginal_and_the_way_back_to_it_from_a_wrong_start():
     """Kolmogorov-Smirnov on four projections, 4,000 samples, each p-value refused below 1e-4.
 

@@ -20,6 +20,7 @@ def v(t, x):
     return oracles.velocity(MIXTURE, Linear())(t, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("t0", "t1"), [(0.0, 1.0), (0.9, 0.1)])
 def test_starts_as_the_method_it_is_made_from(t0, t1):
     x0 = jax.random.normal(jax.random.key(0), (8, 2))
@@ -72,6 +73,7 @@ def pairs():
     return x0, x1
 
 
+@pytest.mark.slow
 def test_training_beats_the_method_it_starts_from_on_new_points(pairs):
     """Four evaluations, fitted on one half of the pairs, as `make_pairs` gives them, and judged on the other."""
     x0, x1 = pairs

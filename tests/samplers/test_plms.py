@@ -22,6 +22,7 @@ def noise(n, x):
     return np.asarray(convert("velocity", VELOCITY(t, jnp.asarray(x)), t, jnp.asarray(x), SCHEDULE).noise)
 
 
+@pytest.mark.slow
 def test_the_published_formulas(x64):
     alpha2 = np.cumprod(1 - np.asarray(SCHEDULE.betas))
     steps = [901, 701, 501, 301, 101, 0]
@@ -45,6 +46,7 @@ def test_the_published_formulas(x64):
     assert int(solution.calls) == len(steps)
 
 
+@pytest.mark.slow
 def test_a_single_step_is_ddim():
     x, times = jnp.ones((2, 2)), [0.1, 0.6]
     one, other = (sample(VELOCITY, x, sampler(SCHEDULE), times=times) for sampler in (PLMS, DDIM))

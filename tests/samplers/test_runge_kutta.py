@@ -66,6 +66,7 @@ def orders():
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "field"), CASES)
 def test_order_of_convergence(orders, method, field):
     np.testing.assert_allclose(orders[method, field], RungeKutta(method).order, atol=0.15)
@@ -100,6 +101,7 @@ def test_tableau_satisfies_the_order_conditions(name):
             np.testing.assert_allclose(value, expected, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_backward_returns_to_the_start(x64):
     v = guided_by_half(Linear(), 4)
     x0 = jax.random.normal(jax.random.key(1), (4, 2))

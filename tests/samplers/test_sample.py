@@ -74,6 +74,7 @@ def draws():
     return x0, calls, first, draw(jax.random.key(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STEPS)
 def test_samples_the_guided_law(draws, name):
     """Refused at p < 1e-4: a right sampler fails with probability below 4e-4 under a fresh key."""
@@ -140,6 +141,7 @@ def test_the_state_keeps_its_dtype_and_times_are_float32_at_least(name, dtype):
     assert seen == {(jnp.dtype("float32"), jnp.dtype(dtype))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*FIXED_STEPS, "shark"])
 def test_it_is_traced_as_often_for_many_steps_as_for_few(name):
     def traces(num_steps):
@@ -172,6 +174,7 @@ def test_where_noise_is_made_of_the_path_time_runs_forward(name):
         sample(minus, X, LINEAR[name], times=[0.5, 0.25], key=KEY)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("schedule", [s for s in SCHEDULES if s != VP(beta_min=1.0, beta_max=1.0)], ids=str)
 def test_falling_noise_keeps_the_marginals_on_every_schedule_that_starts_from_noise(schedule):
     t0, t1 = conversion_domain(schedule)

@@ -83,6 +83,7 @@ def moments():
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", sorted(LAWS), ids=str)
 def test_weak_order(moments, case):
     order = METHODS[case[0]].order
@@ -94,6 +95,7 @@ def test_weak_order(moments, case):
     assert mean_errors[-1] < 1e-10 or abs(slope(mean_errors) - order) < 0.15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_strong_order_one_on_a_shared_brownian_path(x64, method):
     mixture, schedule, finest = gaussian(), Linear(), 4096
@@ -131,6 +133,7 @@ MARGINALS = {
 KEY_START, KEY_DATA, KEY_PATH = (jax.random.key(i) for i in (5, 7, 6))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MARGINALS)
 def test_every_diffusion_reaches_the_same_marginal(name):
     """Each of four p-values is refused below 1e-4: a right sampler fails with probability below 4e-4 under a fresh key.
@@ -156,6 +159,7 @@ def with_a_multiple_of_the_score(make, times):
     return end
 
 
+@pytest.mark.slow
 def test_the_marginal_test_refuses_a_wrong_score_term():
     end, x0 = with_a_multiple_of_the_score(EulerMaruyama, 400), jax.random.normal(KEY_START, (4000, 2))
     assert min(p_values(end(x0, 1.0))) > 1e-4
@@ -163,6 +167,7 @@ def test_the_marginal_test_refuses_a_wrong_score_term():
     assert min(p_values(end(x0, 0.0))) < 1e-6
 
 
+@pytest.mark.slow
 def test_backward_reaches_the_source():
     """False-alarm rate as above; the sign that the score term has in forward time is refused."""
     mixture = two_gaussians()
@@ -176,6 +181,7 @@ def swing(t, x):
     return jnp.sin(3 * t) * x - t
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(("make", "method"), [(EulerMaruyama, "euler"), (StochasticHeun, "heun")])
 def test_no_diffusion_is_the_method_for_the_flow(make, method):
     x0, times = jax.random.normal(jax.random.key(0), (5, 2)), uniform(7, 0.0, 0.9)
@@ -234,6 +240,7 @@ def test_sampling_is_steps_with_the_documented_noise(method):
         np.testing.assert_allclose(solution.trajectory[i + 1], x, rtol=1e-5)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("make", "t0", "t1", "calls"),
     [

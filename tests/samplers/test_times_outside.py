@@ -52,6 +52,7 @@ def test_every_sampler_stays_between_source_and_data(name, times):
 WITH_SCHEDULE = [name for name, make in contracts.FIXED_STEPS.items() if "schedule" in vars(make(VP()))]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", WITH_SCHEDULE)
 def test_no_sampler_starts_where_the_schedule_has_an_infinite_slope(name):
     """On VP at t = 1, from where it goes back to noise."""
@@ -148,6 +149,7 @@ OF_TIMES = {
 }
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", OF_TIMES)
 def test_numbers_of_steps_are_no_times(name):
     """As DDPM's code has them, 0 to 999; traced ones too, of which nobody can say that they are 0 and 1."""

@@ -19,6 +19,7 @@ def measured():
         return orders(SAMPLERS, ["linear"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("field", ["mixture", "guided"])
 @pytest.mark.parametrize("case", CASES)
 def test_the_order_is_one_more_than_that_of_the_predictor(measured, case, field):
@@ -37,10 +38,12 @@ def test_the_start_limits_the_order_to_three_on_even_grids(measured, case, field
         assert 2.8 < order < 4.2
 
 
+@pytest.mark.slow
 def test_exact_where_all_data_is_one_point(x64):
     assert point_errors([UniPC(Linear(), 1, "bh1"), UniPC(VE()), UniPC(DDPM(), 3)]).max() < 1e-9
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_the_paper(x64):
     """UniPC-1, bh2, written out for three steps: predict, evaluate, correct by half the change of the data, go on."""
     schedule, grid = VP(), np.array([0.3, 0.4, 0.55, 0.6])
@@ -63,6 +66,7 @@ def test_steps_are_those_of_the_paper(x64):
     np.testing.assert_array_equal(solution.trajectory[-1], solution.x)
 
 
+@pytest.mark.slow
 def test_from_end_to_end_and_back(x64):
     errors, (by_start, by_time) = end_to_end({"unipc": SAMPLERS[3, "bh2"]})["unipc"]
     assert errors[1] < 1e-3
@@ -80,6 +84,7 @@ def test_infinite_steps_are_ddim():
         np.testing.assert_allclose(*ends(jnp.array(grid), jnp.ones((1, 2))), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_single_precision_loses_little(x64):
     single, double = single_and_double({"unipc": SAMPLERS[3, "bh2"]})["unipc"]
     assert single.dtype == jnp.float32

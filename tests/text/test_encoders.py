@@ -70,6 +70,7 @@ PUBLISHED = [
 ]
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(
     ("make", "name", "options", "layout", "count", "manifest"), PUBLISHED, ids=lambda p: getattr(p, "__name__", str(p))
 )
@@ -105,12 +106,14 @@ def test_scanned_and_unrolled_blocks_agree(module):
     assert all(relative(found[key], wanted[key]) < 1e-6 for key in found if not key.endswith("k_proj.bias"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [CLIP, T5], ids=["clip", "t5"])
 def test_rematerialised_blocks_agree(module):
     again = module.clone(compute=Compute(remat=True))
     assert relative(encode(again, IDS).last, encode(module, IDS).last) < 1e-6
 
 
+@pytest.mark.slow_but_one
 @every_encoder
 def test_bfloat16_is_near_float32(module):
     low = module.clone(compute=Compute("bfloat16"))
@@ -120,6 +123,7 @@ def test_bfloat16_is_near_float32(module):
         assert relative(a, b) < 2e-2
 
 
+@pytest.mark.slow_but_one
 @every_encoder
 def test_masked_tokens_have_no_influence(module):
     mask = np.arange(10) < np.array([[6], [9]])
@@ -151,6 +155,7 @@ def test_t5_is_told_distances_only():
     assert relative(b.last[:, 10:], a.last[:, :10]) < 1e-6
 
 
+@pytest.mark.slow_but_one
 @every_encoder
 def test_the_states_that_are_kept(module):
     every = encode(module.clone(keep_hidden=3), IDS).hidden
@@ -179,6 +184,7 @@ def test_where_clip_is_read_out():
     np.testing.assert_array_equal(out.pooled, out.last[[0, 1], [2, 7]])
 
 
+@pytest.mark.slow
 def test_a_derivative_along_the_parameters():
     module, params = T5, jax.tree.map(jnp.asarray, params_of(T5))
     rng = np.random.default_rng(0)

@@ -51,6 +51,7 @@ def trained():
     return jax.tree.map(lambda leaf: leaf + 0.1, params)
 
 
+@pytest.mark.slow
 def test_padding_is_not_seen_however_much_there_is(trained):
     ids, mask = TOKENIZER(["a red three"])
     whole = ENCODER.apply(trained, ids, mask)
@@ -111,6 +112,7 @@ def test_what_a_tokenizer_does_not_make_is_refused(cond, message):
         model.init(jax.random.key(0), jnp.zeros(2), jnp.zeros((2, 4, 4, 1)), cond)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Controlled, lambda net, channels: Branched(net, {"local": LocalBranch(channels)})])
 def test_a_network_with_its_encoder_takes_branches_and_control(make):
     """They join the network alone, and start as nothing; an encoder is not copied."""

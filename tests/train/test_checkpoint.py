@@ -182,6 +182,7 @@ def same(state, other):
 
 
 # Orbax's readers of the other arrays outlive the event loop of the one that failed.
+@pytest.mark.slow_but_one
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["missing", "truncated", "zeroed", "one bit"])
 def test_any_damaged_file_is_refused_or_harmless(copy, run_dir, how):
@@ -384,6 +385,7 @@ def test_a_folder_that_was_removed_is_not_written_to(again, tmp_path):
     assert not again or committed(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="elsewhere a save that has begun makes the folder anew")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_save_that_has_begun_does_not_bring_a_removed_folder_back(tmp_path):

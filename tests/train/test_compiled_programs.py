@@ -79,6 +79,7 @@ def committed():
     return json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "parallel"), PROGRAMS)
 def test_compiles_to_the_committed_figures(name, parallel):
     found, key = figures(name, parallel), f"{name}, {parallel}"
@@ -112,6 +113,7 @@ def test_cut_parameters_are_gathered_once(name):
     assert found["all-gather"]["bytes"] == cut > 0
 
 
+@pytest.mark.slow
 def test_a_further_collective_and_a_further_product_are_seen():
     def further(loss_fn):
         def loss(params, key, batch):

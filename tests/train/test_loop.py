@@ -110,6 +110,7 @@ class Taking(Counting):
         return jax.tree.map(lambda *xs: np.stack(xs), *(next(self) for _ in range(num)))
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("kind", [Counting, Taking])
 def test_several_steps_a_call_log_save_and_call_back_at_the_same_places(step_fn, tmp_path, kind):
     def trained(folder, step_fn, **options):

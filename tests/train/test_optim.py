@@ -89,6 +89,7 @@ def test_bad_input(options, message):
         make_optimizer(**{"learning_rate": 0.1, "total_steps": 10, **options})
 
 
+@pytest.mark.slow
 def test_stacked_blocks_are_decayed_as_single_ones_are():
     """Biases are not decayed, nor are stacked ones, which have two axes."""
     blocks = {f"block_{i}": {"kernel": jnp.full((2, 3), 1.0 + i), "bias": jnp.full(3, 2.0 + i)} for i in range(2)}

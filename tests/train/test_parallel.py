@@ -57,6 +57,7 @@ def test_four_devices_equal_one_and_plain_jit():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), found, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_pmap_and_shard_map_agree_bit_for_bit(accumulate):
     step = make_step(drawn, OPTIMIZER, accumulate=accumulate)
@@ -166,6 +167,7 @@ def on_one():
     return train_wide(jax.jit(make_step(drawn, OPTIMIZER, axis_name=None)))
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize(("devices", "shards"), [(1, 1), (2, 2), (4, 4), (4, 2), (4, 1)])
 def test_a_cut_state_draws_and_learns_the_same_on_any_number_of_devices(on_one, devices, shards):
     step = fsdp_step(make_step(drawn, OPTIMIZER, axis_name=None), fsdp_mesh(shards, jax.devices()[:devices]))
@@ -201,6 +203,7 @@ def test_a_cut_step_donates_and_is_traced_once():
 STACK = jax.tree.map(lambda x: np.stack([x, x[::-1], 0.5 * x, -x]), BATCH)
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("kind", ["pmap", "shard_map", "fsdp"])
 def test_a_stack_of_steps_has_the_bits_of_one_at_a_time(kind):
     def make(stacked):

@@ -96,6 +96,7 @@ def saved(tmp_path_factory):
     return folders
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("to", LAYOUTS)
 def test_restored_onto_another_mesh(to, saved):
     sharding_of = LAYOUTS[to]()

@@ -53,6 +53,7 @@ def test_every_class_has_a_configuration():
     assert set(LAYOUTS) <= {each.split(":")[0] for each in FAMILIES.values()}
 
 
+@pytest.mark.slow_but_one
 @pytest.mark.parametrize("name", FAMILIES)
 def test_opened_saved_and_opened(tmp_path, name):
     module, params = open_model(folder_of(name, tmp_path / "a"))

@@ -333,6 +333,7 @@ class TestWrite:
         assert [each.name for each in path.parent.iterdir()] == ["a.safetensors"]
         assert not open_tensors(path)["a"].any()
 
+    @pytest.mark.slow
     def test_a_full_disk_leaves_nothing(self, tmp_path):
         code = """
         import resource, signal, sys, numpy as np
@@ -391,6 +392,7 @@ class TestWrite:
                         each.unlink()
         assert seen == {0.0, 2.0, "refused"}
 
+    @pytest.mark.slow
     def test_a_kill_leaves_the_old_file_whole(self, tmp_path):
         path = tmp_path / "a.safetensors"
         write_tensors(path, {"a": np.zeros(2)})

@@ -41,6 +41,7 @@ def test_what_is_saved_is_what_was_loaded(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_from_devices(tmp_path):
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("a", "b"))
     for axes in ((), ("a",), (None, "b")):
