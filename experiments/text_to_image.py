@@ -3,10 +3,11 @@
 Paper: Esser et al. 2024 (arXiv:2403.03206) for the transformer of two streams, Rombach et al. 2021 (arXiv:2112.10752)
 for attention to words.
 Command: `python -m experiments.text_to_image`, or with colours
-`python -m experiments.text_to_image --dataset mnist --model unet --run-dir runs/coloured`
+`python -m experiments.text_to_image --dataset mnist --run-dir runs/coloured`
 Hardware: two CPU cores; the README has the times.
-Expect: nothing that looks like agreement before a thousand steps, then nearly every picture as it was said. Held out
-are ten pairs of digits, in their order, so that no set of words alone says what is where.
+Expect: nothing that looks like agreement before a thousand steps, then nearly every picture as it was said. In colour
+an hour is enough for colours and places, and not for the digits. Held out are ten pairs of digits, in their order, so
+that no set of words alone says what is where.
 """
 
 import time

@@ -84,15 +84,18 @@ def main(names: tyro.conf.Positional[tuple[str, ...]] = (), *, smoke: bool = Fal
 
     def write(source: Path) -> None:
         start = time.monotonic()
-        notebook = execute(source)
+        try:
+            notebook = execute(source)
+        except Exception as error:
+            error.add_note(f"in {source.name}")
+            raise
         path = output / f"{source.stem}.ipynb"
         nbformat.write(notebook, path)
         seconds, size = time.monotonic() - start, path.stat().st_size / 1e3
         print(f"{source.stem:28}{seconds:6.1f} s {size:8.0f} kB", flush=True)
 
     with ThreadPoolExecutor(2 if smoke else 1) as pool:
-        for _ in pool.map(write, wanted):  # which raises what the notebook did
-            pass
+        list(pool.map(write, wanted))  # which raises what a notebook did, and begins no other then
 
 
 if __name__ == "__main__":

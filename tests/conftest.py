@@ -26,10 +26,10 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of tests marked `slow_but_one` the first case of each stays among the quick ones; before -m chooses."""
+    """Of tests marked `slow_but_one` the first case that is not `slow` itself stays quick; before -m chooses."""
     seen = set()
     for item in items:
-        if item.get_closest_marker("slow_but_one"):
+        if item.get_closest_marker("slow_but_one") and not item.get_closest_marker("slow"):
             family = item.nodeid.partition("[")[0]
             if family in seen:
                 item.add_marker(pytest.mark.slow)

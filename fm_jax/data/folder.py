@@ -467,14 +467,15 @@ def _read_table(table: Path) -> tuple[list[tuple[int, list[str]]], int, int]:
         raise ValueError(f"{where} must be text in UTF-8, got other bytes: save it as CSV UTF-8.") from None
     if "\0" in text:
         raise ValueError(f"{where} must be text in UTF-8, got zero bytes: save it as CSV UTF-8.")
-    first = next((line for line in io.StringIO(text, newline=None) if line.strip()), "").rstrip("\n")
+    lines = io.StringIO(text, newline=None).readlines()  # of old systems too
+    first = next((line for line in lines if line.strip()), "").rstrip("\n")
     delimiter = max(",;\t", key=first.count)
     if delimiter not in first:
         raise ValueError(
             f"{where} must have a column of files and one of labels, separated by commas, semicolons or tabs, got "
             f"{shown(first)} as its first line."
         )
-    reader = csv.reader(io.StringIO(text, newline=None), delimiter=delimiter)  # of old systems too
+    reader = csv.reader(lines, delimiter=delimiter)
     try:
         rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)]
     except csv.Error as error:

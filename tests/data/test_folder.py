@@ -365,6 +365,7 @@ TABLES = {
     "no header": "a/1.png,dog\na\\2.png,cat\n./b/3.png,dog",
     "mark and lines": "\ufeffpath,target\r\n\r\na/1.png, dog \r\n2.png,cat\r\n3.png,dog\r\n3,dog\r\n",
     "old lines": "a/1.png,dog\ra/2.png,cat\rb/3.png,dog\r",
+    "no line": "of\u2028what\x0b;label;file\nx;dog;a/1.png\nx;cat;a/2.png\nx;dog;b/3.png\n",
     "quoted": 'image,category\n"a/1.png","dog"\na/2,"cat"\n"b/3",dog\n',
 }
 
