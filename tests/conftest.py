@@ -1,5 +1,6 @@
 """Four simulated devices, strict rank promotion, quick compilation and a cache that makes the second run quicker."""
 
+import gc
 import importlib.metadata
 import os
 from pathlib import Path
@@ -34,6 +35,22 @@ def pytest_collection_modifyitems(items):
             if family in seen:
                 item.add_marker(pytest.mark.slow)
             seen.add(family)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Between two files, a process that has grown large forgets its programs; else many would be more than a machine."""
+    if (nextitem is None or nextitem.path != item.path) and memory() > 3 * 2**30:
+        jax.clear_caches()
+        gc.collect()
+
+
+def memory():
+    """Bytes that this process holds now, where Linux tells; elsewhere 0."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        return 0
 
 
 def pytest_runtest_setup(item):

@@ -254,7 +254,8 @@ def frames_attend_to_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     right = causal.attend
 
     def wrong(q: Any, k: Any, v: Any, **options: Any) -> Any:
-        joined = [part.reshape(2, -1, *part.shape[2:]) for part in (q, k, v)]
+        clips = min(2, len(q))  # one frame of one clip where the parameters are drawn
+        joined = [part.reshape(clips, -1, *part.shape[2:]) for part in (q, k, v)]
         return right(*joined, **options).reshape(q.shape)
 
     monkeypatch.setattr(causal, "attend", wrong)
