@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item, nextitem):
-    """Between two files, a process that has grown large forgets its programs; else many would be more than a machine."""
+    """Between two files, a process that has grown large forgets its programs, which else would fill a machine."""
     if (nextitem is None or nextitem.path != item.path) and memory() > 3 * 2**30:
         jax.clear_caches()
         gc.collect()
