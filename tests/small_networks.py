@@ -1,7 +1,5 @@
 """Every network, small, with what it is told: for the tests of branches and of control."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +21,6 @@ from fm_jax.models import (
     Wan,
 )
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SMALL = {"hidden": 16, "num_heads": 2}
 LABELS = jnp.array([1, 2])
 

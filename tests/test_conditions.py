@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import optimised
 
 from fm_jax import oracles
 from fm_jax.conditions import DropCondition, DropConditions, drop_condition, drop_conditions, null_like, without
@@ -349,7 +350,7 @@ def trained(rate):
     loss_fn = flow_matching(network, AffinePath(), drop=DropCondition(rate, NULL))
     optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, 600))
 
-    @jax.jit
+    @optimised
     def train(params):
         def step(carry, key):
             params, state = carry

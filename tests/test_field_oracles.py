@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import optimised
 from scipy.integrate import quad
 
 from fm_jax.losses import flow_matching
@@ -250,7 +251,7 @@ def learn(law, prior, *, terms, num_steps, batch_size, rate):
         return step(state, key, draw(jax.random.fold_in(key, 1), batch_size))[0], None
 
     keys = jax.random.split(jax.random.key(1), num_steps)
-    state, _ = jax.jit(lambda state: jax.lax.scan(one, state, keys))(create_state(params, optimizer))
+    state, _ = optimised(lambda state: jax.lax.scan(one, state, keys))(create_state(params, optimizer))
 
     def v(t, x, y):
         t = jnp.broadcast_to(jnp.asarray(t), x.shape[:1])

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import optimised
 
 from fm_jax.couplings import paired
 from fm_jax.fewstep import (
@@ -209,7 +210,7 @@ def test_training_finds_the_optimal_map():
     def unexplained(params):
         return ((transport(potential, params, held_out) - best) ** 2).sum(axis=1).mean() / np.trace(COVARIANCE)
 
-    @jax.jit
+    @optimised
     def train(params):
         def step(carry, key):
             params, state = carry

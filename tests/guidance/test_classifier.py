@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import optimised
 from contracts import SCHEDULES, mixture
 from flax import linen as nn
 
@@ -182,7 +183,7 @@ def trained(few_digits):
     model, path, num_steps = NoisyDigits(), AffinePath(LINEAR), 1500
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
 
-    @jax.jit
+    @optimised
     def train(key, images, labels):
         def loss(params, key):
             key_i, key_t, key_x0 = jax.random.split(key, 3)

@@ -28,7 +28,7 @@ def spec(path, shape):
 
 def main():
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_networks import LABELS, VARIANTS, T, bfloat16, drawn, jit, make, normal, shapes_of, state, variant_id
+from small_networks import LABELS, VARIANTS, T, bfloat16, drawn, make, normal, shapes_of, state, variant_id
 
 from fm_jax.losses import flow_matching
 from fm_jax.models import Conditions, PlainMLP, crossdit, dit, linen_apply, make_sequence_unet
@@ -59,7 +59,7 @@ def build(variant, **options):
     module = Branched(net, {name: BRANCHES[name] for name in names})
     cond = {"network": told} | told_of(x, names)
     base = drawn(shapes_of(net, x, told))
-    field = jit(lambda params, cond: module.apply({"params": params}, T, x, cond))
+    field = jax.jit(lambda params, cond: module.apply({"params": params}, T, x, cond))
     return net, module, x, cond, base, field
 
 
@@ -67,14 +67,14 @@ def build(variant, **options):
 def first(variant, **options):
     """Parameters as at first, by the module's own `init`, with a trained network in them."""
     _, module, x, cond, base, _ = build(variant, **options)
-    return with_base(jit(module.init)(jax.random.key(0), T, x, cond)["params"], base)
+    return with_base(jax.jit(module.init)(jax.random.key(0), T, x, cond)["params"], base)
 
 
 @functools.cache
 def alone(variant, **options):
     """What the network alone gives."""
     net, _, x, cond, base, _ = build(variant, **options)
-    return jit(lambda params: net.apply({"params": params}, T, x, cond["network"]))(base)
+    return jax.jit(lambda params: net.apply({"params": params}, T, x, cond["network"]))(base)
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_starts_as_nothing_and_learns(variant):
     np.testing.assert_array_equal(found, wanted)
     jax.tree.map(np.testing.assert_array_equal, base_of(params), base)
 
-    gradient = jit(jax.grad(lambda params: (module.apply({"params": params}, T, x, cond) ** 3).sum()))(params)
+    gradient = jax.jit(jax.grad(lambda params: (module.apply({"params": params}, T, x, cond) ** 3).sum()))(params)
     leaves = jax.tree_util.tree_leaves_with_path(gradient)
     starting = [path for path, _ in leaves if is_zero_at_first(path)]
     assert len(starting) >= len(module.branches)
@@ -132,9 +132,9 @@ def test_branches_join_a_network_of_sequences():
     module, x = Branched(net, branches), normal(0, 2, 8, 3)
     cond = {"network": Conditions(local=normal(1, 2, 8, 1))} | told_of(x, branches)
     base = drawn(shapes_of(net, x, cond["network"]))
-    params = with_base(jit(module.init)(jax.random.key(0), T, x, cond)["params"], base)
-    field = jit(lambda params, cond: module.apply({"params": params}, T, x, cond))
-    alone = jit(lambda params: net.apply({"params": params}, T, x, cond["network"]))(base)
+    params = with_base(jax.jit(module.init)(jax.random.key(0), T, x, cond)["params"], base)
+    field = jax.jit(lambda params, cond: module.apply({"params": params}, T, x, cond))
+    alone = jax.jit(lambda params: net.apply({"params": params}, T, x, cond["network"]))(base)
     np.testing.assert_allclose(field(params, cond), alone, rtol=1e-5, atol=1e-6)
     assert all("branch_depth" in params["network"][name] for name in ("down_0_0", "down_1_0", "middle_0", "up_1_1"))
     params = drawn(shapes_of(module, x, cond), seed=1)
@@ -158,14 +158,14 @@ def test_in_bfloat16(variant):
     params = drawn(shapes_of(module, x, cond), seed=1)
     net, _ = make(*variant, compute=bfloat16())
     half = module.clone(network=net)
-    out = jit(lambda params: half.apply({"params": params}, T, x, cond))(params)
+    out = jax.jit(lambda params: half.apply({"params": params}, T, x, cond))(params)
     exact = field(params, cond)
     assert out.dtype == jnp.float32
     assert 1e-5 < np.linalg.norm(out - exact) / np.linalg.norm(exact) < 0.1
     params = with_base(params, base)
     nothing = cond | dict.fromkeys(module.branches)
-    wanted = jit(lambda base: net.apply({"params": base}, T, x, cond["network"]))(base)
-    np.testing.assert_array_equal(jit(lambda p: half.apply({"params": p}, T, x, nothing))(params), wanted)
+    wanted = jax.jit(lambda base: net.apply({"params": base}, T, x, cond["network"]))(base)
+    np.testing.assert_array_equal(jax.jit(lambda p: half.apply({"params": p}, T, x, nothing))(params), wanted)
 
 
 @functools.cache
@@ -177,7 +177,7 @@ def dit_with(branches, **options):
 
 def field_of(module, x, cond, params=None):
     params = drawn(shapes_of(module, x, cond), seed=2) if params is None else params
-    return jit(lambda cond, x: module.apply({"params": params}, T, x, cond))(cond, x)
+    return jax.jit(lambda cond, x: module.apply({"params": params}, T, x, cond))(cond, x)
 
 
 X = state("dit")
@@ -237,7 +237,7 @@ def test_a_local_condition_is_heard_most_where_it_is(variant):
     x = normal(3, 2, 16, 16, 2)
     cond = {"network": told, "depth": normal(4, 2, 16, 16, 1)}
     params = drawn(shapes_of(module, x, cond), seed=2)
-    field = jit(lambda depth: module.apply({"params": params}, T, x, cond | {"depth": depth}))
+    field = jax.jit(lambda depth: module.apply({"params": params}, T, x, cond | {"depth": depth}))
     moved = field(cond["depth"].at[:, 4:6, 10:12].add(1.0)) - field(cond["depth"])
     squares = np.square(moved).sum(axis=(0, 3)).reshape(4, 4, 4, 4).sum(axis=(1, 3))
     assert np.unravel_index(squares.argmax(), squares.shape) == (1, 2)
@@ -282,8 +282,8 @@ def test_channels_join_those_of_the_state():
     before = normal(4, 2, 4, 4, 3)
     joined = jnp.concatenate([X, before], axis=-1)
     params = drawn(shapes_of(net, joined, LABELS))
-    apply = jit(lambda p: module.apply({"params": {"network": p}}, T, X, {"network": LABELS, "before": before}))
-    wanted = jit(lambda p: net.apply({"params": p}, T, joined, LABELS)[..., :2])(params)
+    apply = jax.jit(lambda p: module.apply({"params": {"network": p}}, T, X, {"network": LABELS, "before": before}))
+    wanted = jax.jit(lambda p: net.apply({"params": p}, T, joined, LABELS)[..., :2])(params)
     np.testing.assert_array_equal(apply(params), wanted)
 
 
@@ -296,7 +296,7 @@ def test_training_changes_branches_alone():
     params = drawn(shapes_of(module, X, cond), seed=2)
     labels = jax.tree.map(lambda new: "new" if new else "base", trainable(params))
     optimizer = optax.multi_transform({"new": optax.adamw(1e-2), "base": optax.set_to_zero()}, labels)
-    step = jit(make_step(flow_matching(linen_apply(module), AffinePath()), optimizer, axis_name=None))
+    step = jax.jit(make_step(flow_matching(linen_apply(module), AffinePath()), optimizer, axis_name=None))
     after, _ = step(create_state(params, optimizer), jax.random.key(0), {"x1": X, "cond": cond})
     jax.tree.map(np.testing.assert_array_equal, base_of(after.params), base_of(params))
     moved = jax.tree.map(lambda a, b: bool(np.abs(a - b).max() > 0), after.params, params)

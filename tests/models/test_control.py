@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from small_networks import LABELS, VARIANTS, T, drawn, jit, make, normal, shapes_of, state, variant_id
+from small_networks import LABELS, VARIANTS, T, drawn, make, normal, shapes_of, state, variant_id
 
 from fm_jax.losses import flow_matching
 from fm_jax.models import linen_apply, make_sequence_unet
@@ -37,15 +37,15 @@ def build(variant):
     module = Controlled(net, channels=2, features=4)
     cond = {"network": told, "local": normal(6, *x.shape[:-1], 2)}
     base = drawn(shapes_of(net, x, told))
-    params = with_base(jit(module.init)(jax.random.key(0), T, x, cond)["params"], base)
-    field = jit(lambda params, cond: module.apply({"params": params}, T, x, cond))
+    params = with_base(jax.jit(module.init)(jax.random.key(0), T, x, cond)["params"], base)
+    field = jax.jit(lambda params, cond: module.apply({"params": params}, T, x, cond))
     return module, x, cond, base, params, field
 
 
 @functools.cache
 def gradient_of(variant):
     module, x, cond, *_ = build(variant)
-    return jit(jax.grad(lambda params: (module.apply({"params": params}, T, x, cond) ** 3).sum()))
+    return jax.jit(jax.grad(lambda params: (module.apply({"params": params}, T, x, cond) ** 3).sum()))
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def gradient_of(variant):
 def test_starts_as_nothing_and_learns_from_its_taps_on(variant):
     """At first the taps alone have a gradient; a step later the copy too, and the network never."""
     module, x, cond, base, params, field = build(variant)
-    alone = jit(lambda base: module.network.apply({"params": base}, T, x, cond["network"]))(base)
+    alone = jax.jit(lambda base: module.network.apply({"params": base}, T, x, cond["network"]))(base)
     np.testing.assert_array_equal(field(params, cond), alone)
     jax.tree.map(np.testing.assert_array_equal, base_of(params), base)
     jax.tree.map(np.testing.assert_array_equal, params["control"], used(base))
@@ -86,7 +86,7 @@ def test_once_trained_follows_its_own_example(variant):
 def test_left_out_is_the_network_alone():
     module, x, cond, base, params, field = build(QUICK)
     trained = params | {"taps": drawn(params["taps"]), "first": drawn(params["first"])}
-    alone = jit(lambda base: module.network.apply({"params": base}, T, x, cond["network"]))(base)
+    alone = jax.jit(lambda base: module.network.apply({"params": base}, T, x, cond["network"]))(base)
     np.testing.assert_array_equal(field(trained, cond | {"local": None}), alone)
 
 
@@ -122,7 +122,7 @@ def test_training_changes_all_but_the_network():
     module, x, cond, _, params, _ = build(QUICK)
     labels = jax.tree.map(lambda new: "new" if new else "base", trainable(params))
     optimizer = optax.multi_transform({"new": optax.sgd(0.1), "base": optax.set_to_zero()}, labels)
-    step = jit(make_step(flow_matching(linen_apply(module), AffinePath()), optimizer, axis_name=None))
+    step = jax.jit(make_step(flow_matching(linen_apply(module), AffinePath()), optimizer, axis_name=None))
     trained = create_state(params, optimizer)
     for i in range(3):
         trained, _ = step(trained, jax.random.key(i), {"x1": x, "cond": cond})
@@ -144,12 +144,12 @@ def test_branches_are_copied_with_their_network():
     module = Controlled(Branched(net, {"words": CrossBranch(6, 2)}), channels=2, features=4)
     x = state("dit")
     cond = {"network": {"network": told, "words": normal(5, 2, 3, 6)}, "local": normal(6, 2, 8, 8, 2)}
-    params = jit(module.init)(jax.random.key(0), T, x, cond)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), T, x, cond)["params"]
     base = drawn(shapes_of(net, x, told))
     params = with_base(params, {"network": base})
     jax.tree.map(np.testing.assert_array_equal, base_of(params), base)
-    out = jit(lambda params: module.apply({"params": params}, T, x, cond))(params)
-    np.testing.assert_array_equal(out, jit(lambda base: net.apply({"params": base}, T, x, told))(base))
+    out = jax.jit(lambda params: module.apply({"params": params}, T, x, cond))(params)
+    np.testing.assert_array_equal(out, jax.jit(lambda base: net.apply({"params": base}, T, x, told))(base))
     assert "branch_words" in params["control"]["network"]["blocks"]
 
 
@@ -191,7 +191,7 @@ def test_a_tap_reaches_the_skip_that_it_stands_for(name):
         with nn.intercept_methods(doubled):
             return module.network.apply({"params": base}, T, x, cond["network"])
 
-    np.testing.assert_allclose(field(params | {"taps": taps}, cond), jit(wanted)(base), atol=1e-5)
+    np.testing.assert_allclose(field(params | {"taps": taps}, cond), jax.jit(wanted)(base), atol=1e-5)
 
 
 def test_what_a_copy_has_no_use_for_is_not_copied():

@@ -17,7 +17,6 @@ MODULES = {
     "sharp": ICNN(features=(5, 7), sharpness=4.0),
 }
 DIM = 3
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def any_params(module, seed=0):
@@ -33,11 +32,11 @@ def test_hessian_is_at_least_the_strong_convexity(module, x64):
     psi = linen_potential(module)
     params = any_params(module)
     x = 3 * np.random.default_rng(1).standard_normal((64, DIM))
-    hessian = jit(jax.vmap(jax.hessian(lambda x: psi(params, x[None])[0])))(x)
+    hessian = jax.jit(jax.vmap(jax.hessian(lambda x: psi(params, x[None])[0])))(x)
     np.testing.assert_allclose(hessian, hessian.transpose(0, 2, 1), atol=1e-12)
     # A kernel drawn at random is far from singular only beside |A x|^2, so take that away: the rest must be convex too.
     params = {**params, "square": {"kernel": jnp.zeros((DIM, DIM))}}
-    hessian = jit(jax.vmap(jax.hessian(lambda x: psi(params, x[None])[0])))(x)
+    hessian = jax.jit(jax.vmap(jax.hessian(lambda x: psi(params, x[None])[0])))(x)
     smallest = np.linalg.eigvalsh(hessian).min(axis=1)
     assert (smallest >= module.strong_convexity - 1e-12).all()
     # Nor is it convex only for being quadratic.
@@ -47,7 +46,7 @@ def test_hessian_is_at_least_the_strong_convexity(module, x64):
 @pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
 def test_lies_below_its_chords(module, x64):
     """Psi(s x + (1 - s) y) <= s Psi(x) + (1 - s) Psi(y) - strong_convexity s (1 - s) |x - y|^2 / 2, far apart."""
-    psi = jit(functools.partial(linen_potential(module), any_params(module)))
+    psi = jax.jit(functools.partial(linen_potential(module), any_params(module)))
     x, y = 5 * np.random.default_rng(2).standard_normal((2, 256, DIM))
     s = np.random.default_rng(3).uniform(size=256)
     chord = s * psi(x) + (1 - s) * psi(y)
@@ -61,7 +60,7 @@ def test_starts_near_the_identity_map(dim):
     module = ICNN()
     x = jax.random.normal(jax.random.key(1), (100, dim))
     params = module.init(jax.random.key(0), x)["params"]
-    moved = jit(jax.grad(lambda x: linen_potential(module)(params, x).sum()))(x) - x
+    moved = jax.jit(jax.grad(lambda x: linen_potential(module)(params, x).sum()))(x) - x
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     assert 0 < jnp.sqrt((moved**2).mean() / (x**2).mean()) < 0.1
 
@@ -107,7 +106,7 @@ def test_derivatives_are_finite_at_the_origin_and_far_out(scale):
     x = jnp.full((2, 2), scale)
     params = module.init(jax.random.key(0), x)["params"]
     loss = lambda params, x: linen_potential(module)(params, x).sum()  # noqa: E731
-    gradients = jit(lambda p, x: (jax.grad(loss, (0, 1))(p, x), jax.jvp(jax.grad(loss, 1), (p, x), (p, x))[1]))
+    gradients = jax.jit(lambda p, x: (jax.grad(loss, (0, 1))(p, x), jax.jvp(jax.grad(loss, 1), (p, x), (p, x))[1]))
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients(params, x)))
 
 

@@ -1,5 +1,3 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +21,7 @@ def test_learns_a_translation():
         v = module.apply({"params": params}, t, x0 + t[:, None] * shifts[labels], labels)
         return jnp.mean((v - shifts[labels]) ** 2)
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def train(params):
         def step(carry, key):
             params, state = carry

@@ -29,7 +29,6 @@ COND = Conditions(
 )
 LENGTHS = jnp.array([5, 8])
 MASK = jnp.arange(8)[None, :] < LENGTHS[:, None]
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 rules_of = functools.cache(mmdit_rules)
@@ -48,7 +47,7 @@ def drawn(module):
 
 @functools.cache
 def compiled(module):
-    return jit(lambda params, x, cond: module.apply({"params": params}, T, x, cond))
+    return jax.jit(lambda params, x, cond: module.apply({"params": params}, T, x, cond))
 
 
 def call(module, params, cond=COND, x=X):
@@ -120,7 +119,7 @@ def test_loops_give_outputs_and_derivatives_of_the_unrolled_blocks(options):
             out = module.apply({"params": params}, T, x, COND._replace(mask=MASK))
             return (out * X).sum(), out
 
-        (_, out), grads = jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(drawn(module), X)
+        (_, out), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(drawn(module), X)
         return out, rules_of(module).to_theirs(grads[0]), grads[1]
 
     (out, grads, slope), other = run(False), run(True)
@@ -134,7 +133,7 @@ def test_loops_give_outputs_and_derivatives_of_the_unrolled_blocks(options):
 @pytest.mark.slow
 def test_a_new_network_is_zero_and_has_small_numbers():
     module = MMDiT(**SD35 | {"num_layers": 1})
-    out, params = jit(module.init_with_output)(jax.random.key(0), T, X, COND)
+    out, params = jax.jit(module.init_with_output)(jax.random.key(0), T, X, COND)
     params = params["params"]
     assert not out.any()
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(params)) <= 1.0 + 1e-6
@@ -210,8 +209,8 @@ def test_it_can_be_differentiated_along_a_path():
         # Time enters times 1000.
         return module.apply({"params": params}, T + 1e-3 * s, x + s * v, cond)
 
-    _, slope = jit(lambda s: jax.jvp(along, (s,), (1.0,)))(0.0)
-    step, value = 0.02, jit(along)
+    _, slope = jax.jit(lambda s: jax.jvp(along, (s,), (1.0,)))(0.0)
+    step, value = 0.02, jax.jit(along)
     quotient = (8 * (value(step) - value(-step)) - value(2 * step) + value(-2 * step)) / (12 * step)
     assert relative(slope, quotient) < 1e-3
 
@@ -351,8 +350,7 @@ UPDATE = """
     def run(shardings, data):
         put = jax.device_put(params, shardings), jax.device_put(batch, data)
         with jax.default_matmul_precision("highest"):
-            options = {"xla_backend_optimization_level": 0}
-            new = jax.jit(update, out_shardings=shardings, compiler_options=options)(*put)
+            new = jax.jit(update, out_shardings=shardings)(*put)
         parts = [leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(new)]
         return jax.tree.map(np.asarray, new), sum(p == 1 / 8 for p in parts), sum(p == 1 for p in parts)
 
@@ -377,7 +375,7 @@ UPDATE = """
 def test_an_update_is_the_same_on_one_device_and_on_eight():
     root = Path(__file__).parents[1]
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(root),
     }

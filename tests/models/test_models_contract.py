@@ -37,7 +37,6 @@ X = jax.random.normal(jax.random.key(1), (BATCH, *EVENT))
 LABELS = jnp.arange(BATCH) % CLASSES
 NULL = jnp.full((BATCH,), CLASSES)
 # Compiling is most of the time of these tests, and nothing here runs long.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def trained(module):
@@ -60,7 +59,7 @@ def trained(module):
 def build(name):
     """Module, parameters and the jitted field."""
     module = MODELS[name](embed=LabelEmbedding(CLASSES))
-    field = jit(lambda params, t, x, cond: module.apply({"params": params}, t, x, cond))
+    field = jax.jit(lambda params, t, x, cond: module.apply({"params": params}, t, x, cond))
     return module, trained(module), field
 
 
@@ -110,9 +109,9 @@ class TestContract:
         """What it returns is all that the network hears of the condition: of two embeds with one vector, one field."""
         module = MODELS[name](embed=VectorEmbedding(2))
         params, (other, _, _) = trained(module), build(name)
-        out = jit(module.apply)({"params": params}, T, X, jnp.zeros((BATCH, 2)))
+        out = jax.jit(module.apply)({"params": params}, T, X, jnp.zeros((BATCH, 2)))
         table = jnp.broadcast_to(params["embed"]["null"], (CLASSES + 1, len(params["embed"]["null"])))
-        expected = jit(other.apply)({"params": params | {"embed": {"table": table}}}, T, X, LABELS)
+        expected = jax.jit(other.apply)({"params": params | {"embed": {"table": table}}}, T, X, LABELS)
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.slow
@@ -127,7 +126,7 @@ class TestContract:
             return jnp.mean(out**2), out
 
         step, again = (
-            jit(jax.value_and_grad(functools.partial(loss, apply_fn), has_aux=True)) for apply_fn in (plain, remat)
+            jax.jit(jax.value_and_grad(functools.partial(loss, apply_fn), has_aux=True)) for apply_fn in (plain, remat)
         )
         key, other_key = jax.random.split(jax.random.key(4))
         assert "remat" in str(jax.make_jaxpr(functools.partial(loss, remat))(params, key))
@@ -146,7 +145,7 @@ class TestContract:
         module = MODELS[name](embed=LabelEmbedding(CLASSES), compute=Compute(jnp.bfloat16))
         shapes = jax.eval_shape(lambda key: module.init(key, T, X)["params"], jax.random.key(0))
         assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
-        out, exact = jit(module.apply)({"params": params}, T, X, LABELS), field(params, T, X, LABELS)
+        out, exact = jax.jit(module.apply)({"params": params}, T, X, LABELS), field(params, T, X, LABELS)
         assert out.dtype == jnp.float32
         error = jnp.sqrt(jnp.mean((out - exact) ** 2) / jnp.mean(exact**2))
         assert 1e-5 < error < 0.03
@@ -156,7 +155,7 @@ class TestContract:
         module, params, field = build(name)
         x_dot = jax.random.normal(jax.random.key(5), X.shape)
 
-        @jit
+        @jax.jit
         def forward(t_dot, x_dot):
             call = lambda t, x: module.apply({"params": params}, t, x, LABELS)  # noqa: E731
             return jax.jvp(call, (T, X), (t_dot, x_dot))[1]

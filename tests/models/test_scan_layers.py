@@ -16,7 +16,6 @@ LAYERS, EVENT = 3, (4, 4, 2)
 T = jnp.array([0.2, 0.7])
 X = jax.random.normal(jax.random.key(1), (2, *EVENT))
 LABELS = jnp.array([1, 3])
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def build(scan_layers, **options):
@@ -68,8 +67,8 @@ def test_outputs_and_derivatives_are_those_of_the_unrolled_blocks(options, cond)
         per_example = jax.vmap(lambda x: module.apply({"params": params}, 0.5, x[None])[0])(X)
         return out, tangent, per_example, pullback(jnp.cos(out))[0]
 
-    found = jit(functools.partial(derivatives, scanned))(stack_layers(params))
-    wanted = jit(functools.partial(derivatives, unrolled))(params)
+    found = jax.jit(functools.partial(derivatives, scanned))(stack_layers(params))
+    wanted = jax.jit(functools.partial(derivatives, unrolled))(params)
     assert jnp.abs(wanted[0]).min() > 0
     assert_close(found, (*wanted[:3], stack_layers(wanted[3])), 2e-5)
 
@@ -84,8 +83,8 @@ def test_second_derivatives_pass():
         field = lambda x: module.apply({"params": params}, T, x)  # noqa: E731
         return jnp.vdot(X, jax.jvp(field, (X,), (X,))[1])
 
-    found = jit(jax.grad(functools.partial(divergence, scanned)))(stack_layers(params))
-    assert_close(found, stack_layers(jit(jax.grad(functools.partial(divergence, unrolled)))(params)), 1e-4)
+    found = jax.jit(jax.grad(functools.partial(divergence, scanned)))(stack_layers(params))
+    assert_close(found, stack_layers(jax.jit(jax.grad(functools.partial(divergence, unrolled)))(params)), 1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
@@ -104,7 +103,7 @@ def test_outputs_have_the_same_bits_operation_by_operation(dtype):
 @pytest.mark.slow
 def test_layers_and_their_dropout_are_drawn_one_by_one():
     module = build(True, dropout=0.5)
-    params = jit(module.init)(jax.random.key(0), T, X)["params"]
+    params = jax.jit(module.init)(jax.random.key(0), T, X)["params"]
     for name in ("qkv", "out"):
         kernel = np.asarray(params["blocks"]["attention"][name]["kernel"])
         assert kernel.std(axis=(1, 2)) == pytest.approx(np.sqrt(2 / sum(kernel.shape[1:])), rel=0.15)
@@ -116,7 +115,8 @@ def test_layers_and_their_dropout_are_drawn_one_by_one():
         return out[0], out[1]["intermediates"]["blocks"]["Dropout_0"]["__call__"]
 
     (one, dropped), (other, _), (off, _) = (
-        jit(run, static_argnums=1)(jax.random.key(seed), train) for seed, train in ((0, True), (1, True), (0, False))
+        jax.jit(run, static_argnums=1)(jax.random.key(seed), train)
+        for seed, train in ((0, True), (1, True), (0, False))
     )
     assert min(jnp.abs(one - other).max(), jnp.abs(one - off).max()) > 1e-2
     zeros = np.asarray(dropped[0]) == 0  # [layers, batch, tokens, hidden]
@@ -214,7 +214,7 @@ def test_training_goes_on_in_the_other_layout():
         def loss(params, key, batch, module=module):
             return jnp.mean((module.apply({"params": params}, batch["t"], batch["x"]) - 1) ** 2), {}
 
-        step = jit(make_step(loss, optimizer, axis_name=None))
+        step = jax.jit(make_step(loss, optimizer, axis_name=None))
         states[scan], _ = step(stack_layers(state) if scan else state, jax.random.key(0), batch)
     assert_close(states[True].params, stack_layers(states[False].params), 1e-3)
     assert_close(states[True].ema, stack_layers(states[False].ema), 1e-3)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compiling import optimised
 
 from fm_jax import oracles
 from fm_jax.conditions import DropConditions
@@ -333,7 +334,7 @@ def test_learns_sequences_around_their_local_condition():
         optax.adam(optax.cosine_decay_schedule(1e-2, 400)),
     )
 
-    @jax.jit
+    @optimised
     def train(params):
         def step(carry, key):
             params, state = carry

@@ -16,7 +16,6 @@ from fm_jax.models.temporal_autoencoder import (
 )
 from fm_jax.models.temporal_blocks import TimeAttention, TimeConv
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 SMALL = {"channels": (8, 16), "num_blocks": 1, "latent_channels": 3, "num_groups": 4}
 IMAGES = Autoencoder(**SMALL)
 VIDEOS = TemporalAutoencoder(**SMALL, halve_frames=(True,), quantize=True)
@@ -42,7 +41,7 @@ def inflated(images):
 
 
 def calls(module, params):
-    run = lambda method: jit(lambda x, **options: module.apply({"params": params}, x, method=method, **options))  # noqa: E731
+    run = lambda method: jax.jit(lambda x, **options: module.apply({"params": params}, x, method=method, **options))  # noqa: E731
     return run("encode"), run("decode")
 
 
@@ -50,7 +49,7 @@ def test_what_is_over_frames_does_nothing_at_first():
     """To the bit."""
     x = jax.random.normal(jax.random.key(3), (2, 5, 2, 3, 8))
     for layer, wanted in ((TimeConv(jnp.float32), x), (TimeConv(jnp.float32, 2), x[:, ::2]), (TimeAttention(4), x)):
-        np.testing.assert_array_equal(jit(layer.init_with_output)(jax.random.key(4), x)[0], wanted)
+        np.testing.assert_array_equal(jax.jit(layer.init_with_output)(jax.random.key(4), x)[0], wanted)
 
 
 def close(a, b):
@@ -75,10 +74,10 @@ def test_at_first_every_frame_is_what_the_autoencoder_of_images_makes_of_it(imag
 
 @pytest.mark.slow
 def test_an_image_is_a_video_of_one_frame(images, inflated):
-    there_and_back = jit(lambda x: VIDEOS.apply({"params": inflated}, x))
+    there_and_back = jax.jit(lambda x: VIDEOS.apply({"params": inflated}, x))
     out = there_and_back(X[:, :1])
     assert out.shape == (2, 1, 4, 6, 3)
-    close(out[:, 0], jit(lambda x: IMAGES.apply({"params": images}, x))(X[:, 0]))
+    close(out[:, 0], jax.jit(lambda x: IMAGES.apply({"params": images}, x))(X[:, 0]))
     assert there_and_back(X).shape == X.shape
 
 
@@ -110,9 +109,9 @@ def test_movie_gens_is_eight_times_smaller_on_every_axis():
 
 @pytest.mark.slow
 def test_rematerialised_in_bfloat16_it_is_close(inflated):
-    out = jit(lambda x: VIDEOS.apply({"params": inflated}, x))(X)
+    out = jax.jit(lambda x: VIDEOS.apply({"params": inflated}, x))(X)
     other = VIDEOS.clone(compute=Compute("bfloat16", remat=True))
-    half = jit(lambda x: other.apply({"params": inflated}, x))(X)
+    half = jax.jit(lambda x: other.apply({"params": inflated}, x))(X)
     assert half.dtype == jnp.float32
     assert jnp.linalg.norm(half - out) <= 3e-2 * jnp.linalg.norm(out)
 

@@ -14,7 +14,6 @@ from fm_jax.models.wan import WAN_CONFIGS, Wan, make_wan
 from fm_jax.models.wan_blocks import grid_angles, rope_axes
 from fm_jax.weights.wan import wan_config, wan_from_config, wan_rules
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 T = jnp.asarray([0.25, 0.625])
 X = jax.random.normal(jax.random.key(1), (2, 2, 4, 6, 3))
 TOKENS = jax.random.normal(jax.random.key(2), (2, 8, 20))
@@ -91,8 +90,8 @@ def test_blocks_in_a_loop_are_the_blocks_written_out():
         out, pullback = jax.vjp(lambda params: module.apply({"params": params}, T, X, cond), params)
         return out, pullback(jnp.cos(out))[0]
 
-    found = jit(functools.partial(derivatives, looped))(stack_layers(params))
-    out, gradient = jit(functools.partial(derivatives, written))(params)
+    found = jax.jit(functools.partial(derivatives, looped))(stack_layers(params))
+    out, gradient = jax.jit(functools.partial(derivatives, written))(params)
     assert out.shape == X.shape
     assert out.dtype == jnp.float32
     assert_close(found, (out, stack_layers(gradient)), 1e-6)
@@ -101,7 +100,7 @@ def test_blocks_in_a_loop_are_the_blocks_written_out():
 @pytest.fixture(scope="module")
 def network():
     module = build()
-    return jit(functools.partial(module.apply, {"params": drawn(module)}))
+    return jax.jit(functools.partial(module.apply, {"params": drawn(module)}))
 
 
 @pytest.mark.slow
@@ -125,7 +124,7 @@ def test_one_time_for_every_frame_is_the_time_of_the_video(network):
 
 @pytest.mark.slow
 def test_zero_at_initialisation():
-    out, _ = jit(build(compute=Compute("bfloat16")).init_with_output)(jax.random.key(0), T, X, TEXT)
+    out, _ = jax.jit(build(compute=Compute("bfloat16")).init_with_output)(jax.random.key(0), T, X, TEXT)
     np.testing.assert_array_equal(out, 0)
 
 
@@ -137,9 +136,9 @@ def test_forward_derivatives_are_those_of_differences():
     x, direction = jax.random.normal(jax.random.key(3), (2, 2, 2, 4, 6, 4))
     cond = Conditions(tokens=jax.random.normal(jax.random.key(4), (2, 5, 64)), mask=MASK[:, :5])
     field = lambda t, x: module.apply({"params": params}, t, x, cond)  # noqa: E731
-    network = jit(field)
+    network = jax.jit(field)
     rate, step = 2.0**-9, 2.0**-5  # exact in float32: 1000 t moves by 0.06
-    _, tangent = jit(lambda t, x: jax.jvp(field, (t, x), (jnp.full_like(t, rate), direction)))(T, x)
+    _, tangent = jax.jit(lambda t, x: jax.jvp(field, (t, x), (jnp.full_like(t, rate), direction)))(T, x)
     along = lambda s: network(T + s * rate, x + s * direction)  # noqa: E731
     central = lambda s: (along(s) - along(-s)) / (2 * s)  # noqa: E731
     assert_close((4 * central(step) - central(2 * step)) / 3, tangent, 1e-3)

@@ -17,7 +17,6 @@ from fm_jax.weights.wan_autoencoder import (
     wan_autoencoder_rules,
 )
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 X = jnp.tanh(jax.random.normal(jax.random.key(1), (2, 5, 4, 6, 3)))
 
 
@@ -70,8 +69,8 @@ def drawn(module):
 def model():
     module = build()
     variables = {"params": drawn(module)}
-    encode = jit(lambda x: module.apply(variables, x, method="encode"))
-    return encode, jit(lambda z: module.apply(variables, z, method="decode", clip=False))
+    encode = jax.jit(lambda x: module.apply(variables, x, method="encode"))
+    return encode, jax.jit(lambda z: module.apply(variables, z, method="decode", clip=False))
 
 
 def assert_close(a, b, tolerance=1e-6):
@@ -96,7 +95,7 @@ def test_what_follows_is_not_seen(model):
 def test_only_decoded_pixels_in_range_are_given_unless_a_loss_asks(model):
     module = build()
     z = jax.random.normal(jax.random.key(2), (2, 3, 2, 3, 4))
-    clipped = jit(lambda z: module.apply({"params": drawn(module)}, z, method="decode"))(z)
+    clipped = jax.jit(lambda z: module.apply({"params": drawn(module)}, z, method="decode"))(z)
     whole = model[1](z)
     assert_close(clipped, jnp.clip(whole, -1, 1))
     assert jnp.abs(whole).max() > 1
@@ -106,7 +105,7 @@ def test_only_decoded_pixels_in_range_are_given_unless_a_loss_asks(model):
 def test_gradients_are_finite_where_all_channels_are_zero():
     module = build(compute=Compute(remat=True))
     zeros = jax.tree.map(jnp.zeros_like, drawn(module))
-    gradient = jit(jax.grad(lambda params: module.apply({"params": params}, X).sum()))(zeros)
+    gradient = jax.jit(jax.grad(lambda params: module.apply({"params": params}, X).sum()))(zeros)
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
