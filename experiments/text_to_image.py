@@ -2,12 +2,10 @@
 
 Paper: Esser et al. 2024 (arXiv:2403.03206) for the transformer of two streams, Rombach et al. 2021 (arXiv:2112.10752)
 for attention to words.
-Command: `python -m experiments.text_to_image`, or with colours
-`python -m experiments.text_to_image --dataset mnist --run-dir runs/coloured`
+Command: `python -m experiments.text_to_image`; with colours `python -m experiments.coloured_mnist`.
 Hardware: two CPU cores; the README has the times.
-Expect: nothing that looks like agreement before a thousand steps, then nearly every picture as it was said. In colour
-an hour is enough for colours and places, and not for the digits. Held out are ten pairs of digits, in their order, so
-that no set of words alone says what is where.
+Expect: nothing that looks like agreement before a thousand steps, then nearly every picture as it was said. Held out
+are ten pairs of digits, in their order, so that no set of words alone says what is where.
 """
 
 import time
@@ -68,7 +66,7 @@ _UNET: dict[str, Any] = {
 }
 _LEVELS: dict[str, dict[str, Any]] = {
     "digits": {"channel_mults": (2, 3), "attention_levels": (0, 1)},
-    "mnist": {"channels": 48, "channel_mults": (1, 2, 3), "attention_levels": (1, 2)},
+    "mnist": {"channel_mults": (1, 2, 3), "attention_levels": (1, 2)},
 }
 _SMALL_UNET: dict[str, Any] = {"channels": 8, "channel_mults": (1, 1), "attention_levels": (1,)}
 _MMDIT: dict[str, Any] = {
@@ -327,9 +325,9 @@ def _report(config: Config, results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """The command line."""
-    command_line.main(run, Config, CONFIG, __doc__)
+def main(config: Config = CONFIG, description: str | None = __doc__) -> None:
+    """The command line of a configuration."""
+    command_line.main(run, Config, config, description)
 
 
 if __name__ == "__main__":

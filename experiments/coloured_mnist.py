@@ -1,0 +1,32 @@
+"""Composed digits in colour: two of MNIST's on 32x32 from a sentence, "a red three to the left of a blue seven".
+
+Paper: Rombach et al. 2021 (arXiv:2112.10752) for attention to words in a U-Net.
+Command: `python -m experiments.coloured_mnist` (once before it: `python -m fm_jax.data.images mnist`).
+Hardware and results: two CPU cores, an hour; see `experiments/README.md`.
+Expect: the two colours after a thousand steps, strokes that join to digits from then on, and in an hour no order yet:
+which of the two is where is left to chance.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from experiments import text_to_image
+from experiments.lab.method import Method
+
+CONFIG = dataclasses.replace(
+    text_to_image.CONFIG,
+    dataset="mnist",
+    model="unet",
+    training=dataclasses.replace(
+        text_to_image.CONFIG.training,
+        run_dir=Path("runs/coloured_mnist"),
+        total_steps=9000,
+        batch_size=32,
+        learning_rate=1.5e-3,
+        warmup_steps=100,
+    ),
+    method=Method(times="logit_normal", time_shift=1.5),
+)
+
+if __name__ == "__main__":
+    text_to_image.main(CONFIG, __doc__)
