@@ -10,15 +10,16 @@ which of the two is where is left to chance.
 import dataclasses
 from pathlib import Path
 
-from experiments import text_to_image
 from experiments.lab.method import Method
+from experiments.text_to_image import CONFIG as GREY
+from experiments.text_to_image import main
 
 CONFIG = dataclasses.replace(
-    text_to_image.CONFIG,
+    GREY,
     dataset="mnist",
     model="unet",
     training=dataclasses.replace(
-        text_to_image.CONFIG.training,
+        GREY.training,
         run_dir=Path("runs/coloured_mnist"),
         total_steps=9000,
         batch_size=32,
@@ -29,4 +30,4 @@ CONFIG = dataclasses.replace(
 )
 
 if __name__ == "__main__":
-    text_to_image.main(CONFIG, __doc__)
+    main(CONFIG, __doc__)

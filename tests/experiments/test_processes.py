@@ -9,14 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
-import jax
 import numpy as np
 import pytest
 
 from experiments.lab.processes import LAUNCHERS, Processes, from_first, gathered, mean_of_shares, spread
-from experiments.lab.training import Training, _other_noise
 from fm_jax.train.log import read_metrics
 
 pytestmark = pytest.mark.xdist_group("processes")  # which meet late, and give up, where many start at once
@@ -85,8 +82,8 @@ def assert_same_run(one: Path, other: Path, rtol: float = 1e-4) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "processes", "devices", "alone_on"),
-    [("shard_map", 2, 2, 4), ("fsdp", 2, 2, 1)],
-    ids=["shard_map, 2 of 2 devices", "fsdp, 2 of 2 devices"],
+    [("shard_map", 2, 2, 4), ("fsdp", 2, 2, 1), ("fsdp", 4, 1, 2)],
+    ids=["shard_map, 2 of 2 devices", "fsdp, 2 of 2 devices", "fsdp, 4 of 1 device"],
 )
 def test_several_processes_are_one_run(tmp_path, parallel, processes, devices, alone_on):
     arguments = (*DIGITS, "--parallel", parallel, "--total-steps", "20", "--save-every", "20", "--flip")
@@ -148,6 +145,8 @@ def test_a_killed_process_ends_the_others(tmp_path, victim):
     assert time.monotonic() - begun < 60
     said = Path(f"{tmp_path / 'run'}.{1 - victim}").read_text()
     assert "another task died" in said.replace("\n", " ")
+    said = run((*DIGITS, "--save-every", "20", "--total-steps", "60"), tmp_path / "run")
+    assert re.search(r"Continuing .* from step \d+.* saved on 2 device\(s\) and continues on 1: each draws noise", said)
 
 
 @pytest.mark.slow
@@ -248,18 +247,10 @@ def test_sigterm_ends_what_does_not_save(tmp_path):
 def test_a_run_says_when_its_noise_is_drawn_otherwise(tmp_path):
     arguments = (*TOY, "--decay", "constant", "--save-every", "2")
     run((*arguments, "--total-steps", "2"), tmp_path / "run", devices=2)
-    said = run((*arguments, "--total-steps", "3"), tmp_path / "run", devices=1)
-    assert re.search(r"Continuing .* from step 2.* saved on 2 device\(s\) and continues on 1: each draws noise", said)
     said = run((*arguments, "--total-steps", "4", "--parallel", "fsdp"), tmp_path / "run", devices=2)
     assert "Its noise was drawn by each device, and is drawn for the whole batch from here on" in said
     said = run((*arguments, "--total-steps", "6", "--parallel", "fsdp"), tmp_path / "run", devices=1)
     assert "from step 4" in said
     assert "Its noise" not in said
-    assert "saved on" not in said
-
-
-def test_noise_of_the_whole_batch_is_drawn_by_each_device_from_here_on(tmp_path):
-    (tmp_path / "config.json").write_text('{"training": {"parallel": "fsdp"}}')
-    training = Training(tmp_path, total_steps=1, batch_size=4, learning_rate=1e-3, parallel="shard_map")
-    said = _other_noise(training, SimpleNamespace(restored_devices=jax.device_count()))
-    assert "was drawn for the whole batch, and is drawn by each device from here on" in said
+    said = run((*arguments, "--total-steps", "8", "--parallel", "shard_map"), tmp_path / "run", devices=2)
+    assert "Its noise was drawn for the whole batch, and is drawn by each device from here on" in said

@@ -62,11 +62,10 @@ ROOT = Path(__file__).parents[2]
 MAINS = {
     **{
         module.__name__.split(".")[-1]: lambda module=module: module.main(module.CONFIG, module.__doc__)
-        for module in (digits, mnist, fashion_mnist, cifar10)
+        for module in (digits, mnist, fashion_mnist, cifar10, coloured_mnist)
     },
     "toy2d": toy2d.main,
     "text_to_image": text_to_image.main,
-    "coloured_mnist": lambda: text_to_image.main(coloured_mnist.CONFIG, coloured_mnist.__doc__),
     "text_to_video": text_to_video.main,
     "autoencoder": autoencoder.main,
     "encode": encode.main,
@@ -110,6 +109,7 @@ NUMBERS = {
     "digits --solver ddim --eta": [("2", r"in \[0, 1\]")],
     "digits --solver churn --churn": [("-1", "finite and not negative")],
     "digits --solver euler_maruyama --diffusion": [("-1", "finite and not negative"), ("inf", "finite")],
+    "coloured_mnist --text-dropout": [("1.5", r"in \[0, 1\)")],
     "text_to_image --text-dropout": [("1", r"in \[0, 1\)"), ("nan", r"in \[0, 1\)")],
     "text_to_video --text-dropout": [("-0.1", r"in \[0, 1\)")],
     "autoencoder --dataset digits --beta": [("-1", "finite and not negative"), ("nan", "finite")],
