@@ -2,19 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from experiments.lab.experiment import Experiment
-from experiments.lab.options import check_options
+from experiments.lab.options import STEPS, check_options
 from experiments.lab.processes import Share
 from fm_jax import couplings, losses, schedules, times
 from fm_jax.data.coupled import CoupledBatches
 from fm_jax.losses import flow_matching
 from fm_jax.paths import AffinePath
 from fm_jax.train.loop import DataIterator
-from fm_jax.types import Coupling, Key, Kind, LossFn, Schedule, Source, TimeSampler
+from fm_jax.types import Batch, Coupling, Key, Kind, LossFn, Schedule, Source, TimeSampler
 
 SCHEDULES: dict[str, Schedule] = {
     "linear": schedules.Linear(),
@@ -67,17 +68,24 @@ class Method:
     time_shift: float = 1.0
     """Shift of the training times towards noise, for what noise hides little of, as large pictures or clips: 3 at 1024
     pixels in Stable Diffusion 3; 1 is none."""
+    first_steps: int = 0
+    """Steps at the start with `first_shift` in place of `time_shift`: to learn first what a condition alone can say,
+    as which of two things is where, of which there is nothing to see in noise."""
+    first_shift: float = 8.0
+    """Shift of the training times towards noise in the first steps."""
     weight: Literal["none", "snr", "min_snr", "edm"] = "none"
     """Weight of the loss over time; "none" counts every error of the prediction alike."""
 
     def __post_init__(self) -> None:
-        check_options(self, time_shift="(0, inf)")
+        check_options(self, time_shift="(0, inf)", first_shift="(0, inf)", first_steps=(0, STEPS[1]))
 
     def unused(self, prefix: str = "method.") -> Iterator[tuple[str, str]]:
         """Options of no effect, and why."""
         if self.coupling == "independent":
             for name in ("coupled_batches", "reuse_pairs"):
                 yield prefix + name, "--coupling independent couples nothing; --coupling minibatch_ot, say, does"
+        if not self.first_steps:
+            yield prefix + "first_shift", "--first-steps 0 are none; --first-steps 1000, say, are some"
 
     @property
     def schedule(self) -> Schedule:
@@ -85,34 +93,78 @@ class Method:
 
     @property
     def time_sampler(self) -> TimeSampler:
+        return self._times(self.time_shift)
+
+    def time_sampler_at(self, step: int) -> TimeSampler:
+        """That of a step, the first of which is 0."""
+        return self._times(self.first_shift) if step < self.first_steps else self.time_sampler
+
+    def _times(self, shift: float) -> TimeSampler:
         low, high = AffinePath(self.schedule).target_domain(self.prediction, weight=WEIGHTS[self.weight])
-        sampler = TIMES[self.times] if self.time_shift == 1 else times.Shifted(TIMES[self.times], self.time_shift)
+        sampler = TIMES[self.times] if shift == 1 else times.Shifted(TIMES[self.times], shift)
         return times.Rescale(sampler, low, high)
 
 
 def couple_ahead(method: Method, data_of: Callable[[int, int], DataIterator], key: Key, source: Source) -> DataIterator:
     """This process's share of the data, with their `x0` paired in a thread ahead of the training if need be.
 
-    A batch is paired as a whole, by every process alike, so that the pairs do not depend on how many there are.
+    A batch is paired as a whole, by every process alike, so that the pairs do not depend on how many there are. Where
+    the first steps have times of their own, batches bring the times of all steps.
 
     Args:
         method: whose coupling it is.
         data_of: `data_of(index, count)`, the share of one of so many processes.
-        key: of the coupling.
+        key: of the coupling, and of the times.
         source: of x0.
     """
     index, count = jax.process_index(), jax.process_count()
+    data: DataIterator
     if method.coupling == "independent":
-        return data_of(index, count)
-    whole = CoupledBatches(
-        data_of(0, 1),
-        COUPLINGS[method.coupling],
-        key,
-        source=source,
-        group=method.coupled_batches,
-        reuse=method.reuse_pairs,
-    )
-    return Share(whole) if count > 1 else whole
+        data = data_of(index, count)
+    else:
+        whole = CoupledBatches(
+            data_of(0, 1),
+            COUPLINGS[method.coupling],
+            key,
+            source=source,
+            group=method.coupled_batches,
+            reuse=method.reuse_pairs,
+        )
+        data = Share(whole) if count > 1 else whole
+    return TimedBatches(data, method, key) if method.first_steps else data
+
+
+class TimedBatches:
+    """Batches of this process with the times `t` [batch] of their step.
+
+    The times are drawn for the whole batch, as a function of the key and of the step alone, on the host's processor.
+    """
+
+    def __init__(self, data: DataIterator, method: Method, key: Key):
+        self._data, self._step = data, 0
+        key = jax.random.fold_in(key, STEPS[1])  # another one than those of all blocks of pairs
+        self._first_steps, self._key = method.first_steps, jax.device_put(key, jax.local_devices(backend="cpu")[0])
+        self._draws = [jax.jit(method.time_sampler_at(step), static_argnums=1) for step in (0, method.first_steps)]
+
+    def __iter__(self) -> "TimedBatches":
+        return self
+
+    def __next__(self) -> Batch:
+        batch, step = next(self._data), self._step
+        self._step += 1
+        index, num = jax.process_index(), len(batch["x1"])
+        draw = self._draws[step >= self._first_steps]
+        t = np.asarray(draw(jax.random.fold_in(self._key, step), num * jax.process_count()))
+        return batch | {"t": t[index * num : (index + 1) * num]}
+
+    def get_state(self) -> dict[str, Any]:
+        """The number of batches taken and the position of the data, as JSON values."""
+        return {"step": self._step, "data": self._data.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a position that `get_state` gave, on any number of processes."""
+        self._step = state["step"]
+        self._data.set_state(state["data"])
 
 
 def make_loss(method: Method, experiment: Experiment) -> LossFn:

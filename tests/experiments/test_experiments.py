@@ -184,10 +184,10 @@ def short(run_dir, total_steps, **changes):
 
 
 @pytest.mark.slow
-def test_a_longer_run_continues_bit_for_bit_and_another_config_is_refused(tmp_path):
-    toy2d.run(short(tmp_path / "whole", 6))
-    toy2d.run(short(tmp_path / "parts", 3))
-    toy2d.run(short(tmp_path / "parts", 6))
+@pytest.mark.parametrize("method", [Method(), Method(first_steps=4)], ids=["", "first steps"])
+def test_a_longer_run_continues_bit_for_bit_and_another_config_is_refused(method, tmp_path):
+    for name, total_steps in (("whole", 6), ("parts", 3), ("parts", 6)):
+        toy2d.run(dataclasses.replace(short(tmp_path / name, total_steps), method=method))
     whole, parts = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("whole", "parts"))
     assert len(whole) == 6
     assert whole == parts
@@ -195,7 +195,7 @@ def test_a_longer_run_continues_bit_for_bit_and_another_config_is_refused(tmp_pa
     with pytest.raises(
         CheckpointError, match=r"--learning-rate=0.002, and this run has --learning-rate=0.1.*another --run-dir"
     ):
-        toy2d.run(short(tmp_path / "parts", 6, learning_rate=0.1))
+        toy2d.run(dataclasses.replace(short(tmp_path / "parts", 6, learning_rate=0.1), method=method))
     assert (tmp_path / "parts" / "config.json").read_text() == before
 
 

@@ -105,6 +105,7 @@ NUMBERS = {
     "mnist --label-dropout": [("1.5", r"in \[0, 1\)")],
     "digits --guidance": [("nan", "a finite number"), ("inf", "a finite number")],
     "digits --time-shift": [("0", "positive and finite"), ("nan", "positive and finite")],
+    "digits --first-shift": [("0", "positive and finite"), ("inf", "positive and finite")],
     "digits --tolerance": [(value, r"in \[1e-7, inf\)") for value in ("0", "nan", "1e-300", "9e-8")],
     "digits --solver ddim --eta": [("2", r"in \[0, 1\]")],
     "digits --solver churn --churn": [("-1", "finite and not negative")],
@@ -156,6 +157,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         for name in n
     ]
     + [
+        ("digits --first-steps -1", "--first-steps must be from 0 to 2147483647, got -1"),
         ("digits --warmup-steps -1", "--warmup-steps must be from 0 to 2147483647, got -1"),
         ("digits --total-steps -5", "--total-steps must be from 1 to 2147483647, got -5"),
         ("cnf --num-samples 3", "--num-samples must be from 4 to 1000000, got 3"),
@@ -168,6 +170,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         for name in (*names.split(), *AT_LEAST_TWO.get(command, ()))
     ]
     + [
+        ("digits --first-steps 2147483648", "--first-steps must be from 0 to 2147483647"),
         ("digits --warmup-steps 2147483648", "--warmup-steps must be from 0 to 2147483647"),
         ("toy2d --total-steps 2147483648", "--total-steps must be from 1 to 2147483647"),
         ("digits --batch-size 99999999999", "--batch-size must be from 1 to 1000000"),
