@@ -9,7 +9,7 @@ import numpy as np
 
 from experiments.lab.experiment import Experiment
 from experiments.lab.options import STEPS, check_options
-from experiments.lab.processes import Share
+from experiments.lab.processes import Share, own_rows
 from fm_jax import couplings, losses, schedules, times
 from fm_jax.data.coupled import CoupledBatches
 from fm_jax.losses import flow_matching
@@ -95,9 +95,10 @@ class Method:
     def time_sampler(self) -> TimeSampler:
         return self._times(self.time_shift)
 
-    def time_sampler_at(self, step: int) -> TimeSampler:
-        """That of a step, the first of which is 0."""
-        return self._times(self.first_shift) if step < self.first_steps else self.time_sampler
+    @property
+    def first_time_sampler(self) -> TimeSampler:
+        """That of the first steps."""
+        return self._times(self.first_shift)
 
     def _times(self, shift: float) -> TimeSampler:
         low, high = AffinePath(self.schedule).target_domain(self.prediction, weight=WEIGHTS[self.weight])
@@ -144,7 +145,8 @@ class TimedBatches:
         self._data, self._step = data, 0
         key = jax.random.fold_in(key, STEPS[1])  # another one than those of all blocks of pairs
         self._first_steps, self._key = method.first_steps, jax.device_put(key, jax.local_devices(backend="cpu")[0])
-        self._draws = [jax.jit(method.time_sampler_at(step), static_argnums=1) for step in (0, method.first_steps)]
+        samplers = method.first_time_sampler, method.time_sampler
+        self._draw_first, self._draw = (jax.jit(sampler, static_argnums=1) for sampler in samplers)
 
     def __iter__(self) -> "TimedBatches":
         return self
@@ -152,10 +154,9 @@ class TimedBatches:
     def __next__(self) -> Batch:
         batch, step = next(self._data), self._step
         self._step += 1
-        index, num = jax.process_index(), len(batch["x1"])
-        draw = self._draws[step >= self._first_steps]
-        t = np.asarray(draw(jax.random.fold_in(self._key, step), num * jax.process_count()))
-        return batch | {"t": t[index * num : (index + 1) * num]}
+        draw = self._draw_first if step < self._first_steps else self._draw
+        t = draw(jax.random.fold_in(self._key, step), len(batch["x1"]) * jax.process_count())
+        return batch | {"t": own_rows(np.asarray(t))}
 
     def get_state(self) -> dict[str, Any]:
         """The number of batches taken and the position of the data, as JSON values."""

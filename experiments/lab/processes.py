@@ -214,6 +214,12 @@ def mean_of_shares(function: Callable[..., np.ndarray], *arrays: np.ndarray) -> 
     return float(np.sum(multihost_utils.process_allgather(total))) / len(arrays[0])
 
 
+def own_rows(x: Any) -> Any:
+    """The rows that this process has of an array [batch, ...] that all processes make alike."""
+    index, count = jax.process_index(), jax.process_count()
+    return x[index * len(x) // count : (index + 1) * len(x) // count]
+
+
 class Share:
     """The rows that this process has of the batches of data that all processes make alike."""
 
@@ -225,8 +231,7 @@ class Share:
         return self
 
     def __next__(self) -> Batch:
-        index, count = jax.process_index(), jax.process_count()
-        return jax.tree.map(lambda x: x[index * len(x) // count : (index + 1) * len(x) // count], next(self._data))
+        return jax.tree.map(own_rows, next(self._data))
 
 
 def spread(x: Array | np.ndarray) -> Array:
