@@ -17,7 +17,6 @@ from experiments.text_to_image import main
 CONFIG = dataclasses.replace(
     GREY,
     dataset="mnist",
-    model="unet",
     training=dataclasses.replace(
         GREY.training,
         run_dir=Path("runs/coloured_mnist"),

@@ -246,7 +246,12 @@ def test_a_run_does_not_go_on_with_features_of_another_encoder(tmp_path, monkeyp
     )
     sampling = dataclasses.replace(text_to_image.CONFIG.sampling, solver="euler", steps=2, sample_batch=8)
     config = dataclasses.replace(
-        text_to_image.CONFIG, training=training, sampling=sampling, num_samples=8, encoded_text=tmp_path / "texts"
+        text_to_image.CONFIG,
+        model="mmdit",
+        training=training,
+        sampling=sampling,
+        num_samples=8,
+        encoded_text=tmp_path / "texts",
     )
     text_to_image.run(config)
     encode_sentences(tmp_path / "texts", 1)
