@@ -45,6 +45,7 @@ from fm_jax.latents import LatentSpace
 from fm_jax.losses.autoencoder import kl_autoencoder
 from fm_jax.models import Compute, num_params
 from fm_jax.models.autoencoder import Autoencoder
+from fm_jax.models.compute import once
 from fm_jax.train import TrainState
 from fm_jax.train.loop import DataIterator
 from fm_jax.types import Key, Params
@@ -230,9 +231,7 @@ def _init(model: Autoencoder, key: Key, shape: tuple[int, ...]) -> Params:
     def init(key: Key) -> Params:
         return model.init(key, jnp.zeros((1, *shape)))["params"]
 
-    # Random initialisers are slow to compile on a CPU, and run once.
-    options: Any = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, compiler_options=options)(key)
+    return once(init)(key)
 
 
 def _begin(config: Config, params: Params) -> Params:

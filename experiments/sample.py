@@ -46,7 +46,7 @@ from experiments.lab.sampling import (
     nfe_text,
 )
 from fm_jax.checks import check_member
-from fm_jax.data.picture import Picture, PictureReader
+from fm_jax.data.picture import PictureReader
 from fm_jax.latents import PIXELS
 from fm_jax.samplers import LearnedSolver
 from fm_jax.train.folder import make_folder, replacing
@@ -56,6 +56,8 @@ _TYPED = {r", or drop its last \d+ with truncate=True": ""}
 """What the library says of sentences that is not of this command line."""
 _NEAR = 64
 """How far black and white of a mask may be off: JPEG changes them by less."""
+_GREY = 16
+"""How far the channels of a grey picture may be apart: of JPEG they are, a little."""
 
 
 @dataclass(frozen=True)
@@ -333,7 +335,7 @@ def _given(config: Config, experiment: Experiment) -> Given | None:
         )
     if experiment.space != PIXELS or shape[-1] not in (1, 3):
         raise SystemExit(f"{name} is for runs on pixels, and this one makes latents of {shape[-1]} channels.")
-    image = _read(name, path, shape[-3:]).pixels.astype(np.float32) / 127.5 - 1
+    image = _read(name, path, shape[-3:]).astype(np.float32) / 127.5 - 1
     if config.first_frame is not None:
         mask = np.zeros((shape[0], 1, 1, 1), bool)
         mask[0] = True
@@ -346,12 +348,7 @@ def _given(config: Config, experiment: Experiment) -> Given | None:
 
 def _drawn(path: Path, size: tuple[int, ...]) -> np.ndarray:
     """Where a mask has the samples drawn anew, bool [h, w, 1]."""
-    pixels, notes = _read("--mask", path, (*size, 1))
-    if any(note.startswith("transparent") for note in notes):
-        raise SystemExit(
-            f"--mask {path} is transparent in part, and must be opaque: white where the samples are drawn anew, black "
-            "where --image is kept."
-        )
+    pixels = _read("--mask", path, (*size, 1))
     drawn = pixels > 255 - _NEAR
     if num := int((~drawn & (pixels >= _NEAR)).sum()):
         raise SystemExit(
@@ -365,15 +362,24 @@ def _drawn(path: Path, size: tuple[int, ...]) -> np.ndarray:
     return drawn
 
 
-def _read(name: str, path: Path, shape: tuple[int, ...]) -> Picture:
-    """A picture uint8 [h, w, c] of the size that samples have."""
+def _read(name: str, path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """A picture uint8 [h, w, c] of the size that samples have; one that would be kept as another one is refused."""
     if not path.is_file():
         raise SystemExit(f"{name} {path} does not exist: give a picture.")
-    picture = PictureReader(colour="grey" if shape[-1] == 1 else "rgb")(path)
-    if picture.pixels.shape != shape:
-        sizes = ["x".join(map(str, each[:2])) for each in (shape, picture.pixels.shape)]
+    colours, notes = PictureReader(colour="rgb")(path)
+    if colours.shape[:2] != shape[:2]:
+        sizes = ["x".join(map(str, each[:2])) for each in (shape, colours.shape)]
         raise SystemExit(f"{name} {path} must be {sizes[0]}, as the samples of the run, got {sizes[1]}.")
-    return picture
+    for note in notes:
+        if note.startswith("transparent"):
+            raise SystemExit(f"{name} {path} is transparent in part, and must be opaque: lay it on a background.")
+        if note.startswith("of several frames"):
+            raise SystemExit(f"{name} {path} must be one picture, got one {note.split(', ')[0]}: save one of them.")
+    if shape[-1] == 3:
+        return colours
+    if np.ptp(colours.astype(int), axis=2).max() > _GREY:
+        raise SystemExit(f"{name} {path} must be grey, and has colours: make it grey before.")
+    return PictureReader(colour="grey")(path).pixels
 
 
 @by_first

@@ -23,7 +23,7 @@ from experiments.lab import command_line, prompts
 from experiments.lab.data import FACTS
 from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_captioned
-from experiments.lab.method import Method
+from experiments.lab.method import Method, check_first_steps
 from experiments.lab.options import check_options, of_smoke
 from experiments.lab.processes import own_folder
 from experiments.lab.sampling import Sampling, check_dropout, generate_many, generator_of, nfe_text
@@ -208,6 +208,7 @@ def run(config: Config) -> dict[str, Any]:
         return {}
     config = smoke(config, **SMOKE)
     check_batch(config.training)
+    check_first_steps(config.method, config.training.total_steps)
     with own_folder(config.training.run_dir):
         return _run(config)
 

@@ -24,7 +24,7 @@ import numpy as np
 from experiments.lab import command_line
 from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_clips, save_sheet
-from experiments.lab.method import Method
+from experiments.lab.method import Method, check_first_steps
 from experiments.lab.moving import (
     HELD_OUT_TEMPLATE,
     TEMPLATES,
@@ -204,6 +204,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
     config = smoke(config, **SMOKE)
     check_batch(config.training)
+    check_first_steps(config.method, config.training.total_steps)
     if (config.training.steps_per_call or 1) > 1 and config.picture_every:
         raise ValueError(
             f"--steps-per-call must be 1 where clips and pictures alternate, got {config.training.steps_per_call}: "

@@ -20,7 +20,7 @@ import numpy as np
 from experiments.lab import command_line
 from experiments.lab.experiment import Experiment, begin_with
 from experiments.lab.figures import save_scatter
-from experiments.lab.method import Method, couple_ahead, make_loss
+from experiments.lab.method import Method, check_first_steps, couple_ahead, make_loss
 from experiments.lab.options import check_options, of_smoke
 from experiments.lab.processes import own_folder
 from experiments.lab.samplers import needs_schedule, options_of
@@ -129,6 +129,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
     config = smoke(config, **SMOKE)
     check_batch(config.training)
+    check_first_steps(config.method, config.training.total_steps)
     with own_folder(config.training.run_dir):
         return _run(config)
 

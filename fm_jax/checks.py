@@ -206,6 +206,13 @@ def check_state(x: AnyArray, name: str = "x0") -> None:
         raise ValueError(f"{name} must be [batch, ...], got a scalar.")
 
 
+def check_event(x: AnyArray, name: str = "x") -> None:
+    """Refuses a state of nothing: [batch, ...] in which an axis of the event has length 0."""
+    check_state(x, name)
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} must be [batch, ...] with an event that is not empty, got shape {tuple(x.shape)}.")
+
+
 def check_data(name: str, x: AnyArray) -> None:
     """Refuses a state without an example, or with nothing in it."""
     check_state(x, name)

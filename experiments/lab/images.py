@@ -20,7 +20,7 @@ from experiments.lab.experiment import Experiment, begin_with
 from experiments.lab.figures import save_animation, save_grid, save_neighbours
 from experiments.lab.judge import Classify, fit_classifier, nearest
 from experiments.lab.latents import Seen, floor, seen_of
-from experiments.lab.method import Method, couple_ahead, make_loss
+from experiments.lab.method import Method, check_first_steps, couple_ahead, make_loss
 from experiments.lab.options import check_options, of_smoke, refuse_unused
 from experiments.lab.processes import from_first, mean_of_shares, own_folder
 from experiments.lab.sampling import (
@@ -212,6 +212,7 @@ def run(config: Config) -> dict[str, Any]:
     if folder is not None and run_dir.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--run-dir must lie outside of --folder {folder}, whose pictures are data, got {run_dir}.")
     check_batch(config.training)
+    check_first_steps(config.method, config.training.total_steps)
     if (config.training.steps_per_call or 1) > 1 and jax.default_backend() == "cpu" and "dit" not in config.model:
         raise ValueError(
             f"--steps-per-call must be 1 for --model {config.model} on CPU, where gradients of convolutions within a "

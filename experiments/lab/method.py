@@ -106,6 +106,15 @@ class Method:
         return times.Rescale(sampler, low, high)
 
 
+def check_first_steps(method: Method, total_steps: int) -> None:
+    """Raises `ValueError` for first steps that are all steps: the times of the others would be those of none."""
+    if method.first_steps >= total_steps:
+        raise ValueError(
+            f"--first-steps must be below --total-steps {total_steps}, got {method.first_steps}: the steps after them "
+            "have --time-shift."
+        )
+
+
 def couple_ahead(method: Method, data_of: Callable[[int, int], DataIterator], key: Key, source: Source) -> DataIterator:
     """This process's share of the data, with their `x0` paired in a thread ahead of the training if need be.
 

@@ -12,6 +12,7 @@ from experiments.lab.processes import by_first, wait_for_all
 from fm_jax.train.folder import LOCK, lock_folder
 
 TRAINING = {"total_steps": 4, "warmup_steps": 0, "log_every": 2, "save_every": 2, "sample_every": 4}
+FIRST_STEPS = 2  # of the four
 MARK = ".smoke"
 """The file that says that a folder was made by a smoke run, and may go."""
 
@@ -36,6 +37,8 @@ def smoke(config: Any, **smaller: Any) -> Any:
         folder = {"run_dir": _afresh(config.training.run_dir)}
         batch_size = 8 * jax.device_count() * config.training.accumulate
         smaller["training"] = TRAINING | {"batch_size": batch_size} | folder
+        if first_steps := getattr(getattr(config, "method", None), "first_steps", 0):
+            smaller["method"] = smaller.get("method", {}) | {"first_steps": min(first_steps, FIRST_STEPS)}
     else:
         place = "run_dir" if hasattr(config, "run_dir") else "out"
         smaller[place] = _afresh(getattr(config, place))

@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
-from fm_jax.checks import check_integer, check_key, is_traced, shown
+from fm_jax.checks import check_integer, check_key, shown
 from fm_jax.models.adapters import check_kind, from_equinox, from_nnx, linen_apply
 from fm_jax.models.attention import apply_rope, attend, rope_angles
 from fm_jax.models.autoencoder import Autoencoder, Moments, make_autoencoder, sample_moments
 from fm_jax.models.branched import Branched
 from fm_jax.models.branches import ChannelConcat, CrossBranch, ImagePrompt, LocalBranch, VectorBranch
-from fm_jax.models.compute import Compute
+from fm_jax.models.compute import Compute, once
 from fm_jax.models.conditioning import Border, Conditions
 from fm_jax.models.control import Controlled
 from fm_jax.models.crossdit import CrossDiT, make_crossdit
@@ -141,9 +141,7 @@ def init_params(module: nn.Module, key: Key, event_shape: tuple[int, ...], cond:
     def init(key: Key) -> Params:
         return module.init(key, jnp.zeros(1), jnp.zeros((1, *event_shape)), *_given(cond))["params"]
 
-    # Random initialisers are slow to compile, and run once: 11 s become 3 s for a small U-Net on a CPU.
-    on_cpu = not is_traced(key) and jax.default_backend() == "cpu"
-    return jax.jit(init, compiler_options={"xla_backend_optimization_level": 0} if on_cpu else None)(key)
+    return once(init)(key)
 
 
 def num_params(params: Params) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fm_jax.checks import check_state, shown
+from fm_jax.checks import check_event, shown
 from fm_jax.models.adapters import check_kind
 from fm_jax.models.branches import Branch, ChannelConcat
 from fm_jax.models.control import Controlled
@@ -74,7 +74,7 @@ class Branched(nn.Module):
         Raises:
             ValueError: if a condition is missing, unknown or does not fit, or the network has no place for a branch.
         """
-        check_state(x, "x")
+        check_event(x)
         given = self._checked(x, cond)
         told = {
             name: branch.told(PREFIX + name, f"cond[{name!r}]", given[name], x)

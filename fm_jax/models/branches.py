@@ -35,7 +35,9 @@ def check_local(name: str, value: Any, x: Array, channels: int) -> None:
     """Raises `ValueError` unless `value` is [batch, *grid, channels] on the grid of `x`, a finer or a coarser one."""
     check_real(name, value)
     sides = x.shape[1:-1]
-    fits = value.ndim == x.ndim and value.shape[0] == x.shape[0] and value.shape[-1] == channels and bool(sides)
+    if not sides:
+        raise ValueError(f"{name} is told on a grid, and x has none, as of an MLP: got x of shape {x.shape}.")
+    fits = value.ndim == x.ndim and value.shape[0] == x.shape[0] and value.shape[-1] == channels
     ratios = zip(value.shape[1:-1], sides, strict=True) if fits else ()
     if not fits or any(not a or (a % b and b % a) for a, b in ratios):
         wanted = ", ".join(map(str, (x.shape[0], *sides, channels)))

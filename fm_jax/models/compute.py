@@ -1,11 +1,13 @@
 """How a network computes what it computes: dtype, rematerialisation, attention. Results differ by rounding alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_bool, check_member
+from fm_jax.checks import check_bool, check_member, is_traced
 
 Dtype = Any
 Attention = Literal["xla", "cudnn"]
@@ -49,3 +51,17 @@ class Compute:
             check_member("attention", self.attention, get_args(Attention))
         # One dtype has many spellings; as np.dtype, equal values are equal and hash alike.
         object.__setattr__(self, "dtype", dtype)
+
+
+def once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`jax.jit` for what runs once, such as random initialisers, which XLA's CPU compiler takes long to optimise.
+
+    11 s become 3 s for a small U-Net. Within another program, which has options of its own, it is `jax.jit`.
+    """
+
+    def call(*args: Any) -> Any:
+        outermost = not any(map(is_traced, jax.tree.leaves((args, jnp.zeros(())))))
+        quick = outermost and jax.default_backend() == "cpu"
+        return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0} if quick else None)(*args)
+
+    return call

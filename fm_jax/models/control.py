@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from fm_jax.checks import check_integer, check_setting, check_state, shown
+from fm_jax.checks import check_event, check_integer, check_setting, shown
 from fm_jax.models.adapters import check_kind
 from fm_jax.models.branch_parts import LocalFeatures
 from fm_jax.models.branches import check_local
@@ -96,7 +96,7 @@ class Controlled(nn.Module):
         Raises:
             ValueError: if a condition is missing, unknown or does not fit, or the network has no blocks to tell.
         """
-        check_state(x, "x")
+        check_event(x)
         local, told = self._checked(x, cond)
         module = self.network.clone(parent=None, name=None)
         tokens = token_grid(module, x)

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_integer, check_setting, check_state
+from fm_jax.checks import check_event, check_integer, check_setting
 from fm_jax.models.adapters import check_kind
 from fm_jax.models.layers import check_widths
 from fm_jax.types import Array, Key, Params
@@ -70,7 +70,7 @@ class ICNN(nn.Module):
         Returns:
             [batch], in the dtype of `x`, at least float32.
         """
-        check_state(x, "x")
+        check_event(x)
         x = x.reshape(x.shape[0], math.prod(x.shape[1:])).astype(jnp.promote_types(x.dtype, jnp.float32))
         dim = x.shape[1]
         h = self._bend(ConvexQuadratic(self.features[0], self.rank, name="input_0")(x))

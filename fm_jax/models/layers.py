@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_bool, check_integer, check_number, check_real, check_state, shown
+from fm_jax.checks import check_bool, check_event, check_integer, check_number, check_real, shown
 from fm_jax.models.compute import Compute, Dtype
 from fm_jax.models.dense import Dense
 from fm_jax.types import Array
@@ -30,7 +30,7 @@ def check_options(*, embed: Any, dropout: float, compute: Any) -> None:
 
 def check_image(x: Array, divisor: int) -> None:
     """Raises `ValueError` unless `x` is [batch, height, width, channels] with sides divisible by `divisor`."""
-    check_state(x, "x")
+    check_event(x)
     if x.ndim != 4:
         raise ValueError(f"x must be [batch, height, width, channels], got shape {x.shape}.")
     if x.shape[1] % divisor or x.shape[2] % divisor:

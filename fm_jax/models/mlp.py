@@ -6,7 +6,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fm_jax.checks import check_function, check_integer, check_setting, check_state
+from fm_jax.checks import check_event, check_function, check_integer, check_setting
 from fm_jax.models.compute import Compute
 from fm_jax.models.embed import add_condition
 from fm_jax.models.layers import TimeEmbedding, check_options, check_widths, zeros
@@ -66,7 +66,7 @@ class MLP(nn.Module):
         Raises:
             ValueError: if `cond` does not fit the model.
         """
-        check_state(x, "x")
+        check_event(x)
         x = x.astype(jnp.float32)
         time = TimeEmbedding(self.time_features, self.time_features, self.time_scale, name="time")
         emb = add_condition(time(batch_time(t, x)), self.embed, cond)
@@ -119,7 +119,7 @@ class PlainMLP(nn.Module):
         Raises:
             ValueError: if there is a `cond`.
         """
-        check_state(x, "x")
+        check_event(x)
         if cond is not None:
             raise ValueError("PlainMLP takes no cond; MLP(embed=...) does.")
         flat = x.reshape(x.shape[0], -1)

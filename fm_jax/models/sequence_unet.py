@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_bool, check_integer, check_member, check_state, shown
+from fm_jax.checks import check_bool, check_event, check_integer, check_member, check_state, shown
 from fm_jax.models.compute import Compute, Dtype
 from fm_jax.models.conditioning import OURS, Border, Conditions, check_border
 from fm_jax.models.dense import Dense
@@ -259,7 +259,7 @@ class SequenceUNet(nn.Module):
 
 def _check_sequence(x: Array, divisor: int, channels: int | None) -> None:
     """Raises `ValueError` unless `x` is [batch, length, channels] with a length divisible by `divisor`."""
-    check_state(x, "x")
+    check_event(x)
     if x.ndim != 3:
         raise ValueError(f"x must be [batch, length, channels], got shape {x.shape}.")
     if not x.shape[1] or x.shape[1] % divisor:

@@ -11,17 +11,17 @@ import jax.numpy as jnp
 from fm_jax import latents
 from fm_jax.checks import (
     check_bool,
+    check_event,
     check_integer,
     check_key,
     check_member,
     check_number,
     check_real,
-    check_state,
     shown,
 )
 from fm_jax.latents import LatentSpace
 from fm_jax.models.autoencoder import LOG_VARIANCE, Moments
-from fm_jax.models.compute import Compute
+from fm_jax.models.compute import Compute, once
 from fm_jax.models.dense import Dense
 from fm_jax.models.layers import check_options, check_widths
 from fm_jax.models.temporal_blocks import TemporalDecoder, TemporalEncoder
@@ -118,7 +118,7 @@ class TemporalAutoencoder(nn.Module):
         Raises:
             ValueError: if `x` is no such video.
         """
-        check_state(x, "x")
+        check_event(x)
         if x.ndim != 5 or x.shape[-1] != self.image_channels:
             raise ValueError(f"x must be [batch, frames, height, width, {self.image_channels}], got shape {x.shape}.")
         if x.shape[2] % self.factor or x.shape[3] % self.factor:
@@ -175,9 +175,7 @@ def inflate(module: TemporalAutoencoder, params: Params, key: Key) -> Params:
         raise ValueError(f"module must be a TemporalAutoencoder, got {shown(type(module))}.")
     side = module.factor
     x = jnp.zeros((1, 1, side, side, module.image_channels))
-    on_cpu = jax.default_backend() == "cpu"  # where initialisers are slow to compile
-    options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    init = jax.jit(lambda key: module.init(key, x)["params"], compiler_options=options)
+    init = once(lambda key: module.init(key, x)["params"])
     shapes = _merged(jax.eval_shape(init, key), params, "params")  # refuses before it draws
     fresh = init(key)
     return jax.tree.map(lambda drawn, given: drawn if isinstance(given, jax.ShapeDtypeStruct) else given, fresh, shapes)

@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from fm_jax.checks import check_bool, check_integer, check_member, check_real, check_setting, check_state, shown
+from fm_jax.checks import check_bool, check_event, check_integer, check_member, check_real, check_setting, shown
 from fm_jax.models.attention import (
     layer_norm,
     rotation,
@@ -136,7 +136,7 @@ class Wan(nn.Module):
 
     def _grid(self, x: Array) -> Triple:
         """The number of patches on each axis, of what is a video."""
-        check_state(x, "x")
+        check_event(x)
         if x.ndim != 5 or x.shape[-1] != self.channels:
             raise ValueError(f"x must be [batch, frames, height, width, {self.channels}], got shape {x.shape}.")
         if any(n % p for n, p in zip(x.shape[1:4], self.patch_size, strict=True)):

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from fm_jax import latents
-from fm_jax.checks import check_bool, check_integer, check_member, check_state, shown
+from fm_jax.checks import check_bool, check_event, check_integer, check_member, shown
 from fm_jax.latents import LatentSpace
 from fm_jax.models.autoencoder import LOG_VARIANCE, Moments
 from fm_jax.models.causal import CausalDecoder, CausalEncoder
@@ -135,7 +135,7 @@ class WanAutoencoder(nn.Module):
         Raises:
             ValueError: if `x` is no such video.
         """
-        check_state(x, "x")
+        check_event(x)
         if x.ndim != 5 or x.shape[-1] != self.image_channels:
             raise ValueError(f"x must be [batch, frames, height, width, {self.image_channels}], got shape {x.shape}.")
         b, f, h, w, c = x.shape

@@ -9,10 +9,10 @@ import numpy as np
 
 from fm_jax.checks import (
     check_bool,
+    check_event,
     check_finite,
     check_has,
     check_key,
-    check_state,
     check_times,
     check_velocity,
     is_traced,
@@ -161,9 +161,7 @@ def as_state(name: str, x: ArrayTree) -> Array:
         x = np.asarray(x, dtype=float)
     if isinstance(x, jax.ShapeDtypeStruct):
         raise ValueError(f"{name} must be an array, got a ShapeDtypeStruct: jax.eval_shape(sample, ...) takes one.")
-    check_state(x, name)
-    if 0 in x.shape[1:]:
-        raise ValueError(f"{name} must be [batch, ...] with an event that is not empty, got shape {tuple(x.shape)}.")
+    check_event(x, name)
     if not is_traced(x) and getattr(x, "is_fully_addressable", True):
         with jax.ensure_compile_time_eval():
             bad = int((~jnp.isfinite(x)).reshape(len(x), math.prod(x.shape[1:])).any(axis=1).sum())

@@ -150,6 +150,9 @@ def naming(path: PathLike) -> Iterator[None]:
 def replacing(path: PathLike) -> Iterator[Path]:
     """A file of the same ending to write to, which takes the place of `path` when all went well, and only then.
 
+    Raises:
+        FileNotFoundError: if its folder does not exist.
+
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -160,6 +163,8 @@ def replacing(path: PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     unfinished = path.with_name(f".unfinished-{path.name}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} must be the folder of {path.name}, and does not exist: make it before.")
     check_places(path.parent, files=[path.name, unfinished.name])
     try:
         with naming(path):

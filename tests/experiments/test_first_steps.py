@@ -1,13 +1,17 @@
 """The first steps of a training, whose times may lean towards noise more than later ones."""
 
 import dataclasses
+import importlib
 import json
 
 import jax
 import numpy as np
 import pytest
 
-from experiments.lab.method import Method, couple_ahead
+from experiments import coloured_mnist
+from experiments.lab import images
+from experiments.lab.method import Method, check_first_steps, couple_ahead
+from experiments.lab.smoke import smoke
 from fm_jax.sources import Normal
 
 KEY = jax.random.key(5)
@@ -103,3 +107,21 @@ def test_times_stay_where_the_target_is_finite(prediction):
     t = next(batches(method))["t"]
     assert low <= t.min()
     assert t.max() <= high
+
+
+@pytest.mark.parametrize("name", ["toy2d", "digits", "text_to_image", "text_to_video"])
+def test_first_steps_are_not_all_steps(name, tmp_path):
+    module = importlib.import_module(f"experiments.{name}")
+    training = dataclasses.replace(module.CONFIG.training, total_steps=30, warmup_steps=0, run_dir=tmp_path / "run")
+    method = dataclasses.replace(module.CONFIG.method, first_steps=30)
+    run = getattr(module, "run", images.run)
+    with pytest.raises(ValueError, match="--first-steps must be below --total-steps 30, got 30: the steps after them"):
+        run(dataclasses.replace(module.CONFIG, training=training, method=method))
+    assert not (tmp_path / "run").exists()
+    check_first_steps(dataclasses.replace(method, first_steps=29), 30)
+
+
+def test_a_smoke_run_has_steps_of_both_kinds(tmp_path):
+    training = dataclasses.replace(coloured_mnist.CONFIG.training, run_dir=tmp_path / "run")
+    config = smoke(dataclasses.replace(coloured_mnist.CONFIG, smoke=True, training=training))
+    assert 0 < config.method.first_steps < config.training.total_steps

@@ -33,7 +33,7 @@ def test_a_prompt_that_is_too_long_is_told_of_no_option_that_is_not_there(kind, 
         (0, 0, None, "is black everywhere: nothing would be drawn"),
         (0, 127, None, "must be black and white alone, got 8 of 16 pixels between: cut it at a threshold"),
         (191, 255, None, "must be black and white alone, got 8 of 16 pixels between"),
-        (0, 255, 128, "is transparent in part, and must be opaque: white where the samples are drawn anew"),
+        (0, 255, 128, "is transparent in part, and must be opaque: lay it on a background"),
         (0, 255, 0, "is transparent in part"),
     ],
 )
@@ -47,3 +47,42 @@ def test_a_mask_says_of_every_pixel_whether_it_is_drawn(left, right, alpha, mess
         return
     with pytest.raises(SystemExit, match=f"^--mask .*mask.png {message}"):
         sample._drawn(tmp_path / "mask.png", (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("name", "channels", "message"),
+    [
+        ("grey.png", 1, None),
+        ("nearly_grey.png", 1, None),
+        ("colours.png", 3, None),
+        ("colours.png", 1, "must be grey, and has colours: make it grey before"),
+        ("half.png", 3, "is transparent in part, and must be opaque: lay it on a background"),
+        ("film.gif", 3, "must be one picture, got one of several frames or pages: save one of them"),
+        ("wide.png", 1, "must be 4x4, as the samples of the run, got 4x5"),
+    ],
+)
+def test_a_picture_is_kept_as_it_is_or_refused(name, channels, message, tmp_path):
+    pil = pytest.importorskip("PIL.Image", reason="pictures need the extra fm_jax[experiments]")
+    colours = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    grey = np.repeat(colours[..., :1], 3, axis=2)
+    pictures = {
+        "grey.png": grey,
+        "nearly_grey.png": np.minimum(grey, 250) + np.uint8([0, 3, 5]),
+        "colours.png": colours,
+        "half.png": np.dstack([colours, np.full((4, 4), 100, np.uint8)]),
+        "wide.png": np.zeros((4, 5), np.uint8),
+    }
+    path = tmp_path / name
+    if name == "film.gif":
+        first, second = (pil.fromarray(each) for each in (colours, 255 - colours))
+        first.save(path, save_all=True, append_images=[second])
+    else:
+        pil.fromarray(pictures[name]).save(path)
+    shape = (4, 4, channels)
+    if message is None:
+        found = sample._read("--image", path, shape)
+        wanted = pictures[name] if channels == 3 else pictures[name][..., :1]
+        assert np.abs(found.astype(int) - wanted).max() <= 5 * ("nearly" in name)
+        return
+    with pytest.raises(SystemExit, match=f"^--image .*{name} {message}"):
+        sample._read("--image", path, shape)

@@ -248,6 +248,7 @@ def test_a_run_does_not_go_on_with_features_of_another_encoder(tmp_path, monkeyp
     config = dataclasses.replace(
         text_to_image.CONFIG,
         model="mmdit",
+        method=dataclasses.replace(text_to_image.CONFIG.method, first_steps=1),
         training=training,
         sampling=sampling,
         num_samples=8,

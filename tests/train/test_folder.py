@@ -175,6 +175,11 @@ def test_a_folder_that_was_removed_is_said_to_be_whatever_fails(tmp_path):
         work(lambda folder: 1 / folder.exists())
 
 
+def test_the_folder_of_a_file_must_be_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere must be the folder of a.txt, and does not exist: make it"):
+        write_text(tmp_path / "nowhere" / "a.txt", "")
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "results.json"
     write_text(path, "old")
