@@ -221,7 +221,7 @@ def _run(config: Config) -> dict[str, Any]:
     check_run_dir(config, [*PICTURES, FACTS], folders=["samples"])
     keys = jax.random.split(jax.random.key(config.training.seed), 5)
     key_train, key_init, key_draw, key_judge, key_pairs = keys
-    digits = load_digits_of(config.dataset, "train", canvas.digit, config.data_dir)
+    digits = load_digits_of(config.dataset, "train", canvas.digit, config.data_dir, smoke=config.smoke)
     sentences = Sentences(experiment.told, canvas)
     params = experiment.init_params(key_init)
     print(
@@ -277,7 +277,7 @@ def judge(config: Config, experiment: Experiment, params: Any, key: Any, scenes:
     kinds = asked(canvas, num)
     rng = np.random.default_rng(2)
     meanings = canvas.draw_meanings(rng, 1000)
-    digits = load_digits_of(config.dataset, "test", canvas.digit, config.data_dir)
+    digits = load_digits_of(config.dataset, "test", canvas.digit, config.data_dir, smoke=config.smoke)
     results: dict[str, Any] = {"real": scenes(canvas.draw(rng, meanings, digits), meanings).shares()}
     scales = {"guided": config.sampling.guidance, "unguided": 1.0}
     for name, scale in scales.items():

@@ -219,7 +219,7 @@ def _run(config: Config) -> dict[str, Any]:
     check_run_dir(config, PICTURES, folders=["samples"])
     keys = jax.random.split(jax.random.key(config.training.seed), 5)
     key_train, key_init, key_draw, key_judge, key_pairs = keys
-    digits = load_digits_of(config.dataset, "train", stage.digit, config.data_dir)
+    digits = load_digits_of(config.dataset, "train", stage.digit, config.data_dir, smoke=config.smoke)
     sentences = Sentences(experiment.told, stage)
     params = experiment.init_params(key_init)
     print(
@@ -268,7 +268,7 @@ def judge(config: Config, experiment: Experiment, params: Any, key: Any, verdict
     """Draws clips for each kind of sentence, with guidance and without, and has them judged beside real ones."""
     stage, num, size, run_dir = config.stage, config.num_samples, config.sampling.sample_batch, config.training.run_dir
     meanings = stage.draw_meanings(np.random.default_rng(2), 500)
-    digits = load_digits_of(config.dataset, "test", stage.digit, config.data_dir)
+    digits = load_digits_of(config.dataset, "test", stage.digit, config.data_dir, smoke=config.smoke)
     real = stage.draw(np.random.default_rng(3), meanings, digits)
     # What clips of other sentences get right: the level of chance.
     results: dict[str, Any] = {
