@@ -166,6 +166,8 @@ GOOD = [
     (checks.check_state, (X,)),
     (checks.check_state, (X.astype(jnp.bfloat16),)),
     (checks.check_state, (X[:0],)),
+    (checks.check_event, (X[:0],)),
+    (checks.check_event, (jnp.zeros(3),)),
     (checks.check_data, ("x1", X)),
     (checks.check_data, ("x1", np.ones(1, np.float16))),
     (checks.check_shape, ("v(t, x)", X, X)),
@@ -245,6 +247,8 @@ BAD = [
     (checks.check_state, (X.astype(int),), "x0 must be floating point, got int32."),
     (checks.check_state, (X.astype(complex), "x1"), "x1 must be floating point, got complex64."),
     (checks.check_state, (jnp.float32(1.0),), "x0 must be [batch, ...], got a scalar."),
+    (checks.check_event, (X[:, :0],), "x must be [batch, ...] with an event that is not empty, got shape (2, 0)."),
+    (checks.check_event, (X.astype(int), "x0"), "x0 must be floating point, got int32."),
     (checks.check_data, ("x1", None), "x1 must be an array, as jnp.asarray makes, got None."),
     (checks.check_data, ("x1", X.astype(int)), "x1 must be floating point, got int32."),
     (
@@ -422,6 +426,7 @@ def test_a_traced_value_passes():
         checks.check_numbers_of("scale", value, x)
         assert checks.check_pair("interval", (value, 0.5), "[0, 1]")[0] is value
         checks.check_per_example(x, t=x[:, 0])
+        checks.check_event(x)
         checks.check_data("x", x)
         checks.check_state(x)
         checks.check_shape("v(t, x)", x, x)

@@ -262,7 +262,7 @@ def _check_sequence(x: Array, divisor: int, channels: int | None) -> None:
     check_event(x)
     if x.ndim != 3:
         raise ValueError(f"x must be [batch, length, channels], got shape {x.shape}.")
-    if not x.shape[1] or x.shape[1] % divisor:
+    if x.shape[1] % divisor:
         raise ValueError(f"length must be divisible by {divisor}, got {x.shape[1]}.")
     if channels not in (None, x.shape[2]):
         raise ValueError(f"x must have {channels} channels, got shape {x.shape}.")

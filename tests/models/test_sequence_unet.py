@@ -281,7 +281,7 @@ WANTED = r"cond must be Conditions\(vector=..., local=...\), got"
     ("options", "x", "cond", "message"),
     [
         ({}, SEQUENCE[:, :15], None, "length must be divisible by 2, got 15"),
-        ({}, SEQUENCE[:, :0], None, "length must be divisible by 2, got 0"),
+        ({}, SEQUENCE[:, :0], None, r"an event that is not empty, got shape \(2, 0, 2\)"),
         ({}, jnp.zeros((2, 16)), None, r"x must be \[batch, length, channels\], got shape \(2, 16\)"),
         ({}, SEQUENCE.astype(int), None, "x must be floating point, got int32"),
         ({"in_channels": 3}, SEQUENCE, None, r"x must have 3 channels, got shape \(2, 16, 2\)"),
