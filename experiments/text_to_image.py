@@ -208,7 +208,7 @@ def run(config: Config) -> dict[str, Any]:
         return {}
     config = smoke(config, **SMOKE)
     check_batch(config.training)
-    check_first_steps(config.method, config.training.total_steps)
+    check_first_steps(config.method, config.training.total_steps, config.training.decay)
     with own_folder(config.training.run_dir):
         return _run(config)
 

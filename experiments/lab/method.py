@@ -106,9 +106,9 @@ class Method:
         return times.Rescale(sampler, low, high)
 
 
-def check_first_steps(method: Method, total_steps: int) -> None:
-    """Raises `ValueError` for first steps that are all steps: the times of the others would be those of none."""
-    if method.first_steps >= total_steps:
+def check_first_steps(method: Method, total_steps: int, decay: str) -> None:
+    """Raises `ValueError` for first steps that are all steps of a run that ends there; at a constant rate it may go on."""
+    if method.first_steps >= total_steps and decay != "constant":
         raise ValueError(
             f"--first-steps must be below --total-steps {total_steps}, got {method.first_steps}: the steps after them "
             "have --time-shift."

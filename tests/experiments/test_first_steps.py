@@ -112,13 +112,16 @@ def test_times_stay_where_the_target_is_finite(prediction):
 @pytest.mark.parametrize("name", ["toy2d", "digits", "text_to_image", "text_to_video"])
 def test_first_steps_are_not_all_steps(name, tmp_path):
     module = importlib.import_module(f"experiments.{name}")
-    training = dataclasses.replace(module.CONFIG.training, total_steps=30, warmup_steps=0, run_dir=tmp_path / "run")
+    training = dataclasses.replace(
+        module.CONFIG.training, total_steps=30, warmup_steps=0, decay="cosine", run_dir=tmp_path / "run"
+    )
     method = dataclasses.replace(module.CONFIG.method, first_steps=30)
     run = getattr(module, "run", images.run)
     with pytest.raises(ValueError, match="--first-steps must be below --total-steps 30, got 30: the steps after them"):
         run(dataclasses.replace(module.CONFIG, training=training, method=method))
     assert not (tmp_path / "run").exists()
-    check_first_steps(dataclasses.replace(method, first_steps=29), 30)
+    check_first_steps(dataclasses.replace(method, first_steps=29), 30, "cosine")
+    check_first_steps(method, 30, "constant")  # a part of a longer run
 
 
 def test_a_smoke_run_has_steps_of_both_kinds(tmp_path):
