@@ -107,7 +107,7 @@ class Method:
 
 
 def check_first_steps(method: Method, total_steps: int, decay: str) -> None:
-    """Raises `ValueError` for first steps that are all steps of a run that ends there; at a constant rate it may go on."""
+    """Raises `ValueError` for first steps that are all steps of a run; at a constant rate it can be made longer."""
     if method.first_steps >= total_steps and decay != "constant":
         raise ValueError(
             f"--first-steps must be below --total-steps {total_steps}, got {method.first_steps}: the steps after them "
