@@ -208,7 +208,7 @@ def run(config: Config) -> dict[str, Any]:
         return {}
     config = smoke(config, **SMOKE)
     check_batch(config.training)
-    check_first_steps(config.method, config.training.total_steps, config.training.decay)
+    check_first_steps(config.method, config.training)
     with own_folder(config.training.run_dir):
         return _run(config)
 

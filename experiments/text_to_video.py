@@ -204,7 +204,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
     config = smoke(config, **SMOKE)
     check_batch(config.training)
-    check_first_steps(config.method, config.training.total_steps, config.training.decay)
+    check_first_steps(config.method, config.training)
     if (config.training.steps_per_call or 1) > 1 and config.picture_every:
         raise ValueError(
             f"--steps-per-call must be 1 where clips and pictures alternate, got {config.training.steps_per_call}: "

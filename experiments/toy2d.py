@@ -129,7 +129,7 @@ def run(config: Config) -> dict[str, Any]:
     """Trains, samples, judges, draws; returns the numbers it prints."""
     config = smoke(config, **SMOKE)
     check_batch(config.training)
-    check_first_steps(config.method, config.training.total_steps, config.training.decay)
+    check_first_steps(config.method, config.training)
     with own_folder(config.training.run_dir):
         return _run(config)
 

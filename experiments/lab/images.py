@@ -212,7 +212,7 @@ def run(config: Config) -> dict[str, Any]:
     if folder is not None and run_dir.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--run-dir must lie outside of --folder {folder}, whose pictures are data, got {run_dir}.")
     check_batch(config.training)
-    check_first_steps(config.method, config.training.total_steps, config.training.decay)
+    check_first_steps(config.method, config.training)
     if (config.training.steps_per_call or 1) > 1 and jax.default_backend() == "cpu" and "dit" not in config.model:
         raise ValueError(
             f"--steps-per-call must be 1 for --model {config.model} on CPU, where gradients of convolutions within a "

@@ -10,6 +10,7 @@ import numpy as np
 from experiments.lab.experiment import Experiment
 from experiments.lab.options import STEPS, check_options
 from experiments.lab.processes import Share, own_rows
+from experiments.lab.training import Training
 from fm_jax import couplings, losses, schedules, times
 from fm_jax.data.coupled import CoupledBatches
 from fm_jax.losses import flow_matching
@@ -106,12 +107,12 @@ class Method:
         return times.Rescale(sampler, low, high)
 
 
-def check_first_steps(method: Method, total_steps: int, decay: str) -> None:
+def check_first_steps(method: Method, training: Training) -> None:
     """Raises `ValueError` for first steps that are all steps of a run; at a constant rate it can be made longer."""
-    if method.first_steps >= total_steps and decay != "constant":
+    if method.first_steps >= training.total_steps and training.decay != "constant":
         raise ValueError(
-            f"--first-steps must be below --total-steps {total_steps}, got {method.first_steps}: the steps after them "
-            "have --time-shift."
+            f"--first-steps must be below --total-steps {training.total_steps}, got {method.first_steps}: the steps "
+            "after them have --time-shift."
         )
 
 
