@@ -26,7 +26,7 @@ from experiments.lab.figures import save_captioned
 from experiments.lab.method import Method, check_first_steps
 from experiments.lab.options import check_options, of_smoke
 from experiments.lab.processes import own_folder
-from experiments.lab.sampling import Sampling, check_dropout, generate_many, generator_of, nfe_text
+from experiments.lab.sampling import Generate, Sampling, check_dropout, generate_many, generator_of, nfe_text
 from experiments.lab.scene_judge import Judge, fit_judge
 from experiments.lab.scenes import (
     HELD_OUT_TEMPLATE,
@@ -69,7 +69,7 @@ _LEVELS: dict[str, dict[str, Any]] = {
     "digits": {"channels": 24, "channel_mults": (2, 3), "attention_levels": (0, 1)},
     "mnist": {"channel_mults": (1, 2, 3), "attention_levels": (1, 2)},
 }
-_SMALL_UNET: dict[str, Any] = {"channels": 8, "channel_mults": (1, 1), "attention_levels": (1,)}
+_SMALL_UNET: dict[str, Any] = {"channels": 8, "channel_mults": (1,), "attention_levels": (), "patch_size": 4}
 _MMDIT: dict[str, Any] = {
     "hidden": 96,
     "num_layers": 4,
@@ -234,10 +234,12 @@ def _run(config: Config) -> dict[str, Any]:
         return SceneBatches(canvas, digits, sentences, seed, size, process_index=index, process_count=count)
 
     shown = canvas.draw_meanings(np.random.default_rng(0), 24, held_out=False)
+    generate = generator_of(config, experiment)
     params = prompts.learn(
         config,
         experiment,
         params,
+        generate,
         (key_train, key_draw, key_pairs),
         data_of,
         [describe(meaning, TEMPLATES[0]) for meaning in shown],
@@ -245,7 +247,7 @@ def _run(config: Config) -> dict[str, Any]:
         facts,
     )
     scenes = fit_judge(canvas, digits, num_steps=4 if config.smoke else 1500)
-    results = judge(config, experiment, params, key_judge, scenes)
+    results = judge(config, experiment, params, key_judge, scenes, generate)
     results["training_images_per_second"] = median_rate(run_dir)
     draw_loss(run_dir)
     write_results(run_dir, results)
@@ -271,17 +273,19 @@ def asked(canvas: Canvas, num: int) -> dict[str, tuple[list[Meaning], list[str]]
     }
 
 
-def judge(config: Config, experiment: Experiment, params: Any, key: Any, scenes: Judge) -> dict[str, Any]:
-    """Draws pictures for each kind of sentence, with guidance and without, and has them judged beside real scenes."""
+def judge(
+    config: Config, experiment: Experiment, params: Any, key: Any, scenes: Judge, generate: Generate
+) -> dict[str, Any]:
+    """Has pictures for each kind of sentence judged beside real scenes, drawn by `generate` and without guidance."""
     canvas, num, size = config.canvas, config.num_samples, config.sampling.sample_batch
     kinds = asked(canvas, num)
     rng = np.random.default_rng(2)
     meanings = canvas.draw_meanings(rng, 1000)
     digits = load_digits_of(config.dataset, "test", canvas.digit, config.data_dir, smoke=config.smoke)
     results: dict[str, Any] = {"real": scenes(canvas.draw(rng, meanings, digits), meanings).shares()}
-    scales = {"guided": config.sampling.guidance, "unguided": 1.0}
-    for name, scale in scales.items():
-        generate, found, nfe = generator_of(config, experiment, scale), {}, None
+    generators = {"guided": generate, "unguided": generator_of(config, experiment, 1.0)}
+    for name, generate in generators.items():
+        found, nfe = {}, None
         start = time.perf_counter()
         for kind, (meanings, texts) in kinds.items():
             # The same noise for every kind: a pair and the swapped one differ in what was said alone.

@@ -30,7 +30,6 @@ from experiments.lab.moving import (
     TEMPLATES,
     ClipBatches,
     Meaning,
-    Sentences,
     Stage,
     describe,
     describe_picture,
@@ -42,7 +41,7 @@ from experiments.lab.moving_judge import Judge, fit_judge
 from experiments.lab.options import check_options, of_smoke
 from experiments.lab.processes import own_folder
 from experiments.lab.prompts import learn
-from experiments.lab.sampling import Sampling, check_dropout, generate_many, generator_of, nfe_text
+from experiments.lab.sampling import Generate, Sampling, check_dropout, generate_many, generator_of, nfe_text
 from experiments.lab.scenes import load_digits_of
 from experiments.lab.smoke import TRAINING, smoke
 from experiments.lab.training import (
@@ -220,7 +219,6 @@ def _run(config: Config) -> dict[str, Any]:
     keys = jax.random.split(jax.random.key(config.training.seed), 5)
     key_train, key_init, key_draw, key_judge, key_pairs = keys
     digits = load_digits_of(config.dataset, "train", stage.digit, config.data_dir, smoke=config.smoke)
-    sentences = Sentences(experiment.told, stage)
     params = experiment.init_params(key_init)
     print(
         f"moving digits of {config.dataset}, {'x'.join(map(str, stage.shape))}, {config.encoders} encoders, "
@@ -230,21 +228,23 @@ def _run(config: Config) -> dict[str, Any]:
     def data_of(index: int, count: int) -> DataIterator:
         size, seed, every = config.training.batch_size // count, config.training.seed, config.picture_every
         return ClipBatches(
-            stage, digits, sentences, seed, size, picture_every=every, process_index=index, process_count=count
+            stage, digits, experiment.told, seed, size, picture_every=every, process_index=index, process_count=count
         )
 
     shown = stage.draw_meanings(np.random.default_rng(0), 8, held_out=False)
+    generate = generator_of(config, experiment)
     params = learn(
         config,
         experiment,
         params,
+        generate,
         (key_train, key_draw, key_pairs),
         data_of,
         [describe(meaning, TEMPLATES[0]) for meaning in shown],
         lambda name, clips, texts: save_clips(run_dir / "samples" / f"{name}.gif", clips, texts),
     )
     judge_of_clips = fit_judge(stage, digits, num_steps=4 if config.smoke else 1500)
-    results = judge(config, experiment, params, key_judge, judge_of_clips)
+    results = judge(config, experiment, params, key_judge, judge_of_clips, generate)
     results["training_clips_per_second"] = median_rate(run_dir)
     draw_loss(run_dir)
     write_results(run_dir, results)
@@ -264,8 +264,10 @@ def asked(stage: Stage, num: int) -> dict[str, tuple[list[Meaning], list[str]]]:
     }
 
 
-def judge(config: Config, experiment: Experiment, params: Any, key: Any, verdict_of: Judge) -> dict[str, Any]:
-    """Draws clips for each kind of sentence, with guidance and without, and has them judged beside real ones."""
+def judge(
+    config: Config, experiment: Experiment, params: Any, key: Any, verdict_of: Judge, generate: Generate
+) -> dict[str, Any]:
+    """Has clips for each kind of sentence judged beside real ones, drawn by `generate` and without guidance."""
     stage, num, size, run_dir = config.stage, config.num_samples, config.sampling.sample_batch, config.training.run_dir
     meanings = stage.draw_meanings(np.random.default_rng(2), 500)
     digits = load_digits_of(config.dataset, "test", stage.digit, config.data_dir, smoke=config.smoke)
@@ -276,8 +278,9 @@ def judge(config: Config, experiment: Experiment, params: Any, key: Any, verdict
         "chance": verdict_of(real, [*meanings[1:], meanings[0]]).shares(),
     }
     of_pictures = experiment._replace(event_shape=(1, *stage.shape[1:]))
-    for name, scale in {"guided": config.sampling.guidance, "unguided": 1.0}.items():
-        generate, found, nfe = generator_of(config, experiment, scale), {}, None
+    generators = {"guided": generate, "unguided": generator_of(config, experiment, 1.0)}
+    for name, generate in generators.items():
+        found, nfe = {}, None
         start = time.perf_counter()
         kinds = asked(stage, num)
         for kind, (meanings, texts) in kinds.items():

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
-import jax
 import numpy as np
 
 from experiments.lab.scenes import NUMBERS, FreshBatches, with_article
@@ -112,7 +111,7 @@ class Stage:
         apart: pixels that two keep, along rows or columns, in every frame; 0 for a single one.
 
     Raises:
-        ValueError: if two that go the same way as fast as they can do not keep apart.
+        ValueError: if two that go the same way as fast as they can do not keep apart, or a single one is to.
     """
 
     size: int
@@ -123,6 +122,8 @@ class Stage:
     apart: int = 0
 
     def __post_init__(self) -> None:
+        if self.num_digits == 1 and self.apart:
+            raise ValueError(f"apart must be 0 for a single digit, got {self.apart}.")
         most = math.floor((self.size - self.digit - self.apart) / max(self.speeds)) + 1
         if self.num_digits == 2 and self.frames > most:
             raise ValueError(
@@ -196,31 +197,6 @@ class Stage:
         return np.rint(np.minimum(at, 2 * room - at)).astype(int)
 
 
-class Sentences:
-    """All sentences about a clip or a picture as what a network is told of them, made once and looked up.
-
-    Args:
-        tell: from sentences to a pytree of arrays [n, ...], as a tokenizer.
-        stage: whose clips they are about.
-    """
-
-    def __init__(self, tell: Callable[[list[str]], Any], stage: Stage):
-        self._kinds = (10, 8, 2) if stage.paces else (10, 8)
-        motions = [Motion(*each) for each in itertools.product(*map(range, self._kinds))]
-        meanings = list(itertools.product(motions, repeat=stage.num_digits))
-        self._num = len(meanings)
-        texts = [describe(meaning, template) for template in TEMPLATES for meaning in meanings]
-        self._table = tell([*texts, *map(describe_picture, meanings)])
-
-    def of(self, meanings: Sequence[Meaning], templates: np.ndarray) -> Any:
-        """What a network is told of each meaning, in the words of a template; `len(TEMPLATES)` for a picture."""
-        row = np.zeros(len(meanings), int)
-        for motions in zip(*meanings, strict=True):
-            values = np.array([motion[: len(self._kinds)] for motion in motions])
-            row = row * math.prod(self._kinds) + np.ravel_multi_index(tuple(values.T), self._kinds)
-        return jax.tree.map(lambda leaf: leaf[templates * self._num + row], self._table)
-
-
 class ClipBatches(FreshBatches):
     """Fresh clips with their sentences, without end; every so often pictures in their place, as clips of one frame.
 
@@ -229,7 +205,7 @@ class ClipBatches(FreshBatches):
     Args:
         stage: how they are drawn.
         digits: for each of ten digits pictures of it.
-        sentences: what a network is told of them.
+        tell: from sentences to what a network is told of them, a pytree of arrays [n, ...], as a tokenizer.
         seed: as in `FreshBatches`, like the rest.
         batch_size: clips in a batch of this process.
         picture_every: every so many steps is one of pictures; 0 for none.
@@ -240,7 +216,7 @@ class ClipBatches(FreshBatches):
         self,
         stage: Stage,
         digits: Sequence[np.ndarray],
-        sentences: Sentences,
+        tell: Callable[[list[str]], Any],
         seed: int,
         batch_size: int,
         *,
@@ -253,12 +229,13 @@ class ClipBatches(FreshBatches):
         def draw(rng: np.random.Generator, step: int, num: int) -> dict[str, Any]:
             if picture_every > 0 and step % picture_every == 0:
                 meanings = stage.draw_meanings(rng, num * stage.frames)
-                templates = np.full(len(meanings), len(TEMPLATES))
+                texts = list(map(describe_picture, meanings))
                 x1 = of_pictures.draw(rng, meanings, digits)
             else:
                 meanings = stage.draw_meanings(rng, num, held_out=False)
                 templates = rng.integers(len(TEMPLATES), size=num)
+                texts = [describe(meaning, TEMPLATES[i]) for meaning, i in zip(meanings, templates, strict=True)]
                 x1 = stage.draw(rng, meanings, digits)
-            return {"x1": x1, "cond": sentences.of(meanings, templates)}
+            return {"x1": x1, "cond": tell(texts)}
 
         super().__init__(draw, seed, batch_size, **processes)

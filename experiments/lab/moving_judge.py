@@ -117,7 +117,7 @@ def fit_judge(stage: Stage, digits: Sequence[np.ndarray], seed: int = 0, num_ste
         seed: of the clips and of the network.
         num_steps: of its training.
     """
-    alone = dataclasses.replace(stage, num_digits=1)
+    alone = dataclasses.replace(stage, num_digits=1, apart=0)
 
     def draw(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         meanings = alone.draw_meanings(rng, 64)

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from experiments.lab.codecs import sha256_of
 from experiments.lab.data import noted
 from experiments.lab.experiment import Experiment, begin_with
 from experiments.lab.method import couple_ahead, make_loss
-from experiments.lab.sampling import check_generate, generate_many, generator_of
+from experiments.lab.sampling import Generate, check_generate, generate_many
 from experiments.lab.training import sampling_params, train
 from fm_jax.data.texts import open_texts
 from fm_jax.models.conditioning import Conditions
@@ -167,6 +168,7 @@ def learn(
     config: Any,
     experiment: Experiment,
     params: Params,
+    generate: Generate,
     keys: tuple[Key, Key, Key],
     data_of: Callable[[int, int], DataIterator],
     texts: list[str],
@@ -179,6 +181,7 @@ def learn(
         config: of the run.
         experiment: the network.
         params: initial parameters.
+        generate: draws with the network, as `make_generate` makes it.
         keys: of the training, of what is drawn on the way, and of the coupling.
         data_of: as in `couple_ahead`.
         texts: what is drawn on the way.
@@ -190,12 +193,12 @@ def learn(
     """
     key_train, key_draw, key_pairs = keys
     data = couple_ahead(config.method, data_of, key_pairs, experiment.source)
-    generate, told = generator_of(config, experiment), experiment.told(texts)
-    check_generate(generate, params, key_draw, experiment, told)
+    told, size = experiment.told(texts), min(len(texts), config.sampling.sample_batch)
+    check_generate(generate, params, key_draw, experiment, jax.tree.map(lambda leaf: leaf[:size], told))
 
     def draw(step: int, state: TrainState) -> None:
         params = sampling_params(state, config.training)
-        save(f"step_{step:06d}", generate_many(generate, params, key_draw, experiment, told, len(texts))[0], texts)
+        save(f"step_{step:06d}", generate_many(generate, params, key_draw, experiment, told, size)[0], texts)
 
     begin = partial(begin_with, config, ())
     state = train(config, key_train, params, make_loss(config.method, experiment), data, draw, facts=facts, begin=begin)

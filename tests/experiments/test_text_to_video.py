@@ -21,7 +21,6 @@ from experiments.lab.moving import (
     WAYS,
     ClipBatches,
     Motion,
-    Sentences,
     Stage,
     describe,
     describe_picture,
@@ -114,10 +113,9 @@ def real():
 
 def test_the_shares_of_processes_are_one_batch_and_a_position_goes_on(real):
     tell = text_to_video.build(text_to_video.CONFIG).told
-    sentences = Sentences(tell, STAGE)
 
     def batches(size, **processes):
-        return ClipBatches(STAGE, real["train"], sentences, 3, size, picture_every=2, **processes)
+        return ClipBatches(STAGE, real["train"], tell, 3, size, picture_every=2, **processes)
 
     whole, parts = batches(4), [batches(2, process_index=i, process_count=2) for i in range(2)]
     shapes = []
@@ -134,10 +132,7 @@ def test_the_shares_of_processes_are_one_batch_and_a_position_goes_on(real):
 @pytest.mark.parametrize("stage", [STAGE, dataclasses.replace(TWO, frames=3)], ids=["one", "two"])
 def test_a_batch_holds_nothing_held_out_and_its_sentences_say_what_it_shows(stage):
     discs = DISCS if stage.digit == 14 else [disc[:, 3:11, 3:11] for disc in DISCS]
-    # The rows of its table are numbered, so that those of a batch lead back to the sentences.
-    told: list[str] = []
-    sentences = Sentences(lambda texts: (told.extend(texts), np.arange(len(texts)))[1], stage)
-    batches = ClipBatches(stage, discs, sentences, 0, 32, picture_every=2)
+    batches = ClipBatches(stage, discs, np.array, 0, 32, picture_every=2)  # told the sentences themselves
     clips, pictures = next(batches), next(batches)
     for step, batch in ((1, clips), (2, pictures)):
         held_out = False if step == 1 else None
@@ -147,7 +142,7 @@ def test_a_batch_holds_nothing_held_out_and_its_sentences_say_what_it_shows(stag
             [describe(each, template) for template in TEMPLATES] if step == 1 else [describe_picture(each)]
             for each in meanings
         ]
-        assert all(told[row] in each for row, each in zip(batch["cond"], allowed, strict=True))
+        assert all(text in each for text, each in zip(batch["cond"], allowed, strict=True))
         brightest = batch["x1"].max(axis=(1, 2, 3, 4))
         digits = [max(motion.digit for motion in each) for each in meanings]
         np.testing.assert_allclose((brightest + 1) / 2, [0.4 + 0.06 * digit for digit in digits], atol=1e-6)
@@ -177,6 +172,17 @@ def test_the_judge_knows_real_clips_and_what_they_are_not(real, judge):
     np.testing.assert_array_equal(turned.identity, verdict.identity)
     back = judge(clips[:, ::-1], [(each[0]._replace(way=(each[0].way + 4) % 8),) for each in meanings])
     assert back.direction.all()
+
+
+def test_the_judge_knows_two_digits_that_keep_apart(real):
+    two = Stage(24, 8, 6, num_digits=2, apart=8)
+    rng = np.random.default_rng(1)
+    meanings = two.draw_meanings(rng, 60)
+    verdict = fit_judge(two, real["train"], num_steps=8)(two.draw(rng, meanings, real["test"]), meanings)
+    assert verdict.shares()["identity"] > 0.8
+    assert verdict.shares()["direction"] > 0.9
+    with pytest.raises(ValueError, match=r"apart must be 0 for a single digit, got 8\."):
+        dataclasses.replace(two, num_digits=1)
 
 
 def test_what_vanishes_stands_still_or_is_spread_is_not_right(real, judge):
