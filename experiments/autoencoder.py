@@ -150,7 +150,7 @@ def build(config: Config, facts: Facts | None = None) -> Autoencoder:
 
 def run(config: Config) -> dict[str, Any]:
     """Trains, judges, draws, saves the autoencoder; returns the numbers it prints."""
-    config = smoke(config, **SMOKE, data={"num_images": config.data.num_images or 512})
+    config = smoke(config, **SMOKE, levels=config.levels or 2, data={"num_images": config.data.num_images or 512})
     folder, run_dir = config.data.folder, config.training.run_dir
     if folder is not None and run_dir.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"--run-dir must lie outside of --folder {folder}, whose pictures are data, got {run_dir}.")

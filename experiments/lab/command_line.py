@@ -51,7 +51,7 @@ def main(run: Callable[[Any], object], kind: type, default: Any = None, descript
         )
         parsed = parse(both, description=description)
         refuse_unused(parsed.config, default)
-        use_flags()
+        use_flags(smoke=getattr(parsed.config, "smoke", False))
         connect(parsed.processes)
         trains = hasattr(parsed.config, "training")
         with ending_all(), told_in_a_sentence(_folder_of(parsed.config), trains):

@@ -99,7 +99,7 @@ def fit_network(
     rng, network = np.random.default_rng(seed), _Classifier(num_classes)
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
     x, _ = draw(rng)
-    params = network.init(jax.random.key(seed), x[:1])["params"]
+    params = jax.jit(network.init)(jax.random.key(seed), x[:1])["params"]
     state = optimizer.init(params)
 
     @jax.jit

@@ -8,7 +8,7 @@ import numpy as np
 from experiments.lab.judge import Classify, fit_classifier, fit_network
 from experiments.lab.scenes import RGB, Canvas, Meaning
 
-FEW = 5000
+FEW = 2000
 """Pictures of digits up to which a support vector machine is the better judge."""
 MOST_OUTSIDE, LEAST_INK = 0.15, 0.15
 """Of a half's ink, at most so much lies outside of a digit's square; and of all ink, at least so much is in a half."""

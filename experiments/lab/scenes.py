@@ -169,12 +169,12 @@ def load_digits_of(
 ) -> list[np.ndarray]:
     """For each of ten digits pictures [m, side, side] in [0, 1]: scikit-learn's, or MNIST's at half their size.
 
-    Of MNIST a smoke run takes the first 6,000, for they take long to decode: so many that the judge is a network still.
+    Of MNIST a smoke run takes the first 2,500, for they take long to decode: so many that the judge is a network still.
     """
     if dataset == "digits":
         found = load_digits(split)
         return by_digit((np.asarray(found.images)[..., 0] + 1) / 2, found.labels)
-    found = load_images("mnist", f"{split}[:6000]" if smoke else split, data_dir=data_dir)
+    found = load_images("mnist", f"{split}[:2500]" if smoke else split, data_dir=data_dir)
     images = np.asarray(found.images[:], np.float32).reshape(-1, side, 2, side, 2).mean(axis=(2, 4)) / 255
     return by_digit(images, np.asarray(found.labels))
 

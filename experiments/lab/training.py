@@ -215,7 +215,7 @@ def train(
             if several or training.parallel == "fsdp":  # no device holds a whole state
                 state = jax.jit(create, out_shardings=shardings)(jax.device_get(params))
             else:
-                state = create(params)
+                state = jax.jit(create)(params)
         step, writer = int(state.step), None
         if is_first():
             writer = stack.enter_context(contextlib.closing(MetricsWriter(training.run_dir, start_step=step)))

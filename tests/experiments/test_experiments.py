@@ -13,9 +13,22 @@ import pytest
 
 pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiments]")
 
-from experiments import cifar10, digits, fashion_mnist, learned_solver, mnist, sample, toy2d
+from experiments import (
+    autoencoder,
+    cifar10,
+    coloured_mnist,
+    digits,
+    fashion_mnist,
+    learned_solver,
+    mnist,
+    sample,
+    text_to_image,
+    text_to_video,
+    toy2d,
+)
 from experiments.lab import images, sampling
 from experiments.lab.command_line import parse
+from experiments.lab.data import Data
 from experiments.lab.experiment import restore_run
 from experiments.lab.method import Method
 from experiments.lab.smoke import smoke as shrink
@@ -56,6 +69,24 @@ def test_images(module, tmp_path, capsys):
     assert str(run_dir) in out
     assert "time per image sampled" in out
     assert "images/s" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "config"),
+    [
+        (text_to_image, coloured_mnist.CONFIG),
+        (text_to_video, dataclasses.replace(text_to_video.CONFIG, dataset="mnist")),
+        (autoencoder, dataclasses.replace(autoencoder.CONFIG, data=Data(dataset="mnist"))),
+    ],
+    ids=["coloured_mnist", "text_to_video", "autoencoder"],
+)
+def test_digits_of_mnist(module, config, tmp_path):
+    try:
+        results = module.run(smoke(config, tmp_path / "run"))
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    assert json.loads((tmp_path / "run-smoke" / "results.json").read_text()) == results
 
 
 @pytest.mark.slow

@@ -22,11 +22,20 @@ def test_flags_are_added_to_those_of_the_user(monkeypatch, given, expected):
         assert os.environ["XLA_FLAGS"] == expected
 
 
-def test_a_jaxlib_that_was_not_measured_gets_no_flag(monkeypatch):
-    monkeypatch.setattr(xla, "version", lambda _: "0.12.0")
+@pytest.mark.parametrize(
+    ("jaxlib", "smoke", "expected"),
+    [
+        ("0.12.0", True, None),
+        ("0.11.1", True, FLAG),
+        ("0.10.2", False, FLAG),
+        ("0.10.2", True, f"{FLAG} --xla_cpu_use_fusion_emitters=false"),
+    ],
+)
+def test_a_jaxlib_gets_the_flags_that_it_knows(monkeypatch, jaxlib, smoke, expected):
+    monkeypatch.setattr(xla, "version", lambda _: jaxlib)
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    xla.use_flags()
-    assert "XLA_FLAGS" not in os.environ
+    xla.use_flags(smoke=smoke)
+    assert os.environ.get("XLA_FLAGS") == expected
 
 
 @pytest.mark.slow
