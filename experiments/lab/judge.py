@@ -10,6 +10,7 @@ import optax
 
 from fm_jax.data.arrays import to_unit_range
 from fm_jax.data.images import ImageDataset
+from fm_jax.models.compute import once
 from fm_jax.models.layers import halve
 from fm_jax.types import Params
 
@@ -99,7 +100,7 @@ def fit_network(
     rng, network = np.random.default_rng(seed), _Classifier(num_classes)
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, num_steps))
     x, _ = draw(rng)
-    params = jax.jit(network.init)(jax.random.key(seed), x[:1])["params"]
+    params = once(network.init)(jax.random.key(seed), x[:1])["params"]
     state = optimizer.init(params)
 
     @jax.jit

@@ -7,6 +7,7 @@ import jax
 
 from fm_jax.models import LabelEmbedding, init_params
 from fm_jax.models.autoencoder import Autoencoder
+from fm_jax.models.compute import once
 from fm_jax.models.conditioning import DDPM, SIT
 from fm_jax.models.dit import DiT
 from fm_jax.weights.folder import save_model
@@ -33,7 +34,7 @@ def write_small_system(folder: Path, *, flow: bool = False) -> None:
     save_model(
         folder / "transformer", dit, init_params(dit, keys[0], (SIZE, SIZE, CHANNELS)), size=SIZE, channels=CHANNELS
     )
-    decoded = jax.jit(autoencoder.init)(keys[1], jax.numpy.zeros((1, 2 * SIZE, 2 * SIZE, 3)))["params"]
+    decoded = once(autoencoder.init)(keys[1], jax.numpy.zeros((1, 2 * SIZE, 2 * SIZE, 3)))["params"]
     save_model(folder / "vae", autoencoder, decoded)
     index = {
         "_class_name": "SiTPipeline" if flow else "DiTPipeline",
