@@ -213,6 +213,29 @@ def check_event(x: AnyArray, name: str = "x") -> None:
         raise ValueError(f"{name} must be [batch, ...] with an event that is not empty, got shape {tuple(x.shape)}.")
 
 
+def check_tokens(name: str, x: AnyArray, num_tokens: int | None = None) -> None:
+    """Refuses what is not [batch, ...] of integers from 0 to `num_tokens` - 1; of traced ones the values pass."""
+    check_array(name, x)
+    upward = "from 0 on" if num_tokens is None else f"from 0 to {num_tokens - 1}"
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be tokens, integers {upward}, got {x.dtype}.")
+    if len(x.shape) == 0:
+        raise ValueError(f"{name} must be [batch, ...], got a scalar.")
+    if is_traced(x) or isinstance(x, jax.ShapeDtypeStruct) or not getattr(x, "is_fully_addressable", True):
+        return
+    values = np.asarray(x)
+    if values.size and not (0 <= values.min() and (num_tokens is None or values.max() < num_tokens)):
+        raise ValueError(f"{name} must be tokens {upward}, got some from {values.min()} to {values.max()}.")
+
+
+def check_logits(name: str, logits: AnyArray, x: AnyArray, num_tokens: int) -> None:
+    """Refuses what is not real numbers [batch, ..., K], K for each token of `x` [batch, ...]."""
+    check_array(name, logits)
+    if logits.shape != (*x.shape, num_tokens):
+        raise ValueError(f"{name} must be {[*x.shape, num_tokens]}, one for each token, got shape {logits.shape}.")
+    check_real(name, logits)
+
+
 def check_data(name: str, x: AnyArray) -> None:
     """Refuses a state without an example, or with nothing in it."""
     check_state(x, name)

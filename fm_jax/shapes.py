@@ -98,10 +98,12 @@ def _scalar_or_batch(t: Time | Bool[AnyArray, " batch"], x: Shaped[AnyArray, " b
 
 
 def time_dtype(x: ArrayTree) -> jnp.dtype:
-    """The dtype of times beside a state `x`: its own if it is float32 or better, else float32.
+    """The dtype of times beside a state `x`: its own if it is float32 or better, else float32; of tokens, JAX's own.
 
     In bfloat16 there are 128 times in [0.5, 1), and in integers none.
     """
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return jnp.result_type(float)
     return jax.dtypes.canonicalize_dtype(jnp.promote_types(x.dtype, jnp.float32))
 
 

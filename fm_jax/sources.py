@@ -11,19 +11,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fm_jax.checks import (
+    as_number,
     check_function,
     check_increasing,
+    check_integer,
     check_key,
     check_real,
     check_setting,
     check_shape,
     check_state,
+    check_tokens,
     is_traced,
+    shown,
 )
+from fm_jax.draws import categorical
 from fm_jax.schedules import log
-from fm_jax.types import Array, Key, Like, PerExample, State
+from fm_jax.types import Array, Key, Like, PerExample, State, Tokens, TokenSource
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,124 @@ class Sampled:
         raise ValueError(f"{self} has no density: a likelihood needs a source such as Normal().")
 
 
+@dataclass(frozen=True)
+class Masked:
+    """The mask, and nothing else: the source of masked diffusion.
+
+    Attributes:
+        num_tokens: K, the mask included.
+        mask: which of the K it is. No data hold it.
+
+    Raises:
+        ValueError: unless there are two tokens, and the mask is one of them.
+
+    Example:
+        >>> Masked(28, 27).draw(jax.random.key(0), jnp.zeros((1, 3), int))
+        Array([[27, 27, 27]], dtype=int32)
+    """
+
+    num_tokens: int
+    mask: int
+
+    def __post_init__(self) -> None:
+        check_integer("num_tokens", self.num_tokens, least=2)
+        check_integer("mask", self.mask, least=0, most=self.num_tokens - 1)
+
+    @property
+    def probs(self) -> np.ndarray:
+        return np.eye(self.num_tokens)[self.mask]
+
+    def draw(self, key: Key, like: Like) -> Tokens:
+        """The mask in the shape and dtype of `like`."""
+        check_key(key)
+        _check_like_tokens(like, self.num_tokens)
+        return jnp.full(like.shape, self.mask, like.dtype)
+
+    def log_prob(self, x: Tokens) -> PerExample:
+        """0 where all are the mask, and -inf elsewhere."""
+        return _log_prob_of_tokens(self, x)
+
+
+@dataclass(frozen=True)
+class UniformTokens:
+    """Each of K tokens as often, and independent of the others: the source of uniform diffusion.
+
+    Raises:
+        ValueError: unless there are two tokens.
+
+    Example:
+        >>> UniformTokens(4).log_prob(jnp.array([[0, 3]]))  # -2 log 4
+        Array([-2.7725887], dtype=float32)
+    """
+
+    num_tokens: int
+
+    def __post_init__(self) -> None:
+        check_integer("num_tokens", self.num_tokens, least=2)
+
+    @property
+    def mask(self) -> None:
+        return None
+
+    @property
+    def probs(self) -> np.ndarray:
+        return np.full(self.num_tokens, 1 / self.num_tokens)
+
+    def draw(self, key: Key, like: Like) -> Tokens:
+        """Independent tokens in the shape and dtype of `like`."""
+        check_key(key)
+        _check_like_tokens(like, self.num_tokens)
+        return jax.random.randint(key, like.shape, 0, self.num_tokens, like.dtype)
+
+    def log_prob(self, x: Tokens) -> PerExample:
+        """-log K for each token, in nats."""
+        return _log_prob_of_tokens(self, x)
+
+
+@dataclass(frozen=True)
+class Categorical:
+    """Tokens with probabilities of their own, independent of each other, such as how often each is in the data.
+
+    Attributes:
+        probs: [K], of sum 1.
+
+    Raises:
+        ValueError: unless they are two or more, not negative, and of sum 1.
+
+    Example:
+        >>> Categorical((0.5, 0.25, 0.25)).log_prob(jnp.array([[0, 1]]))  # log 1/8
+        Array([-2.0794415], dtype=float32)
+    """
+
+    probs: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        given = self.probs
+        probs = tuple(map(as_number, given)) if np.ndim(given) == 1 and not isinstance(given, str) else ()
+        if len(probs) < 2 or not all(p >= 0 for p in probs) or not math.isclose(sum(probs), 1, abs_tol=1e-6):
+            raise ValueError(f"probs must be at least two numbers, not negative and of sum 1, got {shown(given)}.")
+        object.__setattr__(self, "probs", probs)  # a list or an array would not be hashable
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.probs)
+
+    @property
+    def mask(self) -> None:
+        return None
+
+    def draw(self, key: Key, like: Like) -> Tokens:
+        """Independent tokens in the shape and dtype of `like`."""
+        check_key(key)
+        _check_like_tokens(like, self.num_tokens)
+        probs = jnp.broadcast_to(jnp.asarray(self.probs), (*like.shape, self.num_tokens))
+        return categorical(key, probs).astype(like.dtype)
+
+    def log_prob(self, x: Tokens) -> PerExample:
+        """The sum of the log-probabilities, in nats; -inf for a token that is never drawn."""
+        return _log_prob_of_tokens(self, x)
+
+
 def _check_draw(key: Key, like: Like) -> None:
     check_key(key)
     check_state(like, "like")
@@ -137,3 +261,13 @@ def _precise(x: State) -> Array:
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     check_state(x, "x")
     return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+
+
+def _check_like_tokens(like: Like, num_tokens: int) -> None:
+    check_tokens("like", jax.ShapeDtypeStruct(like.shape, like.dtype), num_tokens)
+
+
+def _log_prob_of_tokens(source: TokenSource, x: Tokens) -> PerExample:
+    check_tokens("x", x, source.num_tokens)
+    each = jnp.log(jnp.asarray(source.probs))[x]
+    return each.reshape(x.shape[0], math.prod(x.shape[1:])).sum(axis=1)

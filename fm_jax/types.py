@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias, get_args, runtime_checkable
 
 import jax
-from jaxtyping import PyTree, Real, Shaped
+from jaxtyping import Integer, PyTree, Real, Shaped
 
 Array: TypeAlias = jax.Array
 
@@ -23,6 +23,10 @@ State: TypeAlias = Real[AnyArray, " batch *event"]
 """A batch of points x [batch, ...], or of what is like them: velocities, data, noise, scores."""
 Examples: TypeAlias = Shaped[AnyArray, " batch ..."]
 """A batch [batch, ...], whose events may differ from those of others."""
+Tokens: TypeAlias = Integer[AnyArray, " batch *event"]
+"""A batch of tokens [batch, ...], each from 0 to K - 1."""
+Logits: TypeAlias = Real[AnyArray, " batch *event k"]
+"""K numbers for each token: logits, probabilities or rates."""
 Points: TypeAlias = Real[AnyArray, "batch d"]
 """A batch of points in d dimensions."""
 Scalar: TypeAlias = Real[AnyArray, ""]
@@ -79,6 +83,18 @@ class PathSample(NamedTuple):
     z: Array | None = None
 
 
+class TokenSample(NamedTuple):
+    """A point on a conditional path of tokens: `t`, a scalar or [batch]; `x_t`, `x0`, `x1` [batch, ...], integers.
+
+    Between tokens there is no velocity: what moves them are rates of jumps, see `fm_jax.rates`.
+    """
+
+    t: Array
+    x_t: Array
+    x0: Array
+    x1: Array
+
+
 class Prediction(NamedTuple):
     """The four equivalent descriptions of a Gaussian marginal path at (t, x_t), each [batch, ...].
 
@@ -129,6 +145,23 @@ class VelocityFn(Protocol):
     """
 
     def __call__(self, t: Time, x: State, /) -> State: ...
+
+
+@runtime_checkable
+class DenoiserFn(Protocol):
+    """`f(t, x) -> logits` [batch, ..., K] of the tokens of the data, x1, given tokens x [batch, ...]."""
+
+    def __call__(self, t: Time, x: Tokens, /) -> Logits: ...
+
+
+@runtime_checkable
+class RateFn(Protocol):
+    """`u(t, x) -> rates` [batch, ..., K] of the jumps of each token of x [batch, ...] to every other.
+
+    Never negative, and 0 at the token that is there. To chains what `VelocityFn` is to flows.
+    """
+
+    def __call__(self, t: Time, x: Tokens, /) -> Logits: ...
 
 
 @runtime_checkable
@@ -195,6 +228,28 @@ class Source(Protocol):
     def draw(self, key: Key, like: Like, /) -> State: ...
 
     def log_prob(self, x: State, /) -> PerExample: ...
+
+
+@runtime_checkable
+class TokenSource(Protocol):
+    """A distribution p_0 of tokens, each for itself; see `fm_jax.sources`.
+
+    `num_tokens` is K, `probs` [K] how often the source draws each of them, and `mask` the one that no data hold, or
+    `None`.
+    """
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def mask(self) -> int | None: ...
+
+    @property
+    def probs(self) -> Any: ...
+
+    def draw(self, key: Key, like: Like, /) -> Tokens: ...
+
+    def log_prob(self, x: Tokens, /) -> PerExample: ...
 
 
 @runtime_checkable

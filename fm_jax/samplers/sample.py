@@ -14,6 +14,7 @@ from fm_jax.checks import (
     check_has,
     check_key,
     check_times,
+    check_tokens,
     check_velocity,
     is_traced,
     shown,
@@ -81,7 +82,7 @@ def sample(
     """
     check_velocity(v)
     check_sampler(sampler)
-    x0 = as_state("x0", x0)
+    x0 = as_tokens("x0", x0) if is_of_tokens(sampler) else as_state("x0", x0)
     check_bool("trajectory", trajectory)
     if sampler.stochastic:
         if key is None:
@@ -168,6 +169,19 @@ def as_state(name: str, x: ArrayTree) -> Array:
         if bad:
             raise ValueError(f"{name} must be finite, got NaN or infinity in {bad} of {len(x)} examples.")
     return jnp.asarray(x)
+
+
+def as_tokens(name: str, x: ArrayTree) -> Array:
+    """The tokens as an array; raises `ValueError` for what is not integers [batch, ...], not negative."""
+    check_tokens(name, x)
+    if 0 in x.shape[1:]:
+        raise ValueError(f"{name} must be [batch, ...] with an event that is not empty, got shape {tuple(x.shape)}.")
+    return jnp.asarray(x)
+
+
+def is_of_tokens(sampler: Sampler) -> bool:
+    """Whether a sampler moves tokens, by jumps, and not points."""
+    return getattr(sampler, "tokens", False)
 
 
 def own_times_of(sampler: Sampler) -> Any:

@@ -1,0 +1,131 @@
+"""A transformer over tokens: what the data are, seen through noise."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+
+from fm_jax.checks import check_bool, check_integer, check_member
+from fm_jax.models.attention import rms_norm, rope_angles
+from fm_jax.models.compute import Compute
+from fm_jax.models.dense import Dense
+from fm_jax.models.dit import modulate, small_normal
+from fm_jax.models.embed import add_condition, check_integers, rows
+from fm_jax.models.layers import TimeEmbedding, check_options, zeros
+from fm_jax.models.lightning import LightningBlock
+from fm_jax.models.stack import run_blocks
+from fm_jax.shapes import batch_time
+from fm_jax.types import Array, Cond
+
+
+class TokenTransformer(nn.Module):
+    """Logits of each token of the data, given tokens at t: adaLN-Zero for time and condition, rotary positions.
+
+    Attributes:
+        num_tokens: K, the mask included.
+        mask: of the K, the one that data never hold: its logit is minus infinity; `None` for none.
+        hidden: width of the tokens; the width of a head is even.
+        num_layers: number of blocks.
+        num_heads: attention heads.
+        mlp_hidden: width of the gated layer; two thirds of `4 hidden` by default.
+        dropout: dropout rate at the end of both branches of a block.
+        timed: whether the network sees the time. The posterior of masked tokens does not depend on it.
+        causal: whether a token sees only those before it: the autoregressive network of the same size.
+        embed: module from a condition to a vector, see `fm_jax.models.embed`.
+        compute: dtype, attention and rematerialisation.
+        scan_layers: whether the blocks are one stacked block in a loop, as in `DiT`.
+
+    References:
+        Peebles & Xie 2022 (arXiv:2212.09748); Sahoo et al. 2024 (arXiv:2406.07524, appendix) for tokens.
+    """
+
+    num_tokens: int
+    mask: int | None = None
+    hidden: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    mlp_hidden: int | None = None
+    dropout: float = 0.0
+    timed: bool = True
+    causal: bool = False
+    embed: nn.Module | None = None
+    compute: Compute = Compute()
+    scan_layers: bool = True
+
+    def __post_init__(self) -> None:
+        check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
+        for name in ("scan_layers", "timed", "causal"):
+            check_bool(name, getattr(self, name))
+        check_integer("num_tokens", self.num_tokens, least=2)
+        if self.mask is not None:
+            check_integer("mask", self.mask, least=0, most=self.num_tokens - 1)
+        for name in ("hidden", "num_layers", "num_heads"):
+            check_integer(name, getattr(self, name))
+        if self.mlp_hidden is not None:
+            check_integer("mlp_hidden", self.mlp_hidden)
+        if self.hidden % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden must be divisible by 2 num_heads = {2 * self.num_heads}, as channels turn in pairs, got "
+                f"{self.hidden}."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, t: Array, x: Array, cond: Cond = None, *, train: bool = False) -> Array:
+        """Evaluates the denoiser.
+
+        Args:
+            t: time, scalar or [batch].
+            x: tokens, integers [batch, n].
+            cond: what `embed` takes; `None` for "no condition".
+            train: whether dropout is on; it draws from the `"dropout"` key.
+
+        Returns:
+            Logits, float32 [batch, n, K].
+
+        Raises:
+            ValueError: if `x` is no tokens, or `cond` does not fit the model.
+        """
+        check_integers("x", "tokens", x)
+        if x.ndim != 2:
+            raise ValueError(f"x must be tokens [batch, n], got shape {x.shape}.")
+        time = batch_time(t, x) if self.timed else jnp.zeros(len(x), jnp.float32)
+        emb = TimeEmbedding(256, self.hidden, time_scale=1000.0, kernel_init=small_normal, name="time")(time)
+        emb = add_condition(emb, self.embed, cond)
+        table = self.param("table", small_normal, (self.num_tokens, self.hidden))
+        h = rows(table, x).astype(self.compute.dtype)
+        angles = rope_angles(np.arange(x.shape[1])[:, None], (self.hidden // self.num_heads,))
+        options = {
+            "num_heads": self.num_heads,
+            "mlp_hidden": int(2 / 3 * 4 * self.hidden) if self.mlp_hidden is None else self.mlp_hidden,
+            "dropout": self.dropout,
+            "causal": self.causal,
+            "compute": self.compute,
+        }
+        scan, remat = self.scan_layers, self.compute.remat
+        args = (emb, jnp.asarray(angles, jnp.float32), None)
+        h = run_blocks(LightningBlock, options, self.num_layers, h, *args, train=train, scan=scan, remat=remat)
+        modulation = Dense(2 * self.hidden, kernel_init=zeros, name="modulation")(nn.silu(emb))[:, None, :]
+        shift, scale = jnp.split(modulation, 2, axis=-1)
+        h = modulate(rms_norm(jnp.float32, "norm")(h), shift, scale)
+        logits = Dense(self.num_tokens, kernel_init=zeros, name="out")(h)
+        return logits if self.mask is None else logits.at[..., self.mask].set(-jnp.inf)
+
+
+TOKEN_CONFIGS: dict[str, dict[str, int]] = {
+    "tiny": {"hidden": 128, "num_layers": 4, "num_heads": 4},
+    "small": {"hidden": 384, "num_layers": 6, "num_heads": 6},
+    "base": {"hidden": 768, "num_layers": 12, "num_heads": 12},
+}
+"""`base` is as wide and as deep as GPT-2 small."""
+
+
+def make_token_transformer(name: str, **overrides: Any) -> TokenTransformer:
+    """Builds a token transformer by the name of its size: "tiny", "small" or "base", with attributes to change.
+
+    Raises:
+        ValueError: if there is no such size.
+    """
+    check_member("name", name, tuple(TOKEN_CONFIGS))
+    return TokenTransformer(**(TOKEN_CONFIGS[name] | overrides))
