@@ -161,6 +161,7 @@ PUBLISHED = {
     "song_unet": lambda name: models.SongUNet(channels=8, channel_mults=(1, 2), num_blocks=1),
     "videodit": models.make_videodit,
     "wan": models.make_wan,
+    "token_transformer": functools.partial(models.make_token_transformer, num_tokens=5),
 }
 """By name: the small network of a published family, made by the name "tiny"; each has a file of tests of its own."""
 PLAIN_MODELS = {"plain_mlp": PlainMLP}

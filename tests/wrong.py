@@ -763,8 +763,11 @@ FUNCTIONS: dict[str, Call] = {
     **{
         f"make_{name}": Call(getattr(models, f"make_{name}"), {"name": "tiny"}, lambda module: None)
         for name in (*contracts.PUBLISHED, "sequence_unet", "autoencoder", "wan_autoencoder", "temporal_autoencoder")
-        if name != "song_unet"
+        if name not in ("song_unet", "token_transformer")
     },
+    "make_token_transformer": Call(
+        models.make_token_transformer, {"name": "tiny", "num_tokens": 5}, lambda module: module.hidden
+    ),
     "make_song_unet": Call(models.make_song_unet, {"name": "ddpmpp"}, lambda module: None),
     "make_tiny_autoencoder": Call(models.make_tiny_autoencoder, {"name": "sd"}, lambda module: None),
     "make_clip_text": Call(text.make_clip_text, {"name": "tiny"}, lambda module: None),

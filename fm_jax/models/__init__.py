@@ -40,6 +40,7 @@ from fm_jax.models.temporal_autoencoder import (
     outlier_penalty,
 )
 from fm_jax.models.tiny_autoencoder import TinyAutoencoder, make_tiny_autoencoder
+from fm_jax.models.token_transformer import TokenTransformer, make_token_transformer
 from fm_jax.models.unet import UNet, make_unet
 from fm_jax.models.unet_condition import UNetCondition, make_unet_condition
 from fm_jax.models.videodit import VideoDiT, make_videodit
@@ -73,6 +74,7 @@ __all__ = [
     "TemporalAutoencoder",
     "TinyAutoencoder",
     "TokenEmbedding",
+    "TokenTransformer",
     "UNet",
     "UNetCondition",
     "VectorBranch",
@@ -101,6 +103,7 @@ __all__ = [
     "make_song_unet",
     "make_temporal_autoencoder",
     "make_tiny_autoencoder",
+    "make_token_transformer",
     "make_unet",
     "make_unet_condition",
     "make_videodit",
@@ -139,7 +142,8 @@ def init_params(module: nn.Module, key: Key, event_shape: tuple[int, ...], cond:
     _check_event_shape(event_shape)
 
     def init(key: Key) -> Params:
-        return module.init(key, jnp.zeros(1), jnp.zeros((1, *event_shape)), *_given(cond))["params"]
+        x = jnp.zeros((1, *event_shape), _state_dtype(module))
+        return module.init(key, jnp.zeros(1), x, *_given(cond))["params"]
 
     return once(init)(key)
 
@@ -167,11 +171,16 @@ def forward_flops(module: nn.Module, event_shape: tuple[int, ...], cond: Cond = 
     """
     check_kind("module", module, nn.Module, "flax.linen.Module")
     _check_event_shape(event_shape)
-    t, x = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, *event_shape), jnp.float32)
+    t, x = jax.ShapeDtypeStruct((1,), jnp.float32), jax.ShapeDtypeStruct((1, *event_shape), _state_dtype(module))
     variables = jax.eval_shape(module.init, jax.random.key(0), t, x, *_given(cond))
     given = (variables, t, x, *_given(cond))
     program = _unrolled(jax.make_jaxpr(module.apply)(*given))
     return jax.jit(jaxpr_as_fun(program)).lower(*jax.tree.leaves(given)).cost_analysis()["flops"]
+
+
+def _state_dtype(module: nn.Module) -> Any:
+    """What a state of the module is made of: integers where it says that it takes `tokens`."""
+    return jnp.int32 if getattr(module, "tokens", False) else jnp.float32
 
 
 def _given(cond: Cond) -> tuple[Cond, ...]:

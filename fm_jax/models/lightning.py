@@ -27,10 +27,14 @@ class LightningBlock(nn.Module):
     mlp_hidden: int
     dropout: float
     compute: Compute = Compute()
+    causal: bool = False
 
     @nn.compact
     def __call__(self, x: Array, emb: Array, angles: Array, mask: Array | None, train: bool) -> Array:
-        """Maps tokens [batch, n, d], seen where `mask` is, with emb [batch, d] and angles [n, d / heads / 2]."""
+        """Maps tokens [batch, n, d], seen where `mask` is, with emb [batch, d] and angles [n, d / heads / 2].
+
+        Where it is `causal`, a token sees itself and those before it alone.
+        """
         width, dtype = x.shape[-1], self.compute.dtype
         modulation = Dense(6 * width, kernel_init=zeros, dtype=dtype, name="modulation")(nn.silu(emb))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation[:, None, :], 6, axis=-1)
@@ -42,7 +46,7 @@ class LightningBlock(nn.Module):
             for name in ("query", "key", "value")
         )
         q, k = apply_rope(q, angles), apply_rope(k, angles)
-        h = attend(q, k, v, mask=mask, implementation=self.compute.attention)
+        h = attend(q, k, v, mask=mask, causal=self.causal, implementation=self.compute.attention)
         x = x + gate_a * drop(from_heads(width, dtype, "attention_out")(h))
 
         h = modulate(rms_norm(dtype, "norm_mlp")(x), shift_m, scale_m)
