@@ -1,6 +1,7 @@
 """Regression losses on a conditional path: flow matching and its relatives, all one function."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +30,7 @@ from fm_jax.paths.affine import where_finite
 from fm_jax.shapes import check_not_steps, mean_over_event, time_dtype
 from fm_jax.times import Uniform
 from fm_jax.types import (
+    AnyArray,
     ApplyFn,
     Batch,
     Cond,
@@ -185,8 +187,13 @@ def draw_pairs(
     coupling: Coupling,
     times: Times,
     drop: Drop | None = None,
+    *,
+    check: Callable[[str, AnyArray], None] = check_data,
 ) -> Pairs:
-    """Source, times, pairing and conditions of a batch, as `flow_matching` says; raises `ValueError` where it does."""
+    """Source, times, pairing and conditions of a batch, as `flow_matching` says; raises `ValueError` where it does.
+
+    `check(name, x)` refuses what is no `x1` or no `x0`: by default all but floating-point numbers.
+    """
     check_holds(batch, "x1")
     if key is not None:
         check_key(key)
@@ -198,13 +205,13 @@ def draw_pairs(
         raise ValueError("the path has no source to draw x0 from: the batch must hold 'x0'.")
     if key is None and (x0 is None or batch.get("t") is None):
         raise ValueError("without a key the batch must hold 'x0' and 't'.")
-    check_data("x1", x1)
+    check("x1", x1)
     # The last: a split into more keys begins with the same ones, so that runs without `drop` are what they were.
     keys: Any = [None] * 6 if key is None else jax.random.split(key, 6)
     key_x0, key_t, key_coupling, key_path, key_dropout, key_drop = keys
     if x0 is None and source is not None:
         x0 = source.draw(key_x0, x1)
-    check_data("x0", x0)
+    check("x0", x0)
     t = times.of(key_t, batch, x1)
     check_weight(batch, x1)
     check_condition(x1, batch.get("cond"))
