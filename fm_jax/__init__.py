@@ -3,6 +3,7 @@
 Time runs from 0 (source, noise) to 1 (data). The core, imported here, needs jax alone:
 
 * `sources`, `schedules`, `paths`, `couplings`, `times`: what to regress, and where;
+* `rates`: how often tokens jump, for chains what a velocity is for flows;
 * `losses`: `flow_matching` and its relatives, for any network library;
 * `parameterization`: velocity, data, noise and score, and the way between them;
 * `conditions`: what the network is told beside time and state, and how to drop it;
@@ -25,6 +26,7 @@ from fm_jax import (
     oracles,
     parameterization,
     paths,
+    rates,
     samplers,
     schedules,
     sources,
@@ -43,6 +45,7 @@ __all__ = [
     "oracles",
     "parameterization",
     "paths",
+    "rates",
     "samplers",
     "schedules",
     "sources",

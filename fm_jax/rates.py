@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_function, check_has, check_number, check_tokens
+from fm_jax.checks import check_function, check_has, check_logits, check_number, check_tokens
 from fm_jax.paths.mixture import MixturePath
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import time_dtype, time_of
-from fm_jax.types import Array, DenoiserFn, Logits, RateFn, Time, Tokens
+from fm_jax.types import Array, DenoiserFn, Logits, RateFn, Time, TokenPath, Tokens
 
 
 def forward_rates(denoiser: DenoiserFn, path: MixturePath) -> RateFn:
@@ -35,7 +35,7 @@ def forward_rates(denoiser: DenoiserFn, path: MixturePath) -> RateFn:
     _check(denoiser, path)
 
     def rates(t: Time, x: Tokens) -> Logits:
-        posterior = path.posterior(denoiser(t, x), x)
+        posterior = _posterior(denoiser, path, t, x)
         _, sigma, d_alpha, _ = coefficients(path.schedule, time_of(t, posterior))
         return _to_others(d_alpha / sigma * posterior, x)
 
@@ -57,11 +57,14 @@ def reversal_rates(denoiser: DenoiserFn, path: MixturePath) -> RateFn:
     """
     _check(denoiser, path)
 
-    return lambda t, x: reversal(path, path.posterior(denoiser(t, x), x), t, x)
+    return lambda t, x: reversal(path, _posterior(denoiser, path, t, x), t, x)
 
 
 def reversal(path: MixturePath, posterior: Logits, t: Time, x: Tokens) -> Logits:
     """The rates of `reversal_rates` under given probabilities of x1, [batch, ..., K]; of one x1, its one-hot."""
+    check_tokens("x", x, path.num_tokens)
+    check_logits("posterior", posterior, x, path.num_tokens)
+    posterior = jnp.asarray(posterior, time_dtype(posterior))
     alpha, sigma, d_alpha, _ = coefficients(path.schedule, time_of(t, posterior))
     p0 = path.source_probs(posterior)
     p0_x = p0.ravel()[x][..., None]
@@ -117,6 +120,7 @@ def with_corrector(rates: RateFn, path: MixturePath, strength: float | Callable[
 
     def corrected(t: Time, x: Tokens) -> Logits:
         forth = rates(t, x)
+        check_logits("rates(t, x)", forth, x, path.num_tokens)
         c = strength(time_of(t, forth)) if callable(strength) else strength
         return (1 + c) * forth + jnp.where(c > 0, c * back(t, x), 0)
 
@@ -126,6 +130,14 @@ def with_corrector(rates: RateFn, path: MixturePath, strength: float | Callable[
 def _to_others(rates: Array, x: Tokens) -> Array:
     """The rates with 0 at the token that is there."""
     return jnp.where(jax.nn.one_hot(x, rates.shape[-1], dtype=bool), 0, rates)
+
+
+def _posterior(denoiser: DenoiserFn, path: TokenPath, t: Time, x: Tokens) -> Logits:
+    """`p(x1 | x_t = x)`, by the network."""
+    check_tokens("x", x, path.num_tokens)
+    logits = denoiser(t, x)
+    check_logits("denoiser(t, x)", logits, x, path.num_tokens)
+    return path.posterior(logits, x)
 
 
 def _check(denoiser: DenoiserFn, path: MixturePath) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from fm_jax.checks import (
     as_number,
+    check_array,
     check_function,
     check_increasing,
     check_integer,
@@ -264,6 +265,7 @@ def _precise(x: State) -> Array:
 
 
 def _check_like_tokens(like: Like, num_tokens: int) -> None:
+    check_array("like", like)
     check_tokens("like", jax.ShapeDtypeStruct(like.shape, like.dtype), num_tokens)
 
 

@@ -282,6 +282,32 @@ class Path(Protocol):
 
 
 @runtime_checkable
+class TokenPath(Protocol):
+    """A conditional probability path of tokens, each by itself; see `fm_jax.paths`.
+
+    `source` is p_0 and `num_tokens` K. `probs(t, x1)` is `p_t(x | x1)` [batch, ..., K] of every token x, the source
+    integrated out. `log_posterior(logits, x)` is `log p(x1 | x_t = x)` [batch, ..., K] as a network has it, with what
+    is known without one put right, and `posterior` its exponential. `check_data` refuses what is no data of the path.
+    """
+
+    @property
+    def source(self) -> TokenSource: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def sample(self, key: Key, t: Time, x0: Tokens, x1: Tokens, /) -> TokenSample: ...
+
+    def probs(self, t: Time, x1: Tokens, /) -> Logits: ...
+
+    def log_posterior(self, logits: Logits, x: Tokens, /) -> Logits: ...
+
+    def posterior(self, logits: Logits, x: Tokens, /) -> Logits: ...
+
+    def check_data(self, x1: Tokens, /) -> None: ...
+
+
+@runtime_checkable
 class Coupling(Protocol):
     """Pairs source with data samples within a batch. Never drops or repeats an example."""
 

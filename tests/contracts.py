@@ -36,6 +36,13 @@ SOURCES = [
     sources.Uniform(-1.0, 2.0),
     sources.Sampled(moons),
 ]
+TOKEN_SOURCES = [
+    sources.Masked(5, 4),
+    sources.UniformTokens(3),
+    sources.Categorical((0.6, 0.3, 0.1)),
+    sources.Categorical((0.6, 0.4, 0.0)),
+]
+"""With 1 among the data of each."""
 SCHEDULES = [
     schedules.Linear(),
     schedules.Linear(sigma_min=1e-2),
@@ -100,6 +107,10 @@ PATHS = [
     paths.AffinePath(source=sources.Uniform()),
     *BRIDGES,
     *SPLINES,
+]
+TOKEN_PATHS = [
+    *(paths.MixturePath(schedules.Linear(), source) for source in TOKEN_SOURCES),
+    paths.MixturePath(schedules.Polynomial(2.0), sources.UniformTokens(3)),
 ]
 LOSSES = {
     "flow_matching": lambda apply_fn: losses.flow_matching(apply_fn, paths.AffinePath()),

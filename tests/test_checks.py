@@ -168,6 +168,12 @@ GOOD = [
     (checks.check_state, (X[:0],)),
     (checks.check_event, (X[:0],)),
     (checks.check_event, (jnp.zeros(3),)),
+    (checks.check_tokens, ("x1", X.astype(int))),
+    (checks.check_tokens, ("x1", np.array([0, 4], np.uint8), 5)),
+    (checks.check_tokens, ("x1", X[:0].astype(int), 5)),
+    (checks.check_tokens, ("like", jax.ShapeDtypeStruct((2,), jnp.int32), 5)),
+    (checks.check_logits, ("logits", jnp.zeros((2, 3, 5)), X.astype(int), 5)),
+    (checks.check_logits, ("logits", np.zeros((2, 3, 5), int), X.astype(int), 5)),
     (checks.check_data, ("x1", X)),
     (checks.check_data, ("x1", np.ones(1, np.float16))),
     (checks.check_shape, ("v(t, x)", X, X)),
@@ -249,6 +255,15 @@ BAD = [
     (checks.check_state, (jnp.float32(1.0),), "x0 must be [batch, ...], got a scalar."),
     (checks.check_event, (X[:, :0],), "x must be [batch, ...] with an event that is not empty, got shape (2, 0)."),
     (checks.check_event, (X.astype(int), "x0"), "x0 must be floating point, got int32."),
+    (checks.check_tokens, ("x1", X), "x1 must be tokens, integers from 0 on, got float32."),
+    (checks.check_tokens, ("x1", X > 0, 5), "x1 must be tokens, integers from 0 to 4, got bool."),
+    (checks.check_tokens, ("x1", [1], 5), "x1 must be an array, as jnp.asarray makes, got a list."),
+    (checks.check_tokens, ("x1", jnp.int32(1), 5), "x1 must be [batch, ...], got a scalar."),
+    (checks.check_tokens, ("x1", np.array([0, 5]), 5), "x1 must be tokens from 0 to 4, got some from 0 to 5."),
+    (checks.check_tokens, ("x1", np.array([-1, 2])), "x1 must be tokens from 0 on, got some from -1 to 2."),
+    (checks.check_logits, ("logits", None, X, 5), "logits must be an array, as jnp.asarray makes, got None."),
+    (checks.check_logits, ("f", X, X, 5), "f must be [2, 3, 5], one for each token, got shape (2, 3)."),
+    (checks.check_logits, ("f", jnp.ones((2, 3, 5), bool), X, 5), "f must be real numbers, got bool."),
     (checks.check_data, ("x1", None), "x1 must be an array, as jnp.asarray makes, got None."),
     (checks.check_data, ("x1", X.astype(int)), "x1 must be floating point, got int32."),
     (
@@ -426,6 +441,7 @@ def test_a_traced_value_passes():
         checks.check_numbers_of("scale", value, x)
         assert checks.check_pair("interval", (value, 0.5), "[0, 1]")[0] is value
         checks.check_per_example(x, t=x[:, 0])
+        checks.check_tokens("x", x.astype(int), 1)
         checks.check_event(x)
         checks.check_data("x", x)
         checks.check_state(x)

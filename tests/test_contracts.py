@@ -27,9 +27,11 @@ from fm_jax.schedules import VP, Linear, Polynomial, log_snr
 # ---- Completeness: a class is of a noun if it has what the noun has; every one must be in the list of the noun.
 
 NOUNS = {
-    "source": (("draw", "log_prob"), contracts.SOURCES),
+    "source": (("draw", "log_prob"), [*contracts.SOURCES, *contracts.TOKEN_SOURCES]),
+    "token source": (("draw", "log_prob", "probs", "mask", "num_tokens"), contracts.TOKEN_SOURCES),
     "schedule": (("alpha", "sigma", "t_from_log_snr"), contracts.SCHEDULES),
     "path": (("sample", "targets", "kinds"), contracts.PATHS),
+    "token path": (("sample", "probs", "log_posterior", "posterior"), contracts.TOKEN_PATHS),
     "sampler": (
         ("solve", "order", "nfe_per_step", "stochastic", "domain"),
         [make(Linear()) for make in (contracts.SAMPLERS | contracts.LEARNED).values()],
@@ -121,7 +123,9 @@ def test_what_nobody_listed_is_found():
         schedules.Cosine,
         samplers.DDIM,
         fm_jax.sources.Normal,
+        fm_jax.sources.UniformTokens,
         fm_jax.paths.AffinePath,
+        fm_jax.paths.MixturePath,
         fm_jax.times.Uniform,
         losses.EDMWeight,
         fm_jax.guidance.Extrapolate,
@@ -391,6 +395,41 @@ def test_sources_draw_like_what_is_given(source):
     assert (
         source.draw(jax.random.key(0), jnp.zeros((5, 2))) != source.draw(jax.random.key(1), jnp.zeros((5, 2)))
     ).any()
+
+
+@pytest.mark.slow_but_one
+@pytest.mark.parametrize("source", contracts.TOKEN_SOURCES, ids=name_of)
+def test_sources_of_tokens_draw_what_their_probabilities_say(source):
+    assert len(source.probs) == source.num_tokens
+    for like in (jnp.zeros((8, 4000), jnp.int32), jax.ShapeDtypeStruct((8, 4000), jnp.uint8)):
+        x = source.draw(jax.random.key(0), like)
+        assert (x.shape, x.dtype) == (like.shape, like.dtype)
+        often = np.bincount(np.asarray(x).ravel(), minlength=source.num_tokens) / x.size
+        assert np.abs(often - source.probs).max() < 5 * 0.5 / math.sqrt(x.size)
+    with np.errstate(divide="ignore"):
+        expected = np.log(np.asarray(source.probs))[np.asarray(x)].sum(axis=1)
+    np.testing.assert_allclose(source.log_prob(x), expected, rtol=1e-4)
+
+
+@pytest.mark.slow_but_one
+@pytest.mark.parametrize("path", contracts.TOKEN_PATHS, ids=name_of)
+def test_paths_of_tokens_start_at_the_source_end_in_the_data_and_draw_their_law(path):
+    num = path.num_tokens
+    x1 = jnp.broadcast_to(jnp.array([0, 1, num - 2, 1])[:, None], (4, 8000))
+    time = jnp.array([0.0, 0.3, 0.7, 1.0])
+    law = path.probs(time, x1[:, :1])
+    np.testing.assert_allclose(law.sum(axis=-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(law[0, 0], path.source.probs, atol=1e-6)
+    np.testing.assert_array_equal(law[-1, 0], np.eye(num)[1])
+    drawn = path.sample(jax.random.key(0), time, path.source.draw(jax.random.key(1), x1), x1)
+    assert drawn.x_t.shape == x1.shape
+    assert drawn.x_t.dtype == x1.dtype
+    often = np.stack([np.bincount(row, minlength=num) / row.size for row in np.asarray(drawn.x_t)])
+    assert np.abs(often - law[:, 0]).max() < 5 * 0.5 / math.sqrt(8000)
+    logits = jax.random.normal(jax.random.key(2), (*x1[:, :9].shape, num))
+    posterior = path.posterior(logits, x1[:, :9])
+    np.testing.assert_allclose(posterior.sum(axis=-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(jnp.exp(path.log_posterior(logits, x1[:, :9])), posterior, rtol=1e-6)
 
 
 @pytest.mark.slow_but_one

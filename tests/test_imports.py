@@ -33,9 +33,9 @@ EXTRAS = [
 LAYERS = [
     ["types", "_version"],
     ["checks", "shapes"],
-    ["parts"],
+    ["parts", "draws"],
     ["nfe", "sources", "schedules", "conditions", "latents"],
-    ["times", "couplings", "oracles", "paths", "parameterization"],
+    ["times", "couplings", "oracles", "paths", "rates", "parameterization"],
     ["losses", "guidance", "samplers"],
     ["likelihood", "fewstep"],
 ]

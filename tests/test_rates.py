@@ -1,10 +1,9 @@
 """Rates of every kind carry the law of the path: the Kolmogorov equation, on all states of two dependent tokens."""
 
-import jax
 import numpy as np
 import pytest
 
-from fm_jax import oracles, rates, schedules, sources
+from fm_jax import rates, schedules, sources
 from fm_jax.oracles import tokens
 from fm_jax.paths.mixture import MixturePath
 

@@ -29,6 +29,7 @@ from fm_jax import (
     oracles,
     parameterization,
     paths,
+    rates,
     samplers,
     schedules,
     shapes,
@@ -65,6 +66,11 @@ SEEN = oracles.field_posterior(FIELD, oracles.known_values(np.arange(4) < 2), 0.
 WAVES = jax.random.normal(jax.random.key(2), (4, 4, 1))
 TOLD = jnp.where((jnp.arange(4) < 2)[None, :, None], WAVES, 0.0)
 TOKENS = oracles.token_mixture(jnp.stack([X, Y, X + Y], 1), 0.5, jnp.arange(3)[None] < jnp.array([[1], [2], [3], [3]]))
+TABLE = oracles.token_table([[0.3, 0.1, 0.0], [0.2, 0.1, 0.05], [0.05, 0.1, 0.1]])
+TOKEN_PATH = paths.MixturePath(LINEAR, sources.UniformTokens(3))
+STATES = oracles.all_states(TABLE)
+STATES_T = np.linspace(0.1, 0.9, 9)
+POSTERIOR = oracles.token_posterior(TABLE, TOKEN_PATH, 0.5, STATES)
 COV = np.array([[3.0, 1.0], [1.0, 2.0]])
 COMPONENTS = oracles.ppca(np.zeros(2), COV, 1)
 PAIR = oracles.gaussian_pair([0.0, 0.0], np.eye(2), [1.0, 2.0], 2 * np.eye(2))
@@ -92,6 +98,14 @@ def heads(params, t, x, cond, *, train, rngs):
 
 def model(t, x, cond=None):
     return -x
+
+
+def denoiser(t, x):
+    return jax.nn.one_hot(x, 3)
+
+
+def jumps(t, x):
+    return jax.nn.one_hot((x + 1) % 3, 3)
 
 
 def two_outputs(t, x, cond=None):
@@ -206,6 +220,29 @@ FUNCTIONS: dict[str, Call] = {
     ),
     "BrownianBridge": Call(paths.BrownianBridge, {"sigma": 1.0, "margin": 1e-3}, lambda path: path.at(0.5, X, Y, X)),
     "target_domain": Call(paths.AffinePath().target_domain, {"kind": "score", "margin": 0.01}),
+    "check_convex": Call(paths.check_convex, {"schedule": LINEAR}),
+    "MixturePath.sample": Call(TOKEN_PATH.sample, {"key": KEY, "t": STATES_T, "x0": STATES, "x1": STATES[::-1]}),
+    "MixturePath.probs": Call(TOKEN_PATH.probs, {"t": STATES_T, "x1": STATES}),
+    "MixturePath.log_posterior": Call(TOKEN_PATH.log_posterior, {"logits": POSTERIOR, "x": STATES}),
+    "MixturePath.posterior": Call(TOKEN_PATH.posterior, {"logits": POSTERIOR, "x": STATES}),
+    "MixturePath.check_data": Call(TOKEN_PATH.check_data, {"x1": STATES}),
+    # rates
+    **{
+        each.__name__: Call(each, {"denoiser": denoiser, "path": TOKEN_PATH}, lambda u: u(0.5, STATES))
+        for each in (rates.forward_rates, rates.reversal_rates)
+    },
+    **{
+        f"{each.__name__}, called": Call(each(denoiser, TOKEN_PATH), {"t": STATES_T, "x": STATES})
+        for each in (rates.forward_rates, rates.reversal_rates)
+    },
+    "reversal": Call(rates.reversal, {"path": TOKEN_PATH, "posterior": POSTERIOR, "t": STATES_T, "x": STATES}),
+    "backward_rates": Call(rates.backward_rates, {"path": TOKEN_PATH}, lambda u: u(0.5, STATES)),
+    "backward_rates, called": Call(rates.backward_rates(TOKEN_PATH), {"t": STATES_T, "x": STATES}),
+    "with_corrector": Call(
+        rates.with_corrector,
+        {"rates": jumps, "path": TOKEN_PATH, "strength": 2.0},
+        lambda u: u(0.5, STATES),
+    ),
     # losses
     "flow_matching": _loss(
         losses.flow_matching,
@@ -623,6 +660,28 @@ FUNCTIONS: dict[str, Call] = {
         {"std": 0.5, "schedule": LINEAR},
         lambda v: v(0.5, X, models.Conditions(tokens=TOKENS.tokens, mask=TOKENS.mask)),
     ),
+    "token_table": Call(oracles.token_table, {"q": np.array([[0.5, 0.25], [0.0, 0.25]])}),
+    "with_mask": Call(oracles.with_mask, {"table": TABLE}),
+    "sudoku4": Call(oracles.sudoku4, {}),
+    "all_states": Call(oracles.all_states, {"table": TABLE}),
+    "path_law": Call(oracles.path_law, {"table": TABLE, "path": TOKEN_PATH, "t": 0.5}),
+    "token_posterior": Call(oracles.token_posterior, {"table": TABLE, "path": TOKEN_PATH, "t": 0.5, "x": STATES}),
+    "exact_denoiser": Call(oracles.exact_denoiser, {"table": TABLE, "path": TOKEN_PATH}, lambda f: f(0.5, STATES)),
+    "exact_denoiser, called": Call(oracles.exact_denoiser(TABLE, TOKEN_PATH), {"t": STATES_T, "x": STATES}),
+    "rate_matrix": Call(oracles.rate_matrix, {"rates": jumps, "t": 0.5, "states": STATES, "num_tokens": 3}),
+    "chain_law": Call(
+        oracles.chain_law,
+        {
+            "rates": jumps,
+            "law": np.full(9, 1 / 9),
+            "states": STATES,
+            "num_tokens": 3,
+            "t0": 0.1,
+            "t1": 0.5,
+            "num_steps": 2,
+        },
+    ),
+    "transition_matrix": Call(oracles.transition_matrix, {"probs": POSTERIOR, "states": STATES}),
     "ppca": Call(oracles.ppca, {"mean": np.zeros(2), "cov": COV, "num_latents": 1, "variance": 0.5}),
     "ppca_log_prob": Call(oracles.ppca_log_prob, {"model": COMPONENTS, "x": X}),
     "ppca_mean_log_prob": Call(oracles.ppca_mean_log_prob, {"model": COMPONENTS, "mean": np.zeros(2), "cov": COV}),
@@ -658,6 +717,14 @@ FUNCTIONS: dict[str, Call] = {
     "Sampled": Call(sources.Sampled, {"function": toy.moons}, lambda source: source.draw(KEY, X)),
     "Normal.draw": Call(sources.Normal().draw, {"key": KEY, "like": X}),
     "Normal.log_prob": Call(sources.Normal().log_prob, {"x": X}),
+    **{
+        f"{type(source).__name__}.{name}": Call(getattr(source, name), arguments)
+        for source in contracts.TOKEN_SOURCES
+        for name, arguments in {
+            "draw": {"key": KEY, "like": jnp.ones((2, 3), int)},
+            "log_prob": {"x": jnp.ones((2, 3), int)},
+        }.items()
+    },
     "Uniform.log_prob": Call(sources.Uniform().log_prob, {"x": X}),
     "make_toy": Call(toy.make_toy, {"name": "moons"}, lambda function: function(KEY, 3)),
     "to_float": Call(image_data.to_float, {"images": np.zeros((2, 2), np.uint8)}),
@@ -795,6 +862,8 @@ def _sampled(sampler: Any) -> Any:
 NOUNS: dict[str, tuple[list[Any], Callable[[Any], Any]]] = {
     "schedule": (contracts.SCHEDULES, lambda s: schedules.coefficients(s, T)),
     "source": ([each for each in contracts.SOURCES if _fields(each)], lambda s: s.draw(KEY, X)),
+    "token source": (contracts.TOKEN_SOURCES, lambda s: s.draw(KEY, jnp.zeros((4, 2), int))),
+    "token path": (contracts.TOKEN_PATHS, lambda path: path.probs(0.5, jnp.ones((2, 3), int))),
     "time sampler": (contracts.TIME_SAMPLERS, lambda s: s(KEY, 4)),
     "weight": (contracts.WEIGHTS, lambda w: w(T, "velocity", LINEAR)),
     "rule": (contracts.RULES, lambda rule: rule(T, X, X, Y, 2.0)),
@@ -931,7 +1000,18 @@ class Wrong(NamedTuple):
     meant: Any = None
 
 
-NETWORKS = ("v", "v_cond", "v_uncond", "apply_fn", "apply_drift", "apply_latent", "model_fn", "score")
+NETWORKS = (
+    "v",
+    "v_cond",
+    "v_uncond",
+    "apply_fn",
+    "apply_drift",
+    "apply_latent",
+    "model_fn",
+    "score",
+    "denoiser",
+    "rates",
+)
 """Arguments that are called as a network is: they may also return what is none."""
 
 
@@ -1021,6 +1101,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "apply_drift": ("network", "drift"),
     "apply_latent": ("network", "latent"),
     "model_fn": ("network",),
+    "denoiser": ("logits",),
 }
 """What a message may call an argument besides its name."""
 

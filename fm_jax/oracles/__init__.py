@@ -4,6 +4,7 @@
 * `gaussian`: two Gaussians, with any Gaussian coupling, joined by any stochastic interpolant;
 * `field`: a stationary Gaussian field of which something was observed: a part, block means, the mean of the channels;
 * `token_set`: a Gaussian around each of a set of tokens, whose velocity is an attention;
+* `tokens`: a table of a few tokens carried along a path of tokens, with all rates of jumps as matrices;
 * `ppca`: probabilistic PCA, the best that a linear autoencoder can be.
 """
 
@@ -67,6 +68,19 @@ from fm_jax.oracles.token_set import (
     token_prediction,
     token_velocity,
 )
+from fm_jax.oracles.tokens import (
+    TokenTable,
+    all_states,
+    chain_law,
+    exact_denoiser,
+    path_law,
+    rate_matrix,
+    sudoku4,
+    token_posterior,
+    token_table,
+    transition_matrix,
+    with_mask,
+)
 
 __all__ = [
     "PPCA",
@@ -78,6 +92,8 @@ __all__ = [
     "GaussianPair",
     "LinearEncoder",
     "TokenMixture",
+    "TokenTable",
+    "all_states",
     "attention_of",
     "block_means",
     "blur",
@@ -86,10 +102,12 @@ __all__ = [
     "bridge_prediction",
     "bures_distance",
     "cdf",
+    "chain_law",
     "channel_means",
     "displacement_moments",
     "displacement_velocity",
     "entropic_plan",
+    "exact_denoiser",
     "field_covariance",
     "field_posterior",
     "field_prediction",
@@ -103,6 +121,7 @@ __all__ = [
     "monge_map",
     "observe",
     "optimal_plan",
+    "path_law",
     "posterior_mean",
     "power_law_spectrum",
     "ppca",
@@ -111,6 +130,7 @@ __all__ = [
     "ppca_mean_log_prob",
     "ppca_posterior",
     "prediction",
+    "rate_matrix",
     "sample",
     "sample_field",
     "sample_pair",
@@ -118,8 +138,13 @@ __all__ = [
     "sample_posterior",
     "schroedinger_bridge",
     "stationary_field",
+    "sudoku4",
     "token_mixture",
+    "token_posterior",
     "token_prediction",
+    "token_table",
     "token_velocity",
+    "transition_matrix",
     "velocity",
+    "with_mask",
 ]

@@ -9,6 +9,7 @@ from fm_jax.paths.bridge import (
     SineNoise,
     StochasticInterpolant,
 )
+from fm_jax.paths.mixture import MixturePath, check_convex
 from fm_jax.paths.spline import SplinePath
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "BrownianBridge",
     "BrownianNoise",
     "ConstantNoise",
+    "MixturePath",
     "QuadraticNoise",
     "SineNoise",
     "SplinePath",
     "StochasticInterpolant",
+    "check_convex",
     "start",
 ]

@@ -76,8 +76,8 @@ class MixturePath:
         return self.schedule.sigma(time) * self.source_probs(here) + self.schedule.alpha(time) * here
 
     def source_probs(self, like: Logits) -> Array:
-        """p_0 of one token, [1, ..., 1, K], in the rank and dtype of `like` [batch, ..., K]."""
-        return jnp.asarray(self.source.probs, like.dtype).reshape((1,) * (like.ndim - 1) + (-1,))
+        """p_0 of one token, [1, ..., 1, K], in the rank of `like` [batch, ..., K] and in `time_dtype(like)`."""
+        return jnp.asarray(self.source.probs, time_dtype(like)).reshape((1,) * (like.ndim - 1) + (-1,))
 
     def log_posterior(self, logits: Logits, x: Tokens) -> Logits:
         """`log p(x1 | x_t = x)` of each token by itself, from the logits of a network.
@@ -117,16 +117,35 @@ class MixturePath:
 
 
 def check_convex(schedule: Schedule) -> None:
-    """Raises `ValueError` unless `alpha + sigma = 1`, alpha(0) = 0 and alpha(1) = 1: a share of data that grows to all."""
+    """Refuses a schedule that is not convex: `alpha + sigma = 1`, with alpha from 0 to 1, never falling.
+
+    Alpha is then the share of tokens that are those of the data, all of them at t = 1.
+
+    Raises:
+        ValueError: for any other; settings that are traced pass.
+
+    Example:
+        >>> from fm_jax.schedules import Linear
+        >>> check_convex(Linear(sigma_min=0.1))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: schedule must be convex, alpha + sigma = 1 with alpha rising from 0 to 1, ...
+    """
     check_schedule(schedule)
     with jax.ensure_compile_time_eval():
-        t = jnp.linspace(0.0, 1.0, 9)
+        t = jnp.linspace(0.0, 1.0, 33)
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         if is_traced(alpha) or is_traced(sigma):
             return
-        ends = np.asarray(alpha)[[0, -1]]
-    if not (np.allclose(alpha + sigma, 1, atol=1e-5) and np.allclose(ends, (0, 1), atol=1e-5)):
-        raise ValueError(
-            "schedule must be convex, alpha + sigma = 1 with alpha from 0 to 1, such as Linear(), Polynomial() or "
-            f"MaskCosine(), got {schedule} with alpha from {ends[0]:g} to {ends[1]:g}."
-        )
+    alpha, total = np.asarray(alpha), np.asarray(alpha + sigma)
+    if not np.allclose(alpha[[0, -1]], (0, 1), atol=1e-5):
+        got = f"alpha from {alpha[0]:.4g} to {alpha[-1]:.4g}"
+    elif not np.allclose(total, 1, atol=1e-5):
+        got = f"alpha + sigma from {total.min():.4g} to {total.max():.4g}"
+    elif (np.diff(alpha) < -1e-5).any():
+        got = "an alpha that falls"
+    else:
+        return
+    raise ValueError(
+        "schedule must be convex, alpha + sigma = 1 with alpha rising from 0 to 1, such as Linear() or Polynomial(), "
+        f"got {schedule} with {got}."
+    )
