@@ -224,7 +224,7 @@ def check_tokens(name: str, x: AnyArray, num_tokens: int | None = None) -> None:
     if is_traced(x) or isinstance(x, jax.ShapeDtypeStruct) or not getattr(x, "is_fully_addressable", True):
         return
     values = np.asarray(x)
-    if values.size and not (0 <= values.min() and (num_tokens is None or values.max() < num_tokens)):
+    if values.size and not (values.min() >= 0 and (num_tokens is None or values.max() < num_tokens)):
         raise ValueError(f"{name} must be tokens {upward}, got some from {values.min()} to {values.max()}.")
 
 
@@ -234,6 +234,17 @@ def check_logits(name: str, logits: AnyArray, x: AnyArray, num_tokens: int) -> N
     if logits.shape != (*x.shape, num_tokens):
         raise ValueError(f"{name} must be {[*x.shape, num_tokens]}, one for each token, got shape {logits.shape}.")
     check_real(name, logits)
+
+
+def check_where(name: str, value: Any, x: AnyArray) -> None:
+    """Refuses what is not bools, an array that broadcasts to the shape of `x`."""
+    check_array(name, value)
+    try:
+        fits = jnp.broadcast_shapes(value.shape, x.shape) == x.shape
+    except ValueError:
+        fits = False
+    if value.dtype != bool or not value.shape or not fits:
+        raise ValueError(f"{name} must be bool and broadcast to the state {x.shape}, got {shown(value)}.")
 
 
 def check_data(name: str, x: AnyArray) -> None:

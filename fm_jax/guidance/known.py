@@ -2,15 +2,7 @@
 
 import jax.numpy as jnp
 
-from fm_jax.checks import (
-    check_array,
-    check_same_shape,
-    check_schedule,
-    check_shape,
-    check_state,
-    check_velocity,
-    shown,
-)
+from fm_jax.checks import check_same_shape, check_schedule, check_shape, check_state, check_velocity, check_where
 from fm_jax.nfe import Counted, cost, domain_of, reach_of
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import time_of
@@ -53,9 +45,7 @@ def keep_known(v: VelocityFn, schedule: Schedule, x0: State, x1: State, mask: Ar
     check_state(x0, "x0")
     check_state(x1, "x1")
     check_same_shape(x0=x0, x1=x1)
-    check_array("mask", mask)
-    if mask.dtype != bool or not mask.shape or not _broadcasts(mask.shape, x1.shape):
-        raise ValueError(f"mask must be bool and broadcast to the state {x1.shape}, got {shown(mask)}.")
+    check_where("mask", mask, x1)
     known = jnp.broadcast_to(mask, x1.shape)
 
     def kept(t: Time, x: State) -> State:
@@ -67,10 +57,3 @@ def keep_known(v: VelocityFn, schedule: Schedule, x0: State, x1: State, mask: Ar
         return jnp.where(known, (da * x1 + ds * x0).astype(x.dtype), rest)
 
     return Counted(kept, cost(v), domain_of(v), reach_of(v))
-
-
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    try:
-        return jnp.broadcast_shapes(shape, to) == to
-    except ValueError:
-        return False

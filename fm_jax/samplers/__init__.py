@@ -6,7 +6,9 @@
 * for the flow of an affine path with a Gaussian source, in log-SNR: `DDIM`, `DPMSolver`, `DPMSolverPlusPlus`, `UniPC`,
   `PLMS`;
 * with noise: `EulerMaruyama`, `StochasticHeun`, `DiffraxSDE`, `Churn`, `PredictorCorrector`, and `DDIM` and
-  `DPMSolverPlusPlus` by option.
+  `DPMSolverPlusPlus` by option;
+* for tokens, with noise: `TauLeaping` by rates; `MixtureSteps`, which may mask again (`Cap`, `Rescale`, `Loop`,
+  `Confidence`), and `FirstHitting` by a denoiser.
 
 `grids` has the usual times. The steps are functions of their own, for whoever runs the loop; `run_steps` is the loop,
 for samplers of your own.
@@ -14,14 +16,17 @@ for samplers of your own.
 
 from fm_jax.samplers.adams_bashforth import AdamsBashforth
 from fm_jax.samplers.adaptive import Adaptive
+from fm_jax.samplers.chain import MixtureSteps, TauLeaping, TokenStep, mixture_step, tau_leap
 from fm_jax.samplers.churn import Churn, churn_step, renoise
 from fm_jax.samplers.ddim import DDIM, ddim_step
 from fm_jax.samplers.diffrax_sde import DiffraxSDE
 from fm_jax.samplers.dpm_solver import DPMSolver, DPMSolverPlusPlus
+from fm_jax.samplers.first_hitting import FirstHitting
 from fm_jax.samplers.langevin import PredictorCorrector, langevin_step
 from fm_jax.samplers.learned import LearnedSolver
 from fm_jax.samplers.loop import run_steps, step_noise
 from fm_jax.samplers.plms import PLMS
+from fm_jax.samplers.remasking import Cap, Confidence, Loop, Remask, Rescale
 from fm_jax.samplers.runge_kutta import RungeKutta, Tableau, ode_step
 from fm_jax.samplers.sample import sample
 from fm_jax.samplers.sde import EulerMaruyama, StochasticHeun, falling_noise, sde_step
@@ -32,25 +37,36 @@ __all__ = [
     "PLMS",
     "AdamsBashforth",
     "Adaptive",
+    "Cap",
     "Churn",
+    "Confidence",
     "DPMSolver",
     "DPMSolverPlusPlus",
     "DiffraxSDE",
     "EulerMaruyama",
+    "FirstHitting",
     "LearnedSolver",
+    "Loop",
+    "MixtureSteps",
     "PredictorCorrector",
+    "Remask",
+    "Rescale",
     "RungeKutta",
     "StochasticHeun",
     "Tableau",
+    "TauLeaping",
+    "TokenStep",
     "UniPC",
     "churn_step",
     "ddim_step",
     "falling_noise",
     "langevin_step",
+    "mixture_step",
     "ode_step",
     "renoise",
     "run_steps",
     "sample",
     "sde_step",
     "step_noise",
+    "tau_leap",
 ]

@@ -4,20 +4,20 @@ A step first decides whether a token is drawn anew, and only then what it is: th
 loses rare tokens in single precision (see `fm_jax.draws`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fm_jax.checks import check_has, check_logits
+from fm_jax.checks import check_array, check_function, check_has, check_logits, check_tokens, is_traced
 from fm_jax.draws import bernoulli, categorical
 from fm_jax.nfe import spent
 from fm_jax.paths.mixture import MixturePath
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.loop import run_steps
-from fm_jax.samplers.remasking import Remask, most
+from fm_jax.samplers.remasking import Confidence, Loop, Remask, check_remask, most
 from fm_jax.shapes import time_of
 from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, RateFn, Solution, Time, Tokens
 
@@ -45,26 +45,56 @@ class TokenStep(NamedTuple):
         anew = self.chance[..., None] * self.weights / jnp.where(total > 0, total, 1)
         return anew + (1 - self.chance)[..., None] * jax.nn.one_hot(x, self.weights.shape[-1], dtype=anew.dtype)
 
+    def keeping(self, keep: Array | None) -> "TokenStep":
+        """The step in which the tokens at `keep` stay as they are."""
+        return self if keep is None else self._replace(chance=jnp.where(keep, 0, self.chance))
+
 
 def tau_leap(rates: RateFn, t: Time, t_next: Time, x: Tokens) -> TokenStep:
-    """One step of `TauLeaping`: a token jumps with probability `min(1, h u)`, u its total rate at `t`.
+    """One step of `TauLeaping`: a token jumps with probability `min(1, h u)`, u the sum of its rates at `t`.
 
     Args:
-        rates: `u(t, x) -> [batch, ..., K]`.
+        rates: `u(t, x) -> [batch, ..., K]`. What is negative counts as 0, so that a whole row of a generator, with
+            minus the sum at the token that is there, serves as well; of infinite ones each is as likely.
         t: time.
         t_next: the time after the step, h later.
         x: tokens.
+
+    Raises:
+        ValueError: for what are no tokens, or rates of another shape; for rates known to be negative at a token that is
+            not there, or NaN.
+
+    Example:
+        >>> step = tau_leap(lambda t, x: jnp.array([[[0.0, 1.0, 2.0]]]), 0.0, 0.25, jnp.array([[0]]))
+        >>> step.probs(jnp.array([[0]]))
+        Array([[[0.25, 0.25, 0.5 ]]], dtype=float32)
     """
+    check_function("rates", rates, "rates u(t, x), such as forward_rates(denoiser, path)", 2)
+    check_tokens("x", x)
     u = rates(t, x)
-    check_logits("what rates return", u, x, u.shape[-1])
+    check_array("rates(t, x)", u)
+    check_logits("rates(t, x)", u, x, u.shape[-1] if u.shape else 0)
+    _check_rates(u, x)
+    u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
+    number = jnp.finfo(u.dtype)
+    u = jnp.clip(u, 0, number.max / u.shape[-1])
     h = time_of(t_next, x) - time_of(t, x)
-    return TokenStep(jnp.clip(h * u.sum(axis=-1), 0, 1), u)
+    chance = h * u.sum(axis=-1)
+    # What is 1 but for rounding is 1: at t = 1 no mask may be left over.
+    return TokenStep(jnp.where(chance > 1 - 16 * number.eps, 1, jnp.maximum(chance, 0)), u)
 
 
 def mixture_step(
-    denoiser: DenoiserFn, path: MixturePath, t: Time, t_next: Time, x: Tokens, *, remask: Remask | None = None
+    denoiser: DenoiserFn,
+    path: MixturePath,
+    t: Time,
+    t_next: Time,
+    x: Tokens,
+    *,
+    remask: Remask | None = None,
+    confidence: Array | None = None,
 ) -> TokenStep:
-    """One step of `MixtureSteps`: with probability `1 - (1 - kappa_next) / (1 - kappa)` a token is drawn from p(x1 | x).
+    """One step of `MixtureSteps`: with probability `1 - (1 - kappa_next) / (1 - kappa)` a token is one of p(x1 | x).
 
     Args:
         denoiser: logits of x1.
@@ -73,16 +103,38 @@ def mixture_step(
         t_next: the time after the step.
         x: tokens.
         remask: with what probability a token that is there is masked again, see `samplers.remasking`.
+        confidence: with which each token was drawn, [batch, ...], infinite where it was given, for `Confidence`.
+
+    Raises:
+        ValueError: for what are no tokens of the path, or no logits of them; `remask` without a mask, or `Confidence`
+            without `confidence`.
+
+    Example:
+        >>> from fm_jax.schedules import Linear
+        >>> from fm_jax.sources import Masked
+        >>> x, path = jnp.array([[2]]), MixturePath(Linear(), Masked(3, 2))
+        >>> mixture_step(lambda t, x: jnp.zeros((1, 1, 3)), path, 0.5, 0.75, x).probs(x)
+        Array([[[0.25, 0.25, 0.5 ]]], dtype=float32)
     """
+    check_function("denoiser", denoiser, "a denoiser f(t, x) -> logits [batch, ..., K]", 2)
+    check_mixture(path)
     posterior = path.posterior(denoiser(t, x), x)
     t, t_next = time_of(t, x), time_of(t_next, x)
     left, right = path.schedule.sigma(t), path.schedule.sigma(t_next)
+    left = jnp.where(left > 0, left, 1)
     if remask is None:
-        return TokenStep(jnp.broadcast_to(1 - right / left, x.shape), posterior)
-    kappa, kappa_next = path.schedule.alpha(t), path.schedule.alpha(t_next)
-    again = jnp.minimum(remask(t, kappa, kappa_next), most(kappa, kappa_next))
+        return TokenStep(jnp.broadcast_to(jnp.clip(1 - right / left, 0, 1), x.shape), posterior)
+    check_remask(remask)
+    check_mask(path)
+    kappa = path.schedule.alpha(t)
+    sigma = jnp.clip(remask(kappa, 1 - right), 0, most(kappa, 1 - right))
     masked = x == path.source.mask
-    chance = jnp.where(masked, (kappa_next - (1 - again) * kappa) / left, again)
+    again = jnp.broadcast_to(sigma, x.shape)
+    if isinstance(remask, Confidence):
+        check_array("confidence", confidence)
+        drawn = jnp.where(masked, jnp.inf, jnp.asarray(confidence))
+        again = jnp.minimum(1, sigma * remask.shares(drawn))
+    chance = jnp.where(masked, jnp.clip(1 - (right - sigma * kappa) / left, 0, 1), again)
     return TokenStep(chance, jnp.where(masked[..., None], posterior, path.source_probs(posterior)))
 
 
@@ -90,11 +142,31 @@ def mixture_step(
 class TauLeaping:
     """Euler's method for chains: rates stand still for a step, in which each token jumps at most once.
 
-    Takes rates of any kind, `sample(rates, x0, TauLeaping(), times=, key=)`. Order 1. To t = 1 the last step is as long
-    as the time that is left, and with `forward_rates` every token that is still the source's jumps.
+    Takes rates of any kind, `sample(rates, x0, TauLeaping(), times=, key=)`. A token jumps with probability
+    `min(1, h u)`, and not `1 - exp(-h u)`, that of a jump under rates that stand still: they do not, the error is of
+    the same order, and in the last step to t = 1, where h u is 1, a mask would stay with probability 1/e. Order 1 in
+    the law; on `Linear`, with one token and h u <= 1 throughout, it is exact, since the law is linear in t there.
+
+    Where h u is above 1, as with a strong corrector or with `reversal_rates` near t = 0, it is cut, and the law is off
+    by more than order 1 says: take steps of h <= 1 / u (Gat et al. 2024, eq. 30, of `forward_rates`). Rates are never
+    asked for at the last time, so that they may be infinite at t = 1: with `forward_rates` the last step there moves
+    every token that is still the source's.
+
+    Step i draws from `fold_in(key, i)`.
+
+    Example:
+        >>> from fm_jax.paths.mixture import MixturePath
+        >>> from fm_jax.rates import forward_rates
+        >>> from fm_jax.samplers import sample
+        >>> from fm_jax.schedules import Linear
+        >>> from fm_jax.sources import Masked
+        >>> path, x0 = MixturePath(Linear(), Masked(3, 2)), jnp.full((1, 4), 2)
+        >>> u = forward_rates(lambda t, x: jnp.log(jnp.array([0.0, 1.0, 0.0])) + jnp.zeros((*x.shape, 1)), path)
+        >>> sample(u, x0, TauLeaping(), times=8, key=jax.random.key(0)).x
+        Array([[1, 1, 1, 1]], dtype=int32)
 
     References:
-        Gat et al. 2024 (arXiv:2407.15595, eq. 12); Campbell et al. 2022 (arXiv:2205.14987).
+        Gat et al. 2024 (arXiv:2407.15595, eq. 12).
     """
 
     order: ClassVar[int] = 1
@@ -107,9 +179,18 @@ class TauLeaping:
         """Whether the rates are never asked for at the last of the times."""
         return True
 
-    def solve(self, v: RateFn, key: Key, times: ArrayTree, x0: Tokens, trajectory: bool) -> Solution:
+    def solve(
+        self, v: RateFn, key: Key, times: ArrayTree, x0: Tokens, trajectory: bool, *, keep: Array | None = None
+    ) -> Solution:
         """Called by `sample`."""
-        return run_chain(lambda t, t_next, x: tau_leap(v, t, t_next, x), self, v, key, times, x0, trajectory)
+        check_forward(times, self)
+
+        def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
+            leap = tau_leap(v, t, t_next, x)
+            check_start_of("x0", x0, leap.weights.shape[-1])
+            return leap.keeping(keep).draw(jax.random.fold_in(key, i), x), memory
+
+        return run_steps(step, x0, times, spent(len(times) - 1, v), trajectory=trajectory)
 
 
 @dataclass(frozen=True)
@@ -117,16 +198,37 @@ class MixtureSteps:
     """Steps that are exact in the schedule: in law right for each token by itself, however few they are.
 
     Takes a denoiser, `sample(denoiser, x0, MixtureSteps(path), times=, key=)`. What is left of the error is that
-    tokens of one step do not see each other: order 1 in the law of several. With a mask this is ancestral sampling.
+    tokens of one step do not see each other: order 1 in the law of several. With a mask this is ancestral sampling: a
+    token that is seen never changes, unless it is masked again.
 
     Attributes:
         path: that the denoiser was trained on.
+        remask: a rule by which tokens that are there are masked again, `Cap`, `Rescale`, `Loop`, `Confidence` or a
+            function of your own `(kappa, kappa_next) -> sigma`. It masks given tokens too, unless `sample` is told to
+            `keep` them.
+
+    Step i draws from `fold_in(key, i)`.
+
+    Raises:
+        ValueError: for another path than a `MixturePath`, what is no rule, or a rule and a source without a mask.
+
+    Example:
+        >>> from fm_jax.samplers import sample
+        >>> from fm_jax.samplers.remasking import Rescale
+        >>> from fm_jax.schedules import Linear
+        >>> from fm_jax.sources import Masked
+        >>> path, x0 = MixturePath(Linear(), Masked(3, 2)), jnp.full((1, 4), 2)
+        >>> f = lambda t, x: jnp.log(jnp.array([0.0, 1.0, 0.0])) + jnp.zeros((*x.shape, 1))
+        >>> sample(f, x0, MixtureSteps(path, Rescale(0.5)), times=8, key=jax.random.key(0)).x
+        Array([[1, 1, 1, 1]], dtype=int32)
 
     References:
-        Of masked tokens: Shi et al. 2024 (arXiv:2406.04329), Sahoo et al. 2024 (arXiv:2406.07524).
+        Of masked tokens: Shi et al. 2024 (arXiv:2406.04329), Sahoo et al. 2024 (arXiv:2406.07524). With remasking: Wang
+        et al. 2025 (arXiv:2503.00307).
     """
 
     path: MixturePath
+    remask: Remask | None = None
     order: ClassVar[int] = 1
     nfe_per_step: ClassVar[int] = 1
     stochastic: ClassVar[bool] = True
@@ -134,31 +236,67 @@ class MixtureSteps:
     domain: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        check_has("path", self.path, ("schedule", "source", "posterior"), "a MixturePath")
+        check_mixture(self.path)
+        if self.remask is not None:
+            check_remask(self.remask)
+            check_mask(self.path)
 
     def skips_last(self, times: ArrayTree) -> bool:
         """Whether the denoiser is never asked at the last of the times."""
         return True
 
-    def solve(self, v: DenoiserFn, key: Key, times: ArrayTree, x0: Tokens, trajectory: bool) -> Solution:
+    def solve(
+        self, v: DenoiserFn, key: Key, times: ArrayTree, x0: Tokens, trajectory: bool, *, keep: Array | None = None
+    ) -> Solution:
         """Called by `sample`."""
-        path = self.path
-        return run_chain(lambda t, s, x: mixture_step(v, path, t, s, x), self, v, key, times, x0, trajectory)
+        check_forward(times, self)
+        check_start_of("x0", x0, self.path.num_tokens)
+        num, of_confidence = len(times), isinstance(self.remask, Confidence)
+
+        def step(x: Array, confidence: Any, i: Array, t: Array, t_next: Array) -> tuple[Array, Any]:
+            one = mixture_step(v, self.path, t, t_next, x, remask=self.remask, confidence=confidence)
+            x_next = one.keeping(keep).draw(jax.random.fold_in(key, i), x)
+            if not of_confidence:
+                return x_next, None
+            drawn = jnp.take_along_axis(one.weights, x_next[..., None].astype(int), axis=-1)[..., 0]
+            return x_next, jnp.where(x == x_next, confidence, drawn.astype(confidence.dtype))
+
+        loop = self.remask.rule if isinstance(self.remask, Confidence) else self.remask
+        if isinstance(loop, Loop):
+            times = jnp.asarray(times)
+            place = loop.place(times)
+            times = jnp.sort(jnp.concatenate([times, jnp.full(loop.num, times[place])]))
+        memory = jnp.full(x0.shape, jnp.inf, jnp.result_type(float)) if of_confidence else None
+        solution = run_steps(step, x0, times, spent(len(times) - 1, v), memory=memory, trajectory=trajectory)
+        if not (trajectory and isinstance(loop, Loop)):
+            return solution
+        i = jnp.arange(num)  # of the loop the last state alone, and the start as it was
+        return solution._replace(trajectory=solution.trajectory[jnp.where(i > 0, i + loop.num * (i >= place), 0)])
 
 
-def run_chain(
-    step_of: Callable[[Array, Array, Tokens], TokenStep],
-    sampler: Any,
-    function: Any,
-    key: Key,
-    times: ArrayTree,
-    x0: Tokens,
-    trajectory: bool,
-) -> Solution:
-    """Goes along the times; step i draws from `fold_in(key, i)`."""
-    check_forward(times, sampler)
+def check_mixture(path: Any) -> None:
+    """Raises `ValueError` for what is not a `MixturePath`."""
+    check_has("path", path, ("schedule", "source", "posterior", "source_probs"), "a MixturePath")
 
-    def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
-        return step_of(t, t_next, x).draw(jax.random.fold_in(key, i), x), memory
 
-    return run_steps(step, x0, times, spent(len(times) - 1, function), trajectory=trajectory)
+def check_mask(path: MixturePath) -> None:
+    """Raises `ValueError` for a path of which the source has no mask."""
+    if path.source.mask is None:
+        raise ValueError(f"path must have a source with a mask, such as Masked(28, 27), got {path.source}.")
+
+
+def check_start_of(name: str, x: Tokens, num_tokens: int) -> None:
+    """Raises `ValueError` for tokens that are not among K, or of integers that cannot hold K."""
+    check_tokens(name, x, num_tokens)
+    if jnp.iinfo(x.dtype).max < num_tokens - 1:
+        raise ValueError(f"{name} must be of integers that hold {num_tokens} tokens, such as int32, got {x.dtype}.")
+
+
+def _check_rates(u: Array, x: Tokens) -> None:
+    """Raises `ValueError` for rates to other tokens that are known to be negative or NaN."""
+    if is_traced(u) or is_traced(x):
+        return
+    others = np.asarray(x)[..., None] != np.arange(u.shape[-1])
+    bad = ~(np.asarray(u, np.float64) >= 0) & others
+    if bad.any():
+        raise ValueError(f"rates(t, x) must not be negative, got some from {np.asarray(u)[bad].min()} on.")

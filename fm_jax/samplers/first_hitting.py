@@ -2,21 +2,30 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_has, check_integer, check_member
+from fm_jax.checks import check_integer, check_member, is_traced
 from fm_jax.draws import categorical, uniform
 from fm_jax.nfe import spent
 from fm_jax.paths.mixture import MixturePath
+from fm_jax.samplers.chain import check_mask, check_mixture, check_start_of
 from fm_jax.samplers.grids import check_forward
 from fm_jax.shapes import expand_time
-from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, PerExample, Scalar, Solution, Tokens
+from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, PerExample, Solution, Tokens
 
-Order = Literal["random", "confidence", "margin"]
-ORDERS: tuple[Order, ...] = get_args(Order)
+Position = Literal["random", "confidence", "margin"]
+POSITIONS: tuple[Position, ...] = get_args(Position)
+
+
+class _Falling(NamedTuple):
+    """Examples on their way: `sigma` [batch], their `x` [batch, ...], and the sigma at which each token `fell`."""
+
+    sigma: PerExample
+    x: Tokens
+    fell: Array
 
 
 @dataclass(frozen=True)
@@ -24,25 +33,39 @@ class FirstHitting:
     """The exact chain of masked tokens, without steps: of n masks the next one falls where kappa has grown enough.
 
     `1 - kappa(t_next) = u^(1/n) (1 - kappa(t))` with u uniform, and any of the n as likely (Zheng et al. 2024,
-    arXiv:2409.02908, prop. 4.1). One evaluation for each token that `x0` has, D of them; there is no discretisation
-    error. Stopping at t < 1 gives the chain at t, some masks still there.
+    arXiv:2409.02908, prop. 4.1). One evaluation for each mask of `x0`, as many as the example with the most has, and as
+    many as tokens where `x0` is traced; there is no discretisation error. Stopping at t < 1 gives the chain at t, some
+    masks still there.
 
-    Takes a denoiser, `sample(denoiser, x0, FirstHitting(path), times=, key=)`, of which the first and the last time
-    count alone.
+    Takes a denoiser, `sample(denoiser, x0, FirstHitting(path), times=, key=)`, which is called with a time for each
+    example, that of its next fall. What is drawn depends on the first and the last of the times alone; a trajectory is
+    the chain at all of them.
 
     Attributes:
         path: with a `Masked` source.
         position: which mask falls: "random" is right. "confidence" takes the one whose likeliest token is likeliest,
-            "margin" the one that is furthest ahead of the second: a perfect network is not sampled from its law by
-            these, though what is drawn may look better.
-        per_step: tokens drawn from one evaluation. More than one do not see each other: an error like that of steps.
+            "margin" the one that is furthest ahead of the second. These are biased: at t < 1 the law is another, and at
+            t = 1 too, but for a perfect network with one token a step; then, whatever the order, it is the same. What
+            is drawn by a network that errs may look better, and is less varied.
+        per_step: tokens drawn from one evaluation. More than one do not see each other: an error like that of steps,
+            and a large one with "confidence", which draws those at once that all seem sure.
 
     Raises:
-        ValueError: for a source without a mask, another order, or less than one token a step.
+        ValueError: for another path than a `MixturePath` with a mask, another order, or less than one token a step.
+
+    Example:
+        >>> from fm_jax.samplers import sample
+        >>> from fm_jax.schedules import Linear
+        >>> from fm_jax.sources import Masked
+        >>> path, x0 = MixturePath(Linear(), Masked(3, 2)), jnp.array([[2, 0, 2, 2]])
+        >>> f = lambda t, x: jnp.log(jnp.array([0.0, 1.0, 0.0])) + jnp.zeros((*x.shape, 1))
+        >>> solution = sample(f, x0, FirstHitting(path), key=jax.random.key(0))
+        >>> solution.x, int(solution.calls)
+        (Array([[1, 0, 1, 1]], dtype=int32), 3)
     """
 
     path: MixturePath
-    position: Order = "random"
+    position: Position = "random"
     per_step: int = 1
     order: ClassVar[None] = None
     nfe_per_step: ClassVar[None] = None
@@ -51,39 +74,49 @@ class FirstHitting:
     domain: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        check_has("path", self.path, ("schedule", "source", "posterior"), "a MixturePath")
-        if self.path.source.mask is None:
-            raise ValueError(f"path must have a mask, such as Masked(28, 27), got {self.path.source}.")
-        check_member("position", self.position, ORDERS)
+        check_mixture(self.path)
+        check_mask(self.path)
+        check_member("position", self.position, POSITIONS)
         check_integer("per_step", self.per_step)
 
     def skips_last(self, times: ArrayTree) -> bool:
-        """Whether the denoiser is never asked at the last of the times."""
+        """Whether the denoiser is never asked at the last of the times: an example that is done is, in vain."""
         return False
 
-    def solve(self, v: DenoiserFn, key: Key, times: ArrayTree, x0: Tokens, trajectory: bool) -> Solution:
+    def solve(
+        self, v: DenoiserFn, key: Key, times: ArrayTree, x0: Tokens, trajectory: bool, *, keep: Array | None = None
+    ) -> Solution:
         """Called by `sample`."""
         check_forward(times, self)
-        first, last = (jnp.asarray(times)[i] for i in (0, -1))
-        num_calls = -(-math.prod(x0.shape[1:]) // self.per_step)
+        check_start_of("x0", x0, self.path.num_tokens)
+        path, times = self.path, jnp.asarray(times)
+        sigmas = path.schedule.sigma(times)
+        can_fall = jnp.broadcast_to(True if keep is None else ~keep, x0.shape)
+        masked = (x0 == path.source.mask) & can_fall
+        most = math.prod(x0.shape[1:]) if is_traced(masked) else int(_count(masked).max(initial=0))
+        num_calls = -(-most // self.per_step)
 
-        def step(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array | None]:
+        def step(state: _Falling, i: Array) -> tuple[_Falling, None]:
             keys = jax.random.split(jax.random.fold_in(key, i), self.per_step)
-            t, x = carry
-            t_next = _next_time(jax.random.split(keys[0], 3)[0], self.path, t, x)
-            posterior = self.path.posterior(v(jnp.minimum(t_next, last), x), x)
-            carry, _ = jax.lax.scan(lambda carry, key: (self._hit(key, posterior, last, *carry), None), carry, keys)
-            return carry, carry[1] if trajectory else None
+            # The network is asked at the time of the first of these falls; where there is none, at the last time.
+            t = jnp.minimum(_time(path, _next_sigma(keys[0], state, can_fall, path)), times[-1])
+            posterior = path.posterior(v(t, state.x), state.x)
+            hit = lambda state, key: (self._hit(key, posterior, sigmas[-1], can_fall, state), None)  # noqa: E731
+            return jax.lax.scan(hit, state, keys)[0], None
 
-        carry, states = jax.lax.scan(step, (jnp.full(x0.shape[:1], first), x0), jnp.arange(num_calls))
-        kept = None if states is None else jnp.concatenate([x0[None], states])
-        return Solution(carry[1], *spent(num_calls, v), kept)
+        start = _Falling(jnp.full(x0.shape[:1], sigmas[0]), x0, jnp.where(masked, -1, jnp.inf).astype(times.dtype))
+        end, _ = jax.lax.scan(step, start, jnp.arange(num_calls))
+        if not trajectory:
+            return Solution(end.x, *spent(num_calls, v))
+        there = end.fell[None] >= sigmas[1:].reshape(-1, *(1,) * x0.ndim)
+        states = jnp.where(there | ~masked[None], end.x[None], x0[None])
+        return Solution(end.x, *spent(num_calls, v), jnp.concatenate([x0[None], states]))
 
-    def _hit(self, key: Key, posterior: Logits, last: Scalar, t: PerExample, x: Tokens) -> tuple[PerExample, Tokens]:
+    def _hit(self, key: Key, posterior: Logits, last: Array, can_fall: Array, state: _Falling) -> _Falling:
         """The next mask of each example falls, unless its time is after the last."""
-        key_time, key_position, key_token = jax.random.split(key, 3)
-        t = _next_time(key_time, self.path, t, x)
-        masked = x == self.path.source.mask
+        sigma, x = _next_sigma(key, state, can_fall, self.path), state.x
+        _, key_position, key_token = jax.random.split(key, 3)
+        masked = (x == self.path.source.mask) & can_fall
         if self.position == "random":
             score = jax.random.uniform(key_position, x.shape)
         else:
@@ -91,14 +124,22 @@ class FirstHitting:
             score = top[..., 0] - top[..., 1] if self.position == "margin" else top[..., 0]
         flat = jnp.where(masked, score, -jnp.inf).reshape(len(x), -1)
         here = jax.nn.one_hot(flat.argmax(axis=1), flat.shape[1], dtype=bool).reshape(x.shape)
-        falls = here & masked & expand_time(t <= last, x)
-        return t, jnp.where(falls, categorical(key_token, posterior).astype(x.dtype), x)
+        falls = here & masked & expand_time(sigma >= last, x)
+        x = jnp.where(falls, categorical(key_token, posterior).astype(x.dtype), x)
+        return _Falling(sigma, x, jnp.where(falls, expand_time(sigma, x), state.fell))
 
 
-def _next_time(key: Key, path: MixturePath, t: PerExample, x: Tokens) -> PerExample:
-    """When the next mask of each example falls; infinity where there is none, or from there on."""
-    left = (x == path.source.mask).reshape(len(x), -1).sum(axis=1)
-    u = uniform(key, t.shape, t.dtype)
-    sigma = path.schedule.sigma(jnp.where(jnp.isfinite(t), t, 0)) * u ** (1 / jnp.maximum(left, 1).astype(t.dtype))
-    t_next = path.schedule.t_from_log_snr(2 * (jnp.log1p(-sigma) - jnp.log(sigma)))
-    return jnp.where((left > 0) & jnp.isfinite(t), t_next, jnp.inf)
+def _count(masked: Array) -> Array:
+    return masked.reshape(len(masked), -1).sum(axis=1)
+
+
+def _next_sigma(key: Key, state: _Falling, can_fall: Array, path: MixturePath) -> PerExample:
+    """The sigma at which the next mask of each example falls; where there is none, the present one."""
+    left = _count((state.x == path.source.mask) & can_fall)
+    u = uniform(jax.random.split(key, 3)[0], state.sigma.shape, state.sigma.dtype)
+    return jnp.where(left > 0, state.sigma * u ** (1 / jnp.maximum(left, 1).astype(u.dtype)), state.sigma)
+
+
+def _time(path: MixturePath, sigma: PerExample) -> PerExample:
+    """The time at which `1 - kappa` is `sigma`."""
+    return path.schedule.t_from_log_snr(2 * (jnp.log1p(-sigma) - jnp.log(sigma)))

@@ -1,64 +1,147 @@
 """Remasking: of masked tokens, some that are there are masked again, so that what was drawn too early is drawn anew.
 
-Wang et al. 2025 (ReMDM, arXiv:2503.00307). From t to s a token is masked with probability sigma, and a mask falls with
-`(kappa_s - (1 - sigma) kappa_t) / (1 - kappa_t)`: the marginals of the path stay what they are, for any sigma up to
-`min(1, (1 - kappa_s) / kappa_t)`, which every rule is cut at.
+Wang et al. 2025 (ReMDM, arXiv:2503.00307). In a step from kappa to kappa_next a token is masked with probability
+sigma, and a mask falls with `(kappa_next - (1 - sigma) kappa) / (1 - kappa)`: the marginals of the path stay what they
+are, for every sigma up to `min(1, (1 - kappa_next) / kappa)`, at which each rule is cut.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_increasing, check_setting
+from fm_jax.checks import check_function, check_integer, check_setting, shown
 from fm_jax.types import Array, Elementwise
 
-Remask: TypeAlias = Callable[[Elementwise, Elementwise, Elementwise], Elementwise]
-"""`remask(t, kappa, kappa_next) -> sigma`, elementwise; more than there may be is cut."""
+Remask: TypeAlias = Callable[[Elementwise, Elementwise], Elementwise]
+"""`remask(kappa, kappa_next) -> sigma`, elementwise, not negative; more than there may be is cut."""
 
 
-def most(kappa: Elementwise, kappa_next: Elementwise) -> Elementwise:
-    """The largest sigma with which the marginals can be kept."""
-    return jnp.minimum(1.0, (1 - kappa_next) / jnp.maximum(kappa, 1e-12))
+def most(kappa: Elementwise, kappa_next: Elementwise) -> Array:
+    """The largest sigma with which the marginals can be kept, `min(1, (1 - kappa_next) / kappa)`."""
+    return jnp.minimum(1.0, (1 - kappa_next) / jnp.where(kappa > 0, kappa, 1))
 
 
 @dataclass(frozen=True)
 class Cap:
-    """sigma = `eta`, or the most there may be."""
+    """sigma = `eta`, or the most there may be. Keeps the marginals of the path.
+
+    Raises:
+        ValueError: unless `eta` is in [0, 1].
+
+    Example:
+        >>> float(Cap(0.25)(0.5, 0.6)), float(Cap(0.25)(0.5, 1.0))
+        (0.25, 0.0)
+    """
 
     eta: float = 0.04
 
     def __post_init__(self) -> None:
         check_setting(self, "eta", "[0, 1]")
 
-    def __call__(self, t: Elementwise, kappa: Elementwise, kappa_next: Elementwise) -> Array:
+    def __call__(self, kappa: Elementwise, kappa_next: Elementwise) -> Array:
         return jnp.minimum(self.eta, most(kappa, kappa_next))
 
 
 @dataclass(frozen=True)
 class Rescale:
-    """sigma = `eta` times the most there may be."""
+    """sigma = `eta` times the most there may be. Keeps the marginals of the path.
+
+    Raises:
+        ValueError: unless `eta` is in [0, 1].
+
+    Example:
+        >>> float(Rescale(0.5)(0.5, 0.75))
+        0.25
+    """
 
     eta: float = 0.015
 
     def __post_init__(self) -> None:
         check_setting(self, "eta", "[0, 1]")
 
-    def __call__(self, t: Elementwise, kappa: Elementwise, kappa_next: Elementwise) -> Array:
+    def __call__(self, kappa: Elementwise, kappa_next: Elementwise) -> Array:
         return self.eta * most(kappa, kappa_next)
 
 
 @dataclass(frozen=True)
 class Loop:
-    """Another rule between two times, and none elsewhere."""
+    """Time stands still at `at` for `num` steps, in which a rule masks as many tokens as masks fall; none elsewhere.
 
-    rule: Remask
-    first: float = 0.45
-    last: float = 0.95
+    Each of them costs one evaluation, and all keep the marginals of the path at that time: what was decided early is
+    reconsidered by a network that sees most of the rest.
+
+    Attributes:
+        rule: such as `Rescale(0.5)`.
+        at: time stands still at the last time of the grid that is not after it; at the first, where all are.
+        num: how many steps.
+
+    Raises:
+        ValueError: for what is no rule, or itself of this kind or `Confidence`; for `at` outside of (0, 1), or less
+            than one step.
+    """
+
+    rule: Remask = Rescale(0.5)
+    at: float = 0.9
+    num: int = 8
 
     def __post_init__(self) -> None:
-        check_increasing("[0, 1]", first=self.first, last=self.last)
+        check_plain(self.rule, (Loop, Confidence))
+        check_setting(self, "at", "(0, 1)")
+        check_integer("num", self.num)
 
-    def __call__(self, t: Elementwise, kappa: Elementwise, kappa_next: Elementwise) -> Array:
-        return jnp.where((t >= self.first) & (t < self.last), self.rule(t, kappa, kappa_next), 0.0)
+    def __call__(self, kappa: Elementwise, kappa_next: Elementwise) -> Array:
+        return jnp.where(kappa == kappa_next, self.rule(kappa, kappa_next), 0.0)
+
+    def place(self, times: Array) -> Array:
+        """Where in the times [num + 1] time stands still: the index."""
+        return jnp.maximum(jnp.searchsorted(times, self.at + 1e-6, side="right") - 1, 0)
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """A rule's sigma shared out among the tokens: the less likely one was when it was drawn, the sooner it is masked.
+
+    Token i gets `n sigma e^-c_i / sum_j e^-c_j`, of the n tokens of its example that were drawn, with c the probability
+    that the network gave each when it was drawn. As many are masked as by the rule alone, but not all alike: the
+    marginals of the path are not kept, likely tokens become more. What is there at the start counts as given: it is
+    never masked.
+
+    Attributes:
+        rule: that says how many, `Cap`, `Rescale`, `Loop` or a function of your own.
+
+    Raises:
+        ValueError: for what is no rule.
+    """
+
+    rule: Remask = Rescale(0.5)
+
+    def __post_init__(self) -> None:
+        check_plain(self.rule, (Confidence,))
+
+    def __call__(self, kappa: Elementwise, kappa_next: Elementwise) -> Elementwise:
+        return self.rule(kappa, kappa_next)
+
+    def shares(self, confidence: Array) -> Array:
+        """What sigma is multiplied by, of mean 1 over the drawn tokens of each example.
+
+        Args:
+            confidence: [batch, ...]; infinite at tokens that were not drawn.
+        """
+        event = tuple(range(1, confidence.ndim))
+        weights = jnp.exp(-confidence)
+        total = weights.sum(axis=event, keepdims=True)
+        return weights * jnp.isfinite(confidence).sum(axis=event, keepdims=True) / jnp.where(total > 0, total, 1)
+
+
+def check_remask(remask: Any) -> None:
+    """Raises `ValueError` for what is not a rule of remasking."""
+    check_function("remask", remask, "a rule of remasking, such as Cap() or Rescale()", 2)
+
+
+def check_plain(rule: Any, others: tuple[type, ...]) -> None:
+    """Raises `ValueError` for what is not a rule, or one of the others, which are not put into each other."""
+    check_function("rule", rule, "a rule of remasking, such as Cap() or Rescale()", 2)
+    if isinstance(rule, others):
+        raise ValueError(f"rule must say sigma alone, as Cap() and Rescale() do, got {shown(rule)}.")

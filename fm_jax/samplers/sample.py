@@ -16,6 +16,7 @@ from fm_jax.checks import (
     check_times,
     check_tokens,
     check_velocity,
+    check_where,
     is_traced,
     shown,
 )
@@ -24,7 +25,7 @@ from fm_jax.parameterization import ALL_TIMES
 from fm_jax.samplers.grids import time_grid
 from fm_jax.samplers.runge_kutta import RungeKutta
 from fm_jax.shapes import check_not_steps
-from fm_jax.types import Array, ArrayTree, Key, Sampler, Solution, State, VelocityFn
+from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, RateFn, Sampler, Solution, State, Tokens, VelocityFn
 
 DEFAULT_STEPS = 20
 SOURCE_TO_DATA = "from source to data unless nfe.Counted gives v another domain"
@@ -32,15 +33,16 @@ _MIDPOINT = RungeKutta("midpoint")
 
 
 def sample(
-    v: VelocityFn,
-    x0: State,
+    v: VelocityFn | RateFn | DenoiserFn,
+    x0: State | Tokens,
     sampler: Sampler = _MIDPOINT,
     *,
     times: int | ArrayTree | None = None,
     key: Key | None = None,
     trajectory: bool = False,
+    keep: Array | None = None,
 ) -> Solution:
-    """Samples: the flow dx/dt = v(t, x), or the SDE with its marginals (its SDE extension), from `x0` on.
+    """Samples: the flow dx/dt = v(t, x), or the SDE with its marginals (its SDE extension), or a chain of tokens.
 
     Any sampler of `fm_jax.samplers` is run by this function, and any dataclass of your own that keeps to
     `fm_jax.types.Sampler`. With fixed steps it is one `lax.scan`, differentiable in forward and reverse mode; samplers
@@ -50,11 +52,12 @@ def sample(
 
     Args:
         v: velocity function; called with a scalar t in float32 or better, or with t [batch] where each example has its
-            own steps (`Adaptive(per_sample=True)`).
+            own steps (`Adaptive(per_sample=True)`, `FirstHitting`). Of tokens rates, for `TauLeaping`, or a denoiser.
         x0: the state at the first time, floating point and finite. Where that is t0 > 0, as 0.001 for a network of
             noise or score on `Linear`, or where sigma(0) is not 1, as on `VE`, it is the standard normal times
             `paths.start(schedule, t0).scale`. At 0.001 that is 0.999 on `Linear` and nearer to 1 on `Cosine`: there
-            standard normal noise serves as well.
+            standard normal noise serves as well. Of tokens integers, as the source of their path draws them. Some
+            may be given, as a prompt: in place of masks they are kept by every sampler that does not mask them again.
         sampler: how to follow it: `RungeKutta("heun")`, `Adaptive()`, `DDIM(schedule)`, `EulerMaruyama(schedule)`, ...
         times: how many even steps to take over the sampler's range, from source to data, 20 by default; or the times
             themselves, [num + 1] and strictly monotone, as from `samplers.grids`. Decreasing ones run backward, from
@@ -64,15 +67,19 @@ def sample(
             DDIM to t = 1).
         key: typed key, for a sampler that draws noise and for no other.
         trajectory: whether to keep the states at all times.
+        keep: bool, broadcast to `x0`: where tokens stay as they are, to the bit, also under correctors and remasking,
+            and from a source without a mask. The law of the others is that given these only with a mask. For flows
+            there is `guidance.keep_known`.
 
     Returns:
         `Solution`: x [batch, ...] at the last time, in the dtype of `x0`; calls of `v` and network evaluations,
         scalars, or [batch] where each example has its own steps; trajectory [num + 1, batch, ...] if asked for.
 
     Raises:
-        ValueError: for what is no velocity function or no sampler; bad times or a bad state; times known to leave
-            [0, 1], or the domain that `v` carries (`nfe.Counted`); a key that is missing or not needed; and what the
-            sampler refuses, such as a start where its predictions are infinite.
+        ValueError: for what is no velocity function or no sampler; bad times or a bad state; tokens for a sampler of
+            points, points for one of tokens; `keep` without tokens; times known to leave [0, 1], or the domain that `v`
+            carries (`nfe.Counted`); a key that is missing or not needed; and what the sampler refuses, such as a start
+            where its predictions are infinite.
         ImportError: if the sampler needs Diffrax and it is missing.
 
     Example:
@@ -82,7 +89,9 @@ def sample(
     """
     check_velocity(v)
     check_sampler(sampler)
+    _check_kind(x0, sampler)
     x0 = as_tokens("x0", x0) if is_of_tokens(sampler) else as_state("x0", x0)
+    more = {} if keep is None else {"keep": _as_kept(keep, x0, sampler)}
     check_bool("trajectory", trajectory)
     if sampler.stochastic:
         if key is None:
@@ -96,7 +105,7 @@ def sample(
             raise ValueError(f"times must be None: {sampler} has its own, got {shown(times)}.")
         _check_domain("the sampler's times", own, v, sampler)
         return sampler.solve(v, key, own, x0, trajectory)
-    return sampler.solve(v, key, times_of(v, sampler, times, x0), x0, trajectory)
+    return sampler.solve(v, key, times_of(v, sampler, times, x0), x0, trajectory, **more)
 
 
 def times_of(
@@ -177,6 +186,33 @@ def as_tokens(name: str, x: ArrayTree) -> Array:
     if 0 in x.shape[1:]:
         raise ValueError(f"{name} must be [batch, ...] with an event that is not empty, got shape {tuple(x.shape)}.")
     return jnp.asarray(x)
+
+
+def _check_kind(x0: ArrayTree, sampler: Sampler) -> None:
+    """Raises `ValueError` for tokens where a sampler moves points, and points where it moves tokens."""
+    dtype = getattr(x0, "dtype", None)
+    if dtype is None or dtype == np.uint8:  # pixels, of which `as_state` says more, or tokens
+        return
+    if is_of_tokens(sampler) and jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"x0 must be tokens, integers, for {sampler}, got {dtype}: points are moved by samplers of flows, such as "
+            "RungeKutta('heun')."
+        )
+    if not is_of_tokens(sampler) and jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(
+            f"x0 must be floating point for {sampler}, got {dtype}: tokens are moved by TauLeaping, MixtureSteps or "
+            "FirstHitting."
+        )
+
+
+def _as_kept(keep: ArrayTree, x0: Array, sampler: Sampler) -> Array:
+    if not is_of_tokens(sampler):
+        raise ValueError(
+            f"keep must be None for {sampler}, which moves points, got {shown(keep)}: fm_jax.guidance.keep_known keeps "
+            "parts of those."
+        )
+    check_where("keep", keep, x0)
+    return jnp.broadcast_to(keep, x0.shape)
 
 
 def is_of_tokens(sampler: Sampler) -> bool:
