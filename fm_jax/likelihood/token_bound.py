@@ -57,10 +57,10 @@ def token_bound(
 ) -> TokenBound:
     """An upper bound of `-log p(x1)` for each example, in nats: that of a chain with the rates of a denoiser.
 
-    * "reversal", for every source, is tight: with the exact posterior it is the entropy of the data, on average.
-    * "mask", for a `Masked` source, is the same number, and with the exact posterior -log p(x1) of each example.
+    * "reversal", for every source, is tight: with the exact posterior it is -log p(x1) of each example.
+    * "mask", for a `Masked` source, is the same number, with less to compute.
     * "forward", for every source, is what `losses.generalized_kl` integrates. It is tight for a mask; for any other
-      source it is above the entropy, whatever the denoiser.
+      source its average is above the entropy of the data, whatever the denoiser.
 
     The chain ends before t = 1, and from there each token is drawn from its posterior, at once:
 

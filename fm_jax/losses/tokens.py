@@ -148,8 +148,8 @@ def reversal_elbo(
     """`E_t sum over y != x_t of u_th - u + u log(u / u_th)`, u the rates of `reversal_rates`, averaged over the tokens.
 
     What uniform diffusion minimises (Schiff et al. 2024, arXiv:2412.10193), here for any source. An upper bound of
-    -log p(x1) a token, and tight for every source: with the exact posterior it is, on average over the data, their
-    entropy. For a `Masked` source it is `masked_elbo`, and then -log p(x1) of each example.
+    -log p(x1) a token, and tight for every source: with the exact posterior it is -log p(x1) of each example, so that
+    its average over the data is their entropy. For a `Masked` source it is `masked_elbo`.
 
     Arguments, returns and errors are those of `cross_entropy`; times are as in `generalized_kl`.
     """
@@ -188,29 +188,29 @@ def reversal_elbo_of(path: MixturePath, sample: TokenSample, log_posterior: Logi
     r = jnp.where(u > 0, log_u - log_network, 0)
     each = jnp.where(u > 0, u * (jnp.expm1(-r) + r), jnp.exp(log_network))
     here = jax.nn.one_hot(sample.x_t, path.num_tokens, dtype=bool)
-    at_end = path.schedule.sigma(time_of(sample.t, each)) <= 0
-    return jnp.where(here | at_end, 0, each).sum(axis=-1)
+    _, sigma, d_alpha, _ = coefficients(path.schedule, time_of(sample.t, sample.x_t))
+    return jnp.where(sigma > 0, d_alpha * jnp.where(here, 0, each).sum(axis=-1), 0)
 
 
 def log_reversal(path: MixturePath, log_posterior: Logits, t: Time, x: Tokens) -> Logits:
-    """The logarithms of the rates `reversal` to all y, of which that to y = x means nothing: finite where they vanish.
+    """The logarithms of the rates `reversal` to all y, by kappa instead of t; of that to y = x it means nothing.
 
     With the sum over the data done,
 
-        u(y, x) = kappa' / (1 - kappa) p(y) + kappa' / kappa p_0(y) [1 - c p(x)],
+        u(y, x) / kappa' = p(y) / (1 - kappa) + p_0(y) / kappa [1 - c p(x)],
         1 - c = (1 - kappa) p_0(x) / [kappa + (1 - kappa) p_0(x)],
 
-    p being that of x1 given x. At t = 0 it is that of a small kappa.
+    p being that of x1 given x. At both ends it is that of a small kappa, or 1 - kappa.
     """
-    alpha, sigma, d_alpha, _ = coefficients(path.schedule, time_of(t, log_posterior))
+    alpha, sigma, _, _ = coefficients(path.schedule, time_of(t, log_posterior))
     alpha, sigma = (jnp.maximum(each, jnp.finfo(each.dtype).eps) for each in (alpha, sigma))
     p0 = path.source_probs(log_posterior)
     p0_x = p0.ravel()[x][..., None]
     stays = sigma * p0_x / (alpha + sigma * p0_x)  # 1 - c
     leaves = stays + (1 - stays) * -jnp.expm1(_at(log_posterior, x))[..., None]  # 1 - c p(x), of two positive numbers
-    # What the source never draws is data and stays: both rates are alike there, whatever they are.
+    # What the source never draws is data and stays: given x1 and given x all is alike there, whatever it is.
     leaves = jnp.where(p0_x > 0, leaves, 1)
-    return jnp.logaddexp(jnp.log(d_alpha / sigma) + log_posterior, jnp.log(d_alpha / alpha * p0) + jnp.log(leaves))
+    return jnp.logaddexp(log_posterior - jnp.log(sigma), jnp.log(p0 / alpha) + jnp.log(leaves))
 
 
 def as_data(path: MixturePath, x1: AnyArray) -> Tokens:
