@@ -39,6 +39,8 @@ class TokenTransformer(nn.Module):
         timed: whether the network is told the time; else it is told 0 at all times, and has the same parameters. What
             masked tokens were does not depend on the time.
         causal: whether a token sees itself and those before it alone.
+        length: n, where each place has a learned vector of its own beside rotary positions, as it should where places
+            differ: pixels, cells. By default it has none, and sequences may be of any length.
         embed: module from a condition to a vector, see `fm_jax.models.embed`.
         compute: dtype, attention and rematerialisation.
         scan_layers: whether the blocks are one stacked block in a loop, as in `DiT`.
@@ -67,6 +69,7 @@ class TokenTransformer(nn.Module):
     dropout: float = 0.0
     timed: bool = True
     causal: bool = False
+    length: int | None = None
     embed: nn.Module | None = None
     compute: Compute = Compute()
     scan_layers: bool = True
@@ -80,8 +83,9 @@ class TokenTransformer(nn.Module):
             check_integer("mask", self.mask, least=0, most=self.num_tokens - 1)
         for name in ("hidden", "num_layers", "num_heads"):
             check_integer(name, getattr(self, name))
-        if self.mlp_hidden is not None:
-            check_integer("mlp_hidden", self.mlp_hidden)
+        for name in ("mlp_hidden", "length"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name))
         if self.hidden % (2 * self.num_heads):
             raise ValueError(
                 f"hidden must be divisible by 2 num_heads = {2 * self.num_heads}, as channels turn in pairs, got "
@@ -108,12 +112,17 @@ class TokenTransformer(nn.Module):
         check_tokens("x", x, self.num_tokens)
         if x.ndim != 2 or x.shape[1] == 0:
             raise ValueError(f"x must be tokens [batch, n], n at least 1, got shape {x.shape}.")
+        if self.length not in (None, x.shape[1]):
+            raise ValueError(f"x must be tokens [batch, {self.length}], as length={self.length}, got shape {x.shape}.")
         time = batch_time(t, x)
         time = time if self.timed else jnp.zeros_like(time)
         emb = TimeEmbedding(256, self.hidden, time_scale=1000.0, kernel_init=small_normal, name="time")(time)
         emb = add_condition(emb, self.embed, cond)
         table = self.param("table", small_normal, (self.num_tokens, self.hidden))
-        h = rows(table, x).astype(self.compute.dtype)
+        h = rows(table, x)
+        if self.length is not None:
+            h = h + self.param("places", small_normal, (self.length, self.hidden))[None]
+        h = h.astype(self.compute.dtype)
         angles = rope_angles(np.arange(x.shape[1])[:, None], (self.hidden // self.num_heads,))
 
         options = {

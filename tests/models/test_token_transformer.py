@@ -113,6 +113,20 @@ def test_positions_are_relative_and_any_length_will_do():
     assert np.abs(swapped - field_of()(T, X, LABELS))[..., DATA].max() > 1e-2
 
 
+def test_places_of_their_own_tell_where_a_token_is():
+    """Where all tokens are alike, rotary positions do not, but through how many there are on each side."""
+    module = make(length=LENGTH, num_layers=1, embed=None)
+    params = drawn(shapes(module))
+    assert params["places"].shape == (LENGTH, 16)
+    assert "places" not in shapes(make())
+    alone = jax.jit(
+        lambda places: module.apply({"params": params | {"places": places}}, 0.5, jnp.full((1, LENGTH), MASK))
+    )
+    (out, without) = finite_parts(alone(params["places"]), alone(jnp.zeros((LENGTH, 16))))
+    assert np.abs(out[0, 1:] - out[0, :1]).max(axis=1).min() > 1e-2
+    np.testing.assert_allclose(without[0, 1:], np.repeat(without[0, :1], LENGTH - 1, axis=0), atol=1e-5)
+
+
 def test_the_time_is_seen_as_it_is_given():
     """Not in the dtype of the tokens, in which it would be 0."""
     seen = []
@@ -213,11 +227,12 @@ def test_sizes():
         (X[0], "x must be tokens [batch, n], n at least 1, got shape (7,)."),
         (X[:, :0], "x must be tokens [batch, n], n at least 1, got shape (3, 0)."),
         ([[0, 1]], "x must be an array"),
+        (X[:, :4], "x must be tokens [batch, 7], as length=7, got shape (3, 4)."),
     ],
 )
 def test_refuses_what_is_no_sequence_of_tokens(x, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        make().apply({"params": stack_layers(trained())}, 0.5, x)
+        make(length=LENGTH).apply({"params": stack_layers(trained())}, 0.5, x)
 
 
 def test_a_traced_token_that_is_none_gives_nan_and_no_other_token():
@@ -234,6 +249,7 @@ def test_a_traced_token_that_is_none_gives_nan_and_no_other_token():
         (lambda: TokenTransformer(1), "num_tokens must be at least 2, got 1"),
         (lambda: make(hidden=18, num_heads=4), "hidden must be divisible by 2 num_heads = 8"),
         (lambda: make(num_layers=0), "num_layers must be at least 1, got 0"),
+        (lambda: make(length=0), "length must be at least 1, got 0"),
         (lambda: make(mlp_hidden=0.5), "mlp_hidden must be an integer, got 0.5"),
         (lambda: make(dropout=2.0), "dropout must be in [0, 1], got 2.0"),
         (lambda: make(timed=1), "timed must be True or False, got 1"),
