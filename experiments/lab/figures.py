@@ -386,6 +386,38 @@ def save_error_curves(path: PathLike, panels: dict[str, dict[str, dict[int, floa
         _save(figure, path)
 
 
+@by_first
+def save_shares(path: PathLike, network: dict[str, dict[str, float]], exact: dict[str, dict[str, float]]) -> None:
+    """Draws how many samples are right against network evaluations: of a network, and dashed of what it should be.
+
+    Args:
+        path: the file to write.
+        network: {name of a sampler: {evaluations: share}}.
+        exact: the same of the exact posterior, with the same names.
+    """
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        for name, colour, marker in zip(network, _CURVES, "os^vDPX*", strict=False):
+            for curve, line, label in ((network[name], "-", name), (exact[name], "--", None)):
+                nfe = sorted(curve, key=int)
+                shares = [curve[each] for each in nfe]
+                fill = colour if line == "-" else "white"
+                axes.plot(
+                    [int(each) for each in nfe], shares, line, color=colour, marker=marker, ms=4.5, mfc=fill, lw=1.2,
+                    label=label,
+                )  # fmt: skip
+        axes.plot([], [], "--", color=GREY, lw=1.2, label="dashed: exact posterior")
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ticker.ScalarFormatter())
+        axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0))
+        axes.set(xlabel="network evaluations", ylabel="solutions among the samples", ylim=(-0.02, 1.02))
+        axes.grid(color=PALE, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(frameon=False, loc="outside right center", fontsize=8)
+        _save(figure, path)
+
+
 def _montage(rows: Sequence[np.ndarray], columns: int, size: int = 72, gap: int = 6) -> np.ndarray:
     """Lays images [k, h, w, c] out in rows, enlarged to about `size` pixels, on white: uint8 [height, width, 3]."""
     h, w, c = rows[0].shape[1:]

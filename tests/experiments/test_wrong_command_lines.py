@@ -41,6 +41,7 @@ from experiments import (
     mnist,
     reflow,
     sample,
+    sudoku,
     text_to_image,
     text_to_video,
     toy2d,
@@ -72,13 +73,14 @@ MAINS = {
     "latent": latent.main,
     "cnf": cnf.main,
     "reflow": reflow.main,
+    "sudoku": sudoku.main,
     "torchcfm_table": table.main,
     "learned_solver": learned_solver.main,
     "sample": sample.main,
     "data.images": data_images.main,
 }
 WORK = [(images, "train"), (toy2d, "train"), (cnf, "train"), (reflow, "fit"), (table, "references"), (table, "train")]
-WORK += [(learned_solver, "fit_solver"), (sample, "generate_many"), (data_images, "prepare")]
+WORK += [(sudoku, "train"), (learned_solver, "fit_solver"), (sample, "generate_many"), (data_images, "prepare")]
 
 COUNTS = {
     "digits": "total-steps batch-size accumulate log-every save-every keep sample-every num-images num-samples steps "
@@ -91,6 +93,7 @@ COUNTS = {
     "encode --dataset digits --autoencoder ae": "batch-size",
     "cnf": "steps width depth total-steps",
     "reflow": "rounds num-test steps batch-size reflow-pairs",
+    "sudoku": "total-steps batch-size width depth num-samples",
     "torchcfm_table": "num-test num-reference reuse ofm-steps ofm-reuse",
     "learned_solver --run toy": "num fine-steps iterations batch-size",
     "sample --run toy": "num steps",
@@ -115,6 +118,7 @@ NUMBERS = {
     "text_to_video --text-dropout": [("-0.1", r"in \[0, 1\)")],
     "autoencoder --dataset digits --beta": [("-1", "finite and not negative"), ("nan", "finite")],
     "reflow --sigma": [("-0.1", r"in \(0, 1\)"), ("0", r"in \(0, 1\)")],
+    "sudoku --learning-rate": [("0", "positive and finite"), ("nan", "positive and finite")],
     "torchcfm_table --bridge-sigma": [("0", "positive and finite")],
     "torchcfm_table --ema-decay": [("1", r"in \(0, 1\)")],
     "learned_solver --run toy --learning-rate": [("-1", "positive and finite")],
@@ -132,6 +136,7 @@ TAKEN = {
     "text_to_video": "config.json samples.png loss.png samples.gif",
     "cnf": "results.json density.png",
     "reflow": "reflow.md reflow.png",
+    "sudoku": "results.json validity.png loss.png",
     "torchcfm_table": "config.json results.json table.md trajectories.png",
 }
 
@@ -142,6 +147,7 @@ OF_SMOKE = {
     "text_to_video": _TRAINING | {"total-steps": 200, "num-samples": 9, "num-frames": 4},
     "cnf": _TRAINING | {"steps": 9, "width": 9, "depth": 9, "num-samples": 9},
     "reflow": {"steps": 200, "batch-size": 9, "reflow-pairs": 9, "num-test": 9, "rounds": 3, "floor-repeats": 9},
+    "sudoku": _TRAINING | {"steps": 9, "per-step": 9, "width": 16, "depth": 9, "num-samples": 9},
     "torchcfm_table": {"steps": 200, "ofm-steps": 200, "reuse": 9, "num-test": 9, "num-reference": 9},
 }
 
@@ -161,6 +167,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("digits --warmup-steps -1", "--warmup-steps must be from 0 to 2147483647, got -1"),
         ("digits --total-steps -5", "--total-steps must be from 1 to 2147483647, got -5"),
         ("cnf --num-samples 3", "--num-samples must be from 4 to 1000000, got 3"),
+        ("sudoku --steps 4 0", "each of --steps must be from 1 to 1000, got 0"),
+        ("sudoku --per-step 0", "each of --per-step must be from 1 to 16, got 0"),
         ("learned_solver --run toy --calls 5 0", "each of --calls must be from 1 to 1000, got 0"),
         ("sample --run toy --class -1", "--class must be from 0 to 1000000, got -1"),
     ],
@@ -176,6 +184,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("digits --batch-size 99999999999", "--batch-size must be from 1 to 1000000"),
         ("toy2d --solver heun --steps 1000000000000", "--steps must be from 1 to 1000000"),
         ("sample --run moons --solver heun --steps 1000000000000", "--steps must be from 1 to 1000000"),
+        ("sudoku --per-step 17", "each of --per-step must be from 1 to 16, got 17"),
         ("learned_solver --run toy --calls 5 1001", "each of --calls must be from 1 to 1000, got 1001"),
     ],
     "a number out of range": [
@@ -225,6 +234,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("toy2d --data spiral", "invalid choice 'spiral' for argument '--data'"),
         ("reflow --problem 'N to N'", "--problem must be one of 'N to 8gaussians', .*, got 'N to N'"),
         ("torchcfm_table --methods CFM", "each of --methods must be one of 'I-CFM', .*, got 'CFM'"),
+        ("sudoku --loss elbo", "invalid choice 'elbo' for argument '--loss'"),
         ("torchcfm_table --problems moons", "each of --problems must be one of 'N to 8gaussians', .*, got 'moons'"),
     ],
     "not an option, or none where one is needed": [
@@ -234,6 +244,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("sample", "--run"),
         ("learned_solver", "--run"),
         ("data.images", "arguments are required: name"),
+        ("sudoku --per-step", "--per-step must have at least one value"),
         ("torchcfm_table --seeds", "--seeds must have at least one value"),
         ("torchcfm_table --problems", "--problems must have at least one value"),
         ("torchcfm_table --methods", "--methods must have at least one value"),
@@ -254,6 +265,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ),
         ("digits --label-dropout 0", "--label-dropout must be above 0 for --guidance 2"),
         ("reflow --steps 150", "--steps must be a multiple of 100, .*, got 150"),
+        ("sudoku --width 20", "--width must be a multiple of 8, twice its 4 heads, got 20"),
+        ("sudoku --batch-size 6", "--batch-size must be a multiple of 4, the devices"),
         ("torchcfm_table --ofm-steps 99", "--ofm-steps must be a multiple of 100, .*, got 99"),
         ("torchcfm_table --methods FM --problems 'moons to 8gaussians'", "--methods FM starts from noise"),
         ("toy2d --source moons --prediction noise", "--source moons needs --prediction velocity"),
@@ -301,6 +314,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("toy2d --guidance 2", "--guidance 2.0 would have no effect: the points have no classes"),
         ("toy2d --reuse-pairs 2", "--reuse-pairs 2 would have no effect"),
         ("cnf --sample-every 10", "--sample-every 10 would have no effect: cnf draws nothing while it trains"),
+        ("sudoku --sample-every 10", "--sample-every 10 would have no effect: sudoku draws nothing while it trains"),
+        ("sudoku --init-from toy", "--init-from toy would have no effect: sudoku begins with parameters of its own"),
         ("reflow --bridge-sigma 2", "--bridge-sigma 2.0 would have no effect: reflow has neither"),
         ("reflow --ofm-steps 100", "--ofm-steps 100 would have no effect"),
         ("torchcfm_table --methods I-CFM --ofm-reuse 2", "--ofm-reuse 2 would have no effect: none of --methods"),
@@ -378,12 +393,14 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("cnf --run-dir toy", "toy holds a run of toy2d: give another --run-dir. Nothing was overwritten"),
         ("toy2d --run-dir digits", "digits holds a run of images: give another --run-dir"),
         ("digits --run-dir toy", "toy holds a run of toy2d: give another --run-dir"),
+        ("sudoku --run-dir toy", "toy holds a run of toy2d: give another --run-dir"),
         ("cnf --run-dir table", "table holds a config.json that is of no such run: give another --run-dir"),
         ("digits --run-dir file", "file cannot be a folder: file is a file"),
         ("digits --run-dir file/below/it", "file/below/it cannot be a folder: file is a file"),
         ("toy2d --run-dir file", "file cannot be a folder"),
         ("cnf --run-dir file", "file cannot be a folder"),
         ("reflow --run-dir file", "file cannot be a folder"),
+        ("sudoku --run-dir file", "file cannot be a folder"),
         ("torchcfm_table --run-dir file", "file cannot be a folder"),
         ("digits --run-dir /proc/run", "/proc/run cannot be made: "),
         (f"toy2d --run-dir {'a' * 300}", "a cannot be made: File name too long"),
@@ -391,7 +408,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("reflow --smoke --run-dir file", "file-smoke, where --smoke would put its results, is not a folder"),
         *(
             (f"{name} --run-dir busy", r"busy is in use by process PID on \S+, since .* another --run-dir")
-            for name in ("digits", "toy2d", "cnf", "reflow", "torchcfm_table")
+            for name in ("digits", "toy2d", "cnf", "reflow", "sudoku", "torchcfm_table")
         ),
         ("toy2d --smoke --run-dir busy", "busy-smoke is in use by process"),
         ("sample --run moons --out file/a.png", "file cannot be a folder: file is a file"),
@@ -683,6 +700,7 @@ CONFIGS = {
     "latent": (latent.Config, latent.CONFIG),
     "cnf": (cnf.Config, cnf.CONFIG),
     "reflow": (reflow.Config, reflow.Config()),
+    "sudoku": (sudoku.Config, sudoku.CONFIG),
     "torchcfm_table": (table.Config, table.CONFIG),
     "learned_solver": (learned_solver.Config, None),
     "sample": (sample.Config, None),
