@@ -411,5 +411,4 @@ print(f"of its attention, the network gives {off:.1%} to other tokens than (13.6
 # known in training or at sampling alone. The answers name the door: the embedding of time, the channels, the attention,
 # or none.
 #
-# This is the end of the series. To read it again with all of it in mind: [flows](01_flows.ipynb). To run it at size:
-# the [experiments](../experiments/README.md), from digits in minutes to pictures from words.
+# Next: [jumps](14_jumps.ipynb), where the data are tokens, and have no velocity.
