@@ -125,6 +125,11 @@ LOSSES = {
     ),
 }
 """By name: the loss of a network `apply_fn`."""
+TOKEN_LOSSES = {
+    make.__name__: functools.partial(make, path=TOKEN_PATHS[0])
+    for make in (losses.cross_entropy, losses.masked_elbo, losses.generalized_kl, losses.reversal_elbo)
+}
+"""By name: the loss of a network `apply_fn` of tokens, logits of five."""
 OTHER_LOSSES = ("kl_autoencoder", "negative_elbo")
 """Those of two functions, an encoder and a decoder."""
 FIXED_STEPS = {

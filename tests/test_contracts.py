@@ -87,7 +87,7 @@ def public(module):
 def unlisted(modules):
     """{noun: what of it is not listed}."""
     found = {}
-    listed_losses = {*contracts.LOSSES, *contracts.OTHER_LOSSES}
+    listed_losses = {*contracts.LOSSES, *contracts.TOKEN_LOSSES, *contracts.OTHER_LOSSES}
     for member in [member for module in modules for member in public(module)]:
         if inspect.isclass(member):
             nouns = [(noun, listed) for noun, (needed, listed) in NOUNS.items() if has(member, needed)]
@@ -362,14 +362,21 @@ def apply_fn(params, t, x, cond, *, train, rngs):
     return params.get("drift", params.get("latent", params))["w"] * x if "w" not in params else params["w"] * x
 
 
+def token_network(params, t, x, cond, *, train, rngs):
+    return params["w"] * jnp.sin(jnp.arange(5)[None, None] * (1.0 + x[..., None]))
+
+
 @pytest.mark.slow_but_one
-@pytest.mark.parametrize("name", contracts.LOSSES)
+@pytest.mark.parametrize("name", [*contracts.LOSSES, *contracts.TOKEN_LOSSES])
 def test_losses_are_pure_differentiable_and_weigh_examples(name):
     params = {"drift": PARAMS, "latent": PARAMS} if name == "bridge_matching" else PARAMS
-    loss_fn, key = contracts.LOSSES[name](apply_fn), jax.random.key(0)
     x = jax.random.normal(jax.random.key(1), (6, 3, 2))
     batch = {"x": x} if name == "trajectory_matching" else {"x0": x[:, 0], "x1": x[:, 1]}
-    value = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    if name in contracts.TOKEN_LOSSES:
+        loss_fn, batch = contracts.TOKEN_LOSSES[name](token_network), {"x1": jnp.arange(18).reshape(6, 3) % 4}
+    else:
+        loss_fn = contracts.LOSSES[name](apply_fn)
+    key, value = jax.random.key(0), jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     (loss, metrics), gradient = value(params, key, batch)
     assert loss.shape == ()
     assert float(loss) == float(metrics["loss"])

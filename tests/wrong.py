@@ -70,6 +70,8 @@ TABLE = oracles.token_table([[0.3, 0.1, 0.0], [0.2, 0.1, 0.05], [0.05, 0.1, 0.1]
 TOKEN_PATH = paths.MixturePath(LINEAR, sources.UniformTokens(3))
 STATES = oracles.all_states(TABLE)
 STATES_T = np.linspace(0.1, 0.9, 9)
+MASKED_PATH = paths.MixturePath(LINEAR, sources.Masked(3, 2))
+TOKEN_BATCH = {"x1": jnp.array([[0, 1], [1, 1], [0, 0], [1, 0]]), "x0": jnp.full((4, 2), 2)}
 POSTERIOR = oracles.token_posterior(TABLE, TOKEN_PATH, 0.5, STATES)
 COV = np.array([[3.0, 1.0], [1.0, 2.0]])
 COMPONENTS = oracles.ppca(np.zeros(2), COV, 1)
@@ -102,6 +104,10 @@ def model(t, x, cond=None):
 
 def denoiser(t, x):
     return jax.nn.one_hot(x, 3)
+
+
+def token_network(params, t, x, cond, *, train, rngs):
+    return params * jax.nn.one_hot(x, 3)
 
 
 def jumps(t, x):
@@ -151,6 +157,7 @@ def _of_batches(data: Any, **options: Any) -> dict[str, Any]:
     return next(CoupledBatches(data, **options))
 
 
+TOKEN_BATCH |= {name: BATCH[name] for name in ("t", "weight", "cond")}
 PLAIN = {name: value for name, value in BATCH.items() if name != "cond"}
 
 
@@ -313,6 +320,21 @@ FUNCTIONS: dict[str, Call] = {
     "bridge_score": Call(
         losses.bridge_score, {"model_fn": two_outputs, "path": paths.BrownianBridge(1.0)}, lambda v: v(0.5, X)
     ),
+    **{
+        make.__name__: _loss(
+            make,
+            {
+                "apply_fn": token_network,
+                "path": MASKED_PATH,
+                "coupling": couplings.independent,
+                "time_sampler": times.Uniform(0.1, 0.9),
+                "drop": conditions.DropCondition(0.5, 2),
+            },
+            TOKEN_BATCH,
+        )
+        for make in (losses.cross_entropy, losses.masked_elbo, losses.reversal_elbo, losses.generalized_kl)
+    },
+    "cross_entropy, called": _of_loss(losses.cross_entropy(token_network, MASKED_PATH), TOKEN_BATCH),
     "error_scale": Call(losses.error_scale, {"kind": "noise", "t": T, "schedule": LINEAR}),
     "distillation": _loss(fewstep.distillation, {"apply_fn": network}, {"x0": X, "x1": Y}),
     "distillation, called": _of_loss(fewstep.distillation(network), {"x0": X, "x1": Y, "weight": T}),
@@ -461,6 +483,24 @@ FUNCTIONS: dict[str, Call] = {
     "encode_and_log_prob": Call(likelihood.encode_and_log_prob, {"v": v, "x1": X, "sampler": EULER, "times": 2}),
     "sample_and_log_prob": Call(likelihood.sample_and_log_prob, {"v": v, "x0": X, "sampler": EULER, "times": 2}),
     "dequantize": Call(likelihood.dequantize, {"key": KEY, "images": PIXELS, "levels": 4}),
+    "token_bound": Call(
+        likelihood.token_bound,
+        {
+            "denoiser": denoiser,
+            "path": MASKED_PATH,
+            "key": KEY,
+            "x1": TOKEN_BATCH["x1"],
+            "bound": "mask",
+            "num_times": 4,
+            "end": 0.9,
+        },
+    ),
+    "any_order_log_prob": Call(
+        likelihood.any_order_log_prob,
+        {"denoiser": denoiser, "path": MASKED_PATH, "key": KEY, "x1": TOKEN_BATCH["x1"]},
+    ),
+    "bits_per_token": Call(likelihood.bits_per_token, {"nats": T, "num_tokens": 2}),
+    "perplexity": Call(likelihood.perplexity, {"nats": T, "num_tokens": 2}),
     "bits_per_dim": Call(
         likelihood.bits_per_dim,
         {

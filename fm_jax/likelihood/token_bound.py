@@ -223,6 +223,6 @@ def _checked(denoiser: DenoiserFn, path: MixturePath, key: Key, x1: Tokens) -> T
 def _check_nats(nats: PerExample, num_tokens: int) -> None:
     check_array("nats", nats)
     check_real("nats", nats)
-    if len(nats.shape) != 1:
-        raise ValueError(f"nats must be [batch], got shape {tuple(nats.shape)}.")
+    if len(nats.shape) != 1 or not nats.shape[0]:
+        raise ValueError(f"nats must be [batch], not empty, got shape {tuple(nats.shape)}.")
     check_integer("num_tokens", num_tokens)
