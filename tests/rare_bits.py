@@ -1,15 +1,15 @@
 """Random numbers for what happens once in a million draws, so that few draws tell how often it does.
 
 A rare token can only be drawn when its own number is at one end of the range. A typed key of `rare_key` draws the
-number of the last token, and of an event that is rare itself, from these ends alone, 2^-14 of the range each: what it
-draws counts 2^-13. All other numbers are as usual, so that with it 2^19 draws are worth 4e9.
+number of the last token, and of an event that is rare itself, from these ends alone, 2^-17 of the range each: what it
+draws counts 2^-16. All other numbers are as usual, so that with it 2^16 draws are worth 4e9.
 """
 
 import jax
 import jax.numpy as jnp
 from jax.extend import random as extend
 
-ENDS, RARE = 2**14, 1e-6
+ENDS, RARE = 2**17, 1e-6
 WEIGHT = 2 / ENDS
 
 
@@ -18,7 +18,7 @@ def _usual(key):
 
 
 def _at_an_end(bits, width):
-    """Each number divided by 2^13: its last bit says which end it goes to."""
+    """Each number in one of the two ends: its last bit says which end it goes to."""
     near = (bits // jnp.asarray(ENDS, bits.dtype)).astype(bits.dtype)
     return jnp.where(bits & 1 == 1, near, ~near)
 

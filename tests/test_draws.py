@@ -8,7 +8,7 @@ from rare_bits import RARE, WEIGHT, rare_key
 
 from fm_jax import draws
 
-NUM = 2**19
+NUM = 2**16
 
 
 def rate(drawn):
@@ -30,7 +30,7 @@ def test_rare_tokens():
 
 def test_jax_draws_them_too_rarely():
     """The test above can fail: with Gumbel numbers cut at 15.94 it finds 0.89 (Zheng et al. 2024, prop. 5.2)."""
-    found, error = rate(tokens_of(lambda key, probs: jax.random.categorical(key, jnp.log(probs))))
+    found, _ = rate(tokens_of(lambda key, probs: jax.random.categorical(key, jnp.log(probs))))
     assert abs(found - 0.89) < 0.05
     assert abs(found - 1) > 0.05
 

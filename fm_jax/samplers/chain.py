@@ -77,7 +77,7 @@ def tau_leap(rates: RateFn, t: Time, t_next: Time, x: Tokens) -> TokenStep:
     _check_rates(u, x)
     u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
     number = jnp.finfo(u.dtype)
-    u = jnp.clip(u, 0, number.max / u.shape[-1])
+    u = jnp.clip(u, 0, number.max**0.5)  # so that sums and quotients stay finite
     h = time_of(t_next, x) - time_of(t, x)
     chance = h * u.sum(axis=-1)
     # What is 1 but for rounding is 1: at t = 1 no mask may be left over.
@@ -121,20 +121,21 @@ def mixture_step(
     posterior = path.posterior(denoiser(t, x), x)
     t, t_next = time_of(t, x), time_of(t_next, x)
     left, right = path.schedule.sigma(t), path.schedule.sigma(t_next)
-    left = jnp.where(left > 0, left, 1)
+    kappa, kappa_next = path.schedule.alpha(t), path.schedule.alpha(t_next)
+    # Each difference where it has more digits: a short step at the start is right, and at t = 1 all of the rest falls.
+    grown, left = jnp.where(kappa_next < 0.5, kappa_next - kappa, left - right), jnp.where(left > 0, left, 1)
     if remask is None:
-        return TokenStep(jnp.broadcast_to(jnp.clip(1 - right / left, 0, 1), x.shape), posterior)
+        return TokenStep(jnp.broadcast_to(jnp.clip(grown / left, 0, 1), x.shape), posterior)
     check_remask(remask)
     check_mask(path)
-    kappa = path.schedule.alpha(t)
-    sigma = jnp.clip(remask(kappa, 1 - right), 0, most(kappa, 1 - right))
+    sigma = jnp.clip(remask(kappa, kappa_next), 0, most(kappa, kappa_next))
     masked = x == path.source.mask
     again = jnp.broadcast_to(sigma, x.shape)
     if isinstance(remask, Confidence):
         check_array("confidence", confidence)
         drawn = jnp.where(masked, jnp.inf, jnp.asarray(confidence))
         again = jnp.minimum(1, sigma * remask.shares(drawn))
-    chance = jnp.where(masked, jnp.clip(1 - (right - sigma * kappa) / left, 0, 1), again)
+    chance = jnp.where(masked, jnp.clip((grown + sigma * kappa) / left, 0, 1), again)
     return TokenStep(chance, jnp.where(masked[..., None], posterior, path.source_probs(posterior)))
 
 

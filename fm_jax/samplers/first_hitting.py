@@ -44,9 +44,9 @@ class FirstHitting:
     Attributes:
         path: with a `Masked` source.
         position: which mask falls: "random" is right. "confidence" takes the one whose likeliest token is likeliest,
-            "margin" the one that is furthest ahead of the second. These are biased: at t < 1 the law is another, and at
-            t = 1 too, but for a perfect network with one token a step; then, whatever the order, it is the same. What
-            is drawn by a network that errs may look better, and is less varied.
+            "margin" the one that is furthest ahead of the second, of several alike any. These are biased: at t < 1 the
+            law is another, and at t = 1 too, but for a perfect network with one token a step; then, whatever the
+            order, it is the same. What is drawn by a network that errs may look better, and is less varied.
         per_step: tokens drawn from one evaluation. More than one do not see each other: an error like that of steps,
             and a large one with "confidence", which draws those at once that all seem sure.
 
@@ -91,9 +91,11 @@ class FirstHitting:
         check_start_of("x0", x0, self.path.num_tokens)
         path, times = self.path, jnp.asarray(times)
         sigmas = path.schedule.sigma(times)
-        can_fall = jnp.broadcast_to(True if keep is None else ~keep, x0.shape)
-        masked = (x0 == path.source.mask) & can_fall
-        most = math.prod(x0.shape[1:]) if is_traced(masked) else int(_count(masked).max(initial=0))
+        with jax.ensure_compile_time_eval():
+            can_fall = jnp.broadcast_to(True if keep is None else ~keep, x0.shape)
+            masked = (x0 == path.source.mask) & can_fall
+            known = not is_traced(masked) and masked.is_fully_addressable
+            most = int(_count(masked).max(initial=0)) if known else math.prod(x0.shape[1:])
         num_calls = -(-most // self.per_step)
 
         def step(state: _Falling, i: Array) -> tuple[_Falling, None]:
@@ -117,13 +119,14 @@ class FirstHitting:
         sigma, x = _next_sigma(key, state, can_fall, self.path), state.x
         _, key_position, key_token = jax.random.split(key, 3)
         masked = (x == self.path.source.mask) & can_fall
-        if self.position == "random":
-            score = jax.random.uniform(key_position, x.shape)
-        else:
+        score = jnp.zeros(x.shape)
+        if self.position != "random":
             top = jax.lax.top_k(posterior, 2)[0]
             score = top[..., 0] - top[..., 1] if self.position == "margin" else top[..., 0]
         flat = jnp.where(masked, score, -jnp.inf).reshape(len(x), -1)
-        here = jax.nn.one_hot(flat.argmax(axis=1), flat.shape[1], dtype=bool).reshape(x.shape)
+        best = flat == flat.max(axis=1, keepdims=True)
+        here = jnp.where(best, jax.random.uniform(key_position, flat.shape), -1).argmax(axis=1)
+        here = jax.nn.one_hot(here, flat.shape[1], dtype=bool).reshape(x.shape)
         falls = here & masked & expand_time(sigma >= last, x)
         x = jnp.where(falls, categorical(key_token, posterior).astype(x.dtype), x)
         return _Falling(sigma, x, jnp.where(falls, expand_time(sigma, x), state.fell))

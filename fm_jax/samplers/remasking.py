@@ -20,7 +20,7 @@ Remask: TypeAlias = Callable[[Elementwise, Elementwise], Elementwise]
 
 def most(kappa: Elementwise, kappa_next: Elementwise) -> Array:
     """The largest sigma with which the marginals can be kept, `min(1, (1 - kappa_next) / kappa)`."""
-    return jnp.minimum(1.0, (1 - kappa_next) / jnp.where(kappa > 0, kappa, 1))
+    return jnp.where(kappa > 0, jnp.minimum(1.0, (1 - kappa_next) / jnp.where(kappa > 0, kappa, 1)), 1.0)
 
 
 @dataclass(frozen=True)

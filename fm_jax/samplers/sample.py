@@ -212,7 +212,8 @@ def _as_kept(keep: ArrayTree, x0: Array, sampler: Sampler) -> Array:
             "parts of those."
         )
     check_where("keep", keep, x0)
-    return jnp.broadcast_to(keep, x0.shape)
+    with jax.ensure_compile_time_eval():
+        return jnp.broadcast_to(keep, x0.shape)
 
 
 def is_of_tokens(sampler: Sampler) -> bool:
