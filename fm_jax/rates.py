@@ -2,9 +2,11 @@
 
 A denoiser says how likely each token of the data is, given the tokens at t. With a path it gives several rates of jumps
 with the same marginals p_t, as a flow has SDEs with its own: `forward_rates` jumps as rarely as it can,
-`reversal_rates` undoes the noising process, `with_corrector` jumps back and forth more often.
+`reversal_rates` undoes the noising process, `with_corrector` jumps back and forth more often. `kinetic_rates` are those
+of any path of tokens, one with a metric among them.
 
-All are `u(t, x) -> [batch, ..., K]`, the rates of each token of x to every other, with 0 at the one that is there.
+All are `u(t, x) -> [batch, ..., K]`, the rates of each token of x to every other, with 0 at the one that is there. They
+carry (`nfe.Counted`) the times at which they are finite, to which samplers keep.
 """
 
 from collections.abc import Callable
@@ -14,10 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.checks import check_function, check_has, check_logits, check_number, check_tokens
+from fm_jax.nfe import Counted, cost, domain_of, overlap, reach_of
 from fm_jax.paths.mixture import MixturePath
 from fm_jax.schedules import coefficients
-from fm_jax.shapes import time_dtype, time_of
+from fm_jax.shapes import batch_time, time_dtype, time_of
 from fm_jax.types import Array, DenoiserFn, Logits, RateFn, Time, TokenPath, Tokens
+
+_START = 1e-5
+"""How far from an end rates are asked for that are infinite there."""
+_DENOISER = "a denoiser f(t, x) -> logits [batch, ..., K]"
 
 
 def forward_rates(denoiser: DenoiserFn, path: MixturePath) -> RateFn:
@@ -31,6 +38,19 @@ def forward_rates(denoiser: DenoiserFn, path: MixturePath) -> RateFn:
 
     Returns:
         `u(t, x)`, finite for t < 1.
+
+    Raises:
+        ValueError: for what is no denoiser or no `MixturePath`; when called, for what are no tokens of the path, or if
+            the denoiser returns another shape than [batch, ..., K].
+
+    Example:
+        >>> from fm_jax.schedules import Linear
+        >>> from fm_jax.sources import Masked
+        >>> path = MixturePath(Linear(), Masked(3, 2))
+        >>> u = forward_rates(lambda t, x: jnp.zeros((*x.shape, 3)), path)
+        >>> u(0.5, jnp.array([[2, 0]]))
+        Array([[[1., 1., 0.],
+                [0., 0., 0.]]], dtype=float32)
     """
     _check(denoiser, path)
 
@@ -39,7 +59,7 @@ def forward_rates(denoiser: DenoiserFn, path: MixturePath) -> RateFn:
         _, sigma, d_alpha, _ = coefficients(path.schedule, time_of(t, posterior))
         return _to_others(d_alpha / sigma * posterior, x)
 
-    return rates
+    return _carrying(rates, denoiser, path)
 
 
 def reversal_rates(denoiser: DenoiserFn, path: MixturePath) -> RateFn:
@@ -54,14 +74,28 @@ def reversal_rates(denoiser: DenoiserFn, path: MixturePath) -> RateFn:
 
     Returns:
         `u(t, x)`, finite for t < 1, and for t > 0 unless the source is a mask.
+
+    Raises:
+        ValueError: as `forward_rates`.
     """
     _check(denoiser, path)
 
-    return lambda t, x: reversal(path, _posterior(denoiser, path, t, x), t, x)
+    def rates(t: Time, x: Tokens) -> Logits:
+        return reversal(path, _posterior(denoiser, path, t, x), t, x)
+
+    return _carrying(rates, denoiser, path, _start(path))
 
 
 def reversal(path: MixturePath, posterior: Logits, t: Time, x: Tokens) -> Logits:
-    """The rates of `reversal_rates` under given probabilities of x1, [batch, ..., K]; of one x1, its one-hot."""
+    """The rates of `reversal_rates` under given probabilities of x1, [batch, ..., K]; of one x1, its one-hot.
+
+    Args:
+        path: any mixture path.
+        posterior: `p(x1 | x_t = x)`, [batch, ..., K].
+        t: times.
+        x: tokens.
+    """
+    _check_mixture(path)
     check_tokens("x", x, path.num_tokens)
     check_logits("posterior", posterior, x, path.num_tokens)
     posterior = jnp.asarray(posterior, time_dtype(posterior))
@@ -77,6 +111,48 @@ def reversal(path: MixturePath, posterior: Logits, t: Time, x: Tokens) -> Logits
     return _to_others(to_data + jnp.where(to_noise > 0, d_alpha / alpha * to_noise, 0), x)
 
 
+def kinetic_rates(denoiser: DenoiserFn, path: TokenPath) -> RateFn:
+    """`u(y, x) = sum_a p(x1 = a | x) p_t(y | a) [d/dt log p_t(y | a) - d/dt log p_t(x | a)]_+`, of any path of tokens.
+
+    Of all rates of a conditional path those with the least kinetic energy (Shaul et al. 2024, arXiv:2412.03487): to
+    where the law grows faster than where the token is, and in proportion. The slopes come from one `jax.jvp` of the
+    path. On a `MixturePath` they are `forward_rates`, at K times the cost: a step needs memory of K^2 numbers a token.
+
+    Args:
+        denoiser: logits of x1, `f(t, x) -> [batch, ..., K]`.
+        path: that the denoiser was trained on, such as `MetricPath`.
+
+    Returns:
+        `u(t, x)`, finite inside of `path.domain` for t < 1. Of an x1 from which a token at t cannot come, nothing is
+        added, whatever the denoiser says.
+
+    Raises:
+        ValueError: for what is no denoiser or no path of tokens; when called, as `forward_rates`.
+    """
+    check_function("denoiser", denoiser, _DENOISER, 2)
+    check_has("path", path, ("log_probs", "posterior", "source"), "a path of tokens, such as MetricPath or MixturePath")
+    data = jnp.asarray([a for a in range(path.num_tokens) if a != path.source.mask])
+
+    def laws(t: Array) -> tuple[Array, Array]:
+        return path.probs(t, data), path.log_probs(t, data)
+
+    def rates(t: Time, x: Tokens) -> Logits:
+        posterior = _posterior(denoiser, path, t, x).reshape(len(x), -1, path.num_tokens)[..., data]
+        flat, time = jnp.asarray(x).reshape(len(x), -1), batch_time(t, posterior)
+        (p, log_p), (d_p, d_log_p) = jax.vmap(lambda t: jax.jvp(laws, (t,), (jnp.ones_like(t),)))(time)  # [batch, a, y]
+        at_x = flat[:, None]
+        possible = jnp.isfinite(jnp.take_along_axis(log_p, at_x, axis=2))  # [batch, a, token]
+        slope = jnp.where(possible, jnp.take_along_axis(d_log_p, at_x, axis=2), 0)[..., None]
+        # [batch, a, token, y]; p d(log p) is d(p), also where p = 0 has no logarithm.
+        p, d_p, d_log_p = p[:, :, None], d_p[:, :, None], d_log_p[:, :, None]
+        gain = jnp.where(jnp.isfinite(log_p)[:, :, None], p * (d_log_p - slope), d_p)
+        gain = jnp.where(possible[..., None], jnp.maximum(gain, 0), 0)
+        found = jnp.einsum("bia,baiy->biy", posterior, gain, precision="highest")
+        return _to_others(found.reshape(*x.shape, path.num_tokens), x)
+
+    return _carrying(rates, denoiser, path)
+
+
 def backward_rates(path: MixturePath) -> RateFn:
     """The rates of the noising process itself, data to source: `kappa' / kappa p_0(y)`, whatever x is.
 
@@ -87,16 +163,20 @@ def backward_rates(path: MixturePath) -> RateFn:
 
     Returns:
         `u(t, x)`, finite for t > 0.
+
+    Raises:
+        ValueError: for what is no `MixturePath`.
     """
-    check_has("path", path, ("schedule", "source", "posterior"), "a MixturePath")
+    _check_mixture(path)
 
     def rates(t: Time, x: Tokens) -> Logits:
         check_tokens("x", x, path.num_tokens)
         like = jnp.zeros((*x.shape, path.num_tokens), time_dtype(x))
         alpha, _, d_alpha, _ = coefficients(path.schedule, time_of(t, like))
-        return _to_others(d_alpha / alpha * path.source_probs(like) + like, x)
+        p0 = path.source_probs(like)
+        return _to_others(jnp.where(p0 > 0, d_alpha / alpha * p0, 0) + like, x)
 
-    return rates
+    return Counted(rates, 0, (_START, 1.0))
 
 
 def with_corrector(rates: RateFn, path: MixturePath, strength: float | Callable[[Any], Any]) -> RateFn:
@@ -111,7 +191,10 @@ def with_corrector(rates: RateFn, path: MixturePath, strength: float | Callable[
         strength: c, not negative, or a function of t [...] of such.
 
     Returns:
-        `u(t, x)`, finite for 0 < t < 1 where c is not 0.
+        `u(t, x)`, finite for 0 < t < 1 where c is not 0; at t = 0 too if all tokens are a mask.
+
+    Raises:
+        ValueError: for what is no rates or no `MixturePath`, or a `strength` that is negative.
     """
     check_function("rates", rates, "rates u(t, x), such as forward_rates(denoiser, path)", 2)
     back = backward_rates(path)
@@ -124,7 +207,9 @@ def with_corrector(rates: RateFn, path: MixturePath, strength: float | Callable[
         c = strength(time_of(t, forth)) if callable(strength) else strength
         return (1 + c) * forth + jnp.where(c > 0, c * back(t, x), 0)
 
-    return corrected
+    low = 0.0 if callable(strength) else _start(path)
+    domain, reach = (overlap(found, (low, 1.0)) for found in (domain_of(rates), reach_of(rates)))
+    return Counted(corrected, cost(rates), domain, reach)
 
 
 def _to_others(rates: Array, x: Tokens) -> Array:
@@ -140,6 +225,21 @@ def _posterior(denoiser: DenoiserFn, path: TokenPath, t: Time, x: Tokens) -> Log
     return path.posterior(logits, x)
 
 
+def _start(path: MixturePath) -> float:
+    """The first time at which jumps back to the source are of a finite rate: to a mask there are none at t = 0."""
+    return _START if path.source.mask is None else 0.0
+
+
+def _carrying(rates: RateFn, denoiser: DenoiserFn, path: TokenPath, start: float = 0.0) -> RateFn:
+    """The rates with what they cost, and the times at which they are finite."""
+    low, high = max(path.domain[0], start), min(path.domain[1], 1 - _START)
+    return Counted(rates, cost(denoiser), overlap((low, high), domain_of(denoiser)), (low, 1.0))
+
+
 def _check(denoiser: DenoiserFn, path: MixturePath) -> None:
-    check_function("denoiser", denoiser, "a denoiser f(t, x) -> logits [batch, ..., K]", 2)
+    check_function("denoiser", denoiser, _DENOISER, 2)
+    _check_mixture(path)
+
+
+def _check_mixture(path: MixturePath) -> None:
     check_has("path", path, ("schedule", "source", "posterior"), "a MixturePath")

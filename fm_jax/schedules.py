@@ -199,6 +199,90 @@ class Polynomial:
 
 
 @dataclass(frozen=True)
+class MaskCosine:
+    """alpha = 1 - cos(pi t / 2), sigma = cos(pi t / 2): convex, slow at first and fast at last.
+
+    The cosine schedule of masked diffusion (MD4, Shi et al. 2024, arXiv:2406.04329): of few tokens that are seen, each
+    is chosen with care.
+    """
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    def alpha(self, t: Elementwise) -> Elementwise:
+        return jnp.where(t < 0.5, self._little(t), 1 - self._left(t))
+
+    def sigma(self, t: Elementwise) -> Elementwise:
+        return jnp.where(t < 0.5, 1 - self._little(t), self._left(t))
+
+    # In forms that have small values, and a small slope, with all their digits in float32.
+    def _little(self, t: Elementwise) -> Elementwise:
+        return 2 * jnp.sin(math.pi / 4 * t) ** 2
+
+    def _left(self, t: Elementwise) -> Elementwise:
+        return jnp.sin(math.pi / 2 * (1 - t))
+
+    def t_from_log_snr(self, log_snr: Elementwise) -> Elementwise:
+        alpha, sigma = jax.nn.sigmoid(log_snr / 2), jax.nn.sigmoid(-log_snr / 2)
+        return 2 / math.pi * jnp.arctan2(jnp.sqrt(alpha * (1 + sigma)), sigma)
+
+
+@dataclass(frozen=True)
+class SineSquared:
+    """alpha = sin^2(pi t / 2), sigma = cos^2(pi t / 2): convex, slow at both ends.
+
+    With it the law of a token goes from the mask to the data along a great circle of `sqrt(p)`, at constant speed in
+    the metric of Fisher and Rao: of all schedules the one with the least kinetic energy (Shaul et al. 2024,
+    arXiv:2412.03487). Where the source may draw the token of the data itself, with probability p0, that schedule is
+    `alpha = 1 - sin^2((1 - t) W) / sin^2 W` with `W = arccos sqrt(p0)`: p0 = 0 for a mask, 1 / K for `UniformTokens`.
+    Of other sources p0, and with it the best schedule, differs from token to token.
+
+    Attributes:
+        p0: how often the source draws the token of the data.
+
+    Raises:
+        ValueError: if `p0` is outside [0, 1).
+    """
+
+    p0: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_setting(self, "p0", "[0, 1)")
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        return 0.0, 1.0
+
+    @property
+    def _angle(self) -> Any:
+        """Pi / 2 - W: how far p_0 is from a mask."""
+        return jnp.arcsin(jnp.sqrt(self.p0)) if is_traced(self.p0) else math.asin(math.sqrt(self.p0))
+
+    def alpha(self, t: Elementwise) -> Elementwise:
+        return jnp.where(t < 0.5, self._little(t), 1 - self._left(t))
+
+    def sigma(self, t: Elementwise) -> Elementwise:
+        return jnp.where(t < 0.5, 1 - self._little(t), self._left(t))
+
+    # In forms that have small values, and a small slope, with all their digits in float32.
+    def _little(self, t: Elementwise) -> Elementwise:
+        turned = (math.pi / 2 - self._angle) * t  # of sin^2 W - sin^2((1 - t) W)
+        return 1 / (1 - self.p0) * jnp.sin(turned) * jnp.sin(turned + 2 * self._angle)
+
+    def _left(self, t: Elementwise) -> Elementwise:
+        return 1 / (1 - self.p0) * jnp.sin((math.pi / 2 - self._angle) * (1 - t)) ** 2
+
+    def t_from_log_snr(self, log_snr: Elementwise) -> Elementwise:
+        alpha, sigma = jax.nn.sigmoid(log_snr / 2), jax.nn.sigmoid(-log_snr / 2)
+        # The angle from p_0 to p_t, by its sine and cosine; arrived^2 is how often the token is that of the data.
+        arrived, left = jnp.sqrt(alpha + self.p0 * sigma), jnp.sqrt(self.p0 * sigma)
+        sine = jnp.where(alpha > 0, alpha / (arrived + left), 0) * (1 - self.p0) ** 0.5
+        cosine = (1 - self.p0) * jnp.sqrt(sigma) + self.p0**0.5 * arrived
+        return jnp.arctan2(sine, cosine) / (math.pi / 2 - self._angle)
+
+
+@dataclass(frozen=True)
 class VP:
     """The variance-preserving diffusion with linear beta: alpha = exp(-T / 2), sigma = sqrt(1 - exp(-T)).
 

@@ -266,7 +266,8 @@ def _precise(x: State) -> Array:
 
 def _check_like_tokens(like: Like, num_tokens: int) -> None:
     check_array("like", like)
-    check_tokens("like", jax.ShapeDtypeStruct(like.shape, like.dtype), num_tokens)
+    form: Any = jax.ShapeDtypeStruct(like.shape, like.dtype)  # what it holds does not matter
+    check_tokens("like", form, num_tokens)
 
 
 def _log_prob_of_tokens(source: TokenSource, x: Tokens) -> PerExample:

@@ -286,7 +286,8 @@ class TokenPath(Protocol):
     """A conditional probability path of tokens, each by itself; see `fm_jax.paths`.
 
     `source` is p_0 and `num_tokens` K. `probs(t, x1)` is `p_t(x | x1)` [batch, ..., K] of every token x, the source
-    integrated out. `log_posterior(logits, x)` is `log p(x1 | x_t = x)` [batch, ..., K] as a network has it, with what
+    integrated out, and `log_probs` its logarithm. `domain` is the closed range of `t` on which they have a finite
+    slope. `log_posterior(logits, x)` is `log p(x1 | x_t = x)` [batch, ..., K] as a network has it, with what
     is known without one put right, and `posterior` its exponential. `check_data` refuses what is no data of the path.
     """
 
@@ -296,9 +297,14 @@ class TokenPath(Protocol):
     @property
     def num_tokens(self) -> int: ...
 
+    @property
+    def domain(self) -> tuple[float, float]: ...
+
     def sample(self, key: Key, t: Time, x0: Tokens, x1: Tokens, /) -> TokenSample: ...
 
     def probs(self, t: Time, x1: Tokens, /) -> Logits: ...
+
+    def log_probs(self, t: Time, x1: Tokens, /) -> Logits: ...
 
     def log_posterior(self, logits: Logits, x: Tokens, /) -> Logits: ...
 

@@ -42,13 +42,16 @@ TOKEN_SOURCES = [
     sources.Categorical((0.6, 0.3, 0.1)),
     sources.Categorical((0.6, 0.4, 0.0)),
 ]
-"""With 1 among the data of each."""
+"""With 1 and the last token but one among the data of each."""
 SCHEDULES = [
     schedules.Linear(),
     schedules.Linear(sigma_min=1e-2),
     schedules.Cosine(),
     schedules.Polynomial(2.0),
     schedules.Polynomial(0.5),
+    schedules.MaskCosine(),
+    schedules.SineSquared(),
+    schedules.SineSquared(0.25),
     schedules.VP(),
     schedules.VP(beta_min=1.0, beta_max=1.0),
     schedules.LinearVP(),
@@ -110,7 +113,8 @@ PATHS = [
 ]
 TOKEN_PATHS = [
     *(paths.MixturePath(schedules.Linear(), source) for source in TOKEN_SOURCES),
-    paths.MixturePath(schedules.Polynomial(2.0), sources.UniformTokens(3)),
+    paths.MixturePath(schedules.SineSquared(), sources.Masked(5, 0)),
+    paths.MetricPath([[0.0, 1.0, 3.0], [1.0, 0.0, 2.0], [3.0, 2.0, 0.0]]),
 ]
 LOSSES = {
     "flow_matching": lambda apply_fn: losses.flow_matching(apply_fn, paths.AffinePath()),

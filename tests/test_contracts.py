@@ -422,7 +422,7 @@ def test_sources_of_tokens_draw_what_their_probabilities_say(source):
 @pytest.mark.parametrize("path", contracts.TOKEN_PATHS, ids=name_of)
 def test_paths_of_tokens_start_at_the_source_end_in_the_data_and_draw_their_law(path):
     num = path.num_tokens
-    x1 = jnp.broadcast_to(jnp.array([0, 1, num - 2, 1])[:, None], (4, 8000))
+    x1 = jnp.broadcast_to(jnp.array([1, num - 2, 1, 1])[:, None], (4, 8000))
     time = jnp.array([0.0, 0.3, 0.7, 1.0])
     law = path.probs(time, x1[:, :1])
     np.testing.assert_allclose(law.sum(axis=-1), 1, rtol=1e-6)

@@ -43,6 +43,9 @@ CLOSED_FORMS = {  # alpha and sigma at t = 0.3, by hand
     schedules.Linear(sigma_min=0.1): (0.3, 0.73),
     schedules.Cosine(): (np.sin(0.15 * np.pi), np.cos(0.15 * np.pi)),
     schedules.Polynomial(3.0): (0.027, 0.973),
+    schedules.MaskCosine(): (1 - np.cos(0.15 * np.pi), np.cos(0.15 * np.pi)),
+    schedules.SineSquared(): (np.sin(0.15 * np.pi) ** 2, np.cos(0.15 * np.pi) ** 2),
+    schedules.SineSquared(0.25): (1 - np.sin(0.7 * np.pi / 3) ** 2 / 0.75, np.sin(0.7 * np.pi / 3) ** 2 / 0.75),
     schedules.LinearVP(): (0.3, np.sqrt(0.91)),
     schedules.VP(): (np.exp(-0.5 * (0.07 + 0.245 * 19.9)), np.sqrt(1 - np.exp(-(0.07 + 0.245 * 19.9)))),
     schedules.VE(0.01, 100.0): (1.0, 100.0 * 1e-4**0.3),
@@ -55,7 +58,12 @@ def test_values(schedule, expected, x64):
     np.testing.assert_allclose((schedule.alpha(t), schedule.sigma(t)), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("schedule", [schedules.Linear(), schedules.Cosine(), schedules.Polynomial(2.0)], ids=str)
+TO_THE_ENDS = [schedules.Linear(), schedules.Cosine(), schedules.Polynomial(2.0), schedules.MaskCosine()]
+TO_THE_ENDS += [schedules.SineSquared(), schedules.SineSquared(0.25)]
+CONVEX = [schedules.Linear(), schedules.Polynomial(3.0), schedules.MaskCosine(), schedules.SineSquared(0.1)]
+
+
+@pytest.mark.parametrize("schedule", TO_THE_ENDS, ids=str)
 def test_ends_are_exact_in_float32(schedule):
     """Source at 0 and data at 1, with no rounding left over; and the infinite log-SNR maps back."""
     assert [float(f(jnp.float32(t))) for t in (0, 1) for f in (schedule.alpha, schedule.sigma)] == [0, 1, 1, 0]
@@ -89,6 +97,41 @@ def test_variance_preserving(schedule, x64):
     np.testing.assert_allclose(schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2, 1, atol=1e-12)
 
 
+@pytest.mark.parametrize("schedule", CONVEX, ids=str)
+def test_convex(schedule, x64):
+    t = jnp.linspace(0, 1, 101)
+    np.testing.assert_allclose(schedule.alpha(t) + schedule.sigma(t), 1, atol=1e-14)
+
+
+NEAR_THE_ENDS = {  # alpha ~ a t^n near 0 and sigma ~ b (1 - t)^m near 1
+    schedules.MaskCosine(): (np.pi**2 / 8, 2, np.pi / 2, 1),
+    schedules.SineSquared(): (np.pi**2 / 4, 2, np.pi**2 / 4, 2),
+    schedules.SineSquared(0.25): (np.pi / 3 * np.sin(np.pi / 3) / 0.75, 1, (np.pi / 3) ** 2 / 0.75, 2),
+}
+
+
+@pytest.mark.parametrize(("schedule", "expected"), NEAR_THE_ENDS.items(), ids=str)
+def test_small_coefficients_have_all_their_digits_in_float32(schedule, expected):
+    """Also those that float32 cannot tell from 0 beside 1, and their slopes."""
+    a, n, b, m = expected
+    t, left = jnp.array([1e-7, 1e-5, 1e-4]), jnp.array([2.0**-20, 2.0**-16, 2.0**-13])
+    start, end = coefficients(schedule, t), coefficients(schedule, 1 - left)
+    np.testing.assert_allclose(start.alpha, a * np.asarray(t, float) ** n, rtol=4e-4)
+    np.testing.assert_allclose(start.d_alpha, n * a * np.asarray(t, float) ** (n - 1), rtol=4e-4)
+    np.testing.assert_allclose(end.sigma, b * np.asarray(left, float) ** m, rtol=4e-4)
+    np.testing.assert_allclose(end.d_alpha, m * b * np.asarray(left, float) ** (m - 1), rtol=4e-4)
+    np.testing.assert_allclose(schedule.t_from_log_snr(log_snr(schedule, t)), t, rtol=1e-5, atol=3e-8)
+
+
+@pytest.mark.parametrize("p0", [0.0, 0.25, 0.7])
+def test_sine_squared_goes_along_a_great_circle_at_constant_speed(p0, x64):
+    """By the angle between sqrt(p_0) and sqrt(p_t), W t; p0 of the data's token, and the rest on one other."""
+    schedule, t = schedules.SineSquared(p0), jnp.linspace(0, 1, 21)
+    arrived = np.asarray(schedule.alpha(t) + schedule.sigma(t) * p0)
+    angle = np.arccos(np.minimum(np.sqrt(p0 * arrived) + np.sqrt((1 - p0) * np.abs(1 - arrived)), 1))
+    np.testing.assert_allclose(angle, np.arccos(np.sqrt(p0)) * np.asarray(t), atol=1e-7)
+
+
 def test_the_domain_says_where_the_slope_is_infinite():
     """Nothing is clipped in silence: outside the domain the derivative really is infinite."""
     for schedule, t in [(schedules.VP(), 1.0), (schedules.LinearVP(), 1.0), (schedules.Polynomial(0.5), 0.0)]:
@@ -115,6 +158,7 @@ def test_ddpm_table(x64):
     [
         (lambda: schedules.Linear(sigma_min=1.0), r"sigma_min must be in \[0, 1\), got 1.0"),
         (lambda: schedules.Linear(sigma_min=-0.1), r"sigma_min must be in \[0, 1\)"),
+        (lambda: schedules.SineSquared(1.0), r"p0 must be in \[0, 1\), got 1.0"),
         (lambda: schedules.Polynomial(0.0), "n must be positive and finite, got 0.0"),
         (lambda: schedules.VP(beta_min=0.0), "beta_min must be positive and finite, got 0.0"),
         (lambda: schedules.VP(beta_min=2.0, beta_max=1.0), r"beta_max must be in \[2.0, inf\), got 1.0"),

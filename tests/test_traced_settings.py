@@ -41,6 +41,7 @@ WORKS = {
     "Rescale": (0.9, lambda t: loss(time_sampler=times.Rescale(times.LogitNormal(), 0.0, t))),
     "LogitNormal": (0.5, lambda s: loss(time_sampler=times.LogitNormal(std=s))),
     "Linear": (0.1, lambda s: loss(path=paths.AffinePath(Linear(s)))),
+    "SineSquared": (0.2, lambda s: loss(path=paths.AffinePath(schedules.SineSquared(s)))),
     "source": (2.0, lambda s: loss(path=paths.AffinePath(source=sources.Normal(s)))),
     "BrownianBridge": (0.5, lambda s: loss(path=paths.BrownianBridge(s))),
     "Normal.log_prob": (2.0, lambda s: sources.Normal(s).log_prob(X)),
@@ -84,6 +85,7 @@ def test_what_must_be_known_is_refused_by_name(name):
 ARRAYS = {
     "DDIM": lambda a: drawn(samplers.DDIM(Linear(), a)),
     "Linear": lambda a: drawn(samplers.DDIM(Linear(a))),
+    "SineSquared": lambda a: loss(path=paths.AffinePath(schedules.SineSquared(a))),
     "VE": lambda a: drawn(samplers.DDIM(VE(sigma_min=a))),
     "VP": lambda a: loss(path=paths.AffinePath(VP(a))),
     "Polynomial": lambda a: loss(path=paths.AffinePath(Polynomial(a))),

@@ -132,7 +132,7 @@ def path_law(table: TokenTable, path: TokenPath, t: float) -> np.ndarray:
     return np.exp(_log_likelihood(table, path, t, all_states(table))) @ table.probs
 
 
-def token_posterior(table: TokenTable, path: TokenPath, t: float, x: Tokens) -> np.ndarray:
+def token_posterior(table: TokenTable, path: TokenPath, t: float, x: ArrayTree) -> np.ndarray:
     """`p(x1_i = a | x_t = x)` of each token i, at one time.
 
     Of a state that does not occur at t, what is said is that of the data that explain most of its tokens.
@@ -177,8 +177,8 @@ def exact_denoiser(table: TokenTable, path: TokenPath) -> DenoiserFn:
         Array([[[0.75, 0.25]]], dtype=float32)
     """
     _check(table, path)
-    data = np.unique(table.states)
-    same = table.states[:, :, None] == data  # [m, D, n]
+    data = jnp.asarray(np.unique(table.states))
+    same = table.states[:, :, None] == np.unique(table.states)  # [m, D, n]
 
     def denoiser(t: Time, x: Tokens) -> Logits:
         check_tokens("x", x, path.num_tokens)
@@ -194,7 +194,7 @@ def exact_denoiser(table: TokenTable, path: TokenPath) -> DenoiserFn:
     return denoiser
 
 
-def rate_matrix(rates: RateFn, t: float, states: Tokens, num_tokens: int) -> np.ndarray:
+def rate_matrix(rates: RateFn, t: float, states: ArrayTree, num_tokens: int) -> np.ndarray:
     """The generator of all states: `dp/dt = p @ matrix`, with rows of sum 0.
 
     Args:
@@ -212,13 +212,13 @@ def rate_matrix(rates: RateFn, t: float, states: Tokens, num_tokens: int) -> np.
     check_function("rates", rates, _RATES, 2)
     check_number("t", t, "[0, 1]")
     states = _checked_states(states, num_tokens)
-    found = rates(t, jnp.asarray(states))
-    check_logits("rates(t, x)", found, states, num_tokens)
+    found = rates(jnp.asarray(t, float), jnp.asarray(states))
+    check_logits("rates(t, x)", found, jnp.asarray(states), num_tokens)
     return _generator(np.asarray(found, np.float64), states)
 
 
 def chain_law(
-    rates: RateFn, law: ArrayTree, states: Tokens, num_tokens: int, *, t0: float, t1: float, num_steps: int = 100
+    rates: RateFn, law: ArrayTree, states: ArrayTree, num_tokens: int, *, t0: float, t1: float, num_steps: int = 100
 ) -> np.ndarray:
     """The law of all states at `t1` of the chain with given rates: the master equation `dp/dt = p @ matrix`, by RK4.
 
@@ -260,7 +260,7 @@ def chain_law(
     return law
 
 
-def transition_matrix(probs: ArrayTree, states: Tokens) -> np.ndarray:
+def transition_matrix(probs: ArrayTree, states: ArrayTree) -> np.ndarray:
     """The kernel of a step that draws each token by itself: `law @ kernel` is the law after it, without a draw.
 
     Args:
@@ -298,7 +298,7 @@ def _generator(rates: np.ndarray, states: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def _log_likelihood(table: TokenTable, path: TokenPath, t: float, x: Tokens) -> np.ndarray:
+def _log_likelihood(table: TokenTable, path: TokenPath, t: float, x: ArrayTree) -> np.ndarray:
     """`log p_t(x | x1)` of states x [n, D] for each x1 of the table, [n, m]; about -1e30 where it is -inf."""
     _check(table, path)
     check_number("t", t, "[0, 1]")
@@ -308,7 +308,7 @@ def _log_likelihood(table: TokenTable, path: TokenPath, t: float, x: Tokens) -> 
         raise ValueError(f"x must be [n, {table.num_positions}], as the table has it, got shape {x.shape}.")
     data, which = np.unique(table.states, return_inverse=True)
     with jax.enable_x64(True):
-        each = np.asarray(path.probs(float(t), data), np.float64)
+        each = np.asarray(path.probs(jnp.asarray(t, float), jnp.asarray(data)), np.float64)
     with np.errstate(divide="ignore"):
         log_each = np.maximum(np.log(each), _NEVER)
     which = which.reshape(table.states.shape)
@@ -326,7 +326,7 @@ def _check(table: TokenTable, path: TokenPath) -> None:
         raise ValueError(f"path must be of {table.num_tokens} tokens, those of the table, got {path.num_tokens}.")
 
 
-def _checked_states(states: Tokens, num_tokens: int) -> np.ndarray:
+def _checked_states(states: ArrayTree, num_tokens: int) -> np.ndarray:
     """As NumPy's; raises `ValueError` unless they are all, in the order of `all_states`."""
     check_integer("num_tokens", num_tokens, least=2)
     check_tokens("states", states, num_tokens)

@@ -45,7 +45,13 @@ class MixturePath:
 
     @property
     def num_tokens(self) -> int:
+        """K."""
         return self.source.num_tokens
+
+    @property
+    def domain(self) -> tuple[float, float]:
+        """The times at which the law has a finite slope."""
+        return self.schedule.domain
 
     def sample(self, key: Key, t: Time, x0: Tokens, x1: Tokens) -> TokenSample:
         """The tokens at `t` of pairs of source and data.
@@ -74,6 +80,10 @@ class MixturePath:
         here = jax.nn.one_hot(x1, self.num_tokens, dtype=time_dtype(x1))
         time = time_of(t, here)
         return self.schedule.sigma(time) * self.source_probs(here) + self.schedule.alpha(time) * here
+
+    def log_probs(self, t: Time, x1: Tokens) -> Logits:
+        """`log p_t(x | x1)`, -inf for what cannot be."""
+        return jnp.log(self.probs(t, x1))
 
     def source_probs(self, like: Logits) -> Array:
         """p_0 of one token, [1, ..., 1, K], in the rank of `like` [batch, ..., K] and in `time_dtype(like)`."""
@@ -136,12 +146,12 @@ def check_convex(schedule: Schedule) -> None:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         if is_traced(alpha) or is_traced(sigma):
             return
-    alpha, total = np.asarray(alpha), np.asarray(alpha + sigma)
-    if not np.allclose(alpha[[0, -1]], (0, 1), atol=1e-5):
-        got = f"alpha from {alpha[0]:.4g} to {alpha[-1]:.4g}"
+    share, total = np.asarray(alpha), np.asarray(alpha + sigma)
+    if not np.allclose(share[[0, -1]], (0, 1), atol=1e-5):
+        got = f"alpha from {share[0]:.4g} to {share[-1]:.4g}"
     elif not np.allclose(total, 1, atol=1e-5):
         got = f"alpha + sigma from {total.min():.4g} to {total.max():.4g}"
-    elif (np.diff(alpha) < -1e-5).any():
+    elif (np.diff(share) < -1e-5).any():
         got = "an alpha that falls"
     else:
         return
