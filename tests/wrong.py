@@ -245,6 +245,13 @@ FUNCTIONS: dict[str, Call] = {
     "reversal": Call(rates.reversal, {"path": TOKEN_PATH, "posterior": POSTERIOR, "t": STATES_T, "x": STATES}),
     "backward_rates": Call(rates.backward_rates, {"path": TOKEN_PATH}, lambda u: u(0.5, STATES)),
     "backward_rates, called": Call(rates.backward_rates(TOKEN_PATH), {"t": STATES_T, "x": STATES}),
+    "kinetic_rates": Call(
+        rates.kinetic_rates, {"denoiser": denoiser, "path": contracts.TOKEN_PATHS[-1]}, lambda u: u(0.5, STATES)
+    ),
+    "kinetic_rates, called": Call(rates.kinetic_rates(denoiser, TOKEN_PATH), {"t": STATES_T, "x": STATES}),
+    "MetricPath.sample": Call(
+        contracts.TOKEN_PATHS[-1].sample, {"key": KEY, "t": STATES_T, "x0": STATES, "x1": STATES[::-1]}
+    ),
     "with_corrector": Call(
         rates.with_corrector,
         {"rates": jumps, "path": TOKEN_PATH, "strength": 2.0},
@@ -583,6 +590,32 @@ FUNCTIONS: dict[str, Call] = {
             "interval": (0.2, 0.8),
         },
         lambda v: v(0.5, X),
+    ),
+    "classifier_free_logits": Call(
+        guidance.classifier_free_logits,
+        {"f_cond": denoiser, "f_uncond": lambda t, x: 0 * denoiser(t, x), "scale": 2.0, "interval": (0.2, 0.8)},
+        lambda f: f(0.5, STATES),
+    ),
+    "classifier_free_rates": Call(
+        guidance.classifier_free_rates,
+        {"u_cond": jumps, "u_uncond": lambda t, x: 2 * jumps(t, x), "scale": 2.0, "interval": (0.2, 0.8)},
+        lambda u: u(0.5, STATES),
+    ),
+    **{
+        each.__name__: Call(
+            each,
+            {
+                "rates": jumps,
+                "log_prob_fn": lambda t, x: 0.1 * x.reshape(len(x), -1).sum(axis=1),
+                "scale": 2.0,
+                "interval": (0.2, 0.8),
+            },
+            lambda u: u(0.5, STATES),
+        )
+        for each in (guidance.predictor, guidance.predictor_taylor)
+    },
+    "predictor, called": Call(
+        guidance.predictor(jumps, lambda t, x: 0.1 * x.sum(axis=1), 2.0), {"t": STATES_T, "x": STATES}
     ),
     # couplings
     "schrodinger_bridge_ot": Call(couplings.schrodinger_bridge_ot, {"sigma": 1.0}, lambda c: c.epsilon),
@@ -1051,6 +1084,10 @@ NETWORKS = (
     "score",
     "denoiser",
     "rates",
+    "f_cond",
+    "f_uncond",
+    "u_cond",
+    "u_uncond",
 )
 """Arguments that are called as a network is: they may also return what is none."""
 
