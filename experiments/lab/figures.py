@@ -5,7 +5,7 @@ Nothing here touches pyplot or the backend, so it may be imported in a notebook.
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -383,6 +383,18 @@ def save_error_curves(path: PathLike, panels: dict[str, dict[str, dict[int, floa
             axes.grid(color=PALE, linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, loc="best", fontsize=8)
+        _save(figure, path)
+
+
+@by_first
+def save_tables(path: PathLike, tables: Mapping[str, np.ndarray]) -> None:
+    """Draws tables of numbers [rows, columns], not negative, side by side under their names, in one scale."""
+    most = max(float(np.quantile(table, 0.99)) for table in tables.values())
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(2.8 * len(tables), 3.0), dpi=_DPI, layout="constrained")
+        for ax, (name, table) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
+            ax.imshow(table, vmin=0, vmax=most, cmap="Greys", interpolation="nearest")
+            ax.set(title=name, xticks=[], yticks=[])
         _save(figure, path)
 
 

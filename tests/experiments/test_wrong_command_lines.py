@@ -44,6 +44,7 @@ from experiments import (
     sudoku,
     text_to_image,
     text_to_video,
+    tokens2d,
     toy2d,
 )
 from experiments import images as own_images
@@ -74,13 +75,20 @@ MAINS = {
     "cnf": cnf.main,
     "reflow": reflow.main,
     "sudoku": sudoku.main,
+    "tokens2d": tokens2d.main,
     "torchcfm_table": table.main,
     "learned_solver": learned_solver.main,
     "sample": sample.main,
     "data.images": data_images.main,
 }
 WORK = [(images, "train"), (toy2d, "train"), (cnf, "train"), (reflow, "fit"), (table, "references"), (table, "train")]
-WORK += [(sudoku, "train"), (learned_solver, "fit_solver"), (sample, "generate_many"), (data_images, "prepare")]
+WORK += [
+    (sudoku, "train"),
+    (tokens2d, "train"),
+    (learned_solver, "fit_solver"),
+    (sample, "generate_many"),
+    (data_images, "prepare"),
+]
 
 COUNTS = {
     "digits": "total-steps batch-size accumulate log-every save-every keep sample-every num-images num-samples steps "
@@ -94,6 +102,7 @@ COUNTS = {
     "cnf": "steps width depth total-steps",
     "reflow": "rounds num-test steps batch-size reflow-pairs",
     "sudoku": "total-steps batch-size width depth num-samples",
+    "tokens2d": "total-steps batch-size width depth steps num-samples sample-batch",
     "torchcfm_table": "num-test num-reference reuse ofm-steps ofm-reuse",
     "learned_solver --run toy": "num fine-steps iterations batch-size",
     "sample --run toy": "num steps",
@@ -137,6 +146,7 @@ TAKEN = {
     "cnf": "results.json density.png",
     "reflow": "reflow.md reflow.png",
     "sudoku": "results.json validity.png loss.png",
+    "tokens2d": "results.json samples.png loss.png",
     "torchcfm_table": "config.json results.json table.md trajectories.png",
 }
 
@@ -148,6 +158,7 @@ OF_SMOKE = {
     "cnf": _TRAINING | {"steps": 9, "width": 9, "depth": 9, "num-samples": 9},
     "reflow": {"steps": 200, "batch-size": 9, "reflow-pairs": 9, "num-test": 9, "rounds": 3, "floor-repeats": 9},
     "sudoku": _TRAINING | {"steps": 9, "per-step": 9, "width": 16, "depth": 9, "num-samples": 9},
+    "tokens2d": _TRAINING | {"steps": 9, "width": 9, "depth": 9, "num-samples": 9, "sample-batch": 9},
     "torchcfm_table": {"steps": 200, "ofm-steps": 200, "reuse": 9, "num-test": 9, "num-reference": 9},
 }
 
@@ -235,6 +246,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("reflow --problem 'N to N'", "--problem must be one of 'N to 8gaussians', .*, got 'N to N'"),
         ("torchcfm_table --methods CFM", "each of --methods must be one of 'I-CFM', .*, got 'CFM'"),
         ("sudoku --loss elbo", "invalid choice 'elbo' for argument '--loss'"),
+        ("tokens2d --source noise", "invalid choice 'noise' for argument '--source'"),
         ("torchcfm_table --problems moons", "each of --problems must be one of 'N to 8gaussians', .*, got 'moons'"),
     ],
     "not an option, or none where one is needed": [
