@@ -9,6 +9,7 @@ All are `u(t, x) -> [batch, ..., K]`, the rates of each token of x to every othe
 carry (`nfe.Counted`) the times at which they are finite, to which samplers keep.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -137,8 +138,9 @@ def kinetic_rates(denoiser: DenoiserFn, path: TokenPath) -> RateFn:
         return path.probs(t, data), path.log_probs(t, data)
 
     def rates(t: Time, x: Tokens) -> Logits:
-        posterior = _posterior(denoiser, path, t, x).reshape(len(x), -1, path.num_tokens)[..., data]
-        flat, time = jnp.asarray(x).reshape(len(x), -1), batch_time(t, posterior)
+        shape = len(x), math.prod(x.shape[1:])
+        posterior = _posterior(denoiser, path, t, x).reshape(*shape, path.num_tokens)[..., data]
+        flat, time = jnp.asarray(x).reshape(shape), batch_time(t, posterior)
         (p, log_p), (d_p, d_log_p) = jax.vmap(lambda t: jax.jvp(laws, (t,), (jnp.ones_like(t),)))(time)  # [batch, a, y]
         at_x = flat[:, None]
         possible = jnp.isfinite(jnp.take_along_axis(log_p, at_x, axis=2))  # [batch, a, token]

@@ -4,7 +4,9 @@ By Nisonoff et al. 2024 (arXiv:2406.01572): what velocities and scores do by sum
 `predictor` at scale 1 has a law that can be written down beforehand; each says below what it samples.
 """
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +131,7 @@ def predictor(
     """
 
     def gain(t: PerExample, x: Tokens, num_tokens: int) -> Array:
-        flat = x.reshape(len(x), -1)
+        flat = x.reshape(len(x), math.prod(x.shape[1:]))
 
         def log_prob(changed: Array) -> Array:
             found = log_prob_fn(t, changed.reshape(x.shape))
@@ -205,7 +207,7 @@ def _product(
     scale: ArrayTree,
     interval: tuple[float, float],
     mixed: Callable[[Array, Array, Array], Array],
-) -> Counted:
+) -> Any:
     """Two functions as one, by what `mixed` makes of them; at scale 1 and 0 one of the two, to the bit."""
     for name, function in zip(names, (cond, uncond), strict=True):
         check_function(name, function, wanted, 2)
