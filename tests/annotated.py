@@ -83,7 +83,7 @@ def contract():
     """Every value that is listed, in the ways that it is used."""
     import contracts
 
-    from fm_jax import guidance, likelihood, oracles, parameterization, samplers, schedules, shapes
+    from fm_jax import guidance, likelihood, oracles, parameterization, rates, samplers, schedules, shapes
     from fm_jax.conditions import DropCondition
 
     key = jax.random.key(0)
@@ -129,6 +129,34 @@ def contract():
             ends = (jnp.ones((BATCH, len(path.times), 2)),) if path.source is None else (x, x + 1)
             sample = lambda t, *ends, p=path: p.targets(p.sample(key, t, *ends))  # noqa: E731
             attempt(f"{path}, t a {which}", sample, t, *ends, hows=HOST)
+    tokens, uniform = jnp.ones((BATCH, 2, 3), int), contracts.TOKEN_PATHS[1]
+    for source in contracts.TOKEN_SOURCES:
+        attempt(f"draw of {source}", lambda like, source=source: source.draw(key, like), tokens)
+        attempt(f"log_prob of {source}", source.log_prob, tokens)
+    for path in contracts.TOKEN_PATHS:
+        f = lambda t, x, p=path: jnp.zeros((*x.shape, p.num_tokens))  # noqa: E731
+        kinds = [rates.kinetic_rates] + [rates.forward_rates, rates.reversal_rates] * hasattr(path, "schedule")
+        for which, t in times.items():
+            if which == "integer":
+                continue  # an end, where not all rates are finite
+            attempt(f"{path}, t a {which}", lambda t, x, p=path: p.sample(key, t, x, x), t, tokens, hows=HOST)
+            for kind in kinds:
+                u = kind(f, path)
+                attempt(f"{kind.__name__} of {path}, t a {which}", u, t, tokens, hows=HOST)
+        for scale in (2.0, each):
+            attempt("classifier_free_logits", guidance.classifier_free_logits(f, f, scale), T, tokens, hows=HOST)
+            attempt("classifier_free_rates", guidance.classifier_free_rates(u, u, scale), T, tokens, hows=HOST)
+            log_prob = lambda t, x: 0.1 * x.reshape(len(x), -1).sum(axis=1)  # noqa: E731
+            for make in (guidance.predictor, guidance.predictor_taylor):
+                attempt(make.__name__, make(u, log_prob, scale), T, tokens, hows=HOST)
+    plain = rates.forward_rates(lambda t, x: jnp.zeros((*x.shape, 3)), uniform)
+    u = rates.with_corrector(plain, uniform, 2.0)
+    attempt("with_corrector", u, T, tokens, hows=HOST)
+    table = oracles.token_table(np.full((3, 3), 1 / 9))
+    attempt("exact_denoiser", oracles.exact_denoiser(table, uniform), each, tokens[:, 0, :2], hows=HOST)
+    states = oracles.all_states(table)
+    attempt("rate_matrix", lambda: oracles.rate_matrix(u, T, states, 3), hows=("eager",))
+    attempt("token_posterior", lambda: oracles.token_posterior(table, uniform, T, states), hows=("eager",))
     integers = jnp.arange(BATCH * 2).reshape(BATCH, 2)
     attempt("path between integers", lambda x: contracts.PATHS[0].sample(None, each, x, x), integers)
     for name, coupling in contracts.COUPLINGS.items():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from fm_jax.sources import Normal, Sampled, Uniform
+from fm_jax.sources import Categorical, Masked, Normal, Sampled, Uniform, UniformTokens
 
 LAWS = [
     (Normal(), scipy.stats.norm()),
@@ -73,6 +73,30 @@ def test_log_probs_are_summed_precisely_and_of_any_numbers():
     assert Normal().log_prob(jnp.zeros((0, 3))).shape == (0,)
 
 
+def test_tokens_that_are_rare_are_as_rare_as_they_should_be(key):
+    """1e-6 of 8 million; one of probability 0 never."""
+    x = Categorical((1 - 1e-6, 1e-6, 0.0)).draw(key, jax.ShapeDtypeStruct((8_000_000,), jnp.int32))
+    num = np.bincount(x, minlength=3)
+    assert abs(num[1] - 8) < 4 * 8**0.5
+    assert num[2] == 0
+
+
+def test_sources_of_tokens_are_values():
+    assert Masked(5, 4) == Masked(5, 4) != Masked(5, 3)
+    assert Categorical(np.array([0.5, 0.5])) == Categorical([0.5, 0.5]) == Categorical((0.5, 0.5))
+    assert len({UniformTokens(2), UniformTokens(2), Categorical((0.5, 0.5)), Masked(2, 0)}) == 3
+    assert (Masked(5, 4).mask, UniformTokens(3).mask, Categorical((0.5, 0.5)).mask) == (4, None, None)
+
+
+def test_log_probs_of_tokens_are_over_the_whole_event():
+    x = jnp.array([[[2, 2], [2, 2]], [[2, 0], [2, 2]]])
+    np.testing.assert_array_equal(Masked(3, 2).log_prob(x), [0.0, -np.inf])
+    np.testing.assert_allclose(UniformTokens(3).log_prob(x), [-4 * np.log(3)] * 2, rtol=1e-6)
+    np.testing.assert_allclose(
+        Categorical((0.2, 0.3, 0.5)).log_prob(x), [4 * np.log(0.5), 3 * np.log(0.5) + np.log(0.2)], rtol=1e-6
+    )
+
+
 def test_sources_are_values():
     assert Normal() == Normal(1.0) != Normal(2.0)
     assert len({Normal(), Normal(1.0), Uniform(), Uniform(0.0, 1.0), Sampled(ramp), Sampled(ramp)}) == 3
@@ -86,6 +110,21 @@ def test_sources_are_values():
         (lambda: Uniform(1.0, 1.0), "-inf < low < high < inf must hold, got low=1.0 and high=1.0."),
         (lambda: Uniform(0.0, float("inf")), "-inf < low < high < inf must hold, got low=0.0 and high=inf."),
         (lambda: Uniform(float("nan"), 1.0), "-inf < low < high < inf must hold, got low=nan and high=1.0."),
+        (lambda: Masked(5, 5), "mask must be from 0 to 4, got 5."),
+        (lambda: Masked(5, -1), "mask must be from 0 to 4, got -1."),
+        (lambda: Masked(5.0, 4), "num_tokens must be an integer, got 5.0."),
+        (lambda: UniformTokens(1), "num_tokens must be at least 2, got 1."),
+        (lambda: Categorical((0.5, 0.6)), "probs must be at least two numbers, not negative and of sum 1, got"),
+        (lambda: Categorical((1.5, -0.5)), "probs must be at least two numbers, not negative and of sum 1, got"),
+        (lambda: Categorical([[0.5, 0.5]]), "probs must be at least two numbers, not negative and of sum 1, got"),
+        (
+            lambda: Masked(5, 4).draw(jax.random.key(0), jnp.zeros((2, 3))),
+            "like must be tokens, integers from 0 to 4, got float32.",
+        ),
+        (
+            lambda: UniformTokens(3).log_prob(jnp.array([[0, 3]])),
+            "x must be tokens from 0 to 2, got some from 0 to 3.",
+        ),
         (
             lambda: Sampled(ramp).log_prob(jnp.zeros((2, 2))),
             "has no density: a likelihood needs a source such as Normal",

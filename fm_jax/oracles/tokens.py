@@ -173,8 +173,8 @@ def exact_denoiser(table: TokenTable, path: TokenPath) -> DenoiserFn:
         >>> from fm_jax.schedules import Linear
         >>> from fm_jax.sources import UniformTokens
         >>> f = exact_denoiser(token_table([0.5, 0.5]), MixturePath(Linear(), UniformTokens(2)))
-        >>> jnp.exp(f(0.5, jnp.array([[0]])))
-        Array([[[0.75, 0.25]]], dtype=float32)
+        >>> [f"{p:.3f}" for p in jnp.exp(f(0.5, jnp.array([[0]])))[0, 0]]
+        ['0.750', '0.250']
     """
     _check(table, path)
     data = jnp.asarray(np.unique(table.states))

@@ -46,8 +46,8 @@ class MetricPath:
     Example:
         >>> levels = np.arange(4)
         >>> path = MetricPath(np.abs(levels[:, None] - levels))
-        >>> path.probs(0.5, jnp.array([[1]])).round(3)
-        Array([[[0.045, 0.908, 0.045, 0.002]]], dtype=float32)
+        >>> [f"{p:.3f}" for p in path.probs(0.5, jnp.array([[1]]))[0, 0]]
+        ['0.045', '0.907', '0.045', '0.002']
     """
 
     distances: tuple[tuple[float, ...], ...]
