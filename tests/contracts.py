@@ -134,6 +134,19 @@ TOKEN_LOSSES = {
     for make in (losses.cross_entropy, losses.masked_elbo, losses.generalized_kl, losses.reversal_elbo)
 }
 """By name: the loss of a network `apply_fn` of tokens, logits of five."""
+REMASKING = [
+    samplers.Cap(),
+    samplers.Rescale(),
+    samplers.Loop(samplers.Rescale(0.5), at=0.6, num=2),
+    samplers.Confidence(),
+]
+TOKEN_SAMPLERS = [
+    samplers.TauLeaping(),
+    samplers.MixtureSteps(TOKEN_PATHS[0]),
+    *(samplers.MixtureSteps(TOKEN_PATHS[0], remask) for remask in REMASKING),
+    samplers.FirstHitting(TOKEN_PATHS[0]),
+]
+"""Of rates the first, the others of a denoiser."""
 OTHER_LOSSES = ("kl_autoencoder", "negative_elbo")
 """Those of two functions, an encoder and a decoder."""
 FIXED_STEPS = {

@@ -34,7 +34,10 @@ NOUNS = {
     "token path": (("sample", "probs", "log_posterior", "posterior"), contracts.TOKEN_PATHS),
     "sampler": (
         ("solve", "order", "nfe_per_step", "stochastic", "domain"),
-        [make(Linear()) for make in (contracts.SAMPLERS | contracts.LEARNED).values()],
+        [
+            *(make(Linear()) for make in (contracts.SAMPLERS | contracts.LEARNED).values()),
+            *contracts.TOKEN_SAMPLERS,
+        ],
     ),
 }
 CALLED = {
@@ -51,6 +54,7 @@ CALLED = {
         [make() for make in (contracts.MODELS | contracts.PLAIN_MODELS | contracts.AROUND).values()]
         + [make("tiny") for make in contracts.PUBLISHED.values()],
     ),
+    "rule of remasking": (["kappa", "kappa_next"], contracts.REMASKING),
     "embed": (
         ["cond", "features", "batch_size"],
         [make() for make in (contracts.EMBEDS | contracts.OTHER_EMBEDS).values()],
@@ -129,6 +133,7 @@ def test_what_nobody_listed_is_found():
         fm_jax.times.Uniform,
         losses.EDMWeight,
         fm_jax.guidance.Extrapolate,
+        samplers.Cap,
         fm_jax.likelihood.Exact,
         fm_jax.couplings.ExactOT,
         fm_jax.models.MLP,

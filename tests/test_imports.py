@@ -35,7 +35,7 @@ LAYERS = [
     ["checks", "shapes"],
     ["parts", "draws"],
     ["nfe", "sources", "schedules", "conditions", "latents"],
-    ["times", "couplings", "oracles", "paths", "rates", "parameterization"],
+    ["times", "couplings", "oracles", "paths", "rates", "parameterization", "logits"],
     ["losses", "guidance", "samplers"],
     ["likelihood", "fewstep"],
 ]

@@ -1,4 +1,4 @@
-"""Temperature and nucleus change each token's law as they say, and what is sampled then is not the tempered joint law."""
+"""Temperature and nucleus change the law of each token; what is sampled then is not the tempered joint law."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ def law_of_conditionals(temperature):
     return (forth + back.T) / 2
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, 0.25])
 def test_what_is_sampled_is_tempered_token_by_token(temperature):
     """To 4 standard errors; it is another law than the tempered joint one, by more than 20 of them somewhere."""
     x0 = jnp.full((20_000, 2), 3)

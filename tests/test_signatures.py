@@ -92,6 +92,7 @@ def test_the_order_can_fail():
         (types.Path, [*(AffinePath(schedule) for schedule in contracts.SCHEDULES), *contracts.BRIDGES]),
         (types.Source, [sources.Normal(), sources.Uniform(), sources.Sampled(lambda key, num: key)]),
         (types.Sampler, [make(schedules.Linear()) for make in contracts.SAMPLERS.values()]),
+        (types.Sampler, contracts.TOKEN_SAMPLERS),
         (types.Sampler, [samplers.learned.from_method("euler", 2)]),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -183,7 +184,7 @@ def test_options_are_keywords(function, arguments):
 
 def test_what_samples_shares_its_options():
     """The same words for the same things."""
-    assert keyword_only(samplers.sample) == ["times", "key", "trajectory"]
+    assert keyword_only(samplers.sample) == ["times", "key", "trajectory", "keep"]
     inside = [likelihood.log_prob, likelihood.encode_and_log_prob, likelihood.sample_and_log_prob]
     for function in (*inside, likelihood.bits_per_dim, metrics.path_energy, metrics.straightness, fewstep.make_pairs):
         assert {"sampler", "times"} <= set(keyword_only(function))

@@ -22,6 +22,7 @@ from fm_jax import (
     fewstep,
     guidance,
     likelihood,
+    logits,
     losses,
     metrics,
     models,
@@ -108,6 +109,10 @@ def denoiser(t, x):
 
 def token_network(params, t, x, cond, *, train, rngs):
     return params * jax.nn.one_hot(x, 3)
+
+
+def five(t, x):
+    return jax.nn.one_hot(x % 4, 5)
 
 
 def jumps(t, x):
@@ -406,6 +411,34 @@ FUNCTIONS: dict[str, Call] = {
             "method": "heun",
         },
     ),
+    "tau_leap": Call(samplers.tau_leap, {"rates": jumps, "t": 0.2, "t_next": 0.4, "x": STATES}),
+    "mixture_step": Call(
+        samplers.mixture_step,
+        {
+            "denoiser": denoiser,
+            "path": MASKED_PATH,
+            "t": 0.2,
+            "t_next": 0.4,
+            "x": STATES,
+            "remask": samplers.Confidence(),
+            "confidence": np.full(STATES.shape, 0.5),
+        },
+    ),
+    "sample, tokens": Call(
+        samplers.sample,
+        {
+            "v": denoiser,
+            "x0": TOKEN_BATCH["x0"],
+            "sampler": samplers.MixtureSteps(MASKED_PATH),
+            "times": 4,
+            "key": KEY,
+            "keep": jnp.ones((4, 2), bool),
+        },
+    ),
+    "with_temperature": Call(
+        logits.with_temperature, {"denoiser": denoiser, "temperature": 0.5}, lambda f: f(0.5, STATES)
+    ),
+    "top_p": Call(logits.top_p, {"denoiser": denoiser, "p": 0.5}, lambda f: f(0.5, STATES)),
     "langevin_step": Call(samplers.langevin_step, {"score": v, "t": 0.5, "x": X, "noise": Y, "step_size": 0.25}),
     "renoise": Call(renoise, {"t": 0.4, "t_next": 0.2, "x": X, "noise": Y, "schedule": LINEAR, "noise_scale": 1.0}),
     "churn_step": Call(
@@ -932,6 +965,11 @@ def _sampled(sampler: Any) -> Any:
     return samplers.sample(v, X, sampler, times=np.linspace(0.1, 0.9, 3), key=key).x
 
 
+def _sampled_tokens(sampler: Any) -> Any:
+    f, x0 = (jumps, STATES) if isinstance(sampler, samplers.TauLeaping) else (five, jnp.full((4, 2), 4))
+    return samplers.sample(f, x0, sampler, times=2, key=KEY).x
+
+
 NOUNS: dict[str, tuple[list[Any], Callable[[Any], Any]]] = {
     "schedule": (contracts.SCHEDULES, lambda s: schedules.coefficients(s, T)),
     "source": ([each for each in contracts.SOURCES if _fields(each)], lambda s: s.draw(KEY, X)),
@@ -951,6 +989,8 @@ NOUNS: dict[str, tuple[list[Any], Callable[[Any], Any]]] = {
     "spline": (contracts.SPLINES, lambda path: path.sample(KEY, 0.5, jnp.ones((2, len(path.times), 2)))),
     "affine path": ([contracts.PATHS[0]], lambda path: path.sample(None, T, X, Y)),
     "sampler": ([make(LINEAR) for make in contracts.FIXED_STEPS.values()], _sampled),
+    "token sampler": (contracts.TOKEN_SAMPLERS, _sampled_tokens),
+    "rule of remasking": (contracts.REMASKING, lambda rule: rule(0.25, 0.5)),
     "adaptive": ([make(LINEAR) for make in contracts.DIFFRAX.values()], lambda s: None),
     "model": (
         [make() for make in (contracts.MODELS | contracts.PLAIN_MODELS).values()] + [models.ICNN((4,))],
@@ -973,6 +1013,7 @@ CALLS = FUNCTIONS | {f"{name}(...)": call for name, call in _values()}
 
 ELSEWHERE = {
     "fm_jax.checks": "tests/test_checks.py",
+    "fm_jax.draws": "tests/test_draws.py",
     "fm_jax.data.images": "tests/data, which need the extra",
     "fm_jax.data.digits": "tests/data, which need the extra",
     "fm_jax.data.pipeline": "tests/data, which need the extra",
@@ -1038,6 +1079,8 @@ ELSEWHERE = {
             "fm_jax.models.embed.add_condition",
             "fm_jax.models.num_params",
             "fm_jax.samplers.run_steps",
+            "fm_jax.samplers.TokenStep",
+            "fm_jax.logits.logits_of",
             "fm_jax.samplers.step_noise",
             "fm_jax.samplers.LearnedSolver",
             "fm_jax.train.ema.check_decay",
@@ -1179,6 +1222,7 @@ ALSO: dict[str, tuple[str, ...]] = {
     "apply_latent": ("network", "latent"),
     "model_fn": ("network",),
     "denoiser": ("logits",),
+    "v": ("denoiser",),
 }
 """What a message may call an argument besides its name."""
 
@@ -1222,6 +1266,7 @@ RIGHT: dict[tuple[str, str], tuple[str, ...]] = {
     ("", "times"): ("None",),
     ("", "first"): ("None",),
     ("couple_snapshots", "key"): ("None",),
+    ("sample, tokens", "keep"): ("another event",),  # it is broadcast
     **{
         (f"{name}, called", "key"): ("None",)  # nothing is random there
         for name in ("flow_matching", "trajectory_matching", "distillation", "kl_autoencoder")

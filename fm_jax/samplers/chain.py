@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_array, check_function, check_has, check_logits, check_tokens, is_traced
+from fm_jax.checks import check_array, check_function, check_has, check_logits, check_shape, check_tokens, is_traced
 from fm_jax.draws import bernoulli, categorical
+from fm_jax.logits import logits_of
 from fm_jax.nfe import spent
 from fm_jax.paths.mixture import MixturePath
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.loop import run_steps
 from fm_jax.samplers.remasking import Confidence, Loop, Remask, check_remask, most
-from fm_jax.shapes import time_of
+from fm_jax.samplers.runge_kutta import path_times
+from fm_jax.shapes import expand_time
 from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, RateFn, Solution, Time, Tokens
 
 
@@ -78,7 +80,8 @@ def tau_leap(rates: RateFn, t: Time, t_next: Time, x: Tokens) -> TokenStep:
     u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
     number = jnp.finfo(u.dtype)
     u = jnp.clip(u, 0, number.max**0.5)  # so that sums and quotients stay finite
-    h = time_of(t_next, x) - time_of(t, x)
+    t, t_next = _ends(t, t_next, x)
+    h = t_next - t
     chance = h * u.sum(axis=-1)
     # What is 1 but for rounding is 1: at t = 1 no mask may be left over.
     return TokenStep(jnp.where(chance > 1 - 16 * number.eps, 1, jnp.maximum(chance, 0)), u)
@@ -118,8 +121,8 @@ def mixture_step(
     """
     check_function("denoiser", denoiser, "a denoiser f(t, x) -> logits [batch, ..., K]", 2)
     check_mixture(path)
-    posterior = path.posterior(denoiser(t, x), x)
-    t, t_next = time_of(t, x), time_of(t_next, x)
+    posterior = path.posterior(logits_of(denoiser, t, x, path.num_tokens), x)
+    t, t_next = _ends(t, t_next, x)
     left, right = path.schedule.sigma(t), path.schedule.sigma(t_next)
     kappa, kappa_next = path.schedule.alpha(t), path.schedule.alpha(t_next)
     # Each difference where it has more digits: a short step at the start is right, and at t = 1 all of the rest falls.
@@ -132,8 +135,10 @@ def mixture_step(
     masked = x == path.source.mask
     again = jnp.broadcast_to(sigma, x.shape)
     if isinstance(remask, Confidence):
-        check_array("confidence", confidence)
-        drawn = jnp.where(masked, jnp.inf, jnp.asarray(confidence))
+        if confidence is None:
+            raise ValueError(f"confidence must be given for {remask}.")
+        check_shape("confidence", confidence, x)
+        drawn = jnp.where(masked, jnp.inf, confidence)
         again = jnp.minimum(1, sigma * remask.shares(drawn))
     chance = jnp.where(masked, jnp.clip((grown + sigma * kappa) / left, 0, 1), again)
     return TokenStep(chance, jnp.where(masked[..., None], posterior, path.source_probs(posterior)))
@@ -275,9 +280,15 @@ class MixtureSteps:
         return solution._replace(trajectory=solution.trajectory[jnp.where(i > 0, i + loop.num * (i >= place), 0)])
 
 
+def _ends(t: Time, t_next: Time, x: Tokens) -> tuple[Array, Array]:
+    """Both ends of a step, scalars or [batch, 1, ..., 1]."""
+    t, t_next = path_times(t, t_next, x)
+    return expand_time(t, x), expand_time(t_next, x)
+
+
 def check_mixture(path: Any) -> None:
     """Raises `ValueError` for what is not a `MixturePath`."""
-    check_has("path", path, ("schedule", "source", "posterior", "source_probs"), "a MixturePath")
+    check_has("path", path, ("schedule", "source", "num_tokens", "posterior", "source_probs"), "a MixturePath")
 
 
 def check_mask(path: MixturePath) -> None:

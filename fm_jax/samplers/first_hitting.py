@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_integer, check_member, is_traced
 from fm_jax.draws import categorical, uniform
+from fm_jax.logits import logits_of
 from fm_jax.nfe import spent
 from fm_jax.paths.mixture import MixturePath
 from fm_jax.samplers.chain import check_mask, check_mixture, check_start_of
@@ -102,7 +103,7 @@ class FirstHitting:
             keys = jax.random.split(jax.random.fold_in(key, i), self.per_step)
             # The network is asked at the time of the first of these falls; where there is none, at the last time.
             t = jnp.minimum(_time(path, _next_sigma(keys[0], state, can_fall, path)), times[-1])
-            posterior = path.posterior(v(t, state.x), state.x)
+            posterior = path.posterior(logits_of(v, t, state.x, path.num_tokens), state.x)
             hit = lambda state, key: (self._hit(key, posterior, sigmas[-1], can_fall, state), None)  # noqa: E731
             return jax.lax.scan(hit, state, keys)[0], None
 

@@ -352,7 +352,7 @@ WRONG = {
     "rates without an axis": (lambda t, x: jnp.ones((2, 2)), X0, TauLeaping(), {}, r"rates\(t, x\) must be \[2, 2, 2"),
     "rates of no array": (lambda t, x: None, X0, TauLeaping(), {}, r"rates\(t, x\) must be an array"),
     "a scalar rate": (lambda t, x: jnp.ones(()), X0, TauLeaping(), {}, r"rates\(t, x\) must be \[2, 2, 0\]"),
-    "logits of others": (lambda t, x: jnp.ones((2, 2, 3)), X0, MixtureSteps(MASKED), {}, r"logits must be \[2, 2, 4\]"),
+    "logits of others": (lambda t, x: jnp.ones((2, 2, 3)), X0, MixtureSteps(MASKED), {}, r"\) must be \[2, 2, 4\]"),
     "narrow integers": (
         lambda t, x: jnp.ones((2, 2, 300)), X0.astype(jnp.uint8), TauLeaping(), {}, "integers that hold 300 tokens"
     ),

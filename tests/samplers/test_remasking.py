@@ -175,7 +175,7 @@ def test_the_confidence_is_that_of_the_draw():
         (lambda: Confidence(Confidence()), "rule must say sigma alone"),
         (
             lambda: mixture_step(denoiser, PATH, 0.1, 0.2, X, remask=Confidence()),
-            "confidence must be an array",
+            "confidence must be given for Confidence",
         ),
     ],
 )
