@@ -208,8 +208,6 @@ def log_reversal(path: MixturePath, log_posterior: Logits, t: Time, x: Tokens) -
     p0_x = p0.ravel()[x][..., None]
     stays = sigma * p0_x / (alpha + sigma * p0_x)  # 1 - c
     leaves = stays + (1 - stays) * -jnp.expm1(_at(log_posterior, x))[..., None]  # 1 - c p(x), of two positive numbers
-    # What the source never draws is data and stays: given x1 and given x all is alike there, whatever it is.
-    leaves = jnp.where(p0_x > 0, leaves, 1)
     return jnp.logaddexp(log_posterior - jnp.log(sigma), jnp.log(p0 / alpha) + jnp.log(leaves))
 
 
