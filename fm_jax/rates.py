@@ -138,8 +138,9 @@ def kinetic_rates(denoiser: DenoiserFn, path: TokenPath) -> RateFn:
         return path.probs(t, data), path.log_probs(t, data)
 
     def rates(t: Time, x: Tokens) -> Logits:
+        posterior = _posterior(denoiser, path, t, x)
         shape = len(x), math.prod(x.shape[1:])
-        posterior = _posterior(denoiser, path, t, x).reshape(*shape, path.num_tokens)[..., data]
+        posterior = posterior.reshape(*shape, path.num_tokens)[..., data]
         flat, time = jnp.asarray(x).reshape(shape), batch_time(t, posterior)
         (p, log_p), (d_p, d_log_p) = jax.vmap(lambda t: jax.jvp(laws, (t,), (jnp.ones_like(t),)))(time)  # [batch, a, y]
         at_x = flat[:, None]

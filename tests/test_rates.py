@@ -79,6 +79,20 @@ def test_kinetic_rates_of_mixtures_are_those_that_jump_least_often(path, x64):
     np.testing.assert_allclose(kinetic, forward, atol=1e-12, rtol=1e-10)
 
 
+@pytest.mark.parametrize("path", MIXTURES.values(), ids=MIXTURES)
+def test_the_reversal_undoes_the_noising(path, x64):
+    """As many jumps from x to y as the noising process makes from y to x: `p_t(x) u(y, x) = p_t(y) b(x, y)`."""
+    table, t = table_of(path), 0.3
+    states, law = oracles.all_states(table), oracles.path_law(table, path, t)
+    f = oracles.exact_denoiser(table, path)
+    kinds = rates.reversal_rates(f, path), rates.backward_rates(path), rates.forward_rates(f, path)
+    reversal, noising, forward = (
+        law[:, None] * oracles.rate_matrix(u, t, states, table.num_tokens) * (1 - np.eye(len(states))) for u in kinds
+    )
+    np.testing.assert_allclose(reversal, noising.T, atol=1e-14)
+    assert path.source.mask is not None or np.abs(forward - noising.T).max() > 1e-3
+
+
 def test_for_a_mask_reversal_is_forward(x64):
     x = jnp.asarray(oracles.all_states(table_of(MASK)))
     logits = jax.random.normal(jax.random.key(0), (*x.shape, 4))

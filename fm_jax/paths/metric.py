@@ -19,7 +19,7 @@ from fm_jax.checks import (
 from fm_jax.draws import categorical
 from fm_jax.shapes import time_dtype, time_of
 from fm_jax.sources import UniformTokens
-from fm_jax.types import Array, Key, Logits, Time, Tokens, TokenSample
+from fm_jax.types import Array, ArrayTree, Key, Logits, Time, Tokens, TokenSample
 
 _EDGE = 1e-5
 """How far the domain stays from the ends, where beta has an infinite slope."""
@@ -50,7 +50,7 @@ class MetricPath:
         ['0.045', '0.907', '0.045', '0.002']
     """
 
-    distances: tuple[tuple[float, ...], ...]
+    distances: ArrayTree
     c: float = 3.0
     a: float = 0.9
 
