@@ -33,11 +33,12 @@ from fm_jax.types import (
     Scalar,
     Time,
     TimeSampler,
+    TokenPath,
     Tokens,
     TokenSample,
 )
 
-Integrand = Callable[[MixturePath, TokenSample, Logits], Array]
+Integrand = Callable[[Any, TokenSample, Logits], Array]
 """`integrand(path, sample, log_posterior) -> [batch, ...]`, in nats for each token."""
 MARGIN = 1e-3
 """How long before t = 1 the times of a bound end where its integrand grows as 1 / (1 - kappa)."""
@@ -45,7 +46,7 @@ MARGIN = 1e-3
 
 def cross_entropy(
     apply_fn: ApplyFn,
-    path: MixturePath,
+    path: TokenPath,
     *,
     coupling: Coupling = independent,
     time_sampler: TimeSampler | None = None,
@@ -59,7 +60,7 @@ def cross_entropy(
 
     Args:
         apply_fn: the network, `apply_fn(params, t, x, cond, train=, rngs=) -> logits` [batch, ..., K] of x1.
-        path: path of tokens, such as `MixturePath(Linear(), Masked(28, 27))`.
+        path: path of tokens, such as `MixturePath(Linear(), Masked(28, 27))`; this loss, not the bounds, takes any.
         coupling: pairs x0 with x1 within the batch; its weights of pairs, if it has any, multiply the loss.
         time_sampler: training times; `None` is `Stratified` over the range where the loss is finite.
         drop: takes conditions away from some examples, as in `flow_matching`.
@@ -158,7 +159,7 @@ def reversal_elbo(
     return _token_loss(apply_fn, path, reversal_elbo_of, times, coupling, drop)
 
 
-def cross_entropy_of(path: MixturePath, sample: TokenSample, log_posterior: Logits) -> Array:
+def cross_entropy_of(path: TokenPath, sample: TokenSample, log_posterior: Logits) -> Array:
     """`-log p(x1 | x_t)`."""
     del path
     return -_at(log_posterior, sample.x1)
@@ -211,7 +212,7 @@ def log_reversal(path: MixturePath, log_posterior: Logits, t: Time, x: Tokens) -
     return jnp.logaddexp(log_posterior - jnp.log(sigma), jnp.log(p0 / alpha) + jnp.log(leaves))
 
 
-def as_data(path: MixturePath, x1: AnyArray) -> Tokens:
+def as_data(path: TokenPath, x1: AnyArray) -> Tokens:
     """Data of a path as int32, which has room for a mask; raises `ValueError` for what is no data, or none at all."""
     path.check_data(x1)
     if 0 in x1.shape:
@@ -226,7 +227,7 @@ def check_has_mask(path: MixturePath, otherwise: str) -> None:
 
 
 def _token_loss(
-    apply_fn: ApplyFn, path: MixturePath, integrand: Integrand, times: Times, coupling: Coupling, drop: Drop | None
+    apply_fn: ApplyFn, path: TokenPath, integrand: Integrand, times: Times, coupling: Coupling, drop: Drop | None
 ) -> LossFn:
     check_network("apply_fn", apply_fn)
     check_coupling(coupling)
@@ -274,7 +275,7 @@ def _before_the_end(path: MixturePath) -> tuple[float, float]:
 
 
 def _times(
-    path: MixturePath, sampler: TimeSampler | None, domain: tuple[float, float], usual: tuple[float, float]
+    path: TokenPath, sampler: TimeSampler | None, domain: tuple[float, float], usual: tuple[float, float]
 ) -> Times:
     return times_within(Stratified(*usual) if sampler is None else sampler, domain, f"the loss on {path}")
 

@@ -11,8 +11,7 @@ from fm_jax.conditions import DropCondition
 from fm_jax.couplings import ExactOT, paired
 from fm_jax.losses import tokens as of_tokens
 from fm_jax.oracles.tokens import exact_denoiser, token_posterior, token_table, with_mask
-from fm_jax.paths import AffinePath
-from fm_jax.paths.mixture import MixturePath
+from fm_jax.paths import AffinePath, MetricPath, MixturePath
 from fm_jax.schedules import Linear, Polynomial, coefficients
 
 Q4 = np.array([0.55, 0.25, 0.15, 0.05])
@@ -115,6 +114,23 @@ def test_the_minimiser_is_the_posterior(name, source, t, x64):
     best = np.where(np.isfinite(best), best, -50.0)  # of the mask, and of what is known to be data
     assert np.abs(gradient(best)).max() < 1e-12
     assert np.abs(gradient(best + np.linspace(0, 1, k))).max() > 1e-3
+
+
+def test_cross_entropy_on_a_metric_path(x64):
+    path, table = MetricPath(np.abs(np.arange(3)[:, None] - np.arange(3))), token_table(Q)
+
+    @jax.jit
+    @jax.grad
+    def gradient(logits):
+        each = each_at(of_tokens.cross_entropy_of, path, table, 0.3, lambda x: logits[3 * x[:, 0] + x[:, 1]])
+        return each @ table.probs
+
+    best = np.log(token_posterior(table, path, 0.3, np.argwhere(np.ones((3, 3)))))
+    assert np.abs(gradient(best)).max() < 1e-12
+    found = jax.jit(losses.cross_entropy(network, path))(jnp.zeros(3), KEY, {"x1": jnp.ones((4, 5), int)})[0]
+    np.testing.assert_allclose(found, np.log(3), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"^path must be a MixturePath, .* has no 'schedule'"):
+        losses.reversal_elbo(network, path)
 
 
 # ---- The losses themselves.
