@@ -29,6 +29,7 @@ from fm_jax.types import ArrayTree, DenoiserFn, Logits, RateFn, Time, TokenPath,
 
 _NEVER = -1e30
 """The logarithm of 0, with which sums and products stay finite."""
+_HALVES = slice(0, 2), slice(2, 4)
 _RATES = "rates u(t, x), such as forward_rates(denoiser, path)"
 
 
@@ -94,12 +95,9 @@ def sudoku4() -> TokenTable:
         (288, 16)
     """
     rows = [*itertools.permutations(range(4))]
-    found = []
-    for grid in itertools.product(rows, repeat=4):
-        columns_fit = all(len(set(column)) == 4 for column in zip(*grid, strict=True))
-        blocks = ({grid[i + k][j + m] for k in (0, 1) for m in (0, 1)} for i in (0, 2) for j in (0, 2))
-        if columns_fit and all(len(block) == 4 for block in blocks):
-            found.append(sum(grid, ()))
+    bands = [a + b for a, b in itertools.product(rows, repeat=2) if all(len({*a[i], *b[i]}) == 4 for i in _HALVES)]
+    grids = (a + b for a, b in itertools.product(bands, repeat=2))
+    found = [grid for grid in grids if all(len({*grid[i::4]}) == 4 for i in range(4))]
     return TokenTable(np.array(found, np.int32), np.full(len(found), 1 / len(found)), 4)
 
 

@@ -344,7 +344,7 @@ WRONG = {
     "times beyond 1": (DENOISER, X0, MixtureSteps(MASKED), {"times": [0.0, 1.5]}, r"times must be within \[0"),
     "backward": (DENOISER, X0, MixtureSteps(MASKED), {"times": [1.0, 0.0]}, "Time must run forward"),
     "backward, hitting": (DENOISER, X0, FirstHitting(MASKED), {"times": [1.0, 0.0]}, "Time must run forward"),
-    "backward, leaping": (RATES, X0, TauLeaping(), {"times": [1.0, 0.0]}, "Time must run forward"),
+    "backward, leaping": (RATES, X0, TauLeaping(), {"times": [0.9, 0.0]}, "Time must run forward"),
     "out of range": (DENOISER, X0 + 1, MixtureSteps(MASKED), {}, "x0 must be tokens from 0 to 3, got some from 4"),
     "out of range, hitting": (DENOISER, X0 + 1, FirstHitting(MASKED), {}, "x0 must be tokens from 0 to 3"),
     "out of range, leaping": (lambda t, x: jnp.ones((2, 2, 4)), X0 + 1, TauLeaping(), {}, "x0 must be tokens from 0"),
