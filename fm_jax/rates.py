@@ -33,6 +33,8 @@ def forward_rates(denoiser: DenoiserFn, path: MixturePath) -> RateFn:
 
     Gat et al. 2024 (arXiv:2407.15595, eq. 24). Of all rates of the conditional path these jump least often.
 
+    Notebooks: (14.3), (14.4).
+
     Args:
         denoiser: logits of x1, `f(t, x) -> [batch, ..., K]`.
         path: that the denoiser was trained on.
@@ -68,6 +70,8 @@ def reversal_rates(denoiser: DenoiserFn, path: MixturePath) -> RateFn:
 
     `u(y, x) = kappa' / kappa p_0(x) sum_a p(x1 = a | x) [kappa d_a(y) + (1 - kappa) p_0(y)] / [kappa d_a(x) +
     (1 - kappa) p_0(x)]`, in which the bracket is `p_t(y | a) / p_t(x | a)`. For a mask it is `forward_rates`.
+
+    Notebooks: (14.5).
 
     Args:
         denoiser: logits of x1, `f(t, x) -> [batch, ..., K]`.
@@ -187,6 +191,8 @@ def with_corrector(rates: RateFn, path: MixturePath, strength: float | Callable[
 
     Gat et al. 2024 (arXiv:2407.15595, eq. 26) with alpha = 1 + c and beta = c. What was decided too early can be taken
     back: a mask is put again, or a token drawn anew.
+
+    Notebooks: (14.6).
 
     Args:
         rates: of the path, as from `forward_rates`.

@@ -73,6 +73,8 @@ def token_bound(
     of the last step. Their differences give the standard error, also where the strata differ much; that of independent
     times, the deviation of all over the root of their number, would be too large.
 
+    Notebooks: (14.8).
+
     Args:
         denoiser: logits of x1, `f(t, x) -> [batch, ..., K]`.
         path: that the denoiser was trained on. The range of its schedule is where the integral begins.

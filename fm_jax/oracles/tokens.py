@@ -195,6 +195,8 @@ def exact_denoiser(table: TokenTable, path: TokenPath) -> DenoiserFn:
 def rate_matrix(rates: RateFn, t: float, states: ArrayTree, num_tokens: int) -> np.ndarray:
     """The generator of all states: `dp/dt = p @ matrix`, with rows of sum 0.
 
+    Notebooks: (14.1).
+
     Args:
         rates: `u(t, x)`, as from `fm_jax.rates`.
         t: time.

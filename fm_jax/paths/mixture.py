@@ -22,6 +22,8 @@ class MixturePath:
     Gat et al. 2024 (arXiv:2407.15595, eq. 9). With `Masked` this is masked diffusion, with `UniformTokens` uniform
     diffusion.
 
+    Notebooks: (14.2).
+
     Attributes:
         schedule: of which alpha is kappa; convex, `alpha + sigma = 1`, from 0 to 1.
         source: of x0.

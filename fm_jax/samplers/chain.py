@@ -99,6 +99,8 @@ def mixture_step(
 ) -> TokenStep:
     """One step of `MixtureSteps`: with probability `1 - (1 - kappa_next) / (1 - kappa)` a token is one of p(x1 | x).
 
+    Notebooks: (14.7).
+
     Args:
         denoiser: logits of x1.
         path: that it was trained on.
