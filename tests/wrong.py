@@ -411,7 +411,7 @@ FUNCTIONS: dict[str, Call] = {
             "method": "heun",
         },
     ),
-    "tau_leap": Call(samplers.tau_leap, {"rates": jumps, "t": 0.2, "t_next": 0.4, "x": STATES}),
+    "tau_leap": Call(samplers.tau_leap, {"rates": jumps, "t": 0.2, "t_next": 0.4, "x": STATES, "schedule": LINEAR}),
     "mixture_step": Call(
         samplers.mixture_step,
         {

@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_array, check_function, check_has, check_logits, check_shape, check_tokens, is_traced
+from fm_jax.checks import (
+    check_array,
+    check_function,
+    check_has,
+    check_logits,
+    check_schedule,
+    check_shape,
+    check_tokens,
+    is_traced,
+)
 from fm_jax.draws import bernoulli, categorical
 from fm_jax.logits import logits_of
 from fm_jax.nfe import spent
@@ -20,8 +29,9 @@ from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.loop import run_steps
 from fm_jax.samplers.remasking import Confidence, Loop, Remask, check_remask, most
 from fm_jax.samplers.runge_kutta import path_times
+from fm_jax.schedules import coefficients
 from fm_jax.shapes import expand_time
-from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, RateFn, Solution, Time, Tokens
+from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, RateFn, Schedule, Solution, Time, Tokens
 
 
 class TokenStep(NamedTuple):
@@ -52,7 +62,7 @@ class TokenStep(NamedTuple):
         return self if keep is None else self._replace(chance=jnp.where(keep, 0, self.chance))
 
 
-def tau_leap(rates: RateFn, t: Time, t_next: Time, x: Tokens) -> TokenStep:
+def tau_leap(rates: RateFn, t: Time, t_next: Time, x: Tokens, *, schedule: Schedule | None = None) -> TokenStep:
     """One step of `TauLeaping`: a token jumps with probability `min(1, h u)`, u the sum of its rates at `t`.
 
     Args:
@@ -61,10 +71,11 @@ def tau_leap(rates: RateFn, t: Time, t_next: Time, x: Tokens) -> TokenStep:
         t: time.
         t_next: the time after the step, h later.
         x: tokens.
+        schedule: by which h is measured, `(kappa_next - kappa) / kappa'`; by the clock if there is none.
 
     Raises:
-        ValueError: for what are no tokens, or rates of another shape; for rates known to be negative at a token that is
-            not there, or NaN.
+        ValueError: for what are no tokens, no schedule, or rates of another shape; for rates known to be NaN, or
+            negative at a token that is not there.
 
     Example:
         >>> step = tau_leap(lambda t, x: jnp.array([[[0.0, 1.0, 2.0]]]), 0.0, 0.25, jnp.array([[0]]))
@@ -82,8 +93,13 @@ def tau_leap(rates: RateFn, t: Time, t_next: Time, x: Tokens) -> TokenStep:
     u = jnp.clip(u, 0, number.max**0.5)  # so that sums and quotients stay finite
     t, t_next = _ends(t, t_next, x)
     h = t_next - t
+    if schedule is not None:
+        check_schedule(schedule)
+        alpha, sigma, slope, _ = coefficients(schedule, t)
+        later, rest = schedule.alpha(t_next), schedule.sigma(t_next)
+        h = jnp.where(later < 0.5, later - alpha, sigma - rest) / jnp.where(slope > 0, slope, 1)
     chance = h * u.sum(axis=-1)
-    # What is 1 but for rounding is 1: at t = 1 no mask may be left over.
+    # What is 1 but for rounding is 1: of the masks before a step to t = 1 none may be left over.
     return TokenStep(jnp.where(chance > 1 - 16 * number.eps, 1, jnp.maximum(chance, 0)), u)
 
 
@@ -155,12 +171,21 @@ class TauLeaping:
     the same order, and in the last step to t = 1, where h u is 1, a mask would stay with probability 1/e. Order 1 in
     the law; on `Linear`, with one token and h u <= 1 throughout, it is exact, since the law is linear in t there.
 
+    With a `schedule` h is the step in kappa, `(kappa_next - kappa) / kappa'`, and what was said of `Linear` holds for
+    it, of all rates of a `MixturePath` on it, which are in proportion to kappa'. Without it, on any other schedule than
+    `Linear`, some masks are left over at t = 1: of `Polynomial(2)` about one in the square of the number of steps.
+
     Where h u is above 1, as with a strong corrector or with `reversal_rates` near t = 0, it is cut, and the law is off
     by more than order 1 says: take steps of h <= 1 / u (Gat et al. 2024, eq. 30, of `forward_rates`). Rates are never
-    asked for at the last time, so that they may be infinite at t = 1: with `forward_rates` the last step there moves
-    every token that is still the source's.
+    asked for at the last time, so that they may be infinite at t = 1.
+
+    Attributes:
+        schedule: of the path that the rates are of, or `None`.
 
     Step i draws from `fold_in(key, i)`.
+
+    Raises:
+        ValueError: for what is no schedule.
 
     Example:
         >>> from fm_jax.paths.mixture import MixturePath
@@ -177,11 +202,16 @@ class TauLeaping:
         Gat et al. 2024 (arXiv:2407.15595, eq. 12).
     """
 
+    schedule: Schedule | None = None
     order: ClassVar[int] = 1
     nfe_per_step: ClassVar[int] = 1
     stochastic: ClassVar[bool] = True
     tokens: ClassVar[bool] = True
     domain: ClassVar[tuple[float, float]] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.schedule is not None:
+            check_schedule(self.schedule)
 
     def skips_last(self, times: ArrayTree) -> bool:
         """Whether the rates are never asked for at the last of the times."""
@@ -194,7 +224,7 @@ class TauLeaping:
         check_forward(times, self)
 
         def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
-            leap = tau_leap(v, t, t_next, x)
+            leap = tau_leap(v, t, t_next, x, schedule=self.schedule)
             check_start_of("x0", x0, leap.weights.shape[-1])
             return leap.keeping(keep).draw(jax.random.fold_in(key, i), x), memory
 

@@ -195,13 +195,13 @@ def _check_kind(x0: ArrayTree, sampler: Sampler) -> None:
         return
     if is_of_tokens(sampler) and jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
-            f"x0 must be tokens, integers, for {sampler}, got {dtype}: points are moved by samplers of flows, such as "
-            "RungeKutta('heun')."
+            f"x0 must be tokens, integers, got {dtype}: {sampler} moves tokens, and points are moved by samplers of "
+            "flows, such as RungeKutta('heun')."
         )
     if not is_of_tokens(sampler) and jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(
-            f"x0 must be floating point for {sampler}, got {dtype}: tokens are moved by TauLeaping, MixtureSteps or "
-            "FirstHitting."
+            f"x0 must be floating point, got {dtype}: {sampler} moves points, and tokens are moved by TauLeaping, "
+            "MixtureSteps or FirstHitting."
         )
 
 

@@ -52,9 +52,9 @@ def mixture_of(table, path):
     return lambda t, t_next, x: mixture_step(f, path, t, t_next, x)
 
 
-def leaps_of(kind, table, path):
+def leaps_of(kind, table, path, schedule=None):
     u = kind(tokens.exact_denoiser(table, path), path)
-    return lambda t, t_next, x: tau_leap(u, t, t_next, x)
+    return lambda t, t_next, x: tau_leap(u, t, t_next, x, schedule=schedule)
 
 
 # ---- Laws.
@@ -76,6 +76,36 @@ def test_mixture_steps_are_of_order_one_in_the_law_of_two(x64):
 def test_tau_leaping_is_exact_on_linear_for_one_token(x64):
     table = tokens.token_table(Q5)
     assert max(errors(leaps_of(rates.forward_rates, table, UNIFORM), table, UNIFORM, [1, 8, 64], 0.9)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", [rates.forward_rates, rates.reversal_rates])
+def test_tau_leaping_in_kappa_is_exact_for_one_token(kind, x64):
+    table = tokens.token_table(Q5)
+    leaps = leaps_of(kind, table, SQUARE, SQUARE.schedule)
+    assert max(errors(leaps, table, SQUARE, [16, 64], 0.9, 0.4)) < 1e-12
+
+
+SCHEDULES = [schedules.Linear(), schedules.Polynomial(2.0), schedules.MaskCosine(), schedules.SineSquared()]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+def test_a_step_to_the_end_leaves_no_mask(schedule):
+    """The chance is 1 in single precision, where sums of many probabilities and their quotients are rounded."""
+    path, x = MixturePath(schedule, sources.Masked(200, 199)), jnp.full((300, 1), 199)
+    logits = 5 * jax.random.normal(jax.random.key(0), (300, 1, 200))
+    t, f = jnp.linspace(0.01, 0.999, 300), lambda t, x: logits
+    steps = [mixture_step(f, path, t, 1.0, x, remask=remask) for remask in (None, Cap(), Rescale(0.5))]
+    for step in (*steps, tau_leap(rates.forward_rates(f, path), t, 1.0, x, schedule=schedule)):
+        assert (step.chance == 1).all()
+
+
+def test_without_the_schedule_some_are_left(x64):
+    """Of the order of one in the square of the number of steps, as `TauLeaping` says."""
+    table, path = tokens.with_mask(tokens.token_table(Q5)), MixturePath(SQUARE.schedule, sources.Masked(6, 5))
+    times = np.linspace(0, 1, 33)
+    left = law_of(leaps_of(rates.forward_rates, table, path), table, path, times)[5]
+    assert 0.5 / 32**2 < left < 2 / 32**2
+    assert law_of(leaps_of(rates.forward_rates, table, path, path.schedule), table, path, times)[5] == 0
 
 
 @pytest.mark.parametrize("kind", [rates.forward_rates, rates.reversal_rates])
