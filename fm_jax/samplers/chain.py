@@ -194,7 +194,7 @@ class TauLeaping:
         >>> from fm_jax.schedules import Linear
         >>> from fm_jax.sources import Masked
         >>> path, x0 = MixturePath(Linear(), Masked(3, 2)), jnp.full((1, 4), 2)
-        >>> u = forward_rates(lambda t, x: jnp.log(jnp.array([0.0, 1.0, 0.0])) + jnp.zeros((*x.shape, 1)), path)
+        >>> u = forward_rates(lambda t, x: jnp.log(jnp.eye(3))[jnp.ones_like(x)], path)
         >>> sample(u, x0, TauLeaping(), times=8, key=jax.random.key(0)).x
         Array([[1, 1, 1, 1]], dtype=int32)
 
@@ -256,7 +256,7 @@ class MixtureSteps:
         >>> from fm_jax.schedules import Linear
         >>> from fm_jax.sources import Masked
         >>> path, x0 = MixturePath(Linear(), Masked(3, 2)), jnp.full((1, 4), 2)
-        >>> f = lambda t, x: jnp.log(jnp.array([0.0, 1.0, 0.0])) + jnp.zeros((*x.shape, 1))
+        >>> f = lambda t, x: jnp.log(jnp.eye(3))[jnp.ones_like(x)]
         >>> sample(f, x0, MixtureSteps(path, Rescale(0.5)), times=8, key=jax.random.key(0)).x
         Array([[1, 1, 1, 1]], dtype=int32)
 

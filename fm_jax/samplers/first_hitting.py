@@ -59,7 +59,7 @@ class FirstHitting:
         >>> from fm_jax.schedules import Linear
         >>> from fm_jax.sources import Masked
         >>> path, x0 = MixturePath(Linear(), Masked(3, 2)), jnp.array([[2, 0, 2, 2]])
-        >>> f = lambda t, x: jnp.log(jnp.array([0.0, 1.0, 0.0])) + jnp.zeros((*x.shape, 1))
+        >>> f = lambda t, x: jnp.log(jnp.eye(3))[jnp.ones_like(x)]
         >>> solution = sample(f, x0, FirstHitting(path), key=jax.random.key(0))
         >>> solution.x, int(solution.calls)
         (Array([[1, 0, 1, 1]], dtype=int32), 3)
