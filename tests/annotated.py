@@ -204,6 +204,20 @@ def contract():
         batch = {**batch, "weight": each} | ({} if name == "distillation" else {"t": each})
         loss_fn = make(apply_fn)
         attempt(f"{name}", lambda params, batch, f=loss_fn: f(params, key, batch), params, batch, hows=HOST)
+    denoiser = lambda t, x: jnp.zeros((*x.shape, 5))  # noqa: E731
+    for name, make in contracts.TOKEN_LOSSES.items():
+        loss_fn = make(lambda params, t, x, cond, *, train, rngs: params["w"] * denoiser(t, x))
+        batch = {"x1": tokens, "weight": each, "t": each}
+        attempt(name, lambda params, batch, f=loss_fn: f(params, key, batch), w, batch, hows=HOST)
+    for bound in ("mask", "reversal", "forward"):
+        found = lambda x1, bound=bound: likelihood.token_bound(  # noqa: E731
+            denoiser, contracts.TOKEN_PATHS[0], key, x1, bound=bound, num_times=2
+        )
+        attempt(f"token_bound, {bound}", found, tokens)
+    order = lambda x1: likelihood.any_order_log_prob(denoiser, contracts.TOKEN_PATHS[0], key, x1)  # noqa: E731
+    attempt("any_order_log_prob", order, tokens)
+    for unit in (likelihood.bits_per_token, likelihood.perplexity):
+        attempt(unit.__name__, lambda nats, unit=unit: unit(nats, 3), each)
     for weight in contracts.WEIGHTS:
         attempt(f"{weight}", lambda t, w=weight: w(t, "velocity", linear), each)
     mixture = contracts.mixture()
