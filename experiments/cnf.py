@@ -63,6 +63,7 @@ class Config:
     def unused(self) -> Iterator[tuple[str, str]]:
         """Options of no effect, and why."""
         yield "training.sample_every", "cnf draws nothing while it trains; the experiments on images do"
+        yield "training.init_from", "cnf begins with parameters of its own"
         if self.smoke:
             yield from of_smoke(SMOKE | {"training": TRAINING | {"batch_size": None}})
         yield from self.training.unused()

@@ -145,7 +145,8 @@ def check_peer(case: Case) -> None:
         assert_close(case.outputs(), theirs)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{first_difference(case)}") from None
-    assert max(distances(case.recorded(), theirs).values()) < 1e-6, "the record is of another network: write it anew"
+    # Between processors PyTorch rounds otherwise, by 1e-6 or two.
+    assert max(distances(case.recorded(), theirs).values()) < RELATIVE, "the record is of another network: write it anew"
 
 
 def first_difference(case: Case) -> str:
