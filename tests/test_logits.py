@@ -73,7 +73,7 @@ def test_the_likeliest_tokens_that_have_p_together(p, kept):
 
 def test_p_of_1_is_the_same_to_the_bit():
     """Also with a tail that is less than all rounding of the sum."""
-    logits = jnp.log(jnp.array([[[1.0, 1e-9, 1e-12, 0.0]]]))
+    logits = jnp.log(jnp.tile(jnp.array([1.0, 1e-9, 1e-12, 0.0]), (*X.shape, 1)))
     np.testing.assert_array_equal(top_p(lambda t, x: logits, 1.0)(0.5, X), logits)
 
 

@@ -148,7 +148,7 @@ def check_convex(schedule: Schedule) -> None:
         alpha, sigma = schedule.alpha(t), schedule.sigma(t)
         if is_traced(alpha) or is_traced(sigma):
             return
-    share, total = np.asarray(alpha), np.asarray(alpha + sigma)
+    share, total = np.asarray(alpha), np.asarray(alpha) + np.asarray(sigma)
     if not np.allclose(share[[0, -1]], (0, 1), atol=1e-5):
         got = f"alpha from {share[0]:.4g} to {share[-1]:.4g}"
     elif not np.allclose(total, 1, atol=1e-5):

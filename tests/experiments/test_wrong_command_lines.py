@@ -328,7 +328,10 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("cnf --sample-every 10", "--sample-every 10 would have no effect: cnf draws nothing while it trains"),
         ("sudoku --sample-every 10", "--sample-every 10 would have no effect: sudoku draws nothing while it trains"),
         ("cnf --init-from toy", "--init-from toy would have no effect: cnf begins with parameters of its own"),
-        ("tokens2d --init-from toy", "--init-from toy would have no effect: tokens2d begins with parameters of its own"),
+        (
+            "tokens2d --init-from toy",
+            "--init-from toy would have no effect: tokens2d begins with parameters of its own",
+        ),
         ("sudoku --init-from toy", "--init-from toy would have no effect: sudoku begins with parameters of its own"),
         ("reflow --bridge-sigma 2", "--bridge-sigma 2.0 would have no effect: reflow has neither"),
         ("reflow --ofm-steps 100", "--ofm-steps 100 would have no effect"),

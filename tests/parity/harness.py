@@ -146,7 +146,9 @@ def check_peer(case: Case) -> None:
     except AssertionError as error:
         raise AssertionError(f"{error}\n{first_difference(case)}") from None
     # Between processors PyTorch rounds otherwise, by 1e-6 or two.
-    assert max(distances(case.recorded(), theirs).values()) < RELATIVE, "the record is of another network: write it anew"
+    assert max(distances(case.recorded(), theirs).values()) < RELATIVE, (
+        "the record is of another network: write it anew"
+    )
 
 
 def first_difference(case: Case) -> str:

@@ -126,3 +126,8 @@ def test_shapes_that_differ_are_refused():
     for path in PATHS.values():
         with pytest.raises(ValueError, match=r"^x0 and x1 must have the same shape"):
             path.sample(jax.random.key(0), 0.5, jnp.zeros((2, 3), int), jnp.zeros((2, 4), int))
+
+
+def test_a_path_is_made_within_a_compiled_function():
+    made = jax.jit(lambda x1: MixturePath(Linear(), UniformTokens(4)).probs(0.5, x1))(jnp.array([[1]]))
+    np.testing.assert_allclose(made, [[[0.125, 0.625, 0.125, 0.125]]])
