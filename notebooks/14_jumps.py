@@ -216,9 +216,10 @@ plt.show()
 #
 # $$
 # -\log p^\theta(x_1) \le \int_0^1 \mathbb E_{x_t \mid x_1} \sum_{y \ne x_t}
-# \Big[ u^\theta_t - u_t + u_t \log \frac{u_t}{u^\theta_t} \Big](y, x_t)\, dt. \tag{14.8}
+# \Big( u^\theta_t - u_t + u_t \log \frac{u_t}{u^\theta_t} \Big)\, dt, \tag{14.8}
 # $$
 #
+# all of them rates from $x_t$ to $y$.
 # Any pair of conditional rates $u_t(\cdot \mid x_1)$ and their average has such a bound. Is it tight for the exact
 # average? The difference is a divergence between two laws of trajectories, the mixture of the conditional chains and
 # the Markov chain with the averaged rates: it is zero where the mixture is Markov itself. The noising chain of the data
