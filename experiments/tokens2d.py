@@ -2,9 +2,9 @@
 
 Paper: Gat et al. 2024 (arXiv:2407.15595), whose authors' notebook has this picture.
 Command: `python -m experiments.tokens2d`; from masks in place of even noise by `--source mask`.
-Hardware: minutes on two CPU cores.
-Expect: a total variation from the table a little above its floor, that of as many draws from the table itself; both are
-printed.
+Hardware: four minutes of training on two CPU cores, and twelve to draw a million points.
+Expect: a total variation from the table of three times its floor, that of as many draws from the table itself, and 96%
+of the points on black squares; all are printed.
 """
 
 import time
