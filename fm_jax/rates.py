@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_function, check_has, check_logits, check_number, check_tokens
 from fm_jax.nfe import Counted, cost, domain_of, overlap, reach_of
-from fm_jax.paths.mixture import MixturePath
+from fm_jax.paths.mixture import MixturePath, check_mixture
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import batch_time, time_dtype, time_of
 from fm_jax.types import Array, DenoiserFn, Logits, RateFn, Time, TokenPath, Tokens
@@ -100,7 +100,7 @@ def reversal(path: MixturePath, posterior: Logits, t: Time, x: Tokens) -> Logits
         t: times.
         x: tokens.
     """
-    _check_mixture(path)
+    check_mixture(path)
     check_tokens("x", x, path.num_tokens)
     check_logits("posterior", posterior, x, path.num_tokens)
     posterior = jnp.asarray(posterior, time_dtype(posterior))
@@ -174,7 +174,7 @@ def backward_rates(path: MixturePath) -> RateFn:
     Raises:
         ValueError: for what is no `MixturePath`.
     """
-    _check_mixture(path)
+    check_mixture(path)
 
     def rates(t: Time, x: Tokens) -> Logits:
         check_tokens("x", x, path.num_tokens)
@@ -247,8 +247,4 @@ def _carrying(rates: RateFn, denoiser: DenoiserFn, path: TokenPath, start: float
 
 def _check(denoiser: DenoiserFn, path: MixturePath) -> None:
     check_function("denoiser", denoiser, _DENOISER, 2)
-    _check_mixture(path)
-
-
-def _check_mixture(path: MixturePath) -> None:
-    check_has("path", path, ("schedule", "source", "posterior"), "a MixturePath")
+    check_mixture(path)

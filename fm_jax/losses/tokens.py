@@ -15,7 +15,7 @@ from fm_jax.checks import check_coupling, check_has, check_holds, check_key, che
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
 from fm_jax.losses.matching import Times, check_drop, draw_pairs, times_within
-from fm_jax.paths.mixture import MixturePath
+from fm_jax.paths.mixture import MixturePath, check_mixture
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import mean_over_event, time_of
 from fm_jax.times import Stratified
@@ -108,7 +108,7 @@ def masked_elbo(
 
     Arguments, returns and errors are those of `cross_entropy`; a source without a mask is refused too.
     """
-    _check_mixture(path)
+    check_mixture(path)
     check_has_mask(path, "reversal_elbo is for all sources")
     times = _times(path, time_sampler, path.schedule.domain, path.schedule.domain)
     return _token_loss(apply_fn, path, masked_elbo_of, times, coupling, drop)
@@ -133,7 +133,7 @@ def generalized_kl(
     Arguments, returns and errors are those of `cross_entropy`. But for a mask, the times of `None` end at 0.999: the
     integrand grows as 1 / (1 - kappa), unless the network leaves no doubt there. At t = 1, x_t is x1 and the loss 0.
     """
-    _check_mixture(path)
+    check_mixture(path)
     times = _times(path, time_sampler, path.schedule.domain, _before_the_end(path))
     return _token_loss(apply_fn, path, generalized_kl_of, times, coupling, drop)
 
@@ -154,7 +154,7 @@ def reversal_elbo(
 
     Arguments, returns and errors are those of `cross_entropy`; times are as in `generalized_kl`.
     """
-    _check_mixture(path)
+    check_mixture(path)
     times = _times(path, time_sampler, path.schedule.domain, _before_the_end(path))
     return _token_loss(apply_fn, path, reversal_elbo_of, times, coupling, drop)
 
@@ -283,8 +283,3 @@ def _times(
 def _check_path(path: Any) -> None:
     wanted = ("source", "num_tokens", "sample", "check_data", "log_posterior")
     check_has("path", path, wanted, "a path of tokens, such as MixturePath(Linear(), Masked(28, 27))")
-
-
-def _check_mixture(path: Any) -> None:
-    _check_path(path)
-    check_has("path", path, ("schedule", "source_probs"), "a MixturePath")

@@ -5,6 +5,7 @@ there is one, is among the K.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -161,3 +162,8 @@ def check_convex(schedule: Schedule) -> None:
         "schedule must be convex, alpha + sigma = 1 with alpha rising from 0 to 1, such as Linear() or Polynomial(), "
         f"got {schedule} with {got}."
     )
+
+
+def check_mixture(path: Any) -> None:
+    """Raises `ValueError` for what is not a `MixturePath`."""
+    check_has("path", path, ("schedule", "source", "num_tokens", "posterior", "source_probs"), "a MixturePath")

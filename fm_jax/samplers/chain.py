@@ -14,7 +14,6 @@ import numpy as np
 from fm_jax.checks import (
     check_array,
     check_function,
-    check_has,
     check_logits,
     check_schedule,
     check_shape,
@@ -24,7 +23,7 @@ from fm_jax.checks import (
 from fm_jax.draws import bernoulli, categorical
 from fm_jax.logits import logits_of
 from fm_jax.nfe import spent
-from fm_jax.paths.mixture import MixturePath
+from fm_jax.paths.mixture import MixturePath, check_mixture
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.loop import run_steps
 from fm_jax.samplers.remasking import Confidence, Loop, Remask, check_remask, most
@@ -188,7 +187,7 @@ class TauLeaping:
         ValueError: for what is no schedule.
 
     Example:
-        >>> from fm_jax.paths.mixture import MixturePath
+        >>> from fm_jax.paths.mixture import MixturePath, check_mixture
         >>> from fm_jax.rates import forward_rates
         >>> from fm_jax.samplers import sample
         >>> from fm_jax.schedules import Linear
@@ -316,11 +315,6 @@ def _ends(t: Time, t_next: Time, x: Tokens) -> tuple[Array, Array]:
     """Both ends of a step, scalars or [batch, 1, ..., 1]."""
     t, t_next = path_times(t, t_next, x)
     return expand_time(t, x), expand_time(t_next, x)
-
-
-def check_mixture(path: Any) -> None:
-    """Raises `ValueError` for what is not a `MixturePath`."""
-    check_has("path", path, ("schedule", "source", "num_tokens", "posterior", "source_probs"), "a MixturePath")
 
 
 def check_mask(path: MixturePath) -> None:

@@ -11,8 +11,8 @@ from fm_jax.checks import check_integer, check_member, is_traced
 from fm_jax.draws import categorical, uniform
 from fm_jax.logits import logits_of
 from fm_jax.nfe import spent
-from fm_jax.paths.mixture import MixturePath
-from fm_jax.samplers.chain import check_mask, check_mixture, check_start_of
+from fm_jax.paths.mixture import MixturePath, check_mixture
+from fm_jax.samplers.chain import check_mask, check_start_of
 from fm_jax.samplers.grids import check_forward
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, PerExample, Solution, Tokens

@@ -328,7 +328,7 @@ def loss_of(make=losses.masked_elbo, apply_fn=network, path=MASKED, params=None,
         ),
         (
             lambda: loss_of(path=AffinePath()),
-            r"^path must be a path of tokens, such as MixturePath.* has no 'num_tokens'",
+            r"^path must be a MixturePath.* has no 'num_tokens'",
         ),
         (lambda: losses.cross_entropy(None, MASKED), r"^apply_fn must be a function apply_fn"),
         (lambda: losses.cross_entropy(network, MASKED, coupling="ot"), r"^coupling must be a coupling"),
