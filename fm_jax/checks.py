@@ -228,9 +228,11 @@ def check_tokens(name: str, x: AnyArray, num_tokens: int | None = None) -> None:
         raise ValueError(f"{name} must be tokens {upward}, got some from {values.min()} to {values.max()}.")
 
 
-def check_logits(name: str, logits: AnyArray, x: AnyArray, num_tokens: int) -> None:
-    """Refuses what is not real numbers [batch, ..., K], K for each token of `x` [batch, ...]."""
+def check_logits(name: str, logits: AnyArray, x: AnyArray, num_tokens: int | None = None) -> None:
+    """Refuses what is not real numbers [batch, ..., K], K for each token of `x` [batch, ...]; by default any K."""
     check_array(name, logits)
+    if num_tokens is None:
+        num_tokens = logits.shape[-1] if logits.shape else 0
     if logits.shape != (*x.shape, num_tokens):
         raise ValueError(f"{name} must be {[*x.shape, num_tokens]}, one for each token, got shape {logits.shape}.")
     check_real(name, logits)

@@ -220,7 +220,7 @@ def _product(
         scale_t = scale_at(scale, t, x, interval=interval, outside=1)
         conditional, unconditional = cond(t, x), uncond(t, x)
         for name, found in zip(names, (conditional, unconditional), strict=True):
-            check_logits(f"{name}(t, x)", found, x, found.shape[-1] if getattr(found, "ndim", 0) else 0)
+            check_logits(f"{name}(t, x)", found, x)
         check_logits(f"{names[1]}(t, x)", unconditional, x, conditional.shape[-1])
         s = expand_time(scale_t, conditional, "scale")
         found = jnp.where(s == 0, unconditional, mixed(conditional, unconditional, s))
@@ -249,7 +249,7 @@ def _guided_by(
         check_tokens("x", x)
         scale_t = scale_at(scale, t, x, interval=interval, outside=0)
         found = rates(t, x)
-        check_logits("rates(t, x)", found, x, found.shape[-1] if getattr(found, "ndim", 0) else 0)
+        check_logits("rates(t, x)", found, x)
         s = expand_time(scale_t, found, "scale")
         log_ratio = gain(batch_time(t, x), jnp.asarray(x), found.shape[-1])
         return jnp.where(found > 0, found * jnp.exp(jnp.where(s == 0, 0, s * log_ratio)), found)
