@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from fm_jax.checks import check_array, check_function, check_logits, check_number, check_tokens
 from fm_jax.nfe import Counted, cost, domain_of, reach_of
 from fm_jax.shapes import time_of
-from fm_jax.types import DenoiserFn, Elementwise, Logits, Time, Tokens
+from fm_jax.types import DenoiserFn, Elementwise, Logits, Time, TokenState
 
 
 def with_temperature(denoiser: DenoiserFn, temperature: float | Callable[[Elementwise], Elementwise]) -> DenoiserFn:
@@ -44,7 +44,7 @@ def with_temperature(denoiser: DenoiserFn, temperature: float | Callable[[Elemen
     else:
         check_number("temperature", temperature, "(0, inf)")
 
-    def tempered(t: Time, x: Tokens) -> Logits:
+    def tempered(t: Time, x: TokenState) -> Logits:
         logits = logits_of(denoiser, t, x)
         return logits / (temperature(time_of(t, logits)) if callable(temperature) else temperature)
 
@@ -75,7 +75,7 @@ def top_p(denoiser: DenoiserFn, p: float) -> DenoiserFn:
     _check(denoiser)
     check_number("p", p, "(0, 1]")
 
-    def cut(t: Time, x: Tokens) -> Logits:
+    def cut(t: Time, x: TokenState) -> Logits:
         logits = logits_of(denoiser, t, x)
         ordered = jnp.sort(logits, axis=-1, descending=True)
         probs = jax.nn.softmax(ordered.astype(jnp.promote_types(logits.dtype, jnp.float32)), axis=-1)
@@ -90,7 +90,7 @@ def _check(denoiser: DenoiserFn) -> None:
     check_function("denoiser", denoiser, "a denoiser f(t, x) -> logits [batch, ..., K]", 2)
 
 
-def logits_of(denoiser: DenoiserFn, t: Time, x: Tokens, num_tokens: int | None = None) -> Logits:
+def logits_of(denoiser: DenoiserFn, t: Time, x: TokenState, num_tokens: int | None = None) -> Logits:
     """What a denoiser says; raises `ValueError` if that is not `num_tokens` numbers, or any, for each token of `x`."""
     check_tokens("x", x)
     logits = denoiser(t, x)

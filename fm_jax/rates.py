@@ -21,7 +21,7 @@ from fm_jax.nfe import Counted, cost, domain_of, overlap, reach_of
 from fm_jax.paths.mixture import MixturePath, check_mixture
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import batch_time, time_dtype, time_of
-from fm_jax.types import Array, DenoiserFn, Logits, RateFn, Time, TokenPath, Tokens
+from fm_jax.types import Array, DenoiserFn, Logits, RateFn, Time, TokenPath, TokenState
 
 _START = 1e-5
 """How far from an end rates are asked for that are infinite there."""
@@ -57,7 +57,7 @@ def forward_rates(denoiser: DenoiserFn, path: MixturePath) -> RateFn:
     """
     _check(denoiser, path)
 
-    def rates(t: Time, x: Tokens) -> Logits:
+    def rates(t: Time, x: TokenState) -> Logits:
         posterior = _posterior(denoiser, path, t, x)
         _, sigma, d_alpha, _ = coefficients(path.schedule, time_of(t, posterior))
         return _to_others(d_alpha / sigma * posterior, x)
@@ -85,13 +85,13 @@ def reversal_rates(denoiser: DenoiserFn, path: MixturePath) -> RateFn:
     """
     _check(denoiser, path)
 
-    def rates(t: Time, x: Tokens) -> Logits:
+    def rates(t: Time, x: TokenState) -> Logits:
         return reversal(path, _posterior(denoiser, path, t, x), t, x)
 
     return _carrying(rates, denoiser, path, _start(path))
 
 
-def reversal(path: MixturePath, posterior: Logits, t: Time, x: Tokens) -> Logits:
+def reversal(path: MixturePath, posterior: Logits, t: Time, x: TokenState) -> Logits:
     """The rates of `reversal_rates` under given probabilities of x1, [batch, ..., K]; of one x1, its one-hot.
 
     Args:
@@ -141,7 +141,7 @@ def kinetic_rates(denoiser: DenoiserFn, path: TokenPath) -> RateFn:
     def laws(t: Array) -> tuple[Array, Array]:
         return path.probs(t, data), path.log_probs(t, data)
 
-    def rates(t: Time, x: Tokens) -> Logits:
+    def rates(t: Time, x: TokenState) -> Logits:
         posterior = _posterior(denoiser, path, t, x)
         shape = len(x), math.prod(x.shape[1:])
         posterior = posterior.reshape(*shape, path.num_tokens)[..., data]
@@ -176,7 +176,7 @@ def backward_rates(path: MixturePath) -> RateFn:
     """
     check_mixture(path)
 
-    def rates(t: Time, x: Tokens) -> Logits:
+    def rates(t: Time, x: TokenState) -> Logits:
         check_tokens("x", x, path.num_tokens)
         like = jnp.zeros((*x.shape, path.num_tokens), time_dtype(x))
         alpha, _, d_alpha, _ = coefficients(path.schedule, time_of(t, like))
@@ -210,7 +210,7 @@ def with_corrector(rates: RateFn, path: MixturePath, strength: float | Callable[
     if not callable(strength):
         check_number("strength", strength, "[0, inf)")
 
-    def corrected(t: Time, x: Tokens) -> Logits:
+    def corrected(t: Time, x: TokenState) -> Logits:
         forth = rates(t, x)
         check_logits("rates(t, x)", forth, x, path.num_tokens)
         c = strength(time_of(t, forth)) if callable(strength) else strength
@@ -221,12 +221,12 @@ def with_corrector(rates: RateFn, path: MixturePath, strength: float | Callable[
     return Counted(corrected, cost(rates), domain, reach)
 
 
-def _to_others(rates: Array, x: Tokens) -> Array:
+def _to_others(rates: Array, x: TokenState) -> Array:
     """The rates with 0 at the token that is there."""
     return jnp.where(jax.nn.one_hot(x, rates.shape[-1], dtype=bool), 0, rates)
 
 
-def _posterior(denoiser: DenoiserFn, path: TokenPath, t: Time, x: Tokens) -> Logits:
+def _posterior(denoiser: DenoiserFn, path: TokenPath, t: Time, x: TokenState) -> Logits:
     """`p(x1 | x_t = x)`, by the network."""
     check_tokens("x", x, path.num_tokens)
     logits = denoiser(t, x)

@@ -30,7 +30,7 @@ from fm_jax.checks import (
 )
 from fm_jax.draws import categorical
 from fm_jax.schedules import log
-from fm_jax.types import Array, Key, Like, PerExample, State, Tokens, TokenSource
+from fm_jax.types import Array, Key, Like, PerExample, State, TokenSource, TokenState
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,13 @@ class Masked:
     def probs(self) -> np.ndarray:
         return np.eye(self.num_tokens)[self.mask]
 
-    def draw(self, key: Key, like: Like) -> Tokens:
+    def draw(self, key: Key, like: Like) -> TokenState:
         """The mask in the shape and dtype of `like`."""
         check_key(key)
         _check_like_tokens(like, self.num_tokens)
         return jnp.full(like.shape, self.mask, like.dtype)
 
-    def log_prob(self, x: Tokens) -> PerExample:
+    def log_prob(self, x: TokenState) -> PerExample:
         """0 where all are the mask, and -inf elsewhere."""
         return _log_prob_of_tokens(self, x)
 
@@ -195,13 +195,13 @@ class UniformTokens:
     def probs(self) -> np.ndarray:
         return np.full(self.num_tokens, 1 / self.num_tokens)
 
-    def draw(self, key: Key, like: Like) -> Tokens:
+    def draw(self, key: Key, like: Like) -> TokenState:
         """Independent tokens in the shape and dtype of `like`."""
         check_key(key)
         _check_like_tokens(like, self.num_tokens)
         return jax.random.randint(key, like.shape, 0, self.num_tokens, like.dtype)
 
-    def log_prob(self, x: Tokens) -> PerExample:
+    def log_prob(self, x: TokenState) -> PerExample:
         """-log K for each token, in nats."""
         return _log_prob_of_tokens(self, x)
 
@@ -238,14 +238,14 @@ class Categorical:
     def mask(self) -> None:
         return None
 
-    def draw(self, key: Key, like: Like) -> Tokens:
+    def draw(self, key: Key, like: Like) -> TokenState:
         """Independent tokens in the shape and dtype of `like`."""
         check_key(key)
         _check_like_tokens(like, self.num_tokens)
         probs = jnp.broadcast_to(jnp.asarray(self.probs), (*like.shape, self.num_tokens))
         return categorical(key, probs).astype(like.dtype)
 
-    def log_prob(self, x: Tokens) -> PerExample:
+    def log_prob(self, x: TokenState) -> PerExample:
         """The sum of the log-probabilities, in nats; -inf for a token that is never drawn."""
         return _log_prob_of_tokens(self, x)
 
@@ -270,7 +270,7 @@ def _check_like_tokens(like: Like, num_tokens: int) -> None:
     check_tokens("like", form, num_tokens)
 
 
-def _log_prob_of_tokens(source: TokenSource, x: Tokens) -> PerExample:
+def _log_prob_of_tokens(source: TokenSource, x: TokenState) -> PerExample:
     check_tokens("x", x, source.num_tokens)
     each = jnp.log(jnp.asarray(source.probs))[x]
     return each.reshape(x.shape[0], math.prod(x.shape[1:])).sum(axis=1)

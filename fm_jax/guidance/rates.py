@@ -15,7 +15,7 @@ from fm_jax.checks import check_function, check_logits, check_numbers_of, check_
 from fm_jax.guidance.scale import ALWAYS, check_interval, check_scale, is_number, scale_at
 from fm_jax.nfe import Counted, cost, domain_of, reach_of, total
 from fm_jax.shapes import batch_time, expand_time, time_dtype
-from fm_jax.types import AnyArray, Array, ArrayTree, DenoiserFn, Logits, PerExample, RateFn, Time, Tokens
+from fm_jax.types import AnyArray, Array, ArrayTree, DenoiserFn, Logits, PerExample, RateFn, Time, TokenState
 
 _DENOISER = "a denoiser f(t, x) -> logits [batch, ..., K]"
 _RATES = "rates u(t, x), such as forward_rates(denoiser, path)"
@@ -94,7 +94,7 @@ def classifier_free_rates(
 
 def predictor(
     rates: RateFn,
-    log_prob_fn: Callable[[PerExample, Tokens], PerExample],
+    log_prob_fn: Callable[[PerExample, TokenState], PerExample],
     scale: ArrayTree,
     *,
     interval: tuple[float, float] = ALWAYS,
@@ -130,7 +130,7 @@ def predictor(
         ['0.000', '11.000']
     """
 
-    def gain(t: PerExample, x: Tokens, num_tokens: int) -> Array:
+    def gain(t: PerExample, x: TokenState, num_tokens: int) -> Array:
         flat = x.reshape(len(x), math.prod(x.shape[1:]))
 
         def log_prob(changed: Array) -> Array:
@@ -180,7 +180,7 @@ def predictor_taylor(
         ['0.000', '7.389']
     """
 
-    def gain(t: PerExample, x: Tokens, num_tokens: int) -> Array:
+    def gain(t: PerExample, x: TokenState, num_tokens: int) -> Array:
         def total_log_prob(z: Array) -> Array:
             log_prob = log_prob_fn(t, z)
             check_numbers_of("log_prob_fn(t, z)", log_prob, x, scalar=False)
@@ -200,8 +200,8 @@ def _mixed(conditional: Array, unconditional: Array, scale: Array) -> Array:
 
 
 def _product(
-    cond: Callable[[Time, Tokens], Logits],
-    uncond: Callable[[Time, Tokens], Logits],
+    cond: Callable[[Time, TokenState], Logits],
+    uncond: Callable[[Time, TokenState], Logits],
     names: tuple[str, str],
     wanted: str,
     scale: ArrayTree,
@@ -216,7 +216,7 @@ def _product(
     if is_number(scale, 1):
         return cond
 
-    def guided(t: Time, x: Tokens) -> Logits:
+    def guided(t: Time, x: TokenState) -> Logits:
         scale_t = scale_at(scale, t, x, interval=interval, outside=1)
         conditional, unconditional = cond(t, x), uncond(t, x)
         for name, found in zip(names, (conditional, unconditional), strict=True):
@@ -235,7 +235,7 @@ def _guided_by(
     log_prob_fn: Callable[[PerExample, AnyArray], PerExample],
     scale: ArrayTree,
     interval: tuple[float, float],
-    gain: Callable[[PerExample, Tokens, int], Array],
+    gain: Callable[[PerExample, TokenState, int], Array],
 ) -> RateFn:
     """Rates times `exp(s gain)`, by what a predictor gains of each jump, [batch, ..., K]."""
     check_function("rates", rates, _RATES, 2)
@@ -245,7 +245,7 @@ def _guided_by(
     if is_number(scale, 0):
         return rates
 
-    def guided(t: Time, x: Tokens) -> Logits:
+    def guided(t: Time, x: TokenState) -> Logits:
         check_tokens("x", x)
         scale_t = scale_at(scale, t, x, interval=interval, outside=0)
         found = rates(t, x)

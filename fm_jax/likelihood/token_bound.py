@@ -28,7 +28,7 @@ from fm_jax.losses.tokens import (
 )
 from fm_jax.paths.mixture import MixturePath
 from fm_jax.shapes import time_dtype
-from fm_jax.types import Array, DenoiserFn, Key, PerExample, Scalar, Tokens, TokenSample
+from fm_jax.types import Array, DenoiserFn, Key, PerExample, Scalar, TokenSample, TokenState
 
 Bound = Literal["mask", "reversal", "forward"]
 BOUNDS: tuple[Bound, ...] = get_args(Bound)
@@ -49,7 +49,7 @@ def token_bound(
     denoiser: DenoiserFn,
     path: MixturePath,
     key: Key,
-    x1: Tokens,
+    x1: TokenState,
     *,
     bound: Bound = "reversal",
     num_times: int = 32,
@@ -122,7 +122,7 @@ def token_bound(
     return TokenBound(nats, jnp.sqrt(squared_error))
 
 
-def any_order_log_prob(denoiser: DenoiserFn, path: MixturePath, key: Key, x1: Tokens) -> PerExample:
+def any_order_log_prob(denoiser: DenoiserFn, path: MixturePath, key: Key, x1: TokenState) -> PerExample:
     """The log-probability of each example when its tokens are written one after the other in a random order, in nats.
 
     `sum_i log p(x1_i | those before i)`, from masks alone, in one order for each example, drawn evenly. With the exact
@@ -196,7 +196,7 @@ def perplexity(nats: PerExample, num_tokens: int) -> Scalar:
 
 
 def _of_pairs(
-    path: MixturePath, denoiser: DenoiserFn, key: Key, x1: Tokens, integrand: Integrand, t: Array
+    path: MixturePath, denoiser: DenoiserFn, key: Key, x1: TokenState, integrand: Integrand, t: Array
 ) -> tuple[PerExample, PerExample]:
     """The mean over times [2, n, batch], each with tokens of its own, and its squared error by the n differences."""
 
@@ -214,7 +214,7 @@ def _sum(each: Array) -> PerExample:
     return each.reshape(len(each), -1).sum(axis=1)
 
 
-def _checked(denoiser: DenoiserFn, path: MixturePath, key: Key, x1: Tokens) -> Tokens:
+def _checked(denoiser: DenoiserFn, path: MixturePath, key: Key, x1: TokenState) -> TokenState:
     """The data as int32."""
     check_function("denoiser", denoiser, "a denoiser f(t, x) -> logits [batch, ..., K]", 2)
     check_has("path", path, ("schedule", "source", "source_probs", "log_posterior", "check_data"), "a MixturePath")

@@ -34,8 +34,8 @@ from fm_jax.types import (
     Time,
     TimeSampler,
     TokenPath,
-    Tokens,
     TokenSample,
+    TokenState,
 )
 
 Integrand = Callable[[Any, TokenSample, Logits], Array]
@@ -193,7 +193,7 @@ def reversal_elbo_of(path: MixturePath, sample: TokenSample, log_posterior: Logi
     return jnp.where(sigma > 0, d_alpha * jnp.where(here, 0, each).sum(axis=-1), 0)
 
 
-def log_reversal(path: MixturePath, log_posterior: Logits, t: Time, x: Tokens) -> Logits:
+def log_reversal(path: MixturePath, log_posterior: Logits, t: Time, x: TokenState) -> Logits:
     """The logarithms of the rates `reversal` to all y, by kappa instead of t; of that to y = x it means nothing.
 
     With the sum over the data done,
@@ -212,7 +212,7 @@ def log_reversal(path: MixturePath, log_posterior: Logits, t: Time, x: Tokens) -
     return jnp.logaddexp(log_posterior - jnp.log(sigma), jnp.log(p0 / alpha) + jnp.log(leaves))
 
 
-def as_data(path: TokenPath, x1: AnyArray) -> Tokens:
+def as_data(path: TokenPath, x1: AnyArray) -> TokenState:
     """Data of a path as int32, which has room for a mask; raises `ValueError` for what is no data, or none at all."""
     path.check_data(x1)
     if 0 in x1.shape:
@@ -262,7 +262,7 @@ def _at(values: Logits, x: Array) -> Array:
     return jnp.take_along_axis(values, x[..., None], axis=-1)[..., 0]
 
 
-def _speed(path: MixturePath, t: Time, x: Tokens) -> Array:
+def _speed(path: MixturePath, t: Time, x: TokenState) -> Array:
     """`kappa' / (1 - kappa)`, a scalar or [batch, 1, ..., 1]; 0 at t = 1, where every token has arrived."""
     _, sigma, d_alpha, _ = coefficients(path.schedule, time_of(t, x))
     return jnp.where(sigma > 0, d_alpha / jnp.where(sigma > 0, sigma, 1), 0)

@@ -25,7 +25,7 @@ from fm_jax.checks import (
     shown,
 )
 from fm_jax.shapes import batch_time
-from fm_jax.types import ArrayTree, DenoiserFn, Logits, RateFn, Time, TokenPath, Tokens
+from fm_jax.types import ArrayTree, DenoiserFn, Logits, RateFn, Time, TokenPath, TokenState
 
 _NEVER = -1e30
 """The logarithm of 0, with which sums and products stay finite."""
@@ -178,7 +178,7 @@ def exact_denoiser(table: TokenTable, path: TokenPath) -> DenoiserFn:
     data = jnp.asarray(np.unique(table.states))
     same = table.states[:, :, None] == np.unique(table.states)  # [m, D, n]
 
-    def denoiser(t: Time, x: Tokens) -> Logits:
+    def denoiser(t: Time, x: TokenState) -> Logits:
         check_tokens("x", x, path.num_tokens)
         each = jax.vmap(lambda t: path.probs(t, data))(batch_time(t, x))  # [batch, n, K]
         there = jnp.take_along_axis(each, jnp.asarray(x)[:, None], axis=2)  # p_t(x_i | a), [batch, n, D]

@@ -19,7 +19,7 @@ from fm_jax.checks import (
 from fm_jax.draws import categorical
 from fm_jax.shapes import time_dtype, time_of
 from fm_jax.sources import UniformTokens
-from fm_jax.types import Array, ArrayTree, Key, Logits, Time, Tokens, TokenSample
+from fm_jax.types import Array, ArrayTree, Key, Logits, Time, TokenSample, TokenState
 
 _EDGE = 1e-5
 """How far the domain stays from the ends, where beta has an infinite slope."""
@@ -92,7 +92,7 @@ class MetricPath:
         """The times at which the law has a finite slope."""
         return _EDGE, 1 - _EDGE
 
-    def sample(self, key: Key, t: Time, x0: Tokens, x1: Tokens) -> TokenSample:
+    def sample(self, key: Key, t: Time, x0: TokenState, x1: TokenState) -> TokenSample:
         """The tokens at `t` of data.
 
         Args:
@@ -111,11 +111,11 @@ class MetricPath:
         x_t = categorical(key, self.probs(t, x1)).astype(x1.dtype)
         return TokenSample(jnp.asarray(t), x_t, jnp.asarray(x0), jnp.asarray(x1))
 
-    def probs(self, t: Time, x1: Tokens) -> Logits:
+    def probs(self, t: Time, x1: TokenState) -> Logits:
         """`p_t(x | x1)`, [batch, ..., K], of each token by itself."""
         return jnp.exp(self.log_probs(t, x1))
 
-    def log_probs(self, t: Time, x1: Tokens) -> Logits:
+    def log_probs(self, t: Time, x1: TokenState) -> Logits:
         """`log p_t(x | x1)`, [batch, ..., K]; finite for t < 1, also where its exponential is 0 in float32."""
         self.check_data(x1)
         distances = jnp.asarray(np.transpose(self.distances), time_dtype(x1))[x1]
@@ -124,7 +124,7 @@ class MetricPath:
         # At t = 1, where beta is infinite, x1 itself is left.
         return jax.nn.log_softmax(jnp.where(distances > 0, -beta * distances, 0.0), axis=-1)
 
-    def log_posterior(self, logits: Logits, x: Tokens) -> Logits:
+    def log_posterior(self, logits: Logits, x: TokenState) -> Logits:
         """`log p(x1 | x_t = x)` of each token by itself, from the logits of a network: the log-softmax.
 
         Args:
@@ -139,10 +139,10 @@ class MetricPath:
         precise: Array = jnp.asarray(logits, time_dtype(logits))
         return jax.nn.log_softmax(precise, axis=-1)
 
-    def posterior(self, logits: Logits, x: Tokens) -> Logits:
+    def posterior(self, logits: Logits, x: TokenState) -> Logits:
         """`p(x1 | x_t = x)`, the exponential of `log_posterior`."""
         return jnp.exp(self.log_posterior(logits, x))
 
-    def check_data(self, x1: Tokens) -> None:
+    def check_data(self, x1: TokenState) -> None:
         """Raises `ValueError` for what is no tokens."""
         check_tokens("x1", x1, self.num_tokens)

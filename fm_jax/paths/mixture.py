@@ -13,7 +13,7 @@ import numpy as np
 
 from fm_jax.checks import check_has, check_key, check_logits, check_same_shape, check_schedule, check_tokens, is_traced
 from fm_jax.shapes import time_dtype, time_of
-from fm_jax.types import Array, Key, Logits, Schedule, Time, Tokens, TokenSample, TokenSource
+from fm_jax.types import Array, Key, Logits, Schedule, Time, TokenSample, TokenSource, TokenState
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class MixturePath:
         """The times at which the law has a finite slope."""
         return self.schedule.domain
 
-    def sample(self, key: Key, t: Time, x0: Tokens, x1: Tokens) -> TokenSample:
+    def sample(self, key: Key, t: Time, x0: TokenState, x1: TokenState) -> TokenSample:
         """The tokens at `t` of pairs of source and data.
 
         Args:
@@ -77,14 +77,14 @@ class MixturePath:
         arrived = jax.random.uniform(key, x1.shape, kappa.dtype) < kappa
         return TokenSample(jnp.asarray(t), jnp.where(arrived, x1, x0), jnp.asarray(x0), jnp.asarray(x1))
 
-    def probs(self, t: Time, x1: Tokens) -> Logits:
+    def probs(self, t: Time, x1: TokenState) -> Logits:
         """`p_t(x | x1)`, of each token by itself, the source integrated out."""
         self.check_data(x1)
         here = jax.nn.one_hot(x1, self.num_tokens, dtype=time_dtype(x1))
         time = time_of(t, here)
         return self.schedule.sigma(time) * self.source_probs(here) + self.schedule.alpha(time) * here
 
-    def log_probs(self, t: Time, x1: Tokens) -> Logits:
+    def log_probs(self, t: Time, x1: TokenState) -> Logits:
         """`log p_t(x | x1)`, -inf for what cannot be."""
         return jnp.log(self.probs(t, x1))
 
@@ -92,7 +92,7 @@ class MixturePath:
         """p_0 of one token, [1, ..., 1, K], in the rank of `like` [batch, ..., K] and in `time_dtype(like)`."""
         return jnp.asarray(self.source.probs, time_dtype(like)).reshape((1,) * (like.ndim - 1) + (-1,))
 
-    def log_posterior(self, logits: Logits, x: Tokens) -> Logits:
+    def log_posterior(self, logits: Logits, x: TokenState) -> Logits:
         """`log p(x1 | x_t = x)` of each token by itself, from the logits of a network.
 
         What is known without a network is put right: a mask is not data, and a token that the source never draws is
@@ -117,11 +117,11 @@ class MixturePath:
         here = jax.nn.one_hot(x, self.num_tokens, dtype=bool)
         return jnp.where(jnp.asarray(never)[x][..., None], jnp.where(here, 0.0, -jnp.inf), found)
 
-    def posterior(self, logits: Logits, x: Tokens) -> Logits:
+    def posterior(self, logits: Logits, x: TokenState) -> Logits:
         """`p(x1 | x_t = x)`, the exponential of `log_posterior`."""
         return jnp.exp(self.log_posterior(logits, x))
 
-    def check_data(self, x1: Tokens) -> None:
+    def check_data(self, x1: TokenState) -> None:
         """Raises `ValueError` for what is no data: no tokens, or some that are the mask."""
         check_tokens("x1", x1, self.num_tokens)
         mask = self.source.mask

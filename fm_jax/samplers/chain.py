@@ -29,7 +29,7 @@ from fm_jax.samplers.remasking import Confidence, Loop, Remask, check_remask, mo
 from fm_jax.samplers.runge_kutta import path_times
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import expand_time
-from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, RateFn, Schedule, Solution, Time, Tokens
+from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, RateFn, Schedule, Solution, Time, TokenState
 
 
 class TokenStep(NamedTuple):
@@ -43,13 +43,13 @@ class TokenStep(NamedTuple):
     chance: Array
     weights: Logits
 
-    def draw(self, key: Key, x: Tokens) -> Tokens:
+    def draw(self, key: Key, x: TokenState) -> TokenState:
         """The tokens after the step."""
         key_chance, key_token = jax.random.split(key)
         anew = bernoulli(key_chance, self.chance)
         return jnp.where(anew, categorical(key_token, self.weights).astype(x.dtype), x)
 
-    def probs(self, x: Tokens) -> Logits:
+    def probs(self, x: TokenState) -> Logits:
         """The law of each token after the step, [batch, ..., K]."""
         total = self.weights.sum(axis=-1, keepdims=True)
         anew = self.chance[..., None] * self.weights / jnp.where(total > 0, total, 1)
@@ -60,7 +60,7 @@ class TokenStep(NamedTuple):
         return self if keep is None else self._replace(chance=jnp.where(keep, 0, self.chance))
 
 
-def tau_leap(rates: RateFn, t: Time, t_next: Time, x: Tokens, *, schedule: Schedule | None = None) -> TokenStep:
+def tau_leap(rates: RateFn, t: Time, t_next: Time, x: TokenState, *, schedule: Schedule | None = None) -> TokenStep:
     """One step of `TauLeaping`: a token jumps with probability `min(1, h u)`, u the sum of its rates at `t`.
 
     Args:
@@ -105,7 +105,7 @@ def mixture_step(
     path: MixturePath,
     t: Time,
     t_next: Time,
-    x: Tokens,
+    x: TokenState,
     *,
     remask: Remask | None = None,
     confidence: Array | None = None,
@@ -215,7 +215,7 @@ class TauLeaping:
         return True
 
     def solve(
-        self, v: RateFn, key: Key, times: ArrayTree, x0: Tokens, trajectory: bool, *, keep: Array | None = None
+        self, v: RateFn, key: Key, times: ArrayTree, x0: TokenState, trajectory: bool, *, keep: Array | None = None
     ) -> Solution:
         """Called by `sample`."""
         check_forward(times, self)
@@ -281,7 +281,7 @@ class MixtureSteps:
         return True
 
     def solve(
-        self, v: DenoiserFn, key: Key, times: ArrayTree, x0: Tokens, trajectory: bool, *, keep: Array | None = None
+        self, v: DenoiserFn, key: Key, times: ArrayTree, x0: TokenState, trajectory: bool, *, keep: Array | None = None
     ) -> Solution:
         """Called by `sample`."""
         check_forward(times, self)
@@ -309,7 +309,7 @@ class MixtureSteps:
         return solution._replace(trajectory=solution.trajectory[jnp.where(i > 0, i + loop.num * (i >= place), 0)])
 
 
-def _ends(t: Time, t_next: Time, x: Tokens) -> tuple[Array, Array]:
+def _ends(t: Time, t_next: Time, x: TokenState) -> tuple[Array, Array]:
     """Both ends of a step, scalars or [batch, 1, ..., 1]."""
     t, t_next = path_times(t, t_next, x)
     return expand_time(t, x), expand_time(t_next, x)
@@ -321,14 +321,14 @@ def check_mask(path: MixturePath) -> None:
         raise ValueError(f"path must have a source with a mask, such as Masked(28, 27), got {path.source}.")
 
 
-def check_start_of(name: str, x: Tokens, num_tokens: int) -> None:
+def check_start_of(name: str, x: TokenState, num_tokens: int) -> None:
     """Raises `ValueError` for tokens that are not among K, or of integers that cannot hold K."""
     check_tokens(name, x, num_tokens)
     if jnp.iinfo(x.dtype).max < num_tokens - 1:
         raise ValueError(f"{name} must be of integers that hold {num_tokens} tokens, such as int32, got {x.dtype}.")
 
 
-def _check_rates(u: Array, x: Tokens) -> None:
+def _check_rates(u: Array, x: TokenState) -> None:
     """Raises `ValueError` for rates to other tokens that are known to be negative or NaN."""
     if is_traced(u) or is_traced(x):
         return

@@ -15,7 +15,7 @@ from fm_jax.paths.mixture import MixturePath, check_mixture
 from fm_jax.samplers.chain import check_mask, check_start_of
 from fm_jax.samplers.grids import check_forward
 from fm_jax.shapes import expand_time
-from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, PerExample, Solution, Tokens
+from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, PerExample, Solution, TokenState
 
 Position = Literal["random", "confidence", "margin"]
 POSITIONS: tuple[Position, ...] = get_args(Position)
@@ -25,7 +25,7 @@ class _Falling(NamedTuple):
     """Examples on their way: `sigma` [batch], their `x` [batch, ...], and the sigma at which each token `fell`."""
 
     sigma: PerExample
-    x: Tokens
+    x: TokenState
     fell: Array
 
 
@@ -85,7 +85,7 @@ class FirstHitting:
         return False
 
     def solve(
-        self, v: DenoiserFn, key: Key, times: ArrayTree, x0: Tokens, trajectory: bool, *, keep: Array | None = None
+        self, v: DenoiserFn, key: Key, times: ArrayTree, x0: TokenState, trajectory: bool, *, keep: Array | None = None
     ) -> Solution:
         """Called by `sample`."""
         check_forward(times, self)

@@ -25,7 +25,7 @@ from fm_jax.parameterization import ALL_TIMES
 from fm_jax.samplers.grids import time_grid
 from fm_jax.samplers.runge_kutta import RungeKutta
 from fm_jax.shapes import check_not_steps
-from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, RateFn, Sampler, Solution, State, Tokens, VelocityFn
+from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, RateFn, Sampler, Solution, State, TokenState, VelocityFn
 
 DEFAULT_STEPS = 20
 SOURCE_TO_DATA = "from source to data unless nfe.Counted gives v another domain"
@@ -34,7 +34,7 @@ _MIDPOINT = RungeKutta("midpoint")
 
 def sample(
     v: VelocityFn | RateFn | DenoiserFn,
-    x0: State | Tokens,
+    x0: State | TokenState,
     sampler: Sampler = _MIDPOINT,
     *,
     times: int | ArrayTree | None = None,
