@@ -216,6 +216,8 @@ def contract():
         attempt(f"token_bound, {bound}", found, tokens)
     order = lambda x1: likelihood.any_order_log_prob(denoiser, contracts.TOKEN_PATHS[0], key, x1)  # noqa: E731
     attempt("any_order_log_prob", order, tokens)
+    late = lambda x1: likelihood.next_token_log_prob(denoiser, contracts.TOKEN_PATHS[0], x1)  # noqa: E731
+    attempt("next_token_log_prob", late, tokens)
     for unit in (likelihood.bits_per_token, likelihood.perplexity):
         attempt(unit.__name__, lambda nats, unit=unit: unit(nats, 3), each)
     for weight in contracts.WEIGHTS:

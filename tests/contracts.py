@@ -131,7 +131,13 @@ LOSSES = {
 """By name: the loss of a network `apply_fn`."""
 TOKEN_LOSSES = {
     make.__name__: functools.partial(make, path=TOKEN_PATHS[0])
-    for make in (losses.cross_entropy, losses.masked_elbo, losses.generalized_kl, losses.reversal_elbo)
+    for make in (
+        losses.cross_entropy,
+        losses.masked_elbo,
+        losses.generalized_kl,
+        losses.reversal_elbo,
+        losses.next_token,
+    )
 }
 """By name: the loss of a network `apply_fn` of tokens, logits of five."""
 REMASKING = [

@@ -346,6 +346,12 @@ FUNCTIONS: dict[str, Call] = {
         )
         for make in (losses.cross_entropy, losses.masked_elbo, losses.reversal_elbo, losses.generalized_kl)
     },
+    "next_token": _loss(
+        losses.next_token,
+        {"apply_fn": token_network, "path": MASKED_PATH, "drop": conditions.DropCondition(0.5, 2)},
+        TOKEN_BATCH,
+    ),
+    "one_late": Call(losses.one_late, {"apply_fn": token_network, "path": MASKED_PATH}),
     "cross_entropy, called": _of_loss(losses.cross_entropy(token_network, MASKED_PATH), TOKEN_BATCH),
     "error_scale": Call(losses.error_scale, {"kind": "noise", "t": T, "schedule": LINEAR}),
     "distillation": _loss(fewstep.distillation, {"apply_fn": network}, {"x0": X, "x1": Y}),
@@ -538,6 +544,9 @@ FUNCTIONS: dict[str, Call] = {
     "any_order_log_prob": Call(
         likelihood.any_order_log_prob,
         {"denoiser": denoiser, "path": MASKED_PATH, "key": KEY, "x1": TOKEN_BATCH["x1"]},
+    ),
+    "next_token_log_prob": Call(
+        likelihood.next_token_log_prob, {"denoiser": denoiser, "path": MASKED_PATH, "x1": TOKEN_BATCH["x1"]}
     ),
     "bits_per_token": Call(likelihood.bits_per_token, {"nats": T, "num_tokens": 2}),
     "perplexity": Call(likelihood.perplexity, {"nats": T, "num_tokens": 2}),
@@ -1312,7 +1321,9 @@ RIGHT: dict[tuple[str, str], tuple[str, ...]] = {
         )
         for argument in ("x", "y", "x0", "x1")
     },
-    **{(name, each): _RETURNS for name in ("bind", "two_heads") for each in NETWORKS},  # their callers look at it
+    **{
+        (name, each): _RETURNS for name in ("bind", "two_heads", "one_late") for each in NETWORKS
+    },  # their callers look at it
 }
 """Kinds of values that are no mistake, by call (or "" for all) and argument."""
 OF_OTHERS = ("empty", "one too many", "another event", "scalar", "[batch, 1]", "None", "number", "string", "class")

@@ -16,10 +16,13 @@ from fm_jax.checks import (
     check_number,
     check_real,
 )
+from fm_jax.logits import logits_of
+from fm_jax.losses.causal import log_probs_of_data
 from fm_jax.losses.tokens import (
     MARGIN,
     Integrand,
     as_data,
+    at_tokens,
     check_has_mask,
     cross_entropy_of,
     generalized_kl_of,
@@ -165,6 +168,32 @@ def any_order_log_prob(denoiser: DenoiserFn, path: MixturePath, key: Key, x1: To
     return -jax.lax.map(of, jnp.arange(num)).sum(axis=0)
 
 
+def next_token_log_prob(denoiser: DenoiserFn, path: MixturePath, x1: TokenState) -> PerExample:
+    """The log-probability of each example, `sum_i log p(x1_i | x1_<i)`, in nats: exact, by one call of the denoiser.
+
+    Args:
+        denoiser: a causal network one place late, `bind(losses.one_late(apply_fn, path), params)`. Of any other the
+            number is none: a network that sees the token it is to say seems to know all.
+        path: with a `Masked` source.
+        x1: data [batch, n].
+
+    Raises:
+        ValueError: for a source without a mask, a denoiser that does not return logits, and tokens that are known to be
+            no data.
+
+    Example:
+        >>> from fm_jax.schedules import Linear
+        >>> from fm_jax.sources import Masked
+        >>> path, even = MixturePath(Linear(), Masked(3, 2)), lambda t, x: jnp.zeros((*x.shape, 3))
+        >>> next_token_log_prob(even, path, jnp.ones((1, 4), int)) / math.log(2)
+        Array([-4.], dtype=float32)
+    """
+    x1 = _as_data_of(denoiser, path, x1)
+    check_has_mask(path, "it stands where the first token is to be said")
+    logits = logits_of(denoiser, jnp.ones((), time_dtype(x1)), x1, path.num_tokens)
+    return _sum(at_tokens(log_probs_of_data(logits, path, x1), x1))
+
+
 def bits_per_token(nats: PerExample, num_tokens: int) -> PerExample:
     """`nats / (num_tokens log 2)` of each example, nats being -log p(x1) or a bound of it, of `num_tokens` tokens.
 
@@ -216,9 +245,13 @@ def _sum(each: Array) -> PerExample:
 
 def _checked(denoiser: DenoiserFn, path: MixturePath, key: Key, x1: TokenState) -> TokenState:
     """The data as int32."""
+    check_key(key)
+    return _as_data_of(denoiser, path, x1)
+
+
+def _as_data_of(denoiser: DenoiserFn, path: MixturePath, x1: TokenState) -> TokenState:
     check_function("denoiser", denoiser, "a denoiser f(t, x) -> logits [batch, ..., K]", 2)
     check_has("path", path, ("schedule", "source", "source_probs", "log_posterior", "check_data"), "a MixturePath")
-    check_key(key)
     return as_data(path, x1)
 
 

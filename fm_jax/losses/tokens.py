@@ -162,20 +162,20 @@ def reversal_elbo(
 def cross_entropy_of(path: TokenPath, sample: TokenSample, log_posterior: Logits) -> Array:
     """`-log p(x1 | x_t)`."""
     del path
-    return -_at(log_posterior, sample.x1)
+    return -at_tokens(log_posterior, sample.x1)
 
 
 def masked_elbo_of(path: MixturePath, sample: TokenSample, log_posterior: Logits) -> Array:
     """`kappa' / (1 - kappa) (-log p(x1 | x_t))` where a mask is, else 0."""
     masked = sample.x_t == path.source.mask
-    return jnp.where(masked, _speed(path, sample.t, sample.x1) * -_at(log_posterior, sample.x1), 0)
+    return jnp.where(masked, _speed(path, sample.t, sample.x1) * -at_tokens(log_posterior, sample.x1), 0)
 
 
 def generalized_kl_of(path: MixturePath, sample: TokenSample, log_posterior: Logits) -> Array:
     """`-kappa' / (1 - kappa) [p(x_t) - d + (1 - d) log p(x1)]`, with p of x1 given x_t, and d = 1 where x_t = x1."""
     there = sample.x_t == sample.x1
-    log_here = _at(log_posterior, sample.x_t)
-    each = jnp.where(there, -jnp.expm1(log_here), -jnp.exp(log_here) - _at(log_posterior, sample.x1))
+    log_here = at_tokens(log_posterior, sample.x_t)
+    each = jnp.where(there, -jnp.expm1(log_here), -jnp.exp(log_here) - at_tokens(log_posterior, sample.x1))
     return _speed(path, sample.t, sample.x1) * each
 
 
@@ -208,7 +208,9 @@ def log_reversal(path: MixturePath, log_posterior: Logits, t: Time, x: TokenStat
     p0 = path.source_probs(log_posterior)
     p0_x = p0.ravel()[x][..., None]
     stays = sigma * p0_x / (alpha + sigma * p0_x)  # 1 - c
-    leaves = stays + (1 - stays) * -jnp.expm1(_at(log_posterior, x))[..., None]  # 1 - c p(x), of two positive numbers
+    leaves = (
+        stays + (1 - stays) * -jnp.expm1(at_tokens(log_posterior, x))[..., None]
+    )  # 1 - c p(x), of two positive numbers
     return jnp.logaddexp(log_posterior - jnp.log(sigma), jnp.log(p0 / alpha) + jnp.log(leaves))
 
 
@@ -251,14 +253,15 @@ def _token_loss(
         loss = (each if pairs.weight is None else pairs.weight * each).mean()
         to_say = sample.x_t != sample.x1
         right = log_posterior.argmax(axis=-1) == sample.x1
-        found = {"cross_entropy": -_at(log_posterior, sample.x1), "accuracy": right}
+        found = {"cross_entropy": -at_tokens(log_posterior, sample.x1), "accuracy": right}
         share = jnp.maximum(to_say.sum(), 1)
         return loss, {"loss": loss, **{name: jnp.where(to_say, of, 0).sum() / share for name, of in found.items()}}
 
     return loss_fn
 
 
-def _at(values: Logits, x: Array) -> Array:
+def at_tokens(values: Logits, x: Array) -> Array:
+    """The one of K values [batch, ..., K] at each token."""
     return jnp.take_along_axis(values, x[..., None], axis=-1)[..., 0]
 
 

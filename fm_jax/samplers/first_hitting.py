@@ -17,7 +17,7 @@ from fm_jax.samplers.grids import check_forward
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, PerExample, Solution, TokenState
 
-Position = Literal["random", "confidence", "margin"]
+Position = Literal["random", "confidence", "margin", "first"]
 POSITIONS: tuple[Position, ...] = get_args(Position)
 
 
@@ -35,8 +35,8 @@ class FirstHitting:
 
     `1 - kappa(t_next) = u^(1/n) (1 - kappa(t))` with u uniform, and any of the n as likely (Zheng et al. 2024,
     arXiv:2409.02908, prop. 4.1). One evaluation for each mask of `x0`, as many as the example with the most has, and as
-    many as tokens where `x0` is traced; there is no discretisation error. Stopping at t < 1 gives the chain at t, some
-    masks still there.
+    many as tokens that `keep` leaves where `x0` is traced; there is no discretisation error. Stopping at t < 1 gives
+    the chain at t, some masks still there.
 
     Takes a denoiser, `sample(denoiser, x0, FirstHitting(path), times=, key=)`, which is called with a time for each
     example, that of its next fall. What is drawn depends on the first and the last of the times alone; a trajectory is
@@ -47,7 +47,8 @@ class FirstHitting:
         position: which mask falls: "random" is right. "confidence" takes the one whose likeliest token is likeliest,
             "margin" the one that is furthest ahead of the second, of several alike any. These are biased: at t < 1 the
             law is another, and at t = 1 too, but for a perfect network with one token a step; then, whatever the
-            order, it is the same. What is drawn by a network that errs may look better, and is less varied.
+            order, it is the same. What is drawn by a network that errs may look better, and is less varied. "first" is
+            from left to right, as `losses.next_token` trains a network to: then it is right at t = 1.
         per_step: tokens drawn from one evaluation. More than one do not see each other: an error like that of steps,
             and a large one with "confidence", which draws those at once that all seem sure.
 
@@ -95,8 +96,9 @@ class FirstHitting:
         with jax.ensure_compile_time_eval():
             can_fall = jnp.broadcast_to(True if keep is None else ~keep, x0.shape)
             masked = (x0 == path.source.mask) & can_fall
-            known = not is_traced(masked) and masked.is_fully_addressable
-            most = int(_count(masked).max(initial=0)) if known else math.prod(x0.shape[1:])
+            may_fall = can_fall if is_traced(masked) else masked
+            known = not is_traced(may_fall) and may_fall.is_fully_addressable
+            most = int(_count(may_fall).max(initial=0)) if known else math.prod(x0.shape[1:])
         num_calls = -(-most // self.per_step)
 
         def step(state: _Falling, i: Array) -> tuple[_Falling, None]:
@@ -121,7 +123,9 @@ class FirstHitting:
         _, key_position, key_token = jax.random.split(key, 3)
         masked = (x == self.path.source.mask) & can_fall
         score = jnp.zeros(x.shape)
-        if self.position != "random":
+        if self.position == "first":
+            score = -jnp.arange(score[0].size, dtype=score.dtype).reshape(1, *x.shape[1:]) + score
+        elif self.position != "random":
             top = jax.lax.top_k(posterior, 2)[0]
             score = top[..., 0] - top[..., 1] if self.position == "margin" else top[..., 0]
         flat = jnp.where(masked, score, -jnp.inf).reshape(len(x), -1)

@@ -9,6 +9,7 @@ from fm_jax import schedules, sources
 from fm_jax.oracles import tokens
 from fm_jax.paths.mixture import MixturePath
 from fm_jax.samplers import FirstHitting, MixtureSteps, sample
+from fm_jax.samplers.first_hitting import POSITIONS
 
 GRID = tokens.with_mask(tokens.sudoku4())
 SUDOKU = MixturePath(schedules.Linear(), sources.Masked(5, 4))
@@ -30,7 +31,7 @@ def solved(sampler, times=None, num=4000):
     return np.array(found), int(solution.calls)
 
 
-@pytest.mark.parametrize("position", ["random", "confidence", "margin"])
+@pytest.mark.parametrize("position", POSITIONS)
 def test_every_sudoku_is_a_solution_and_each_as_often(position):
     """With 16 evaluations; chi2 of 287 degrees of freedom is above 384 by chance once in 1e4."""
     found, calls = solved(FirstHitting(SUDOKU, position))
@@ -137,6 +138,27 @@ def test_a_prompt_is_kept_and_the_rest_fits_it():
     assert all(tuple(row) in LOOKUP for row in x.tolist())
 
 
+def test_the_first_is_the_leftmost_mask():
+    """One after the other from left to right, also of an event of several axes; what is given is passed over."""
+    x0 = jnp.full((2, 2, 3), MASK).at[0, 0, 1].set(0)
+    even = lambda t, x: jnp.zeros((*x.shape, 4))  # noqa: E731
+    for stop in range(1, 6):
+        x = np.asarray(run(FirstHitting(PATH, "first"), x0, [0.0, stop / 6], even).x).reshape(2, 6)
+        left = x == MASK
+        assert (np.diff(left.astype(int)[1]) >= 0).all()
+        assert (np.diff(np.delete(left[0], 1).astype(int)) >= 0).all()
+
+
+def test_tokens_that_are_kept_cost_no_evaluation():
+    """Also where the state is traced, and which of them are masks is not known."""
+    keep = np.array([True, False, True])
+    even = lambda t, x: jnp.zeros((*x.shape, 4))  # noqa: E731
+    of = lambda x0: sample(even, x0, FirstHitting(PATH), key=jax.random.key(0), keep=keep)  # noqa: E731
+    solution = jax.jit(of)(jnp.array([[1, MASK, MASK]]))
+    assert int(solution.calls) == 1
+    assert (solution.x == jnp.array([[1, solution.x[0, 1], MASK]])).all()
+
+
 @pytest.mark.parametrize("u", [2.0**-33, 1.0])
 def test_the_ends_of_the_random_numbers_do_no_harm(u, monkeypatch):
     """No NaN, and no mask that stays, where all numbers are the smallest or the largest."""
@@ -155,7 +177,10 @@ def test_the_ends_of_the_random_numbers_do_no_harm(u, monkeypatch):
             lambda: FirstHitting(MixturePath(schedules.Linear(), sources.UniformTokens(4))),
             "path must have a",
         ),
-        (lambda: FirstHitting(PATH, "left"), "position must be one of 'random', 'confidence', 'margin', got 'left'"),
+        (
+            lambda: FirstHitting(PATH, "left"),
+            "position must be one of 'random', 'confidence', 'margin', 'first', got 'left'",
+        ),
         (lambda: FirstHitting(PATH, per_step=0), "per_step must be at least 1"),
         (lambda: FirstHitting(schedules.Linear()), "path must be a MixturePath"),
     ],
