@@ -238,6 +238,17 @@ def check_logits(name: str, logits: AnyArray, x: AnyArray, num_tokens: int | Non
     check_real(name, logits)
 
 
+def check_estimate(estimate: AnyArray, x: AnyArray, num_tokens: int) -> None:
+    """Refuses what is not [batch, ..., K], or known to be neither probabilities nor zeros: logits, most of all."""
+    check_logits("estimate", estimate, x, num_tokens)
+    if is_traced(estimate) or not getattr(estimate, "is_fully_addressable", True):
+        return
+    values = np.asarray(estimate, np.float64)
+    total = values.sum(axis=-1)
+    if not ((values >= 0).all() and (np.isclose(total, 1, atol=0.02) | (total == 0)).all()):
+        raise ValueError(f"estimate must be probabilities of the tokens, or zeros, got {shown(estimate)}.")
+
+
 def check_where(name: str, value: Any, x: AnyArray) -> None:
     """Refuses what is not bools, an array that broadcasts to the shape of `x`."""
     check_array(name, value)

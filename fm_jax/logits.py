@@ -5,6 +5,7 @@ that could be written down for all tokens at once: in particular not the joint l
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from fm_jax.checks import check_array, check_function, check_logits, check_numbe
 from fm_jax.nfe import Counted, cost, domain_of, reach_of
 from fm_jax.shapes import time_of
 from fm_jax.types import DenoiserFn, Elementwise, Logits, Time, TokenState
+
+ESTIMATING = "a denoiser f(t, x, *, estimate=None), as of a self-conditioned network by bind(apply_fn, params)"
 
 
 def with_temperature(denoiser: DenoiserFn, temperature: float | Callable[[Elementwise], Elementwise]) -> DenoiserFn:
@@ -90,10 +93,19 @@ def _check(denoiser: DenoiserFn) -> None:
     check_function("denoiser", denoiser, "a denoiser f(t, x) -> logits [batch, ..., K]", 2)
 
 
-def logits_of(denoiser: DenoiserFn, t: Time, x: TokenState, num_tokens: int | None = None) -> Logits:
-    """What a denoiser says; raises `ValueError` if that is not `num_tokens` numbers, or any, for each token of `x`."""
+def logits_of(
+    denoiser: DenoiserFn, t: Time, x: TokenState, num_tokens: int | None = None, *, estimate: Logits | None = None
+) -> Logits:
+    """What a denoiser says; raises `ValueError` if that is not `num_tokens` numbers, or any, for each token of `x`.
+
+    With an `estimate` [batch, ..., K] it is told that too, and refused if it does not take it: see
+    `fm_jax.self_conditioning`.
+    """
     check_tokens("x", x)
-    logits = denoiser(t, x)
+    told: Any = {} if estimate is None else {"estimate": estimate}
+    if told:
+        check_function("denoiser", denoiser, ESTIMATING, 2, **told)
+    logits = denoiser(t, x, **told)
     check_array("denoiser(t, x)", logits)
     check_logits("denoiser(t, x)", logits, x, num_tokens or (logits.shape or (0,))[-1])
     return logits

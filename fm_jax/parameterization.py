@@ -10,6 +10,7 @@ says so.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 from fm_jax.checks import (
     check_bool,
     check_condition,
+    check_function,
     check_member,
     check_network,
     check_number,
@@ -30,8 +32,22 @@ from fm_jax.checks import (
 )
 from fm_jax.nfe import Counted, cost, domain_of, overlap, reach_of
 from fm_jax.schedules import coefficients, known_to_stand_still, log_snr, vanishes
+from fm_jax.self_conditioning import SELF_CONDITIONED
 from fm_jax.shapes import batch_time, check_not_steps, time_of
-from fm_jax.types import KINDS, ApplyFn, Cond, Kind, ModelFn, Params, Prediction, Schedule, State, Time, VelocityFn
+from fm_jax.types import (
+    KINDS,
+    ApplyFn,
+    Cond,
+    Kind,
+    Logits,
+    ModelFn,
+    Params,
+    Prediction,
+    Schedule,
+    State,
+    Time,
+    VelocityFn,
+)
 
 ALL_TIMES = (0.0, 1.0)
 """From the source to the data."""
@@ -85,12 +101,15 @@ def convert(kind: Kind, value: State, t: Time, x_t: State, schedule: Schedule) -
 def bind(apply_fn: ApplyFn, params: Params) -> ModelFn:
     """A network with its parameters bound, out of training: `model_fn(t, x, cond)`, of which a call is one evaluation.
 
+    But for one that is `nfe.Counted` itself, as `self_conditioned` is: then a call costs what it says.
+
     Args:
         apply_fn: the network, as the losses see it.
         params: its parameters.
 
     Returns:
-        `model_fn(t, x, cond=None)`, `nfe.Counted` as 1.
+        `model_fn(t, x, cond=None)`, `nfe.Counted`. That of a self-conditioned network takes an `estimate` too, see
+        `fm_jax.self_conditioning`.
 
     Example:
         >>> from fm_jax.schedules import Linear
@@ -100,10 +119,14 @@ def bind(apply_fn: ApplyFn, params: Params) -> ModelFn:
     """
     check_network("apply_fn", apply_fn)
 
-    def model_fn(t: Time, x: State, cond: Cond = None) -> State:
-        return apply_fn(params, t, x, cond, train=False, rngs=None)
+    def model_fn(t: Time, x: State, cond: Cond = None, *, estimate: Logits | None = None) -> State:
+        told: Any = {} if estimate is None else {"estimate": estimate}
+        if told:
+            check_function("apply_fn", apply_fn, SELF_CONDITIONED, 4, train=False, rngs=None, **told)
+        return apply_fn(params, t, x, cond, train=False, rngs=None, **told)
 
-    return Counted(model_fn, 1)
+    evaluations = cost(apply_fn)
+    return Counted(model_fn, 1 if evaluations is None else evaluations)
 
 
 def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = None) -> VelocityFn:

@@ -176,6 +176,8 @@ GOOD = [
     (checks.check_where, ("keep", np.ones((2, 1), bool), X)),
     (checks.check_logits, ("logits", jnp.zeros((2, 3, 5)), X.astype(int), 5)),
     (checks.check_logits, ("logits", np.zeros((2, 3, 5), int), X.astype(int), 5)),
+    (checks.check_estimate, (jnp.full((2, 3, 4), 0.25), X.astype(int), 4)),
+    (checks.check_estimate, (np.zeros((2, 3, 4), np.float16), X.astype(int), 4)),
     (checks.check_data, ("x1", X)),
     (checks.check_data, ("x1", np.ones(1, np.float16))),
     (checks.check_shape, ("v(t, x)", X, X)),
@@ -277,6 +279,15 @@ BAD = [
     (checks.check_logits, ("logits", None, X, 5), "logits must be an array, as jnp.asarray makes, got None."),
     (checks.check_logits, ("f", X, X, 5), "f must be [2, 3, 5], one for each token, got shape (2, 3)."),
     (checks.check_logits, ("f", jnp.ones((2, 3, 5), bool), X, 5), "f must be real numbers, got bool."),
+    (checks.check_estimate, (X, X, 5), "estimate must be [2, 3, 5], one for each token, got shape (2, 3)."),
+    *(
+        (
+            checks.check_estimate,
+            (value * np.ones((2, 3, 2), np.float32), X, 2),
+            "estimate must be probabilities of the tokens, or zeros, got float32 of shape (2, 3, 2).",
+        )
+        for value in (1, np.array([1.5, -0.5], np.float32), NAN, -np.inf)
+    ),
     (checks.check_data, ("x1", None), "x1 must be an array, as jnp.asarray makes, got None."),
     (checks.check_data, ("x1", X.astype(int)), "x1 must be floating point, got int32."),
     (

@@ -35,7 +35,7 @@ LAYERS = [
     ["checks", "shapes"],
     ["parts", "draws"],
     ["nfe", "sources", "schedules", "conditions", "latents"],
-    ["times", "couplings", "oracles", "paths", "rates", "parameterization", "logits"],
+    ["times", "couplings", "oracles", "paths", "rates", "parameterization", "logits", "self_conditioning"],
     ["losses", "guidance", "samplers"],
     ["likelihood", "fewstep"],
 ]

@@ -44,6 +44,7 @@ GUIDED = classifier_free(ONE, ONE, 2.0)
         (velocity_fn(bind(apply_fn, None), "velocity", LINEAR), 1),
         (velocity_fn(lambda t, x, cond: GUIDED(t, x), "velocity", LINEAR), None),
         (velocity_fn(Counted(network, 3), "data", LINEAR), 3),
+        (bind(Counted(apply_fn, 2), None), 2),
         (score_fn(ONE, LINEAR), 1),
         (score_fn(plain, LINEAR), None),
         (reschedule(GUIDED, LINEAR, Cosine()), 2),

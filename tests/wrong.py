@@ -33,6 +33,7 @@ from fm_jax import (
     rates,
     samplers,
     schedules,
+    self_conditioning,
     shapes,
     sources,
     text,
@@ -109,6 +110,10 @@ def denoiser(t, x):
 
 def token_network(params, t, x, cond, *, train, rngs):
     return params * jax.nn.one_hot(x, 3)
+
+
+def told_network(params, t, x, cond, *, train, rngs, estimate=None):
+    return params * jax.nn.one_hot(x, 3) + (0 if estimate is None else estimate)
 
 
 def five(t, x):
@@ -445,6 +450,11 @@ FUNCTIONS: dict[str, Call] = {
         logits.with_temperature, {"denoiser": denoiser, "temperature": 0.5}, lambda f: f(0.5, STATES)
     ),
     "top_p": Call(logits.top_p, {"denoiser": denoiser, "p": 0.5}, lambda f: f(0.5, STATES)),
+    "self_conditioned": Call(
+        self_conditioning.self_conditioned,
+        {"apply_fn": told_network, "rate": 0.5},
+        lambda f: f(2.0, STATES_T, STATES, None, train=True, rngs={"dropout": KEY}),
+    ),
     "langevin_step": Call(samplers.langevin_step, {"score": v, "t": 0.5, "x": X, "noise": Y, "step_size": 0.25}),
     "renoise": Call(renoise, {"t": 0.4, "t_next": 0.2, "x": X, "noise": Y, "schedule": LINEAR, "noise_scale": 1.0}),
     "churn_step": Call(
@@ -1090,6 +1100,7 @@ ELSEWHERE = {
             "fm_jax.samplers.run_steps",
             "fm_jax.samplers.TokenStep",
             "fm_jax.logits.logits_of",
+            *(f"fm_jax.self_conditioning.{name}" for name in ("estimate_of", "no_estimate")),
             "fm_jax.samplers.step_noise",
             "fm_jax.samplers.LearnedSolver",
             "fm_jax.train.ema.check_decay",

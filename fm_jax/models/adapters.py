@@ -20,7 +20,8 @@ def linen_apply(module: nn.Module) -> ApplyFn:
 
     Returns:
         `apply_fn(params, t, x, cond, *, train, rngs)`. With `train=True`, a module that has dropout needs
-        `rngs={"dropout": key}`; Flax raises without it.
+        `rngs={"dropout": key}`; Flax raises without it. More keywords are handed on to a module that takes
+        them, as `estimate=` to one that is self-conditioned.
 
     Raises:
         ValueError: if `module` is no Linen module.
@@ -35,8 +36,9 @@ def linen_apply(module: nn.Module) -> ApplyFn:
     """
     check_kind("module", module, nn.Module, "flax.linen.Module")
 
-    def apply_fn(params: Params, t: Array, x: Array, cond: Cond, /, *, train: bool, rngs: Rngs) -> Array:
-        out = module.apply({"params": params}, t, x, cond, train=train, rngs=None if rngs is None else dict(rngs))
+    def apply_fn(params: Params, t: Array, x: Array, cond: Cond, /, *, train: bool, rngs: Rngs, **more: Any) -> Array:
+        keys = None if rngs is None else dict(rngs)
+        out = module.apply({"params": params}, t, x, cond, train=train, rngs=keys, **more)
         return cast(Array, out)
 
     return apply_fn

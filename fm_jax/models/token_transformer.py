@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_bool, check_integer, check_member, check_tokens
+from fm_jax.checks import check_bool, check_estimate, check_integer, check_member, check_tokens, shown
 from fm_jax.models.attention import rms_norm, rope_angles
 from fm_jax.models.compute import Compute
-from fm_jax.models.dense import Dense
+from fm_jax.models.dense import Dense, matrix_product
 from fm_jax.models.dit import modulate, small_normal
 from fm_jax.models.embed import add_condition, rows
 from fm_jax.models.layers import TimeEmbedding, check_options, zeros
@@ -44,6 +44,8 @@ class TokenTransformer(nn.Module):
         embed: module from a condition to a vector, see `fm_jax.models.embed`.
         compute: dtype, attention and rematerialisation.
         scan_layers: whether the blocks are one stacked block in a loop, as in `DiT`.
+        self_conditioned: whether it is also told an estimate of the data, see `fm_jax.self_conditioning`: the embedding
+            that is expected by it goes through a linear layer, at first zero, and is added to that of the tokens.
 
     Example:
         >>> import jax
@@ -56,7 +58,8 @@ class TokenTransformer(nn.Module):
 
     References:
         Peebles & Xie 2022 (arXiv:2212.09748, section 3.2) for adaLN-Zero; Su et al. 2021, "RoFormer"; of tokens with a
-        mask whose logit is minus infinity: Sahoo et al. 2024 (arXiv:2406.07524).
+        mask whose logit is minus infinity: Sahoo et al. 2024 (arXiv:2406.07524); of self-conditioning: Chen et al. 2022
+        (arXiv:2208.04202).
     """
 
     tokens: ClassVar[bool] = True
@@ -73,10 +76,11 @@ class TokenTransformer(nn.Module):
     embed: nn.Module | None = None
     compute: Compute = Compute()
     scan_layers: bool = True
+    self_conditioned: bool = False
 
     def __post_init__(self) -> None:
         check_options(embed=self.embed, dropout=self.dropout, compute=self.compute)
-        for name in ("timed", "causal", "scan_layers"):
+        for name in ("timed", "causal", "scan_layers", "self_conditioned"):
             check_bool(name, getattr(self, name))
         check_integer("num_tokens", self.num_tokens, least=2)
         if self.mask is not None:
@@ -94,7 +98,9 @@ class TokenTransformer(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, t: Array, x: Array, cond: Cond = None, *, train: bool = False) -> Array:
+    def __call__(
+        self, t: Array, x: Array, cond: Cond = None, *, train: bool = False, estimate: Array | None = None
+    ) -> Array:
         """Evaluates the denoiser.
 
         Args:
@@ -102,24 +108,34 @@ class TokenTransformer(nn.Module):
             x: tokens, integers [batch, n]. A traced token outside 0, ..., K - 1 gives NaN.
             cond: what `embed` takes; `None` for "no condition".
             train: whether dropout is on; it draws from the `"dropout"` key.
+            estimate: probabilities of the data, [batch, n, K], with `self_conditioned`; `None` as zeros for none.
 
         Returns:
             Logits, float32 [batch, n, K].
 
         Raises:
-            ValueError: if `x` is no tokens [batch, n], or `cond` does not fit the model.
+            ValueError: if `x` is no tokens [batch, n], or `cond` or `estimate` do not fit the model.
         """
         check_tokens("x", x, self.num_tokens)
         if x.ndim != 2 or x.shape[1] == 0:
             raise ValueError(f"x must be tokens [batch, n], n at least 1, got shape {x.shape}.")
         if self.length not in (None, x.shape[1]):
             raise ValueError(f"x must be tokens [batch, {self.length}], as length={self.length}, got shape {x.shape}.")
+        if estimate is not None:
+            if not self.self_conditioned:
+                raise ValueError(f"estimate must be None as self_conditioned=False, got {shown(estimate)}.")
+            check_estimate(estimate, x, self.num_tokens)
         time = batch_time(t, x)
         time = time if self.timed else jnp.zeros_like(time)
         emb = TimeEmbedding(256, self.hidden, time_scale=1000.0, kernel_init=small_normal, name="time")(time)
         emb = add_condition(emb, self.embed, cond)
         table = self.param("table", small_normal, (self.num_tokens, self.hidden))
         h = rows(table, x)
+        if self.self_conditioned and self.is_initializing():
+            estimate = jnp.zeros((*x.shape, self.num_tokens))
+        if estimate is not None:
+            expected = matrix_product(estimate.astype(table.dtype), table, (((2,), (0,)), ((), ())))
+            h = h + Dense(self.hidden, use_bias=False, kernel_init=zeros, name="estimate")(expected)
         if self.length is not None:
             h = h + self.param("places", small_normal, (self.length, self.hidden))[None]
         h = h.astype(self.compute.dtype)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fm_jax.checks import (
+    check_bool,
     check_function,
     check_logits,
     check_schedule,
@@ -28,6 +29,7 @@ from fm_jax.samplers.loop import run_steps
 from fm_jax.samplers.remasking import Confidence, Loop, Remask, check_remask, most
 from fm_jax.samplers.runge_kutta import path_times
 from fm_jax.schedules import coefficients
+from fm_jax.self_conditioning import estimate_of, no_estimate
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, RateFn, Schedule, Solution, Time, TokenState
 
@@ -163,7 +165,8 @@ def mixture_step(
 class TauLeaping:
     """Euler's method for chains: rates stand still for a step, in which each token jumps at most once.
 
-    Takes rates of any kind, `sample(rates, x0, TauLeaping(), times=, key=)`. A token jumps with probability
+    Takes rates of any kind, `sample(rates, x0, TauLeaping(), times=, key=)`. They have no memory: of a self-conditioned
+    network they are those of `bind(self_conditioned(apply_fn), params)`. A token jumps with probability
     `min(1, h u)`, and not `1 - exp(-h u)`, that of a jump under rates that stand still: they do not, the error is of
     the same order, and in the last step to t = 1, where h u is 1, a mask would stay with probability 1/e. Order 1 in
     the law; on `Linear`, with one token and h u <= 1 throughout, it is exact, since the law is linear in t there.
@@ -241,6 +244,9 @@ class MixtureSteps:
         remask: a rule by which tokens that are there are masked again, `Cap`, `Rescale`, `Loop`, `Confidence` or a
             function of your own `(kappa, kappa_next) -> sigma`. It masks given tokens too, unless `sample` is told to
             `keep` them.
+        carry_estimate: whether a self-conditioned denoiser, `f(t, x, estimate=)`, is told in each step what it said in
+            the step before, as probabilities, and zeros in the first; see `fm_jax.self_conditioning`. It still costs
+            one evaluation a step.
 
     Step i draws from `fold_in(key, i)`.
 
@@ -264,6 +270,7 @@ class MixtureSteps:
 
     path: MixturePath
     remask: Remask | None = None
+    carry_estimate: bool = False
     order: ClassVar[int] = 1
     nfe_per_step: ClassVar[int] = 1
     stochastic: ClassVar[bool] = True
@@ -272,6 +279,7 @@ class MixtureSteps:
 
     def __post_init__(self) -> None:
         check_mixture(self.path)
+        check_bool("carry_estimate", self.carry_estimate)
         if self.remask is not None:
             check_remask(self.remask)
             check_mask(self.path)
@@ -288,20 +296,23 @@ class MixtureSteps:
         check_start_of("x0", x0, self.path.num_tokens)
         num, of_confidence = len(times), isinstance(self.remask, Confidence)
 
-        def step(x: Array, confidence: Any, i: Array, t: Array, t_next: Array) -> tuple[Array, Any]:
-            one = mixture_step(v, self.path, t, t_next, x, remask=self.remask, confidence=confidence)
+        def step(x: Array, memory: Any, i: Array, t: Array, t_next: Array) -> tuple[Array, Any]:
+            confidence, estimate = memory
+            logits = logits_of(v, t, x, self.path.num_tokens, estimate=estimate)
+            one = mixture_step(lambda *_: logits, self.path, t, t_next, x, remask=self.remask, confidence=confidence)
             x_next = one.keeping(keep).draw(jax.random.fold_in(key, i), x)
-            if not of_confidence:
-                return x_next, None
-            drawn = jnp.take_along_axis(one.weights, x_next[..., None].astype(int), axis=-1)[..., 0]
-            return x_next, jnp.where(x == x_next, confidence, drawn.astype(confidence.dtype))
+            if of_confidence:
+                drawn = jnp.take_along_axis(one.weights, x_next[..., None].astype(int), axis=-1)[..., 0]
+                confidence = jnp.where(x == x_next, confidence, drawn.astype(confidence.dtype))
+            return x_next, (confidence, estimate_of(logits) if self.carry_estimate else None)
 
         loop = self.remask.rule if isinstance(self.remask, Confidence) else self.remask
         if isinstance(loop, Loop):
             times = jnp.asarray(times)
             place = loop.place(times)
             times = jnp.sort(jnp.concatenate([times, jnp.full(loop.num, times[place])]))
-        memory = jnp.full(x0.shape, jnp.inf, jnp.result_type(float)) if of_confidence else None
+        confidence = jnp.full(x0.shape, jnp.inf, jnp.result_type(float)) if of_confidence else None
+        memory = (confidence, no_estimate(x0, self.path.num_tokens) if self.carry_estimate else None)
         solution = run_steps(step, x0, times, spent(len(times) - 1, v), memory=memory, trajectory=trajectory)
         if not (trajectory and isinstance(loop, Loop)):
             return solution

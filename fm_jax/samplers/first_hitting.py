@@ -2,18 +2,19 @@
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 
-from fm_jax.checks import check_integer, check_member, is_traced
+from fm_jax.checks import check_bool, check_integer, check_member, is_traced
 from fm_jax.draws import categorical, uniform
 from fm_jax.logits import logits_of
 from fm_jax.nfe import spent
 from fm_jax.paths.mixture import MixturePath, check_mixture
 from fm_jax.samplers.chain import check_mask, check_start_of
 from fm_jax.samplers.grids import check_forward
+from fm_jax.self_conditioning import estimate_of, no_estimate
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, PerExample, Solution, TokenState
 
@@ -51,6 +52,8 @@ class FirstHitting:
             from left to right, as `losses.next_token` trains a network to: then it is right at t = 1.
         per_step: tokens drawn from one evaluation. More than one do not see each other: an error like that of steps,
             and a large one with "confidence", which draws those at once that all seem sure.
+        carry_estimate: whether a self-conditioned denoiser, `f(t, x, estimate=)`, is told in each evaluation what it
+            said in the one before, as probabilities, and zeros in the first; see `fm_jax.self_conditioning`.
 
     Raises:
         ValueError: for another path than a `MixturePath` with a mask, another order, or less than one token a step.
@@ -69,6 +72,7 @@ class FirstHitting:
     path: MixturePath
     position: Position = "random"
     per_step: int = 1
+    carry_estimate: bool = False
     order: ClassVar[None] = None
     nfe_per_step: ClassVar[None] = None
     stochastic: ClassVar[bool] = True
@@ -80,6 +84,7 @@ class FirstHitting:
         check_mask(self.path)
         check_member("position", self.position, POSITIONS)
         check_integer("per_step", self.per_step)
+        check_bool("carry_estimate", self.carry_estimate)
 
     def skips_last(self, times: ArrayTree) -> bool:
         """Whether the denoiser is never asked at the last of the times: an example that is done is, in vain."""
@@ -101,16 +106,20 @@ class FirstHitting:
             most = int(_count(may_fall).max(initial=0)) if known else math.prod(x0.shape[1:])
         num_calls = -(-most // self.per_step)
 
-        def step(state: _Falling, i: Array) -> tuple[_Falling, None]:
+        def step(carried: tuple[_Falling, Any], i: Array) -> tuple[tuple[_Falling, Any], None]:
+            state, estimate = carried
             keys = jax.random.split(jax.random.fold_in(key, i), self.per_step)
             # The network is asked at the time of the first of these falls; where there is none, at the last time.
             t = jnp.minimum(_time(path, _next_sigma(keys[0], state, can_fall, path)), times[-1])
-            posterior = path.posterior(logits_of(v, t, state.x, path.num_tokens), state.x)
+            logits = logits_of(v, t, state.x, path.num_tokens, estimate=estimate)
+            posterior = path.posterior(logits, state.x)
             hit = lambda state, key: (self._hit(key, posterior, sigmas[-1], can_fall, state), None)  # noqa: E731
-            return jax.lax.scan(hit, state, keys)[0], None
+            state, _ = jax.lax.scan(hit, state, keys)
+            return (state, estimate_of(logits) if self.carry_estimate else None), None
 
         start = _Falling(jnp.full(x0.shape[:1], sigmas[0]), x0, jnp.where(masked, -1, jnp.inf).astype(times.dtype))
-        end, _ = jax.lax.scan(step, start, jnp.arange(num_calls))
+        estimate = no_estimate(x0, path.num_tokens) if self.carry_estimate else None
+        (end, _), _ = jax.lax.scan(step, (start, estimate), jnp.arange(num_calls))
         if not trajectory:
             return Solution(end.x, *spent(num_calls, v))
         there = end.fell[None] >= sigmas[1:].reshape(-1, *(1,) * x0.ndim)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from small_networks import drawn
 
+from fm_jax.losses import masked_elbo
 from fm_jax.models import (
     Compute,
     LabelEmbedding,
@@ -22,6 +23,10 @@ from fm_jax.models import (
     stack_layers,
 )
 from fm_jax.models.layers import TimeEmbedding
+from fm_jax.paths import MixturePath
+from fm_jax.schedules import Linear
+from fm_jax.self_conditioning import self_conditioned
+from fm_jax.sources import Masked
 
 K, MASK, LENGTH, CLASSES = 6, 5, 7, 3
 X = jax.random.randint(jax.random.key(0), (3, LENGTH), 0, K)
@@ -166,6 +171,57 @@ def test_depends_on_label_and_tokens_of_its_own_example():
     np.testing.assert_allclose(*finite_parts(field(T, X, None), field(T, X, null)), atol=1e-5)
 
 
+ESTIMATE = jax.random.dirichlet(jax.random.key(6), jnp.ones(K), (3, LENGTH))
+
+
+def told(params, estimate, x=X):
+    """The logits of a self-conditioned network, for data."""
+    module = make(self_conditioned=True)
+    (out,) = finite_parts(jax.jit(module.apply)({"params": params}, T, x, LABELS, estimate=estimate))
+    return out
+
+
+def test_an_estimate_adds_the_embedding_that_it_expects():
+    """Of x all alike and told for sure: as if the token there had that embedding too; of doubts the mean of these."""
+    params = stack_layers(trained()) | drawn({"estimate": {"kernel": jnp.zeros((16, 16))}})
+    table, kernel = params["table"], params["estimate"]["kernel"]
+    x, sure = jnp.full_like(X, 1), jnp.broadcast_to(jax.nn.one_hot(2, K), (*X.shape, K))
+    half = 0.25 * sure + 0.75 * jnp.broadcast_to(jax.nn.one_hot(3, K), sure.shape)
+    for estimate, expected in ((sure, table[2]), (half, 0.25 * table[2] + 0.75 * table[3])):
+        without = {name: each for name, each in params.items() if name != "estimate"}
+        (wanted,) = finite_parts(field_of()(T, x, LABELS))
+        found = told(params, estimate, x)
+        assert np.abs(found - wanted).max() > 1e-2
+        without["table"] = table.at[1].add(expected @ kernel)
+        (wanted,) = finite_parts(make().apply({"params": without}, T, x, LABELS))
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_no_estimate_and_zeros_are_the_network_without_to_the_bit():
+    """And at first any estimate is: what is trained without one can be trained on with one."""
+    params = stack_layers(trained()) | drawn({"estimate": {"kernel": jnp.zeros((16, 16))}})
+    (plain,) = finite_parts(jax.jit(make().apply)({"params": stack_layers(trained())}, T, X, LABELS))
+    for estimate in (None, jnp.zeros(ESTIMATE.shape)):
+        np.testing.assert_array_equal(told(params, estimate), plain)
+    np.testing.assert_array_equal(told(params | {"estimate": {"kernel": jnp.zeros((16, 16))}}, ESTIMATE), plain)
+    module = make(self_conditioned=True)
+    more = init_params(module, jax.random.key(0), (LENGTH,))
+    kernel = more.pop("estimate")["kernel"]
+    np.testing.assert_array_equal(kernel, jnp.zeros((16, 16)))
+    jax.tree.map(np.testing.assert_array_equal, more, init_params(make(), jax.random.key(0), (LENGTH,)))
+
+
+def test_it_learns_from_its_estimates():
+    """From zero on: of a masked bound the layer of the estimate has a gradient."""
+    path, apply_fn = MixturePath(Linear(), Masked(K, MASK)), linen_apply(make(self_conditioned=True))
+    loss_fn = masked_elbo(self_conditioned(apply_fn), path)
+    params = stack_layers(trained()) | {"estimate": {"kernel": jnp.zeros((16, 16))}}
+    gradient = jax.jit(jax.grad(lambda params: loss_fn(params, jax.random.key(0), {"x1": X % MASK, "cond": LABELS})[0]))
+    found = gradient(params)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
+    assert jnp.abs(found["estimate"]["kernel"]).max() > 1e-4
+
+
 @pytest.mark.parametrize("options", [{}, {"causal": True}], ids=["plain", "causal"])
 def test_a_loop_over_blocks_changes_nothing(options):
     assert jax.tree.map(jnp.shape, stack_layers(trained())) == jax.tree.map(jnp.shape, shapes(make(**options)))
@@ -235,6 +291,24 @@ def test_refuses_what_is_no_sequence_of_tokens(x, message):
         make(length=LENGTH).apply({"params": stack_layers(trained())}, 0.5, x)
 
 
+@pytest.mark.parametrize(
+    ("estimate", "message"),
+    [
+        (ESTIMATE[..., :-1], "estimate must be [3, 7, 6], one for each token, got shape (3, 7, 5)."),
+        (ESTIMATE[:1], "estimate must be [3, 7, 6], one for each token, got shape (1, 7, 6)."),
+        (X, "estimate must be [3, 7, 6], one for each token, got shape (3, 7)."),
+        (jnp.log(ESTIMATE), "estimate must be probabilities of the tokens, or zeros, got float32 of shape (3, 7, 6)."),
+        ([[0.5, 0.5]], "estimate must be an array"),
+    ],
+)
+def test_refuses_what_is_no_estimate(estimate, message):
+    """And any without the attribute."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(self_conditioned=True).apply({"params": stack_layers(trained())}, T, X, estimate=estimate)
+    with pytest.raises(ValueError, match="estimate must be None as self_conditioned=False, got"):
+        make().apply({"params": stack_layers(trained())}, T, X, estimate=estimate)
+
+
 def test_a_traced_token_that_is_none_gives_nan_and_no_other_token():
     out = field_of()(T, X.at[0, 0].set(K).at[1, 0].set(-1), LABELS)
     assert jnp.isnan(out[:2][..., DATA]).all()
@@ -255,6 +329,7 @@ def test_a_traced_token_that_is_none_gives_nan_and_no_other_token():
         (lambda: make(timed=1), "timed must be True or False, got 1"),
         (lambda: make(causal=None), "causal must be True or False, got None"),
         (lambda: make(scan_layers=1), "scan_layers must be True or False, got 1"),
+        (lambda: make(self_conditioned=1), "self_conditioned must be True or False, got 1"),
         (lambda: make(embed=3), "embed must be None or a Linen module"),
         (lambda: make(compute="bfloat16"), "compute must be a Compute"),
         (lambda: make(embed=None).init(jax.random.key(0), 0.5, X, LABELS), "cond must be None: the model is uncond"),
