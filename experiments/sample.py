@@ -11,32 +11,34 @@ A run on sentences takes `--prompt "a three left of a seven"`, and `--negative` 
 than the empty one. Of a run on pixels, `--image picture.png --mask mask.png` draws anew what is white in the mask, and
 `--image picture.png --strength 0.6` begins with the picture under so much of the noise; of a run on videos,
 `--first-frame picture.png` goes on from a picture.
+
+A run on text goes on from `--prompt "ROMEO:"`, and fills gaps of so many tokens, `--prompt "ROMEO: {20} the moon"`:
+`--solver first_hitting --temperature 0.8`. It writes texts (`.txt`) or arrays (`.npz`).
 """
 
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 import tyro
 
 from experiments.lab import command_line, figures
+from experiments.lab.corpus import SEPARATOR, given_of
 from experiments.lab.experiment import Experiment, Restored, read_run, restore_run
 from experiments.lab.latents import codec_of_run
 from experiments.lab.options import SEED, as_typed, check_options, option
 from experiments.lab.processes import by_first
-from experiments.lab.samplers import SAMPLERS, load_solver
+from experiments.lab.samplers import SAMPLERS, load_solver, table
 from experiments.lab.sampling import (
     OF_SOLVER,
     OF_THE_WHOLE_WAY,
     RANGES,
-    SOLVER_HELP,
     Generate,
     Given,
-    Grid,
     RuleName,
     Sampling,
     Weak,
@@ -45,15 +47,36 @@ from experiments.lab.sampling import (
     make_generate,
     nfe_text,
 )
+from experiments.lab.token_sampling import (
+    SOLVERS,
+    TOKEN_RANGES,
+    TOKEN_SOLVER_HELP,
+    GivenTokens,
+    RemaskName,
+    TokenSampling,
+    make_token_generate,
+)
 from fm_jax.checks import check_member
 from fm_jax.data.picture import PictureReader
 from fm_jax.latents import PIXELS
 from fm_jax.samplers import LearnedSolver
-from fm_jax.train.folder import make_folder, replacing
+from fm_jax.samplers.first_hitting import Position
+from fm_jax.train.folder import make_folder, replacing, write_text
 from fm_jax.types import Cond
 
 _TYPED = {r", or drop its last \d+ with truncate=True": ""}
 """What the library says of sentences that is not of this command line."""
+_SOLVER_HELP = tyro.conf.arg(
+    metavar="NAME", help=f"Sampler, one of\n\n{table()}\n\nand for runs on tokens\n\n{TOKEN_SOLVER_HELP}"
+)
+_AnyGrid = Literal["uniform", "cosine", "edm", "log_snr", "training_times", "linear_quadratic", "mask_cosine"]
+"""`Grid` and `TokenGrid`."""
+_POINTS, _TOKENS = ({field.name for field in dataclasses.fields(kind)} for kind in (Sampling, TokenSampling))
+_OF_TOKENS = tuple(sorted(_TOKENS - _POINTS))
+"""Options that runs on points do not take."""
+_OF_POINTS = (*sorted(_POINTS - _TOKENS), "also", "avoid", "weak_run", "learned_solver", "negative", "image", "mask")
+_OF_POINTS += ("strength", "first_frame")
+"""Options that runs on tokens do not take."""
 _NEAR = 64
 """How far black and white of a mask may be off: JPEG changes them by less."""
 _GREY = 16
@@ -72,12 +95,12 @@ class Drawing:
     """Class to be guided away from: a negative condition."""
     weak_run: Path | None = None
     """Folder of a run with a weaker network of the same method, to be guided away from."""
-    solver: Annotated[str | None, SOLVER_HELP] = None
+    solver: Annotated[str | None, _SOLVER_HELP] = None
     learned_solver: Path | None = None
     """File of a solver trained by `python -m experiments.learned_solver`, in place of a sampler's name."""
     steps: int | None = None
     """Steps of a sampler with fixed steps."""
-    grid: Grid | None = None
+    grid: _AnyGrid | None = None
     """Their times."""
     tolerance: float | None = None
     """Tolerance of an adaptive sampler."""
@@ -96,9 +119,10 @@ class Drawing:
 
     def __post_init__(self) -> None:
         # Some are a subclass's; 0.01 of the way is about one step of a picture of 8 bits.
-        check_options(self, label=0, also=0, avoid=0, seed=SEED, strength="[0.01, 1]", **RANGES)
+        ranges = RANGES | TOKEN_RANGES
+        check_options(self, label=0, also=0, avoid=0, seed=SEED, strength="[0.01, 1]", **ranges)
         if self.solver is not None:
-            check_member("--solver", self.solver, tuple(SAMPLERS))
+            check_member("--solver", self.solver, (*SAMPLERS, *SOLVERS))
         ways = [name for name in ("also", "avoid", "negative", "weak_run") if getattr(self, name, None) is not None]
         if len(ways) > 1:
             raise ValueError(f"{' and '.join(map(option, ways))} are {len(ways)} ways to guide: give one.")
@@ -110,10 +134,14 @@ class Drawing:
     def unused(self) -> Iterator[tuple[str, str]]:
         """Options of no effect on samples of that run, and why."""
         of_run, experiment = read_run(self.run)
+        for name in _OF_TOKENS if experiment.path is None else _OF_POINTS:
+            if hasattr(self, name):
+                yield name, "the run is on " + ("points" if experiment.path is None else "tokens")
         sampling = sampling_of(self, of_run)
         if experiment.null_cond is None and self.weak_run is None:
+            would = "; with --weak-run it would" if experiment.path is None else ""
             for name in ("guidance", "guidance_interval", "guidance_rule"):
-                yield name, "the run has no classes; with --weak-run it would"
+                yield name, f"the run has no classes{would}"
         if sampling.guidance == 1:
             for name in ("avoid", "weak_run"):
                 yield name, "--guidance 1 is none; another scale would take it"
@@ -131,14 +159,15 @@ class Drawing:
 class Config(Drawing):
     """What to draw. Options that are not given are those of the run."""
 
-    out: Path = Path("samples.png")
-    """Where to: a picture (.png) or arrays (.npz)."""
+    out: Path | None = None
+    """Where to: a picture (.png), texts (.txt) or arrays (.npz); by default samples.png, or of a text samples.txt."""
     num: int = 64
     """How many samples."""
     label: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """Class of all samples; by default every class in turn."""
     prompt: str | None = None
-    """Sentence of all samples, for a run on sentences."""
+    """Sentence of all samples, for a run on sentences; how all begin, and with gaps {n} of n tokens go on, for one on
+    text."""
     negative: str | None = None
     """Sentence to be led away from; by default the empty one."""
     image: Path | None = None
@@ -152,6 +181,16 @@ class Config(Drawing):
     """Picture that the videos begin with."""
     autoencoder: Path | None = None
     """What decodes the samples of a run on latents, where it is no longer where it was."""
+    position: Position | None = None
+    """Of tokens, which mask first_hitting replaces next."""
+    per_step: int | None = None
+    """Tokens that first_hitting draws from one evaluation."""
+    remask: RemaskName | None = None
+    """Rule by which mixture_steps masks tokens again."""
+    temperature: float | None = None
+    """Of the probabilities of tokens: less than 1 favours likely ones."""
+    top_p: float | None = None
+    """Draw from the fewest tokens that have this probability together."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -183,18 +222,21 @@ class Config(Drawing):
             raise ValueError(OF_THE_WHOLE_WAY.format(self.strength))
         if self.first_frame is not None and self.image is not None:
             raise ValueError("--first-frame begins a video, and --image is for pictures: give one.")
-        if self.out.suffix not in (".png", ".npz", ".gif"):
-            raise ValueError(f"--out must end in .png or .npz, or for videos in .gif, got {self.out}.")
+        if self.out is not None and self.out.suffix not in (".png", ".npz", ".gif", ".txt"):
+            raise ValueError(
+                f"--out must end in .png or .npz, for videos in .gif, or for texts in .txt, got {self.out}."
+            )
 
 
-SAMPLING_OPTIONS = tuple(field.name for field in dataclasses.fields(Sampling) if field.name in Drawing.__annotations__)
-
-
-def sampling_of(config: Drawing, of_run: Any, solver: LearnedSolver | None = None) -> Sampling:
-    """How to draw: as the run, but for what is given; with the learned solver, once it is read."""
-    given = {name: getattr(config, name) for name in SAMPLING_OPTIONS}
+def sampling_of(config: Drawing, of_run: Any, solver: LearnedSolver | None = None) -> Any:
+    """How to draw, a `Sampling` or `TokenSampling`: as the run, but for what is given; with the solver, once read."""
+    given = {field.name: getattr(config, field.name, None) for field in dataclasses.fields(of_run.sampling)}
     sampling = dataclasses.replace(of_run.sampling, **{k: v for k, v in given.items() if v is not None})
-    dataclasses.replace(of_run, sampling=sampling)  # which refuses what the run cannot be drawn from by
+    of_run = dataclasses.replace(of_run, sampling=sampling)  # which refuses what the run cannot be drawn from by
+    sampling = getattr(of_run, "drawn", sampling)
+    for name, value in given.items():
+        if value is not None and value != getattr(sampling, name):
+            raise ValueError(f"{option(name)} must be left out with this run, got {value}: it is drawn from otherwise.")
     by_null_label = sampling.guidance != 1 and config.avoid is None and config.weak_run is None
     if getattr(of_run, "label_dropout", None) == 0 and config.also is not None:
         raise ValueError(
@@ -206,6 +248,8 @@ def sampling_of(config: Drawing, of_run: Any, solver: LearnedSolver | None = Non
             f"--guidance must be 1 for a run with --label-dropout 0, which knows no samples without a label, got "
             f"{sampling.guidance:g}."
         )
+    if isinstance(sampling, TokenSampling):
+        return sampling
     if config.also is not None and sampling.guidance_rule != "extrapolate":  # the run's own rule
         raise ValueError(
             f"--also goes with --guidance-rule extrapolate, and the run has {sampling.guidance_rule}: give it as well."
@@ -221,12 +265,16 @@ def sampling_of(config: Drawing, of_run: Any, solver: LearnedSolver | None = Non
 def run(config: Config) -> None:
     """Restores the run, draws, writes."""
     restored = restore_run(config.run)
-    make_folder(config.out.parent)
-    if config.out.is_dir():
-        raise SystemExit(f"--out {config.out} is a folder: give a file.")
     experiment = restored.experiment
-    if config.out.suffix != ".npz" and (config.out.suffix == ".gif") != (len(experiment.event_shape) == 4):
-        raise SystemExit(f"--out must end in .npz or, as the run has videos or not, in .gif or .png, got {config.out}.")
+    suffix = _suffix(experiment)
+    out = config.out or Path(f"samples{'.png' if suffix == '.gif' else suffix}")
+    make_folder(out.parent)
+    if out.is_dir():
+        raise SystemExit(f"--out {out} is a folder: give a file.")
+    if out.suffix not in (".npz", suffix):
+        raise SystemExit(
+            f"--out must end in .npz or, as the run has pictures, videos or texts, in .png, .gif or .txt, got {out}."
+        )
     codec = codec_of_run(restored.config, "--autoencoder", config.autoencoder)
     try:
         labels, given = _labels(config, experiment), _given(config, experiment)
@@ -238,14 +286,21 @@ def run(config: Config) -> None:
     latents = None if codec is None else experiment.to_data(samples)
     if codec is not None and latents is not None:
         samples = codec.decode(latents)
-    _write(config, experiment, samples, labels, latents)
+    _write(out, config.prompt, experiment, samples, labels, latents)
     solver = config.learned_solver or sampling.solver
-    print(f"{config.out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe_text(nfe)}")
+    print(f"{out}: {config.num} samples from step {restored.step:,} with {solver}, NFE {nfe_text(nfe)}")
+
+
+def _suffix(experiment: Experiment) -> str:
+    """What the name of a file of samples that people look at ends in."""
+    if experiment.vocabulary is not None:
+        return ".txt"
+    return ".gif" if len(experiment.event_shape) == 4 else ".png"
 
 
 def generator(
-    config: Drawing, restored: Restored, negative: str | None = None, given: Given | None = None
-) -> tuple[Sampling, Generate]:
+    config: Drawing, restored: Restored, negative: str | None = None, given: Given | GivenTokens | None = None
+) -> tuple[Any, Generate]:
     """How to draw from a run, and the function that does.
 
     Args:
@@ -260,19 +315,25 @@ def generator(
     """
     experiment, num_classes = restored.experiment, restored.experiment.num_classes
     null_label, weak = experiment.null_cond, None
+    if experiment.path is not None:
+        sampling = sampling_of(config, restored.config)
+        assert not isinstance(given, Given)
+        network = experiment.apply_fn
+        return sampling, make_token_generate(sampling, experiment.path, network, null_cond=null_label, given=given)
     if negative is not None:
         null_label = _told("--negative", negative, experiment)
     if config.avoid is not None:
         null_label = _label("--avoid", config.avoid, num_classes)
     if config.weak_run is not None:
         weaker = restore_run(config.weak_run, "--weak-run")
-        if weaker.config.method != restored.config.method:
+        if getattr(weaker.config, "method", None) != restored.config.method:
             raise SystemExit(f"--weak-run {config.weak_run} was trained by another method than {config.run}.")
         if weaker.experiment.event_shape != experiment.event_shape or weaker.experiment.num_classes != num_classes:
             raise SystemExit(f"--weak-run {config.weak_run} was trained on other data than {config.run}.")
         weak = Weak(weaker.experiment.apply_fn, weaker.params)
     solver = None if config.learned_solver is None else load_solver(config.learned_solver, restored.params)
     sampling = sampling_of(config, restored.config, solver)
+    assert not isinstance(given, GivenTokens)
     generate = make_generate(
         sampling,
         restored.config.method,
@@ -306,7 +367,8 @@ def _labels(config: Config, experiment: Experiment) -> Cond:
         return jax.tree.map(
             lambda leaf: np.repeat(leaf, config.num, axis=0), _told("--prompt", config.prompt, experiment)
         )
-    for name, value in (("--prompt", config.prompt), ("--negative", config.negative)):
+    prompt = None if experiment.vocabulary is not None else config.prompt
+    for name, value in (("--prompt", prompt), ("--negative", config.negative)):
         if value is not None:
             raise SystemExit(f"{name} is for runs on sentences, and this one was not trained on any, got {value!r}.")
     num_classes = experiment.num_classes
@@ -323,8 +385,13 @@ def _told(name: str, prompt: str, experiment: Experiment) -> Cond:
         raise SystemExit(as_typed(str(error), _TYPED | {r"\bprompt(s\[0\]| 0\b)": name})) from error
 
 
-def _given(config: Config, experiment: Experiment) -> Given | None:
+def _given(config: Config, experiment: Experiment) -> Given | GivenTokens | None:
     """The part of the samples that is known, or what they begin from."""
+    if experiment.vocabulary is not None and config.prompt is not None:
+        try:
+            return given_of(config.prompt, experiment.vocabulary, *experiment.event_shape, gaps=not experiment.causal)
+        except ValueError as error:
+            raise SystemExit(f"--prompt {error}") from error
     path = config.image or config.first_frame
     if path is None:
         return None
@@ -384,23 +451,34 @@ def _read(name: str, path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
 @by_first
 def _write(
-    config: Config, experiment: Experiment, samples: np.ndarray, labels: Cond, latents: np.ndarray | None = None
+    out: Path,
+    prompt: str | None,
+    experiment: Experiment,
+    samples: np.ndarray,
+    labels: Cond,
+    latents: np.ndarray | None = None,
 ) -> None:
-    if config.out.suffix == ".npz":
+    if out.suffix == ".npz":
         of_classes: dict[str, Any] = {} if experiment.num_classes is None else {"labels": labels}
-        if config.prompt is not None:
-            of_classes = {"prompt": config.prompt}
-        with replacing(config.out) as unfinished:
+        if prompt is not None:
+            of_classes = {"prompt": prompt}
+        if experiment.vocabulary is not None:
+            of_classes |= {"texts": np.array(experiment.written(samples))}
+        with replacing(out) as unfinished:
             if latents is None:
                 np.savez(unfinished, samples=experiment.to_data(samples), **of_classes)
             else:
                 np.savez(unfinished, samples=samples, latents=latents, **of_classes)
+    elif experiment.vocabulary is not None:
+        texts = experiment.written(samples)
+        write_text(out, SEPARATOR.join(texts) + "\n")
+        print(texts[0])
     elif samples.ndim == 5:
-        figures.save_clips(config.out, samples, [config.prompt or ""] * len(samples))
+        figures.save_clips(out, samples, [prompt or ""] * len(samples))
     elif samples.ndim == 4:
-        figures.save_sheet(config.out, samples if latents is not None else experiment.visible(samples))
+        figures.save_sheet(out, samples if latents is not None else experiment.visible(samples))
     else:
-        figures.save_points(config.out, samples)
+        figures.save_points(out, samples)
 
 
 def main() -> None:

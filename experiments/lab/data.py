@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -389,10 +389,18 @@ def class_names_of(run_dir: Path) -> tuple[str, ...] | None:
         return None
 
 
+class Noted(Protocol):
+    """A dataclass of what a run has to know of its data."""
+
+    def identity(self) -> dict[str, Any]:
+        """What a run that continues must find again."""
+        ...
+
+
 @by_first
-def write_facts(run_dir: Path, facts: Facts) -> None:
+def write_facts(run_dir: Path, facts: Noted) -> None:
     """Writes `data.json`."""
-    write_text(run_dir / FACTS, json.dumps(dataclasses.asdict(facts), indent=2) + "\n")
+    write_text(run_dir / FACTS, json.dumps(dataclasses.asdict(facts), indent=2) + "\n")  # type: ignore[call-overload]
 
 
 def read_facts(run_dir: Path, data: Data) -> Facts:

@@ -14,17 +14,20 @@ import numpy as np
 
 from experiments.lab.data import class_names_of
 from experiments.lab.training import CONFIG, from_json, restore, sampling_params
+from experiments.lab.vocabulary import Vocabulary
 from fm_jax.checks import why_no_folder
 from fm_jax.conditions import DropCondition
 from fm_jax.latents import PIXELS, LatentSpace
 from fm_jax.models import init_params
-from fm_jax.types import ApplyFn, Array, Cond, Key, Params, Source
+from fm_jax.paths import MixturePath
+from fm_jax.types import ApplyFn, Array, Cond, Key, Params, Source, TokenSource
 
 MODULES = {
     "images": "experiments.lab.images",
     "toy2d": "experiments.toy2d",
     "text_to_image": "experiments.text_to_image",
     "text_to_video": "experiments.text_to_video",
+    "text": "experiments.text",
 }
 """Where the `Config` and the `build` of a run are, by the name that its `config.json` has."""
 
@@ -38,7 +41,7 @@ class Experiment(NamedTuple):
 
     model: nn.Module
     apply_fn: ApplyFn
-    source: Source
+    source: Source | TokenSource
     event_shape: tuple[int, ...]
     num_classes: int | None = None
     """`None` for an unconditional network."""
@@ -48,6 +51,12 @@ class Experiment(NamedTuple):
     """What the network sees of latents; the identity for what is trained on as it is."""
     tell: Callable[[list[str]], Cond] | None = None
     """From prompts to what the network is told, [n, ...]; refuses what it cannot be told. `None` without prompts."""
+    path: MixturePath | None = None
+    """Of a network of tokens; `None` for one of points."""
+    vocabulary: Vocabulary | None = None
+    """What text the tokens are; `None` where they are none."""
+    causal: bool = False
+    """Whether a token is told by those before it alone."""
 
     @property
     def null_cond(self) -> Cond:
@@ -66,11 +75,17 @@ class Experiment(NamedTuple):
 
     def draw_x0(self, key: Key, num: int) -> Array:
         """Points [num, ...] of the source."""
-        return self.source.draw(key, jax.ShapeDtypeStruct((num, *self.event_shape), jnp.float32))
+        dtype = jnp.float32 if self.path is None else jnp.int32
+        return self.source.draw(key, jax.ShapeDtypeStruct((num, *self.event_shape), dtype))
 
     def to_data(self, x: Any) -> Any:
         """Samples, an array or a traced one, as the data are: latents with the mean and variance that they had."""
         return x if self.space == PIXELS else self.space.to_latent(jnp.asarray(x)).astype(jnp.float32)
+
+    def written(self, x: Any) -> list[str]:
+        """The texts that samples of tokens [n, length] are."""
+        assert self.vocabulary is not None
+        return [self.vocabulary.decode(row) for row in np.asarray(x).tolist()]
 
     def visible(self, x: np.ndarray) -> np.ndarray:
         """What a picture can show of images [n, h, w, c]: 1 or 3 channels in [-1, 1]; of latents three deviations."""
@@ -125,9 +140,10 @@ def restore_run(run_dir: Path, option: str = "--run") -> Restored:
 
 
 def refuse_sentences(run_dir: Path, experiment: Experiment, what: str) -> None:
-    """`SystemExit` for a run on sentences, where only classes will do."""
-    if experiment.tell is not None:
-        raise SystemExit(f"--run {run_dir} was trained on sentences, and {what} knows runs with classes, or without.")
+    """`SystemExit` for a run on sentences or tokens, where only points with classes, or without, will do."""
+    on = "sentences" if experiment.tell is not None else None if experiment.path is None else "tokens"
+    if on is not None:
+        raise SystemExit(f"--run {run_dir} was trained on {on}, and {what} knows runs with classes, or without.")
 
 
 def begin_with(config: Any, class_names: tuple[str, ...], params: Params) -> Params:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,13 @@ from fm_jax.parameterization import bind
 from fm_jax.paths import MixturePath
 from fm_jax.rates import forward_rates
 from fm_jax.samplers import Cap, Confidence, FirstHitting, Loop, MixtureSteps, Rescale, TauLeaping, grids, sample
+from fm_jax.samplers.first_hitting import Position
 from fm_jax.samplers.remasking import Remask
 from fm_jax.schedules import MaskCosine
 from fm_jax.types import ApplyFn, Array, Cond, DenoiserFn, Key, Params, Sampler, Solution
 
 Solver = Literal["first_hitting", "mixture_steps", "tau_leaping"]
+SOLVERS: tuple[Solver, ...] = get_args(Solver)
 RemaskName = Literal["none", "cap", "rescale", "loop", "confidence"]
 TokenGrid = Literal["uniform", "mask_cosine"]
 REMASK: dict[str, Remask | None] = {
@@ -40,15 +42,17 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "tau_leaping": ("steps", "grid"),
 }
 """By sampler, the options that it takes and others do not."""
-SOLVER_HELP = "Sampler of tokens: one mask after the other, exact; or steps in which tokens do not see each other."
+TOKEN_SOLVER_HELP = """first_hitting: one mask after the other, exact, a NFE each
+mixture_steps: a NFE a step, in which tokens do not see each other
+tau_leaping: order 1, a NFE a step"""
 
 
 @dataclass(frozen=True)
 class TokenSampling:
     """How samples of tokens are drawn."""
 
-    solver: Annotated[Solver, tyro.conf.arg(help=SOLVER_HELP)] = "first_hitting"
-    position: Literal["random", "confidence", "margin", "first"] = "random"
+    solver: Annotated[Solver, tyro.conf.arg(help=f"Sampler, one of\n\n{TOKEN_SOLVER_HELP}")] = "first_hitting"
+    position: Position = "random"
     """Which mask is replaced next: any, which is right; the surest, by its likeliest token or by how far that is ahead,
     which looks better and is less varied; or from left to right."""
     per_step: int = 1

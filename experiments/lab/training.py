@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from experiments.lab.data import MAY_CHANGE as DATA_MAY_CHANGE
-from experiments.lab.data import Facts, write_facts
+from experiments.lab.data import Noted, write_facts
 from experiments.lab.figures import save_loss_curve
 from experiments.lab.options import SEED, STEPS, check_multiple, check_options, option
 from experiments.lab.parallel import Parallel, make_parallel
@@ -168,7 +168,7 @@ def train(
     draw: Callable[[int, TrainState], None] | None = None,
     steps_per_call: int = 1,
     *,
-    facts: Facts | None = None,
+    facts: Noted | None = None,
     begin: Callable[[Params], Params] | None = None,
 ) -> TrainState:
     """Trains to the end, from wherever the run folder is, on all devices of all processes.
@@ -297,7 +297,7 @@ def _optimizer(training: Training):
     )
 
 
-def _checkpointer(config: Any, facts: Facts | None = None, *, read_only: bool = False) -> Checkpointer:
+def _checkpointer(config: Any, facts: Noted | None = None, *, read_only: bool = False) -> Checkpointer:
     training = config.training
     # A longer run is the same run, unless the learning rate depends on where it ends.
     may_change = _MAY_CHANGE + (("training.total_steps",) if training.decay == "constant" else ())

@@ -42,6 +42,7 @@ from experiments import (
     reflow,
     sample,
     sudoku,
+    text,
     text_to_image,
     text_to_video,
     tokens2d,
@@ -49,6 +50,7 @@ from experiments import (
 )
 from experiments import images as own_images
 from experiments.lab import command_line, images, options
+from experiments.lab.corpus import facts_of
 from experiments.lab.experiment import Restored
 from experiments.lab.options import option
 from experiments.lab.training import config_to_json
@@ -75,6 +77,7 @@ MAINS = {
     "cnf": cnf.main,
     "reflow": reflow.main,
     "sudoku": sudoku.main,
+    "text": text.main,
     "tokens2d": tokens2d.main,
     "torchcfm_table": table.main,
     "learned_solver": learned_solver.main,
@@ -84,6 +87,7 @@ MAINS = {
 WORK = [(images, "train"), (toy2d, "train"), (cnf, "train"), (reflow, "fit"), (table, "references"), (table, "train")]
 WORK += [
     (sudoku, "train"),
+    (text, "train"),
     (tokens2d, "train"),
     (learned_solver, "fit_solver"),
     (sample, "generate_many"),
@@ -102,13 +106,19 @@ COUNTS = {
     "cnf": "steps width depth total-steps",
     "reflow": "rounds num-test steps batch-size reflow-pairs",
     "sudoku": "total-steps batch-size width depth num-samples",
+    "text": "total-steps batch-size width depth num-samples per-step sample-batch",
     "tokens2d": "total-steps batch-size width depth steps num-samples sample-batch",
     "torchcfm_table": "num-test num-reference reuse ofm-steps ofm-reuse",
     "learned_solver --run toy": "num fine-steps iterations batch-size",
     "sample --run toy": "num steps",
 }
 HUGE = 99999999999999999999
-AT_LEAST_TWO = {"digits": ["frames"], "toy2d": ["frames", "floor-repeats"], "reflow": ["floor-repeats"]}
+AT_LEAST_TWO = {
+    "digits": ["frames"],
+    "toy2d": ["frames", "floor-repeats"],
+    "reflow": ["floor-repeats"],
+    "text": ["length"],
+}
 NUMBERS = {
     "digits --learning-rate": [("nan", "positive and finite"), ("inf", "positive and finite"), ("0", "positive")],
     "digits --clip-norm": [("0", "positive and finite"), ("inf", "positive and finite")],
@@ -128,6 +138,10 @@ NUMBERS = {
     "autoencoder --dataset digits --beta": [("-1", "finite and not negative"), ("nan", "finite")],
     "reflow --sigma": [("-0.1", r"in \(0, 1\)"), ("0", r"in \(0, 1\)")],
     "sudoku --learning-rate": [("0", "positive and finite"), ("nan", "positive and finite")],
+    "text --temperature": [("0", "positive and finite"), ("inf", "positive and finite"), ("nan", "positive")],
+    "text --top-p": [("0", r"in \(0, 1\]"), ("1.5", r"in \(0, 1\]")],
+    "sample --run toy --temperature": [("-1", "positive and finite")],
+    "sample --run toy --top-p": [("nan", r"in \(0, 1\]")],
     "torchcfm_table --bridge-sigma": [("0", "positive and finite")],
     "torchcfm_table --ema-decay": [("1", r"in \(0, 1\)")],
     "learned_solver --run toy --learning-rate": [("-1", "positive and finite")],
@@ -146,6 +160,7 @@ TAKEN = {
     "cnf": "results.json density.png",
     "reflow": "reflow.md reflow.png",
     "sudoku": "results.json validity.png loss.png",
+    "text": "config.json results.json data.json tokenizer.json samples.txt loss.png",
     "tokens2d": "results.json samples.png loss.png",
     "torchcfm_table": "config.json results.json table.md trajectories.png",
 }
@@ -158,6 +173,7 @@ OF_SMOKE = {
     "cnf": _TRAINING | {"steps": 9, "width": 9, "depth": 9, "num-samples": 9},
     "reflow": {"steps": 200, "batch-size": 9, "reflow-pairs": 9, "num-test": 9, "rounds": 3, "floor-repeats": 9},
     "sudoku": _TRAINING | {"steps": 9, "per-step": 9, "width": 16, "depth": 9, "num-samples": 9},
+    "text": _TRAINING | {"width": 16, "depth": 9, "length": 9, "num-samples": 9, "num-times": 4, "sample-batch": 9},
     "tokens2d": _TRAINING | {"steps": 9, "width": 9, "depth": 9, "num-samples": 9, "sample-batch": 9},
     "torchcfm_table": {"steps": 200, "ofm-steps": 200, "reuse": 9, "num-test": 9, "num-reference": 9},
 }
@@ -246,6 +262,12 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("reflow --problem 'N to N'", "--problem must be one of 'N to 8gaussians', .*, got 'N to N'"),
         ("torchcfm_table --methods CFM", "each of --methods must be one of 'I-CFM', .*, got 'CFM'"),
         ("sudoku --loss elbo", "invalid choice 'elbo' for argument '--loss'"),
+        ("text --loss elbo", "invalid choice 'elbo' for argument '--loss'"),
+        ("text --position last", "invalid choice 'last' for argument '--position'"),
+        ("text --solver heun", "invalid choice 'heun' for argument '--solver'"),
+        ("sample --run toy --solver first_hitting", "--solver must be one of 'euler', .*, got 'first_hitting'"),
+        ("sample --run play --solver heun", "--solver must be one of 'first_hitting', .*, got 'heun'"),
+        ("sample --run toy --remask often", "invalid choice 'often' for argument '--remask'"),
         ("tokens2d --source noise", "invalid choice 'noise' for argument '--source'"),
         ("torchcfm_table --problems moons", "each of --problems must be one of 'N to 8gaussians', .*, got 'moons'"),
     ],
@@ -277,12 +299,24 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ),
         ("digits --label-dropout 0", "--label-dropout must be above 0 for --guidance 2"),
         ("reflow --steps 150", "--steps must be a multiple of 100, .*, got 150"),
+        ("text --width 20", "--width must be a multiple of 8, twice its 4 heads, got 20"),
+        ("text --num-times 3", "--num-times must be a multiple of 2, two draws in each stratum, got 3"),
+        ("text --length 99999", "--text must have at least 99999 characters in its last tenth, one piece of --length"),
+        (
+            "text --loss next_token --position margin",
+            "--position must be left out with --loss next_token, .* got margin",
+        ),
+        ("text --loss next_token --solver tau_leaping", "--solver must be left out with --loss next_token"),
+        ("text --loss next_token --per-step 2", "--per-step must be left out with --loss next_token"),
         ("sudoku --width 20", "--width must be a multiple of 8, twice its 4 heads, got 20"),
         ("sudoku --batch-size 6", "--batch-size must be a multiple of 4, the devices"),
         ("torchcfm_table --ofm-steps 99", "--ofm-steps must be a multiple of 100, .*, got 99"),
         ("torchcfm_table --methods FM --problems 'moons to 8gaussians'", "--methods FM starts from noise"),
         ("toy2d --source moons --prediction noise", "--source moons needs --prediction velocity"),
         ("toy2d --source moons --solver ddim", "--source moons needs --prediction velocity and a solver such as heun"),
+        ("sample --run play --solver mixture_steps --grid edm", "--grid must be one of 'uniform', 'mask_cosine', got"),
+        ("sample --run control --position confidence", "--position must be left out with --loss next_token"),
+        ("sample --run control --position random", "--position must be left out with this run, got random"),
         ("sample --run labelled", "--guidance must be 1 for a run with --label-dropout 0, .*, got 2"),
         ("sample --run moons --solver ddim", "--source moons needs --prediction velocity and a solver such as heun"),
         ("learned_solver --run toy --num 8", "--batch-size must be at most --num, got 64 and 8"),
@@ -327,6 +361,22 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("toy2d --reuse-pairs 2", "--reuse-pairs 2 would have no effect"),
         ("cnf --sample-every 10", "--sample-every 10 would have no effect: cnf draws nothing while it trains"),
         ("sudoku --sample-every 10", "--sample-every 10 would have no effect: sudoku draws nothing while it trains"),
+        ("text --init-from toy", "--init-from toy would have no effect: text begins with parameters of its own"),
+        ("text --guidance 2", "--guidance 2.0 would have no effect: a text has no classes"),
+        (
+            "text --steps 9",
+            "--steps 9 would have no effect: --solver first_hitting does not take it; mixture_steps, tau",
+        ),
+        ("text --solver tau_leaping --remask cap", "--remask cap would have no effect: --solver tau_leaping does not"),
+        ("text --loss next_token --num-times 8", "--num-times 8 would have no effect: --loss next_token has the like"),
+        ("sample --run toy --position first", "--position first would have no effect: the run is on points"),
+        *(
+            (f"sample --run play --{name} {value}", f"--{name} {value} would have no effect: the run is on tokens")
+            for name, value in [("eta", 0.5), ("churn", 1.0), ("avoid", 1), ("weak-run", "toy"), ("negative", "a")]
+        ),
+        ("sample --run play --guidance 2", "--guidance 2.0 would have no effect: the run has no classes. Leave it out"),
+        ("sample --run play --steps 5", "--steps 5 would have no effect: --solver first_hitting does not take it"),
+        ("sample --run toy --top-p 0.5", "--top-p 0.5 would have no effect: the run is on points"),
         ("cnf --init-from toy", "--init-from toy would have no effect: cnf begins with parameters of its own"),
         (
             "tokens2d --init-from toy",
@@ -450,6 +500,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("sample --run broken/type", "broken/type/config.json cannot be used: --width must be an integer, got 'x'"),
         ("sample --run broken/shape", r"broken/shape/config.json cannot be used: config.json has 3 for Training"),
         ("sample --run toy", "toy holds no checkpoints"),
+        ("sample --run play", "play holds no checkpoints"),
         ("learned_solver --run toy", "toy holds no checkpoints"),
         ("torchcfm_table --run-dir broken/half", "broken/half has a damaged config.json"),
         ("torchcfm_table --run-dir toy", "toy holds a run of toy2d: give another --run-dir"),
@@ -463,7 +514,15 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ),
         ("sample --run moons --weak-run vp --guidance 2", "--weak-run vp was trained by another method than moons"),
         ("sample --run moons --class 3", "--class needs a run with classes"),
-        ("sample --run toy --out a.jpg", "--out must end in .png or .npz, or for videos in .gif, got a.jpg"),
+        (
+            "sample --run toy --out a.jpg",
+            "--out must end in .png or .npz, for videos in .gif, or for texts in .txt, got",
+        ),
+        ("text --text nowhere", "--text nowhere does not exist: give a file of text"),
+        ("text --text empty", "--text empty is a folder: give a file of text"),
+        ("text --text bytes.txt", "--text bytes.txt must be a text in UTF-8"),
+        ("text --tokenizer nowhere", "--tokenizer nowhere does not exist: give a file of the package tokenizers"),
+        ("text --tokenizer file", "--tokenizer file must be a file of the package tokenizers"),
         *(
             (f"torchcfm_table --peer-python {path}", f"must be an .* torch and torchcfm, got \\S*{path}: {why}")
             for path, why in [
@@ -500,6 +559,13 @@ def world(tmp_path_factory):
     narrow = of_digits["sampling"] | {"guidance_interval": [0.8, 0.9], "guidance_rule": "rescale"}
     write(root / "narrow" / "config.json", of_digits | {"sampling": narrow})
     write(root / "vp" / "config.json", toy | {"method": toy["method"] | {"path": "vp"}})
+    write(root / "play" / "config.json", {"experiment": "text"} | config_to_json(text.CONFIG))
+    write(root / "play" / "data.json", dataclasses.asdict(facts_of("To be, or not to be", "play", None)))
+    write(
+        root / "control" / "config.json", {"experiment": "text"} | config_to_json(text.CONFIG) | {"loss": "next_token"}
+    )
+    write(root / "control" / "data.json", dataclasses.asdict(facts_of("To be, or not to be", "play", None)))
+    write(root / "bytes.txt", b"\xff\xfe\x00\x80")
     (root / "empty").mkdir()
     (root / "toy.png").mkdir()
     write(root / "file", b"mine")
@@ -718,6 +784,7 @@ CONFIGS = {
     "cnf": (cnf.Config, cnf.CONFIG),
     "reflow": (reflow.Config, reflow.Config()),
     "sudoku": (sudoku.Config, sudoku.CONFIG),
+    "text": (text.Config, text.CONFIG),
     "torchcfm_table": (table.Config, table.CONFIG),
     "learned_solver": (learned_solver.Config, None),
     "sample": (sample.Config, None),
@@ -745,10 +812,14 @@ TOGETHER = {
 """What has to be given with a path."""
 
 
-def read(monkeypatch, command, path, text):
+def read(monkeypatch, command, path, typed):
     """What a command makes of an option that is a path."""
     needs_run = command in ("sample", "learned_solver", "export") and path != ("run",)
-    argv = [f"{option(path[-1])}={text}", *(["--run=toy"] if needs_run else []), *TOGETHER.get((command, path[-1]), [])]
+    argv = [
+        f"{option(path[-1])}={typed}",
+        *(["--run=toy"] if needs_run else []),
+        *TOGETHER.get((command, path[-1]), []),
+    ]
     monkeypatch.setattr(sys, "argv", [command, *argv])
     kind, default = CONFIGS[command]
     return functools.reduce(getattr, path, command_line.parse(kind, default))
@@ -768,7 +839,7 @@ def test_a_path_as_shells_and_job_systems_pass_it(command, path, world, monkeypa
     monkeypatch.setenv("SCRATCH", str(world))
     monkeypatch.delenv("GONE", raising=False)
     monkeypatch.setenv("VOID", "")
-    for text, meant in {
+    for typed, meant in {
         "~/a.npz": f"{world}/a.npz",
         "$SCRATCH/a.npz": f"{world}/a.npz",
         "${SCRATCH}/a.npz/": f"{world}/a.npz",
@@ -781,10 +852,10 @@ def test_a_path_as_shells_and_job_systems_pass_it(command, path, world, monkeypa
         "b$/a$1.npz": "b$/a$1.npz",
         "../a.npz": "../a.npz",
     }.items():
-        ended = [each.replace(".npz", ending) for each in (text, meant)]
-        assert read(monkeypatch, command, path, ended[0]) == Path(ended[1]), text
+        ended = [each.replace(".npz", ending) for each in (typed, meant)]
+        assert read(monkeypatch, command, path, ended[0]) == Path(ended[1]), typed
     name = re.escape(option(path[-1]))
-    for text, message in {
+    for typed, message in {
         "$GONE/a.npz": "must be a path, got .*, and the environment variable GONE is not set",
         "${VOID}/a.npz": "must be a path, got .*, and the environment variable VOID is empty",
         "~nobody_at_all/a.npz": "there is not a user nobody_at_all, whose home that would be. A name that begins so is",
@@ -798,7 +869,7 @@ def test_a_path_as_shells_and_job_systems_pass_it(command, path, world, monkeypa
         "$(pwd)/a.npz": "must be a path, got a command that no shell has replaced",
     }.items():
         with pytest.raises(SystemExit, match=f"^{name} .*{message}"):
-            read(monkeypatch, command, path, text)
+            read(monkeypatch, command, path, typed)
 
 
 def test_what_is_there_under_the_very_name_is_taken(tmp_path, monkeypatch):
