@@ -13,7 +13,7 @@ from experiments import sudoku
 from experiments.lab.training import from_json
 from fm_jax.oracles import exact_denoiser, sudoku4, with_mask
 from fm_jax.samplers import FirstHitting, MixtureSteps, TauLeaping
-from fm_jax.train.log import read_metrics
+from fm_jax.train.log import TIMING_FIELDS, read_metrics
 
 TABLE = with_mask(sudoku4())
 SOLVED = np.array([[0, 1, 2, 3], [2, 3, 0, 1], [1, 0, 3, 2], [3, 2, 1, 0]])
@@ -91,3 +91,24 @@ def test_smoke(tmp_path, capsys):
     record = json.loads((run_dir / "config.json").read_text())
     assert record.pop("experiment") == "sudoku"
     assert from_json(sudoku.Config, record).sampling == sudoku.Steps(**sudoku.SMOKE["sampling"])
+
+
+@pytest.mark.slow
+def test_a_run_in_parts_is_the_whole_one_bit_for_bit(tmp_path):
+    """What it is left with, what it logs, and what it draws."""
+
+    def run(name, total_steps):
+        changes = {"total_steps": total_steps, "batch_size": 8, "decay": "constant", "log_every": 1, "save_every": 3}
+        training = dataclasses.replace(sudoku.CONFIG.training, run_dir=tmp_path / name, steps_per_call=2, **changes)
+        small = {**sudoku.SMOKE, "sampling": sudoku.Steps(**sudoku.SMOKE["sampling"])}
+        return sudoku.run(dataclasses.replace(sudoku.CONFIG, training=training, **small))
+
+    whole, _, parts = run("whole", 6), run("parts", 3), run("parts", 6)
+    timed = "training_grids_per_second"
+    assert {**parts, timed: 0} == {**whole, timed: 0}
+    rows, again = (
+        [{each: x for each, x in row.items() if each not in TIMING_FIELDS} for row in read_metrics(tmp_path / name)]
+        for name in ("whole", "parts")
+    )
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows == again

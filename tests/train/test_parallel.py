@@ -1,3 +1,4 @@
+import functools
 import os
 import subprocess
 import sys
@@ -9,7 +10,13 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
+from small_networks import drawn as drawn_params
 
+from fm_jax.losses import masked_elbo
+from fm_jax.models import TokenTransformer, init_params, linen_apply
+from fm_jax.paths import MixturePath
+from fm_jax.schedules import Linear
+from fm_jax.sources import Masked
 from fm_jax.train.parallel import fsdp_step, pmap_step, shard_map_step, split_batch
 from fm_jax.train.sharding import data_mesh, fsdp_mesh, fsdp_sharding
 from fm_jax.train.state import create_state
@@ -38,8 +45,32 @@ def drawn(params, key, batch):
     return given(params, key, {**batch, "x0": jax.random.normal(key, batch["x1"].shape)})
 
 
-def train(step, batch, num_steps=5):
-    state = create_state(PARAMS, OPTIMIZER, (0.9,))
+@functools.cache
+def masks(num_tokens, **options):
+    """The bound of masked tokens, of which the last is the mask; parameters none of which are zero."""
+    model = TokenTransformer(num_tokens, mask=num_tokens - 1, num_layers=1, num_heads=2, **options)
+    params = drawn_params(jax.eval_shape(lambda key: init_params(model, key, (6,)), jax.random.key(0)))
+    return masked_elbo(linen_apply(model), MixturePath(Linear(), Masked(num_tokens, num_tokens - 1))), params
+
+
+def of_kind(kind):
+    """A loss of which nothing is random, its parameters and its batch.
+
+    Of tokens, int32, those at t = 0 are given, with as many masks in each example: metrics are means over masks.
+    """
+    if kind == "points":
+        return given, PARAMS, BATCH
+    rng = np.random.default_rng(1)
+    x1 = rng.integers(4, size=(16, 6)).astype(np.int32)
+    x0 = np.where(rng.permuted(np.tile(np.arange(6) < 3, (16, 1)), axis=1), 4, x1)
+    return *masks(5, hidden=8), {"x1": x1, "x0": x0, "t": 0 * BATCH["t"]}
+
+
+KINDS = pytest.mark.parametrize("kind", ["points", pytest.param("tokens", marks=pytest.mark.slow)])
+
+
+def train(step, batch, num_steps=5, params=PARAMS):
+    state = create_state(params, OPTIMIZER, (0.9,))
     for _ in range(num_steps):
         state, metrics = step(state, jax.random.key(1), batch)
     return state, metrics
@@ -49,11 +80,13 @@ def mesh(num_devices):
     return Mesh(np.array(jax.devices()[:num_devices]), ("data",))
 
 
-def test_four_devices_equal_one_and_plain_jit():
-    plain = train(jax.jit(make_step(given, OPTIMIZER, axis_name=None)), BATCH)
+@KINDS
+def test_four_devices_equal_one_and_plain_jit(kind):
+    loss_fn, params, batch = of_kind(kind)
+    plain = train(jax.jit(make_step(loss_fn, OPTIMIZER, axis_name=None)), batch, params=params)
     for num_devices in (1, 4):
-        step = pmap_step(make_step(given, OPTIMIZER), jax.devices()[:num_devices])
-        found = train(step, split_batch(BATCH, num_devices))
+        step = pmap_step(make_step(loss_fn, OPTIMIZER), jax.devices()[:num_devices])
+        found = train(step, split_batch(batch, num_devices), params=params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7), found, plain)
 
 
@@ -87,25 +120,28 @@ def test_devices_draw_different_noise(make):
     assert len(set(found)) == 4
 
 
+@KINDS
 @pytest.mark.parametrize("make", [pmap_step, lambda step: shard_map_step(step, mesh(4))], ids=["pmap", "shard_map"])
-def test_state_is_replicated_donated_and_traced_once(make):
+def test_state_is_replicated_donated_and_traced_once(make, kind):
+    loss_fn, params, batch = of_kind(kind)
     traces = []
 
     def counted(params, key, batch):
         traces.append(1)
-        return given(params, key, batch)
+        return loss_fn(params, key, batch)
 
-    batch = split_batch(BATCH, 4) if make is pmap_step else BATCH
+    batch = split_batch(batch, 4) if make is pmap_step else batch
     step, key = make(make_step(counted, OPTIMIZER)), jax.random.key(0)
-    state, _ = step(create_state(PARAMS, OPTIMIZER, (0.9,)), key, batch)
+    state, _ = step(create_state(params, OPTIMIZER, (0.9,)), key, batch)
     before = state
     for _ in range(3):
         state, metrics = step(state, key, batch)
     assert len(traces) == 1
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
-    assert state.params["w1"].shape == (3, 8)
-    assert state.params["w1"].is_fully_replicated
-    assert len(state.params["w1"].devices()) == 4
+    for leaf, before in zip(jax.tree.leaves(state.params), jax.tree.leaves(params), strict=True):
+        assert leaf.shape == before.shape
+        assert leaf.is_fully_replicated
+        assert len(leaf.devices()) == 4
     assert metrics["loss"].shape == ()
 
 
@@ -154,30 +190,37 @@ def test_bad_input():
 WIDE = {"w1": RNG.normal(size=(3, 8192)).astype(np.float32), "w2": RNG.normal(size=(8192, 3)).astype(np.float32)}
 
 
-def train_wide(step, num_steps=3):
-    state = create_state(WIDE, OPTIMIZER, (0.9,))
-    for _ in range(num_steps):
-        state, metrics = step(state, jax.random.key(1), BATCH)
-    return state, metrics
+def wide(kind):
+    """A loss that draws its noise, parameters with leaves that are cut, and a batch."""
+    if kind == "points":
+        return drawn, WIDE, BATCH
+    return *masks(8192, hidden=4), {"x1": np.arange(96, dtype=np.int32).reshape(16, 6)}
 
 
-@pytest.fixture(scope="module")
-def on_one():
-    """A step that draws its noise, on one device."""
-    return train_wide(jax.jit(make_step(drawn, OPTIMIZER, axis_name=None)))
+def train_wide(step, params=WIDE, batch=BATCH, num_steps=3):
+    return train(step, batch, num_steps, params)
+
+
+@functools.cache
+def on_one(kind):
+    """On one device, with the batch."""
+    loss_fn, params, batch = wide(kind)
+    return train_wide(jax.jit(make_step(loss_fn, OPTIMIZER, axis_name=None)), params, batch), batch
 
 
 @pytest.mark.slow_but_one
+@pytest.mark.parametrize("kind", ["points", "tokens"])
 @pytest.mark.parametrize(("devices", "shards"), [(1, 1), (2, 2), (4, 4), (4, 2), (4, 1)])
-def test_a_cut_state_draws_and_learns_the_same_on_any_number_of_devices(on_one, devices, shards):
-    step = fsdp_step(make_step(drawn, OPTIMIZER, axis_name=None), fsdp_mesh(shards, jax.devices()[:devices]))
-    state, metrics = train_wide(step)
-    for name, axis in (("w1", 1), ("w2", 0)):
+def test_a_cut_state_draws_and_learns_the_same_on_any_number_of_devices(kind, devices, shards):
+    (wanted, batch), (loss_fn, params, _) = on_one(kind), wide(kind)
+    step = fsdp_step(make_step(loss_fn, OPTIMIZER, axis_name=None), fsdp_mesh(shards, jax.devices()[:devices]))
+    state, metrics = train_wide(step, params, batch)
+    for name, axis in (("w1", 1), ("w2", 0)) if kind == "points" else (("table", 0),):
         for leaf in (state.params[name], state.ema["0.9"][name], state.opt_state[1][0].mu[name]):
             held = leaf.addressable_shards[0].data.shape
             assert held[axis] == 8192 // shards, name
-            assert held[1 - axis] == 3
-    found, wanted = jax.device_get((state, metrics)), jax.device_get(on_one)
+            assert held[1 - axis] == params[name].shape[1 - axis]
+    found, wanted = jax.device_get((state, metrics)), jax.device_get(wanted)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=3e-4, atol=2e-6), found, wanted)
 
 
