@@ -52,7 +52,6 @@ from fm_jax.types import Array, DenoiserFn, Key, Params, Sampler, Solution
 
 PICTURES = ("validity.png", "loss.png")
 CELLS, MASK = 16, 4
-PATH = MixturePath(Linear(), Masked(MASK + 1, MASK))
 LOSSES = {"masked_elbo": losses.masked_elbo, "cross_entropy": losses.cross_entropy}
 HEADS = 4
 STEPS_PER_CALL = 50
@@ -129,6 +128,12 @@ CONFIG = Config(
 )
 
 
+@functools.cache
+def path() -> MixturePath:
+    """From masks to solutions. Made when it is asked for: it computes, and processes have to meet before that."""
+    return MixturePath(Linear(), Masked(MASK + 1, MASK))
+
+
 class Way(NamedTuple):
     """One way to draw grids: a sampler, its times, and whether it takes rates in place of a denoiser."""
 
@@ -142,13 +147,13 @@ def ways(steps: Steps) -> dict[str, list[Way]]:
     evens = [grids.uniform(num) for num in steps.steps]
     cosines = [jnp.asarray(1 - np.cos(np.pi / 2 * np.asarray(times, np.float64)), jnp.float32) for times in evens]
     found = {
-        "exact steps, even": [Way(MixtureSteps(PATH), times) for times in evens],
-        "exact steps, cosine": [Way(MixtureSteps(PATH), times) for times in cosines],
+        "exact steps, even": [Way(MixtureSteps(path()), times) for times in evens],
+        "exact steps, cosine": [Way(MixtureSteps(path()), times) for times in cosines],
         "tau-leaping": [Way(TauLeaping(), times, of_rates=True) for times in evens],
     }
     positions: tuple[Any, ...] = ("random", "confidence", "margin")
     return found | {
-        f"first hitting, {position}": [Way(FirstHitting(PATH, position, num)) for num in steps.per_step]
+        f"first hitting, {position}": [Way(FirstHitting(path(), position, num)) for num in steps.per_step]
         for position in positions
     }
 
@@ -180,8 +185,8 @@ def validity(
     @functools.partial(jax.jit, static_argnames=("sampler", "of_rates"))
     def draw(params: Params, key: Key, times: Array | None, sampler: Sampler, of_rates: bool) -> Solution:
         denoiser = denoiser_of(params)
-        v = forward_rates(denoiser, PATH) if of_rates else denoiser
-        x0 = PATH.source.draw(key, jax.ShapeDtypeStruct((num, CELLS), np.int32))
+        v = forward_rates(denoiser, path()) if of_rates else denoiser
+        x0 = path().source.draw(key, jax.ShapeDtypeStruct((num, CELLS), np.int32))
         return sample(v, x0, sampler, times=times, key=key)
 
     shares: Shares = {}
@@ -228,15 +233,15 @@ def _run(config: Config) -> dict[str, Any]:
         return {"x1": table.states[rng.integers(len(table.states), size=num)]}
 
     data = FreshBatches(draw, config.training.seed, config.training.batch_size // jax.process_count())
-    loss_fn = LOSSES[config.loss](apply_fn, PATH)
+    loss_fn = LOSSES[config.loss](apply_fn, path())
     state = train(config, key_train, params, loss_fn, data, steps_per_call=STEPS_PER_CALL)
     params = jax.device_get(everywhere(sampling_params(state, config.training)))
 
-    bound = jax.jit(lambda params, key, x1: token_bound(bind(apply_fn, params), PATH, key, x1, **BOUND))
+    bound = jax.jit(lambda params, key, x1: token_bound(bind(apply_fn, params), path(), key, x1, **BOUND))
     found = jax.device_get(bound(params, key_bound, table.states))
     judged = functools.partial(validity, table=table, steps=config.sampling, key=key_draw, num=config.num_samples)
     network, drawn = judged(lambda params: bind(apply_fn, params), params)
-    exact, _ = judged(lambda _: exact_denoiser(table, PATH), None)
+    exact, _ = judged(lambda _: exact_denoiser(table, path()), None)
     results: dict[str, Any] = {
         "mask_bound": float(found.nats.mean()),
         "mask_bound_standard_error": float(np.sqrt((found.error**2).sum())) / len(table.states),

@@ -48,10 +48,7 @@ from fm_jax.types import Array, Cond, Key, Params
 PICTURES = ("samples.png", "loss.png")
 SIDE, SQUARE = 128, 32
 STEPS_PER_CALL = 50
-PATHS = {
-    "uniform": MixturePath(Polynomial(2.0), UniformTokens(SIDE)),
-    "mask": MixturePath(Polynomial(2.0), Masked(SIDE + 1, SIDE)),
-}
+SOURCES = {"uniform": UniformTokens(SIDE), "mask": Masked(SIDE + 1, SIDE)}
 LOSSES = {
     "cross_entropy": losses.cross_entropy,
     "generalized_kl": losses.generalized_kl,
@@ -165,7 +162,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def _run(config: Config) -> dict[str, Any]:
-    run_dir, path, table = config.training.run_dir, PATHS[config.source], checkerboard()
+    run_dir, path, table = config.training.run_dir, MixturePath(Polynomial(2.0), SOURCES[config.source]), checkerboard()
     check_run_dir(config, PICTURES)
     key_train, key_init, key_draw = jax.random.split(jax.random.key(config.training.seed), 3)
     model = Network(path.num_tokens, config.width, config.depth)

@@ -23,6 +23,10 @@ DIGITS = (
     *("--sample-batch", "12", "--solver", "euler", "--steps", "2", "--batch-size", "24", "--warmup-steps", "0"),
     *("--log-every", "5", "--sample-every", "1000", "--decay", "constant"),
 )
+TOKENS = (
+    *("experiments.sudoku", "--width", "64", "--depth", "1", "--num-samples", "16", "--steps", "2", "--per-step", "8"),
+    *("--batch-size", "24", "--decay", "constant"),
+)
 TOY = ("experiments.toy2d", "--width", "128", "--num-samples", "50", "--frames", "3", "--batch-size", "24")
 
 
@@ -79,6 +83,20 @@ def assert_same_run(one: Path, other: Path, rtol: float = 1e-4) -> None:
     np.testing.assert_allclose([*found.values()], [*wanted.values()], rtol=rtol)
 
 
+def test_no_experiment_computes_before_processes_have_met():
+    """JAX refuses to bring them together after its first computation, which so must not be at an import."""
+    names = [path.stem for path in sorted((ROOT / "experiments").glob("*.py")) if path.stem != "__init__"]
+    assert {"digits", "sudoku", "tokens2d"} <= {*names}
+    code = (
+        "import importlib\nfrom jax._src import xla_bridge\n"
+        f"for name in {names}:\n"
+        "    importlib.import_module('experiments.' + name)\n"
+        "    assert not xla_bridge.backends_are_initialized(), name"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("parallel", "processes", "devices", "alone_on"),
@@ -104,8 +122,11 @@ def test_several_processes_are_one_run(tmp_path, parallel, processes, devices, a
 
 
 @pytest.mark.slow
-def test_coupled_pairs_and_a_cut_state_do_not_depend_on_the_processes(tmp_path):
-    arguments = (*TOY, "--coupling", "minibatch_ot", "--reuse-pairs", "2", "--parallel", "fsdp")
+@pytest.mark.parametrize(
+    "experiment", [(*TOY, "--coupling", "minibatch_ot", "--reuse-pairs", "2"), TOKENS], ids=["pairs", "tokens"]
+)
+def test_coupled_pairs_tokens_and_a_cut_state_do_not_depend_on_the_processes(experiment, tmp_path):
+    arguments = (*experiment, "--parallel", "fsdp")
     arguments += ("--total-steps", "20", "--log-every", "5", "--save-every", "20")
     run(arguments, tmp_path / "alone")
     run(arguments, tmp_path / "together", 2)

@@ -56,7 +56,7 @@ def test_every_sampler_is_there_at_every_number_of_evaluations():
 def test_the_exact_posterior_is_right_by_first_hitting_and_not_in_few_steps():
     steps = sudoku.Steps(steps=(4,), per_step=(1, 4))
     draw = sudoku.validity(
-        lambda _: exact_denoiser(TABLE, sudoku.PATH), None, table=TABLE, steps=steps, key=jax.random.key(0), num=500
+        lambda _: exact_denoiser(TABLE, sudoku.path()), None, table=TABLE, steps=steps, key=jax.random.key(0), num=500
     )
     shares, drawn = draw
     assert {name: list(each) for name, each in shares.items() if "first" not in name} == {
