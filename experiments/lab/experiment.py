@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.lab.data import class_names_of
+from experiments.lab.levels import to_pixels
 from experiments.lab.training import CONFIG, from_json, restore, sampling_params
 from experiments.lab.vocabulary import Vocabulary
 from fm_jax.checks import why_no_folder
@@ -28,6 +29,7 @@ MODULES = {
     "text_to_image": "experiments.text_to_image",
     "text_to_video": "experiments.text_to_video",
     "text": "experiments.text",
+    "token_images": "experiments.token_images",
 }
 """Where the `Config` and the `build` of a run are, by the name that its `config.json` has."""
 
@@ -55,6 +57,8 @@ class Experiment(NamedTuple):
     """Of a network of tokens; `None` for one of points."""
     vocabulary: Vocabulary | None = None
     """What text the tokens are; `None` where they are none."""
+    levels: int | None = None
+    """How many grey levels the tokens are; `None` where they are none."""
     causal: bool = False
     """Whether a token is told by those before it alone."""
 
@@ -89,6 +93,8 @@ class Experiment(NamedTuple):
 
     def visible(self, x: np.ndarray) -> np.ndarray:
         """What a picture can show of images [n, h, w, c]: 1 or 3 channels in [-1, 1]; of latents three deviations."""
+        if self.levels is not None:
+            x = to_pixels(x, self.levels)
         channels = x.shape[-1] if x.shape[-1] in (1, 3) else 3 if x.shape[-1] > 3 else 1
         return x[..., :channels] if self.space == PIXELS else np.clip(x[..., :channels] / 3, -1, 1)
 

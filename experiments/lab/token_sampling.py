@@ -1,14 +1,15 @@
 """Sampling of experiments on tokens: one function from parameters and masks to samples, by the name of a sampler."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple, get_args
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 
+from experiments.lab.experiment import Experiment
 from experiments.lab.options import Range, check_options
 from experiments.lab.sampling import Generate
 from fm_jax.guidance import classifier_free_logits
@@ -135,6 +136,19 @@ def guided_denoiser(
     if sampling.temperature != 1:
         denoiser = with_temperature(denoiser, sampling.temperature)
     return top_p(denoiser, sampling.top_p) if sampling.top_p < 1 else denoiser
+
+
+def generator_of_tokens(config: Any, experiment: Experiment, guidance: float | None = None) -> Generate:
+    """`make_token_generate` for the network of a run, guided by another scale than its own if given.
+
+    Args:
+        config: with a `sampling`, a `TokenSampling`.
+        experiment: the network, on tokens.
+        guidance: scale.
+    """
+    assert experiment.path is not None
+    sampling = config.sampling if guidance is None else replace(config.sampling, guidance=guidance)
+    return make_token_generate(sampling, experiment.path, experiment.apply_fn, null_cond=experiment.null_cond)
 
 
 def make_token_generate(

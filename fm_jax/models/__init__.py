@@ -30,6 +30,7 @@ from fm_jax.models.icnn import ICNN, linen_potential
 from fm_jax.models.lightning import LightningDiT, make_lightning
 from fm_jax.models.mlp import MLP, PlainMLP
 from fm_jax.models.mmdit import MMDiT, make_mmdit
+from fm_jax.models.pixel_tokens import PixelTokens
 from fm_jax.models.sequence_unet import SequenceUNet, make_sequence_unet
 from fm_jax.models.song_unet import SongUNet, make_song_unet
 from fm_jax.models.stack import stack_layers, unstack_layers
@@ -68,6 +69,7 @@ __all__ = [
     "LocalBranch",
     "MMDiT",
     "Moments",
+    "PixelTokens",
     "PlainMLP",
     "SequenceUNet",
     "SongUNet",

@@ -173,7 +173,8 @@ OF_SMOKE = {
     "cnf": _TRAINING | {"steps": 9, "width": 9, "depth": 9, "num-samples": 9},
     "reflow": {"steps": 200, "batch-size": 9, "reflow-pairs": 9, "num-test": 9, "rounds": 3, "floor-repeats": 9},
     "sudoku": _TRAINING | {"steps": 9, "per-step": 9, "width": 16, "depth": 9, "num-samples": 9},
-    "text": _TRAINING | {"width": 16, "depth": 9, "length": 9, "num-samples": 9, "num-times": 4, "sample-batch": 9},
+    "text": _TRAINING
+    | {"total-steps": 200, "width": 16, "depth": 9, "length": 9, "num-samples": 9, "num-times": 4, "sample-batch": 9},
     "tokens2d": _TRAINING | {"steps": 9, "width": 9, "depth": 9, "num-samples": 9, "sample-batch": 9},
     "torchcfm_table": {"steps": 200, "ofm-steps": 200, "reuse": 9, "num-test": 9, "num-reference": 9},
 }
