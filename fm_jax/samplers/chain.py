@@ -20,7 +20,7 @@ from fm_jax.checks import (
     check_tokens,
     is_traced,
 )
-from fm_jax.draws import bernoulli, categorical
+from fm_jax.draws import bernoulli, categorical, none_of
 from fm_jax.logits import logits_of
 from fm_jax.nfe import spent
 from fm_jax.paths.mixture import MixturePath, check_mixture
@@ -46,10 +46,11 @@ class TokenStep(NamedTuple):
     weights: Logits
 
     def draw(self, key: Key, x: TokenState) -> TokenState:
-        """The tokens after the step."""
+        """The tokens after the step; `draws.NONE` where chance or weights are NaN, and from then on."""
         key_chance, key_token = jax.random.split(key)
-        anew = bernoulli(key_chance, self.chance)
-        return jnp.where(anew, categorical(key_token, self.weights).astype(x.dtype), x)
+        anew, none = bernoulli(key_chance, self.chance), none_of(x.dtype)
+        drawn = jnp.where(anew, categorical(key_token, self.weights).astype(x.dtype), x)
+        return jnp.where(jnp.isnan(self.chance) | (x == none), none, drawn)
 
     def probs(self, x: TokenState) -> Logits:
         """The law of each token after the step, [batch, ..., K]."""
@@ -66,8 +67,9 @@ def tau_leap(rates: RateFn, t: Time, t_next: Time, x: TokenState, *, schedule: S
     """One step of `TauLeaping`: a token jumps with probability `min(1, h u)`, u the sum of its rates at `t`.
 
     Args:
-        rates: `u(t, x) -> [batch, ..., K]`. What is negative counts as 0, so that a whole row of a generator, with
-            minus the sum at the token that is there, serves as well; of infinite ones each is as likely.
+        rates: `u(t, x) -> [batch, ..., K]`. At the token that is there what is negative counts as 0, so that a whole
+            row of a generator, with minus the sum there, serves as well; of infinite ones each is as likely. One that
+            is negative elsewhere, or NaN, is refused where it is known; else the token becomes `draws.NONE`.
         t: time.
         t_next: the time after the step, h later.
         x: tokens.
@@ -89,7 +91,8 @@ def tau_leap(rates: RateFn, t: Time, t_next: Time, x: TokenState, *, schedule: S
     _check_rates(u, x)
     u = u.astype(jnp.promote_types(u.dtype, jnp.float32))
     number = jnp.finfo(u.dtype)
-    u = jnp.clip(u, 0, number.max**0.5)  # so that sums and quotients stay finite
+    elsewhere = ~jax.nn.one_hot(x, u.shape[-1], dtype=bool)
+    u = jnp.where((u < 0) & elsewhere, jnp.nan, jnp.clip(u, 0, number.max**0.5))  # sums and quotients stay finite
     t, t_next = _ends(t, t_next, x)
     h = t_next - t
     if schedule is not None:
@@ -333,9 +336,9 @@ def check_mask(path: MixturePath) -> None:
 
 
 def check_start_of(name: str, x: TokenState, num_tokens: int) -> None:
-    """Raises `ValueError` for tokens that are not among K, or of integers that cannot hold K."""
+    """Raises `ValueError` for tokens that are not among K, or of integers that cannot hold K and `draws.NONE`."""
     check_tokens(name, x, num_tokens)
-    if jnp.iinfo(x.dtype).max < num_tokens - 1:
+    if jnp.iinfo(x.dtype).max < num_tokens - jnp.issubdtype(x.dtype, jnp.signedinteger):
         raise ValueError(f"{name} must be of integers that hold {num_tokens} tokens, such as int32, got {x.dtype}.")
 
 

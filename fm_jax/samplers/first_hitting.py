@@ -137,6 +137,7 @@ class FirstHitting:
         elif self.position != "random":
             top = jax.lax.top_k(posterior, 2)[0]
             score = top[..., 0] - top[..., 1] if self.position == "margin" else top[..., 0]
+            score = jnp.where(jnp.isnan(score), jnp.inf, score)  # NaN is not to leave masks, but what shows
         flat = jnp.where(masked, score, -jnp.inf).reshape(len(x), -1)
         best = flat == flat.max(axis=1, keepdims=True)
         here = jnp.where(best, jax.random.uniform(key_position, flat.shape), -1).argmax(axis=1)

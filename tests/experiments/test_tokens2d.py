@@ -1,6 +1,7 @@
 """Two tokens on a checkerboard: the table, how draws are counted, and a smoke run from data to picture."""
 
 import dataclasses
+import itertools
 import json
 
 import jax
@@ -21,13 +22,41 @@ def test_the_table_is_even_on_black_squares():
     assert [bool(table[at] > 0) for at in ((0, 0), (0, 32), (32, 32), (31, 127), (127, 127))] == [1, 0, 1, 0, 1]
 
 
-def test_draws_are_counted_where_they_are_and_one_with_a_mask_nowhere():
-    x = np.array([[0, 0], [0, 0], [127, 3], [128, 5], [5, 128]])
-    found = tokens2d.counts(x)
-    assert (found[0, 0], found[127, 3], found.sum()) == (2, 1, 3)
+def test_draws_are_counted_where_they_are():
+    found = tokens2d.counts(jnp.array([[0, 0], [0, 0], [127, 3], [3, 127]]))
+    assert (found[0, 0], found[127, 3], found[3, 127], found.sum()) == (2, 1, 1, 4)
     table = np.zeros((128, 128))
     table[0, 0] = 1
-    np.testing.assert_allclose(tokens2d.total_variation(found, 5, table), 0.5 * (0.6 + 0.2))
+    np.testing.assert_allclose(tokens2d.total_variation(found, 4, table), 0.5 * (0.5 + 0.5))
+
+
+@pytest.mark.parametrize(("x", "got"), [([[0, 0], [128, 5]], "from 0 to 128"), ([[0, -1], [2, 5]], "from -1 to 5")])
+def test_a_draw_that_is_no_place_is_no_number(x, got):
+    with pytest.raises(ValueError, match=f"the points drawn must be tokens from 0 to 127, got some {got}"):
+        tokens2d.counts(np.array(x))
+
+
+def exact(kappa):
+    """The law of each token of the data given both at kappa, from even noise: [128, 128, 2, 128], by Bayes' rule."""
+    table, here = tokens2d.checkerboard(), (1 - kappa) / 128 + kappa * np.eye(128)
+    first, second = here[:, None] * (here @ table.T)[None], here[None] * (here @ table)[:, None]
+    found = np.stack([first, second], axis=2)
+    return found / found.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("ours", 0.0122), ("even", 0.190)])
+def test_steps_that_are_short_at_the_end(name, wanted):
+    """The total variation of 8 steps with the exact posterior, by pushing the law of both tokens through each."""
+    kappa = np.asarray(tokens2d.times(8) if name == "ours" else np.linspace(0, 1, 9), np.float64) ** 2
+    law = np.full((128, 128), 1 / 128**2)
+    for now, then in itertools.pairwise(kappa):
+        stay = (1 - then) / (1 - now)
+        step = (1 - stay) * exact(now)
+        step[np.arange(128), :, 0, np.arange(128)] += stay
+        step[:, np.arange(128), 1, np.arange(128)] += stay
+        law = (law[..., None] * step[:, :, 0]).reshape(-1, 128).T @ step[:, :, 1].reshape(-1, 128)
+    np.testing.assert_allclose(law.sum(), 1, rtol=1e-4)
+    np.testing.assert_allclose(tokens2d.total_variation(law, 1, tokens2d.checkerboard()), wanted, rtol=0.02)
 
 
 def test_the_network_sees_time_and_both_tokens():
