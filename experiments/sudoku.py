@@ -39,6 +39,7 @@ from experiments.lab.training import (
     write_results,
 )
 from fm_jax import losses
+from fm_jax.checks import check_tokens
 from fm_jax.likelihood import token_bound
 from fm_jax.models import TokenTransformer, init_params, linen_apply, num_params
 from fm_jax.oracles import TokenTable, exact_denoiser, sudoku4, with_mask
@@ -195,6 +196,7 @@ def validity(
         shares[name] = {}
         for way in each:
             solution: Any = jax.device_get(draw(params, key, way.times, way.sampler, way.of_rates))
+            check_tokens("the grids drawn", solution.x, MASK + 1)
             shares[name][str(int(solution.calls))] = float(are_solutions(table, solution.x).mean())
             kept = solution.x if kept is None and name.startswith("first hitting") else kept
     assert kept is not None
