@@ -46,12 +46,12 @@ from fm_jax.samplers import FirstHitting, MixtureSteps, grids, sample
 from fm_jax.schedules import Polynomial
 from fm_jax.shapes import batch_time
 from fm_jax.sources import Masked, UniformTokens
-from fm_jax.types import Array, Cond, Key, Params, Solution
+from fm_jax.types import Array, Cond, Key, Params, Solution, TokenSource
 
 PICTURES = ("samples.png", "loss.png")
 SIDE, SQUARE = 128, 32
 STEPS_PER_CALL = 50
-SOURCES = {"uniform": UniformTokens(SIDE), "mask": Masked(SIDE + 1, SIDE)}
+SOURCES: dict[str, TokenSource] = {"uniform": UniformTokens(SIDE), "mask": Masked(SIDE + 1, SIDE)}
 LOSSES = {
     "cross_entropy": losses.cross_entropy,
     "generalized_kl": losses.generalized_kl,

@@ -36,6 +36,7 @@ from fm_jax.self_conditioning import SELF_CONDITIONED
 from fm_jax.shapes import batch_time, check_not_steps, time_of
 from fm_jax.types import (
     KINDS,
+    AnyArray,
     ApplyFn,
     Cond,
     Kind,
@@ -119,7 +120,7 @@ def bind(apply_fn: ApplyFn, params: Params) -> ModelFn:
     """
     check_network("apply_fn", apply_fn)
 
-    def model_fn(t: Time, x: State, cond: Cond = None, *, estimate: Logits | None = None) -> State:
+    def model_fn(t: Time, x: State, cond: Cond = None, *, estimate: Logits | None = None) -> AnyArray:
         told: Any = {} if estimate is None else {"estimate": estimate}
         if told:
             check_function("apply_fn", apply_fn, SELF_CONDITIONED, 4, train=False, rngs=None, **told)

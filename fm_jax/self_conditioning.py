@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from fm_jax.checks import check_function, check_logits, check_network, check_number
 from fm_jax.draws import bernoulli
 from fm_jax.nfe import Counted, cost
-from fm_jax.types import ApplyFn, Cond, Logits, Params, PerExample, TokenState
+from fm_jax.types import ApplyFn, Cond, Logits, Params, Time, TokenState
 
 SELF_CONDITIONED = "a self-conditioned network apply_fn(params, t, x, cond, train=, rngs=, estimate=)"
 
@@ -57,7 +57,7 @@ def self_conditioned(apply_fn: ApplyFn, rate: float = 0.5) -> ApplyFn:
     check_number("rate", rate, "(0, 1]")
     network: Any = apply_fn
 
-    def applied(params: Params, t: PerExample, x: TokenState, cond: Cond, /, *, train: bool, rngs: Any) -> Logits:
+    def applied(params: Params, t: Time, x: TokenState, cond: Cond, /, *, train: bool, rngs: Any) -> Logits:
         drawn = train and rate < 1
         if drawn and not rngs:
             raise ValueError(f"rngs must be {{'dropout': key}}: estimates are given at random in training, got {rngs}.")

@@ -85,6 +85,7 @@ def contract():
 
     from fm_jax import guidance, likelihood, oracles, parameterization, rates, samplers, schedules, shapes
     from fm_jax.conditions import DropCondition
+    from fm_jax.self_conditioning import self_conditioned
 
     key = jax.random.key(0)
     linear = schedules.Linear()
@@ -209,6 +210,19 @@ def contract():
         loss_fn = make(lambda params, t, x, cond, *, train, rngs: params["w"] * denoiser(t, x))
         batch = {"x1": tokens, "weight": each, "t": each}
         attempt(name, lambda params, batch, f=loss_fn: f(params, key, batch), w, batch, hows=HOST)
+
+    def told(params, t, x, cond, *, train, rngs, estimate=None):
+        return params["w"] * denoiser(t, x) + (0 if estimate is None else estimate)
+
+    loss_fn, batch = contracts.TOKEN_LOSSES["masked_elbo"](self_conditioned(told)), {"x1": tokens, "t": each}
+    attempt("self_conditioned", lambda params, batch: loss_fn(params, key, batch), w, batch, hows=HOST)
+    for make in (samplers.MixtureSteps, samplers.FirstHitting):
+        for f, carry in ((self_conditioned(told), False), (told, True)):
+            sampler = make(contracts.TOKEN_PATHS[0], carry_estimate=carry)
+            draw = lambda x0, f=f, sampler=sampler: samplers.sample(  # noqa: E731
+                parameterization.bind(f, w), x0, sampler, times=2, key=key
+            )
+            attempt(f"{sampler}", draw, jnp.full((BATCH, 2), 4), hows=HOST)
     for bound in ("mask", "reversal", "forward"):
         found = lambda x1, bound=bound: likelihood.token_bound(  # noqa: E731
             denoiser, contracts.TOKEN_PATHS[0], key, x1, bound=bound, num_times=2
