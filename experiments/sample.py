@@ -30,6 +30,7 @@ from experiments.lab import command_line, figures
 from experiments.lab.corpus import SEPARATOR, given_of
 from experiments.lab.experiment import Experiment, Restored, read_run, restore_run
 from experiments.lab.latents import codec_of_run
+from experiments.lab.levels import to_levels
 from experiments.lab.options import SEED, as_typed, check_options, option
 from experiments.lab.processes import by_first
 from experiments.lab.samplers import SAMPLERS, load_solver, table
@@ -135,7 +136,7 @@ class Drawing:
         """Options of no effect on samples of that run, and why."""
         of_run, experiment = read_run(self.run)
         for name in _OF_TOKENS if experiment.path is None else _OF_POINTS:
-            if hasattr(self, name):
+            if hasattr(self, name) and not (name in ("image", "mask") and experiment.levels is not None):
                 yield name, "the run is on " + ("points" if experiment.path is None else "tokens")
         sampling = sampling_of(self, of_run)
         if experiment.null_cond is None and self.weak_run is None:
@@ -410,7 +411,10 @@ def _given(config: Config, experiment: Experiment) -> Given | GivenTokens | None
     if config.strength is not None:
         return Given(image, strength=config.strength)
     assert config.mask is not None
-    return Given(image, ~_drawn(config.mask, shape[:2]))
+    known = ~_drawn(config.mask, shape[:2])
+    if experiment.levels is not None:
+        return GivenTokens(to_levels(image, experiment.levels), np.broadcast_to(known, shape))
+    return Given(image, known)
 
 
 def _drawn(path: Path, size: tuple[int, ...]) -> np.ndarray:

@@ -98,7 +98,7 @@ class Config:
     """Tokens of a sample, and of a piece of the text that it learns from."""
     num_samples: int = 8
     """Texts drawn at the end."""
-    num_times: int = 16
+    num_times: int = 8
     """Evaluations for each piece of the held-out text, even: half as many strata of the times of the bound."""
     smoke: bool = False
     """Run the whole path once with next to no computation; sizes and steps are its own."""
@@ -148,15 +148,15 @@ SMOKE_CHARACTERS = 20_000
 CONFIG = Config(
     training=Training(
         run_dir=Path("runs/text"),
-        total_steps=3000,
+        total_steps=700,
         batch_size=64,
         learning_rate=2e-3,
-        warmup_steps=100,
+        warmup_steps=50,
         decay="cosine",
-        ema_decays=(0.99,),
-        log_every=50,
-        save_every=500,
-        sample_every=500,
+        ema_decays=(0.98,),
+        log_every=20,
+        save_every=100,
+        sample_every=100,
     ),
 )
 

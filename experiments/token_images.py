@@ -115,7 +115,7 @@ SMOKE: dict[str, Any] = {
 CONFIG = Config(
     training=Training(
         run_dir=Path("runs/token_images"),
-        total_steps=1500,
+        total_steps=600,
         batch_size=128,
         learning_rate=2e-3,
         warmup_steps=50,
@@ -276,8 +276,8 @@ def _report(config: Config, results: dict[str, Any]) -> str:
         "\n" + files_of(run_dir, *files),
         f"classifier agrees with the label: {guided['agreement']:.1%} of {config.num_samples:,} samples at guidance "
         f"{config.sampling.guidance:g}, {unguided['agreement']:.1%} without{beside}",
-        f"{results['bounded_images']:,} {'held-out' if results['held_out'] else 'training'} images, given their class: at "
-        f"most {results['bits_per_pixel']:.3f} +- {results['bits_standard_error']:.3f} bits a pixel, "
+        f"{results['bounded_images']:,} {'held-out' if results['held_out'] else 'training'} images, given their class: "
+        f"at most {results['bits_per_pixel']:.3f} +- {results['bits_standard_error']:.3f} bits a pixel, "
         f"{results['nats_per_image']:.1f} nats an image",
         f"time per image sampled: {1000 * guided['seconds_per_image']:.2f} ms guided (NFE {guided['nfe']:.0f}), "
         f"{1000 * unguided['seconds_per_image']:.2f} ms unguided (NFE {unguided['nfe']:.0f})",

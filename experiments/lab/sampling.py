@@ -427,6 +427,14 @@ def generate_many(
         nfe.append(found.nfe)
     mean_nfe = None if None in nfe else float(np.mean(np.asarray(nfe)))
     drawn = np.concatenate(samples)[:num]
+    if experiment.path is not None:
+        try:
+            experiment.path.check_data(drawn)
+        except ValueError as error:
+            raise ValueError(
+                f"The samples hold tokens that are none of the data's, as the network, or its guidance, gives NaN on "
+                f"the way: {error} An earlier checkpoint may do better."
+            ) from error
     if bad := int((~np.isfinite(drawn).reshape(num, -1).all(axis=1)).sum()):
         raise ValueError(
             f"{bad} of {num} samples are not finite: the network, or its guidance, gives NaN or infinity on the way. "

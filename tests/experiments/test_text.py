@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ pytest.importorskip("tyro", reason="experiments need the extra fm_jax[experiment
 from experiments import export, learned_solver, sample, text
 from experiments.lab.corpus import SEPARATOR, facts_of, given_of, read_corpus, vocabulary_of
 from experiments.lab.ngrams import ngram_bits
-from experiments.lab.token_sampling import TokenSampling, guided_denoiser, token_times
+from experiments.lab.sampling import generate_many
+from experiments.lab.token_sampling import TokenSampling, guided_denoiser, make_token_generate, token_times
 from experiments.lab.training import from_json
 from experiments.lab.vocabulary import of_characters, of_tokenizer
 from fm_jax.train.log import read_metrics
@@ -134,6 +136,15 @@ def test_the_denoiser_that_is_sampled():
     assert token_times(TokenSampling()) is None
     times = token_times(TokenSampling(solver="mixture_steps", grid="mask_cosine", steps=2))
     np.testing.assert_allclose(times, [0, 1 - math.cos(math.pi / 4), 1], rtol=1e-6)
+
+
+def test_a_network_that_gives_nan_is_refused():
+    config = dataclasses.replace(text.CONFIG, width=8, depth=1, length=4)
+    experiment = text.build(config, facts_of(PLAY, "play", None))
+    params = jax.tree.map(lambda p: p + jnp.nan, experiment.init_params(jax.random.key(0)))
+    generate = make_token_generate(config.sampling, experiment.path, experiment.apply_fn)
+    with pytest.raises(ValueError, match="The samples hold tokens that are none of the data's"):
+        generate_many(generate, params, jax.random.key(0), experiment, np.zeros(2, np.int32), 2)
 
 
 def drawn(run_dir, tmp_path, capsys, **options):

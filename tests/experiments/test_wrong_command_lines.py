@@ -45,6 +45,7 @@ from experiments import (
     text,
     text_to_image,
     text_to_video,
+    token_images,
     tokens2d,
     toy2d,
 )
@@ -78,6 +79,7 @@ MAINS = {
     "reflow": reflow.main,
     "sudoku": sudoku.main,
     "text": text.main,
+    "token_images": token_images.main,
     "tokens2d": tokens2d.main,
     "torchcfm_table": table.main,
     "learned_solver": learned_solver.main,
@@ -88,6 +90,7 @@ WORK = [(images, "train"), (toy2d, "train"), (cnf, "train"), (reflow, "fit"), (t
 WORK += [
     (sudoku, "train"),
     (text, "train"),
+    (token_images, "train"),
     (tokens2d, "train"),
     (learned_solver, "fit_solver"),
     (sample, "generate_many"),
@@ -107,6 +110,7 @@ COUNTS = {
     "reflow": "rounds num-test steps batch-size reflow-pairs",
     "sudoku": "total-steps batch-size width depth num-samples",
     "text": "total-steps batch-size width depth num-samples per-step sample-batch",
+    "token_images": "total-steps batch-size num-samples steps sample-batch",
     "tokens2d": "total-steps batch-size width depth steps num-samples sample-batch",
     "torchcfm_table": "num-test num-reference reuse ofm-steps ofm-reuse",
     "learned_solver --run toy": "num fine-steps iterations batch-size",
@@ -161,6 +165,7 @@ TAKEN = {
     "reflow": "reflow.md reflow.png",
     "sudoku": "results.json validity.png loss.png",
     "text": "config.json results.json data.json tokenizer.json samples.txt loss.png",
+    "token_images": "config.json results.json data.json samples.png loss.png",
     "tokens2d": "results.json samples.png loss.png",
     "torchcfm_table": "config.json results.json table.md trajectories.png",
 }
@@ -173,8 +178,8 @@ OF_SMOKE = {
     "cnf": _TRAINING | {"steps": 9, "width": 9, "depth": 9, "num-samples": 9},
     "reflow": {"steps": 200, "batch-size": 9, "reflow-pairs": 9, "num-test": 9, "rounds": 3, "floor-repeats": 9},
     "sudoku": _TRAINING | {"steps": 9, "per-step": 9, "width": 16, "depth": 9, "num-samples": 9},
-    "text": _TRAINING
-    | {"total-steps": 200, "width": 16, "depth": 9, "length": 9, "num-samples": 9, "num-times": 4, "sample-batch": 9},
+    "text": _TRAINING | {"total-steps": 200, "width": 16, "depth": 9, "length": 9, "num-samples": 9, "num-times": 4},
+    "token_images": _TRAINING | {"total-steps": 200, "num-samples": 9, "num-times": 4, "steps": 9},
     "tokens2d": _TRAINING | {"steps": 9, "width": 9, "depth": 9, "num-samples": 9, "sample-batch": 9},
     "torchcfm_table": {"steps": 200, "ofm-steps": 200, "reuse": 9, "num-test": 9, "num-reference": 9},
 }
@@ -301,6 +306,11 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("digits --label-dropout 0", "--label-dropout must be above 0 for --guidance 2"),
         ("reflow --steps 150", "--steps must be a multiple of 100, .*, got 150"),
         ("text --width 20", "--width must be a multiple of 8, twice its 4 heads, got 20"),
+        ("token_images --label-dropout 0", "--label-dropout must be above 0 for --guidance 2"),
+        ("token_images --num-times 3", "--num-times must be even, two draws in each stratum, got 3"),
+        ("token_images --levels 1", "--levels must be from 2 to 256, got 1"),
+        ("token_images --levels 257", "--levels must be from 2 to 256, got 257"),
+        ("token_images --labels none", "--labels must be given: samples are judged by their classes, got none"),
         ("text --num-times 3", "--num-times must be a multiple of 2, two draws in each stratum, got 3"),
         ("text --length 99999", "--text must have at least 99999 characters in its last tenth, one piece of --length"),
         (
@@ -363,6 +373,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("cnf --sample-every 10", "--sample-every 10 would have no effect: cnf draws nothing while it trains"),
         ("sudoku --sample-every 10", "--sample-every 10 would have no effect: sudoku draws nothing while it trains"),
         ("text --init-from toy", "--init-from toy would have no effect: text begins with parameters of its own"),
+        ("token_images --init-from toy", "--init-from toy would have no effect: token_images begins with parameters"),
+        ("token_images --position first", "--position first would have no effect: --solver mixture_steps does not"),
         ("text --guidance 2", "--guidance 2.0 would have no effect: a text has no classes"),
         (
             "text --steps 9",
@@ -786,6 +798,7 @@ CONFIGS = {
     "reflow": (reflow.Config, reflow.Config()),
     "sudoku": (sudoku.Config, sudoku.CONFIG),
     "text": (text.Config, text.CONFIG),
+    "token_images": (token_images.Config, token_images.CONFIG),
     "torchcfm_table": (table.Config, table.CONFIG),
     "learned_solver": (learned_solver.Config, None),
     "sample": (sample.Config, None),
