@@ -210,6 +210,7 @@ AROUND = {
     "controlled": lambda: models.Controlled(MODELS["dit"](), channels=1),
     "text": lambda: TextConditioned(models.make_mmdit("tiny"), WordEncoder(5, 8, hidden=16)),
     "sequence_unet": lambda: models.make_sequence_unet("tiny"),
+    "pixel_tokens": lambda: models.PixelTokens(models.make_unet("tiny", out_channels=3), 3),
 }
 """Networks around a network, and that of sequences; each has a file of tests of its own."""
 EMBEDS = {

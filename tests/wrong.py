@@ -1056,6 +1056,7 @@ ELSEWHERE = {
     **dict.fromkeys(
         (f"fm_jax.models.{name}" for name in ("Autoencoder", "TinyAutoencoder")), "tests/models/test_autoencoder.py"
     ),
+    "fm_jax.models.PixelTokens": "tests/models/test_pixel_tokens.py",
     "fm_jax.models.WanAutoencoder": "tests/models/test_wan_autoencoder.py",
     **dict.fromkeys(
         (f"fm_jax.models.{name}" for name in ("TemporalAutoencoder", "inflate", "outlier_penalty")),

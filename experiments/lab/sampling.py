@@ -429,7 +429,7 @@ def generate_many(
     drawn = np.concatenate(samples)[:num]
     if experiment.path is not None:
         try:
-            experiment.path.check_data(drawn)
+            experiment.path.check_data(jnp.asarray(drawn))
         except ValueError as error:
             raise ValueError(
                 f"The samples hold tokens that are none of the data's, as the network, or its guidance, gives NaN on "

@@ -42,7 +42,7 @@ def test_all_parameters_learn_by_every_loss_in_two_steps():
 
 def test_a_transformer_does_as_well():
     module = PixelTokens(
-        make_dit("tiny", hidden=16, num_layers=1, num_heads=1, patch_size=2, channels=6, out_channels=K),
+        make_dit("tiny", hidden=16, num_layers=1, num_heads=1, patch_size=2, out_channels=K),
         K,
         mask=MASK,
         width=6,
