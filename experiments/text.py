@@ -2,17 +2,18 @@
 
 Papers: Shi et al. 2024 (arXiv:2406.04329) and Sahoo et al. 2024 (arXiv:2406.07524) for masked diffusion, Zheng et al.
 2024 (arXiv:2409.02908) for first hitting.
-Command: `python -m experiments.text --text tinyshakespeare.txt`; the control of it is
-`python -m experiments.text --text tinyshakespeare.txt --loss next_token --run-dir runs/text_control`.
+Command: `python -m experiments.text --corpus tinyshakespeare.txt`; the control of it is
+`python -m experiments.text --corpus tinyshakespeare.txt --loss next_token --run-dir runs/text_control`.
 Hardware: ten minutes on two CPU cores.
 Expect: bits a character on the last tenth of the text between those of bigrams and those of trigrams. They are a bound,
 an average over all orders in which the text could be written; from left to right, the easiest one, the same network
-does better. Without --text it learns Python's help on itself, which is on every machine. A sample is printed while it
+does better. Without --corpus it learns Python's help on itself, which is on every machine. A sample is printed while it
 trains, and `experiments.sample --prompt "ROMEO: {20} the moon"` goes on from a text and fills its gaps.
 """
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,7 @@ from experiments.lab.processes import by_first, everywhere, own_folder
 from experiments.lab.sampling import generate_many
 from experiments.lab.scenes import FreshBatches
 from experiments.lab.smoke import TRAINING, smoke
+from experiments.lab.token_bounds import total_nats
 from experiments.lab.token_sampling import TokenSampling, make_token_generate
 from experiments.lab.training import (
     Training,
@@ -60,7 +62,7 @@ from fm_jax.paths import MixturePath
 from fm_jax.schedules import Linear
 from fm_jax.sources import Masked
 from fm_jax.train import TrainState
-from fm_jax.train.folder import make_folder, write_text
+from fm_jax.train.folder import make_folder, replacing, write_text
 from fm_jax.types import ApplyFn, Array, Key, LossFn, Params
 
 PICTURES = ("loss.png",)
@@ -82,7 +84,7 @@ class Config:
     EXPERIMENT: ClassVar[str] = "text"
 
     training: Training
-    text: Path | None = None
+    corpus: Path | None = None
     """File of text in UTF-8, of which the last tenth is held out; by default Python's help on itself."""
     tokenizer: Path | None = None
     """File of the package `tokenizers`, such as tokenizer.json, to read it by; by default each character is a token."""
@@ -194,7 +196,7 @@ def run(config: Config) -> dict[str, Any]:
 def _run(config: Config) -> dict[str, Any]:
     run_dir, length = config.training.run_dir, config.length
     check_run_dir(config, [*PICTURES, SAMPLES, FACTS, TOKENIZER], folders=["samples"])
-    text, source = read_corpus(config.text)
+    text, source = read_corpus(config.corpus)
     text = text[:SMOKE_CHARACTERS] if config.smoke else text
     facts = facts_of(text, source, config.tokenizer)
     experiment = build(config, facts)
@@ -205,7 +207,7 @@ def _run(config: Config) -> dict[str, Any]:
     tokens, held_out = vocabulary.encode(text[:cut]), vocabulary.encode(text[cut:])
     if len(held_out) < length:
         raise ValueError(
-            f"--text must have at least {length} {vocabulary.what}s in its last tenth, one piece of --length, got "
+            f"--corpus must have at least {length} {vocabulary.what}s in its last tenth, one piece of --length, got "
             f"{len(held_out)} in {source}."
         )
     key_train, key_init, key_draw, key_bound = jax.random.split(jax.random.key(config.training.seed), 4)
@@ -215,8 +217,6 @@ def _run(config: Config) -> dict[str, Any]:
         f"{vocabulary.size} {vocabulary.what}s; a transformer with {num_params(params):,} parameters, "
         f"{jax.device_count()} {jax.default_backend()} device(s)"
     )
-    if config.tokenizer is not None:
-        _copy(config.tokenizer, run_dir / TOKENIZER)
 
     def pieces(rng: np.random.Generator, step: int, num: int) -> dict[str, Any]:
         begin = rng.integers(len(tokens) - length + 1, size=num)
@@ -235,7 +235,13 @@ def _run(config: Config) -> dict[str, Any]:
         file = run_dir / "samples" / f"step_{step:06d}.txt"
         write(sampling_params(state, config.training), min(config.num_samples, config.sampling.sample_batch), file)
 
-    state = train(config, key_train, params, LOSSES[config.loss](experiment.apply_fn, path), data, draw, facts=facts)
+    def begin(params: Params) -> Params:
+        if config.tokenizer is not None:  # not before it is known that no run was trained with another one
+            _copy(config.tokenizer, run_dir / TOKENIZER)
+        return params
+
+    loss_fn = LOSSES[config.loss](experiment.apply_fn, path)
+    state = train(config, key_train, params, loss_fn, data, draw, facts=facts, begin=begin)
     params = everywhere(sampling_params(state, config.training))
     nats, error, num = held_out_nats(config, experiment, params, key_bound, held_out)
     characters = num * (len(text) - cut) / len(held_out)
@@ -273,27 +279,19 @@ def held_out_nats(
     assert path is not None
     windows = held_out[: num * config.length].reshape(num, config.length)
 
-    @jax.jit
     def judge(params: Params, key: Key, x1: Array) -> tuple[Array, Array]:
         denoiser = bind(experiment.apply_fn, params)
         if config.loss == "next_token":
             return -next_token_log_prob(denoiser, path, x1), jnp.zeros(len(x1))
         return token_bound(denoiser, path, key, x1, bound="mask", num_times=config.num_times)
 
-    nats, squared = 0.0, 0.0
-    for i in range(0, num, TEST_BATCH):
-        size = min(TEST_BATCH, num - i)
-        part = np.resize(windows[i : i + size], (TEST_BATCH, config.length))  # filled up, so that one program does
-        found, error = jax.device_get(judge(params, jax.random.fold_in(key, i), part))
-        nats += float(found[:size].sum(dtype=np.float64))
-        squared += float((error[:size] ** 2).sum(dtype=np.float64))
-    return nats, math.sqrt(squared), windows.size
+    return *total_nats(judge, params, key, TEST_BATCH, windows), windows.size
 
 
 @by_first
 def _copy(tokenizer: Path, to: Path) -> None:
-    if tokenizer.absolute() != to.absolute():
-        write_text(to, tokenizer.read_text(encoding="utf-8"))
+    with replacing(to) as unfinished:
+        shutil.copyfile(tokenizer, unfinished)
 
 
 @by_first

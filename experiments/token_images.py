@@ -31,6 +31,7 @@ from experiments.lab.processes import everywhere, mean_of_shares, own_folder
 from experiments.lab.sampling import Generate, check_dropout, generate_many
 from experiments.lab.scenes import FreshBatches
 from experiments.lab.smoke import TRAINING, smoke
+from experiments.lab.token_bounds import total_nats
 from experiments.lab.token_sampling import TokenSampling, generator_of_tokens
 from experiments.lab.training import (
     Training,
@@ -232,25 +233,18 @@ def bound(config: Config, experiment: Experiment, params: Params, key: Key, imag
     path, some = experiment.path, images.subset(slice(config.num_samples))
     assert path is not None
     x1, labels = to_levels(in_unit_range(some), config.levels), np.asarray(some.labels)
-    size = min(len(x1), config.sampling.sample_batch)
 
-    @jax.jit
     def of(params: Params, key: Key, x1: Array, labels: Array) -> tuple[Array, Array]:
         network = bind(experiment.apply_fn, params)
         denoiser = lambda t, x: network(t, x, labels)  # noqa: E731
         return token_bound(denoiser, path, key, x1, bound="mask", num_times=config.num_times)
 
-    nats, squared = 0.0, 0.0
-    for i in range(0, len(x1), size):
-        num, part = min(size, len(x1) - i), np.arange(i, i + size) % len(x1)  # filled up, so that one program does
-        found, error = jax.device_get(of(params, jax.random.fold_in(key, i), x1[part], labels[part]))
-        nats += float(found[:num].sum(dtype=np.float64)) / len(x1)
-        squared += float((error[:num] ** 2).sum(dtype=np.float64)) / len(x1) ** 2
-    bits = math.prod(experiment.event_shape) * math.log(2)
+    nats, error = total_nats(of, params, key, min(len(x1), config.sampling.sample_batch), x1, labels)
+    bits = len(x1) * math.prod(experiment.event_shape) * math.log(2)
     return {
-        "nats_per_image": nats,
+        "nats_per_image": nats / len(x1),
         "bits_per_pixel": nats / bits,
-        "bits_standard_error": math.sqrt(squared) / bits,
+        "bits_standard_error": error / bits,
         "bounded_images": len(x1),
     }
 

@@ -48,12 +48,14 @@ def read_corpus(path: Path | None) -> tuple[str, str]:
         topics = pydoc_data.topics.topics
         return "\n".join(topics[name] for name in sorted(topics)), "Python's help on itself"
     if not path.is_file():
-        raise SystemExit(f"--text {path} {no_file(path)}: give a file of text.")
+        raise SystemExit(f"--corpus {path} {no_file(path)}: give a file of text.")
     try:
-        text = path.read_bytes().decode()
+        text = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise SystemExit(f"--text {path} must be a text in UTF-8: {error}.") from error
-    return text.replace("\r\n", "\n"), path.name
+        raise SystemExit(f"--corpus {path} must be a text in UTF-8: {error}.") from error
+    if len(set(text)) < 2:
+        raise SystemExit(f"--corpus {path} must hold a text, got {len(text)} characters of {len(set(text))} kinds.")
+    return text, path.name
 
 
 def facts_of(text: str, source: str, tokenizer: Path | None) -> CorpusFacts:

@@ -54,15 +54,20 @@ def test_characters():
         vocabulary.encode("abc")
 
 
-def test_any_tokenizer(tmp_path):
+def byte_pairs(file, size):
+    """Writes a tokenizer of that many pairs of bytes."""
     tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
     model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = tokenizers.decoders.ByteLevel()
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    model.train_from_iterator([PLAY], tokenizers.trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet))
-    file = tmp_path / "tokenizer.json"
+    model.train_from_iterator([PLAY], tokenizers.trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet))
     model.save(str(file))
+    return file
+
+
+def test_any_tokenizer(tmp_path):
+    file = byte_pairs(tmp_path / "tokenizer.json", 280)
     vocabulary = of_tokenizer(file)
     ids = vocabulary.encode(PLAY)
     assert len(ids) < len(PLAY) / 2
@@ -120,6 +125,16 @@ def test_the_text_without_a_file():
     assert source == "Python's help on itself"
 
 
+def test_a_file_of_text(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes(b"\xef\xbb\xbfTo be\r\nor not")
+    assert read_corpus(file) == ("To be\nor not", "a.txt")
+    for content in (b"", b"aaaa"):
+        file.write_bytes(content)
+        with pytest.raises(SystemExit, match="must hold a text, got"):
+            read_corpus(file)
+
+
 def test_the_denoiser_that_is_sampled():
     """Temperature, nucleus and guidance of logits that are the condition: the scale first, then the temperature."""
 
@@ -161,7 +176,7 @@ def test_smoke(loss, tmp_path, capsys):
     """From the text to samples, and from the run to prompts, gaps and arrays."""
     (tmp_path / "play.txt").write_text(PLAY)
     training = dataclasses.replace(text.CONFIG.training, run_dir=tmp_path / "run")
-    config = dataclasses.replace(text.CONFIG, training=training, text=tmp_path / "play.txt", loss=loss, smoke=True)
+    config = dataclasses.replace(text.CONFIG, training=training, corpus=tmp_path / "play.txt", loss=loss, smoke=True)
     results = text.run(config)
     run_dir = tmp_path / "run-smoke"
     for name in (*text.PICTURES, text.SAMPLES, "samples/step_000004.txt", "data.json", "results.json"):
@@ -208,10 +223,32 @@ def test_smoke(loss, tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_run_keeps_its_tokenizer(tmp_path, capsys):
+    """It is drawn from when the file is gone, and refuses to go on with another one."""
+    (tmp_path / "play.txt").write_text(PLAY * 4)
+    training = dataclasses.replace(
+        text.CONFIG.training, run_dir=tmp_path / "run", total_steps=4, save_every=2, batch_size=8, warmup_steps=0
+    )
+    sizes = {"width": 8, "depth": 1, "length": 16, "num_samples": 2, "num_times": 2, "corpus": tmp_path / "play.txt"}
+    file = byte_pairs(tmp_path / "mine.json", 280)
+    config = dataclasses.replace(text.CONFIG, training=training, tokenizer=file, **sizes)
+    results = text.run(config)
+    assert results["held_out_characters"] > 2 * 16
+    assert results["bits_per_character"] < 8.1 / 2  # of 280 tokens, two characters and more in each
+    file.unlink()
+    for each in drawn(tmp_path / "run", tmp_path, capsys, prompt="To be, "):
+        assert each.startswith("To be, ")
+    kept = (tmp_path / "run" / "tokenizer.json").read_bytes()
+    with pytest.raises(Exception, match="checksum of the tokenizer"):
+        text.run(dataclasses.replace(config, tokenizer=byte_pairs(tmp_path / "other.json", 270)))
+    assert (tmp_path / "run" / "tokenizer.json").read_bytes() == kept
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     training = dataclasses.replace(text.CONFIG.training, run_dir=tmp_path / "whole")
     (tmp_path / "play.txt").write_text(PLAY)
-    sizes = {"width": 8, "depth": 1, "length": 16, "num_samples": 2, "num_times": 2, "text": tmp_path / "play.txt"}
+    sizes = {"width": 8, "depth": 1, "length": 16, "num_samples": 2, "num_times": 2, "corpus": tmp_path / "play.txt"}
     training = dataclasses.replace(training, total_steps=6, save_every=2, batch_size=8, warmup_steps=0, sample_every=6)
     config = dataclasses.replace(text.CONFIG, training=training, **sizes)
     whole = text.run(config)
@@ -226,6 +263,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     found = text.run(again)
     assert found["bits_per_character"] == whole["bits_per_character"]
     assert (tmp_path / "parts" / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
+    (tmp_path / "play.txt").rename(tmp_path / "moved.txt")  # which is still the same text
+    assert text.run(dataclasses.replace(again, corpus=tmp_path / "moved.txt")) == found
     (tmp_path / "play.txt").write_text(PLAY + "Another text.")
     with pytest.raises(Exception, match="checksum of the text"):
         text.run(again)

@@ -312,7 +312,10 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("token_images --levels 257", "--levels must be from 2 to 256, got 257"),
         ("token_images --labels none", "--labels must be given: samples are judged by their classes, got none"),
         ("text --num-times 3", "--num-times must be a multiple of 2, two draws in each stratum, got 3"),
-        ("text --length 99999", "--text must have at least 99999 characters in its last tenth, one piece of --length"),
+        (
+            "text --length 99999",
+            "--corpus must have at least 99999 characters in its last tenth, one piece of --length",
+        ),
         (
             "text --loss next_token --position margin",
             "--position must be left out with --loss next_token, .* got margin",
@@ -531,9 +534,9 @@ CASES: dict[str, list[tuple[str, str]]] = {
             "sample --run toy --out a.jpg",
             "--out must end in .png or .npz, for videos in .gif, or for texts in .txt, got",
         ),
-        ("text --text nowhere", "--text nowhere does not exist: give a file of text"),
-        ("text --text empty", "--text empty is a folder: give a file of text"),
-        ("text --text bytes.txt", "--text bytes.txt must be a text in UTF-8"),
+        ("text --corpus nowhere", "--corpus nowhere does not exist: give a file of text"),
+        ("text --corpus empty", "--corpus empty is a folder: give a file of text"),
+        ("text --corpus bytes.txt", "--corpus bytes.txt must be a text in UTF-8"),
         ("text --tokenizer nowhere", "--tokenizer nowhere does not exist: give a file of the package tokenizers"),
         ("text --tokenizer file", "--tokenizer file must be a file of the package tokenizers"),
         *(
