@@ -23,13 +23,12 @@ from fm_jax.losses.tokens import (
     Integrand,
     as_data,
     at_tokens,
-    check_has_mask,
     cross_entropy_of,
     generalized_kl_of,
     masked_elbo_of,
     reversal_elbo_of,
 )
-from fm_jax.paths.mixture import MixturePath
+from fm_jax.paths.mixture import MixturePath, check_has_mask
 from fm_jax.shapes import time_dtype
 from fm_jax.types import Array, DenoiserFn, Key, PerExample, Scalar, TokenSample, TokenState
 

@@ -1,16 +1,15 @@
 """The autoregressive control: a causal network, trained to say each token given those before it."""
 
-import functools
 from typing import Any
 
 import jax.numpy as jnp
 
-from fm_jax.checks import check_holds, check_key, check_logits, check_network, check_tokens
+from fm_jax.checks import check_logits, check_network, check_tokens
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
-from fm_jax.losses.matching import check_drop, draw_pairs, times_within
-from fm_jax.losses.tokens import as_data, at_tokens, check_has_mask
-from fm_jax.paths.mixture import MixturePath, check_mixture
+from fm_jax.losses.matching import check_drop, times_within
+from fm_jax.losses.tokens import at_tokens, draw_token_pairs
+from fm_jax.paths.mixture import MixturePath, check_has_mask, check_mixture
 from fm_jax.shapes import mean_over_event
 from fm_jax.types import ApplyFn, Array, Batch, Cond, Key, Logits, LossFn, Metrics, Params, Scalar, Time, TokenState
 
@@ -84,11 +83,7 @@ def next_token(apply_fn: ApplyFn, path: MixturePath, *, drop: Drop | None = None
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Scalar, Metrics]:
         del target_params
-        check_key(key)
-        check_holds(batch, "x1")
-        batch = {**batch, "x1": as_data(path, batch["x1"])}
-        check = functools.partial(check_tokens, num_tokens=path.num_tokens)
-        pairs = draw_pairs(key, batch, path.source, independent, times, drop, check=check)
+        pairs = draw_token_pairs(path, key, batch, independent, times, drop)
         logits = apply_fn(params, pairs.t, pairs.x1, pairs.cond, train=True, rngs=pairs.rngs)
         log_probs = log_probs_of_data(logits, path, pairs.x1)
         each = -mean_over_event(at_tokens(log_probs, pairs.x1))

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from fm_jax.checks import check_coupling, check_has, check_holds, check_key, check_logits, check_network, check_tokens
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
-from fm_jax.losses.matching import Times, check_drop, draw_pairs, times_within
-from fm_jax.paths.mixture import MixturePath, check_mixture
+from fm_jax.losses.matching import Pairs, Times, check_drop, draw_pairs, times_within
+from fm_jax.paths.mixture import MixturePath, check_has_mask, check_mixture
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import mean_over_event, time_of
 from fm_jax.times import Stratified
@@ -222,10 +222,15 @@ def as_data(path: TokenPath, x1: AnyArray) -> TokenState:
     return jnp.asarray(x1, jnp.int32)
 
 
-def check_has_mask(path: MixturePath, otherwise: str) -> None:
-    """Raises `ValueError` for a path whose source has no mask; `otherwise` says what to take."""
-    if path.source.mask is None:
-        raise ValueError(f"path must have a mask, such as Masked(28, 27), got {path.source}; {otherwise}.")
+def draw_token_pairs(
+    path: TokenPath, key: Key | None, batch: Batch, coupling: Coupling, times: Times, drop: Drop | None
+) -> Pairs:
+    """`draw_pairs` of tokens, the data as int32; raises `ValueError` without a key, and for what are no data."""
+    check_key(key)
+    check_holds(batch, "x1")
+    batch = {**batch, "x1": as_data(path, batch["x1"])}
+    check = functools.partial(check_tokens, num_tokens=path.num_tokens)
+    return draw_pairs(key, batch, path.source, coupling, times, drop, check=check)
 
 
 def _token_loss(
@@ -239,11 +244,7 @@ def _token_loss(
         params: Params, key: Key | None, batch: Batch, *, target_params: Params | None = None
     ) -> tuple[Scalar, Metrics]:
         del target_params
-        check_key(key)
-        check_holds(batch, "x1")
-        batch = {**batch, "x1": as_data(path, batch["x1"])}
-        check = functools.partial(check_tokens, num_tokens=path.num_tokens)
-        pairs = draw_pairs(key, batch, path.source, coupling, times, drop, check=check)
+        pairs = draw_token_pairs(path, key, batch, coupling, times, drop)
         key_path: Any = pairs.key_path
         sample = path.sample(key_path, pairs.t, pairs.x0, pairs.x1)
         logits = apply_fn(params, sample.t, sample.x_t, pairs.cond, train=True, rngs=pairs.rngs)

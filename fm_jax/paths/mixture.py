@@ -167,3 +167,9 @@ def check_convex(schedule: Schedule) -> None:
 def check_mixture(path: Any) -> None:
     """Raises `ValueError` for what is not a `MixturePath`."""
     check_has("path", path, ("schedule", "source", "num_tokens", "posterior", "source_probs"), "a MixturePath")
+
+
+def check_has_mask(path: MixturePath, otherwise: str) -> None:
+    """Raises `ValueError` for a path whose source has no mask; `otherwise` says what to take, or what it is for."""
+    if path.source.mask is None:
+        raise ValueError(f"path must have a mask, such as Masked(28, 27), got {path.source}; {otherwise}.")

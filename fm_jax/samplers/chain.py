@@ -23,7 +23,7 @@ from fm_jax.checks import (
 from fm_jax.draws import bernoulli, categorical, none_of
 from fm_jax.logits import logits_of
 from fm_jax.nfe import spent
-from fm_jax.paths.mixture import MixturePath, check_mixture
+from fm_jax.paths.mixture import MixturePath, check_has_mask, check_mixture
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.loop import run_steps
 from fm_jax.samplers.remasking import Confidence, Loop, Remask, check_remask, most
@@ -32,6 +32,8 @@ from fm_jax.schedules import coefficients
 from fm_jax.self_conditioning import estimate_of, no_estimate
 from fm_jax.shapes import expand_time
 from fm_jax.types import Array, ArrayTree, DenoiserFn, Key, Logits, RateFn, Schedule, Solution, Time, TokenState
+
+REMASK_NEEDS = "a rule of remasking puts it there again"
 
 
 class TokenStep(NamedTuple):
@@ -150,7 +152,7 @@ def mixture_step(
     if remask is None:
         return TokenStep(jnp.broadcast_to(jnp.clip(grown / left, 0, 1), x.shape), posterior)
     check_remask(remask)
-    check_mask(path)
+    check_has_mask(path, REMASK_NEEDS)
     sigma = jnp.clip(remask(kappa, kappa_next), 0, most(kappa, kappa_next))
     masked = x == path.source.mask
     again = jnp.broadcast_to(sigma, x.shape)
@@ -285,7 +287,7 @@ class MixtureSteps:
         check_bool("carry_estimate", self.carry_estimate)
         if self.remask is not None:
             check_remask(self.remask)
-            check_mask(self.path)
+            check_has_mask(self.path, REMASK_NEEDS)
 
     def skips_last(self, times: ArrayTree) -> bool:
         """Whether the denoiser is never asked at the last of the times."""
@@ -327,12 +329,6 @@ def _ends(t: Time, t_next: Time, x: TokenState) -> tuple[Array, Array]:
     """Both ends of a step, scalars or [batch, 1, ..., 1]."""
     t, t_next = path_times(t, t_next, x)
     return expand_time(t, x), expand_time(t_next, x)
-
-
-def check_mask(path: MixturePath) -> None:
-    """Raises `ValueError` for a path of which the source has no mask."""
-    if path.source.mask is None:
-        raise ValueError(f"path must have a source with a mask, such as Masked(28, 27), got {path.source}.")
 
 
 def check_start_of(name: str, x: TokenState, num_tokens: int) -> None:

@@ -11,8 +11,8 @@ from fm_jax.checks import check_bool, check_integer, check_member, is_traced
 from fm_jax.draws import categorical, uniform
 from fm_jax.logits import logits_of
 from fm_jax.nfe import spent
-from fm_jax.paths.mixture import MixturePath, check_mixture
-from fm_jax.samplers.chain import check_mask, check_start_of
+from fm_jax.paths.mixture import MixturePath, check_has_mask, check_mixture
+from fm_jax.samplers.chain import check_start_of
 from fm_jax.samplers.grids import check_forward
 from fm_jax.self_conditioning import estimate_of, no_estimate
 from fm_jax.shapes import expand_time
@@ -81,7 +81,7 @@ class FirstHitting:
 
     def __post_init__(self) -> None:
         check_mixture(self.path)
-        check_mask(self.path)
+        check_has_mask(self.path, "MixtureSteps is for all sources")
         check_member("position", self.position, POSITIONS)
         check_integer("per_step", self.per_step)
         check_bool("carry_estimate", self.carry_estimate)

@@ -414,10 +414,10 @@ def step_without_mask(remask):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MixtureSteps(UNIFORM, Cap()), "path must have a source with a mask"),
+        (lambda: MixtureSteps(UNIFORM, Cap()), "path must have a mask"),
         (lambda: MixtureSteps(MASKED, 0.1), "remask must be a rule"),
         (lambda: MixtureSteps(schedules.Linear()), "path must be a MixturePath"),
-        (lambda: step_without_mask(Cap()), "path must have a source with a mask"),
+        (lambda: step_without_mask(Cap()), "path must have a mask"),
         (lambda: step_without_mask(3), "remask must be a rule"),
     ],
 )
