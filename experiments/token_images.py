@@ -23,7 +23,7 @@ from experiments.lab import command_line
 from experiments.lab.data import FACTS, Data, Facts, load, read_facts
 from experiments.lab.experiment import Experiment
 from experiments.lab.figures import save_grid
-from experiments.lab.images import NETWORKS, in_unit_range
+from experiments.lab.images import NETWORKS, check_fits, in_unit_range
 from experiments.lab.judge import fit_classifier
 from experiments.lab.levels import to_levels, to_pixels
 from experiments.lab.options import check_options, of_smoke
@@ -141,6 +141,7 @@ def build(config: Config, facts: Facts | None = None) -> Experiment:
     embed = LabelEmbedding(num_classes)
     network = NETWORKS[config.model](embed=embed, out_channels=facts.shape[-1] * (mask + 1))
     model = PixelTokens(network, mask + 1, mask=mask)
+    check_fits(model, config.model, facts)
     drop = DropCondition(config.label_dropout, null_cond=num_classes)
     apply_fn = linen_apply(model)
     return Experiment(model, apply_fn, path.source, facts.shape, num_classes, drop, path=path, levels=config.levels)

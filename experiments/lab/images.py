@@ -168,14 +168,17 @@ def build(config: Config, facts: Facts | None = None) -> Experiment:
         options["embed"] = LabelEmbedding(num_classes, stddev=0.02) if dit else LabelEmbedding(num_classes)
         drop = DropCondition(config.label_dropout, null_cond=num_classes)
     model = NETWORKS[config.model](dropout=config.dropout, compute=Compute(config.dtype, config.remat), **options)
+    check_fits(model, config.model, facts)
+    return Experiment(model, linen_apply(model), Normal(), facts.shape, num_classes, drop, facts.latent_space)
+
+
+def check_fits(model: nn.Module, name: str, facts: Facts) -> None:
+    """Raises `ValueError` for a network that does not take images of that size, before they are read."""
     try:
         jax.eval_shape(lambda: init_params(model, jax.random.key(0), facts.shape))
     except ValueError as error:
         size = "x".join(map(str, facts.shape))
-        raise ValueError(
-            f"--model {config.model} does not fit the images of {facts.source}, {size}: {error}"
-        ) from error
-    return Experiment(model, linen_apply(model), Normal(), facts.shape, num_classes, drop, facts.latent_space)
+        raise ValueError(f"--model {name} does not fit the images of {facts.source}, {size}: {error}") from error
 
 
 def fit_to(config: Config, facts: Facts) -> Config:

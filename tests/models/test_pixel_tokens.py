@@ -29,12 +29,13 @@ def test_even_at_first_and_never_the_mask(channels):
     assert np.isneginf(logits[..., MASK]).all()
 
 
-def test_all_parameters_learn_by_every_loss_in_two_steps():
+@pytest.mark.parametrize("make", [losses.masked_elbo, losses.cross_entropy])
+def test_all_parameters_learn(make):
     module = network(embed=LabelEmbedding(2))
     params, path = init_params(module, KEY, (4, 4, 1)), MixturePath(schedules.Linear(), sources.Masked(K, MASK))
     batch = {"x1": jax.random.randint(KEY, (4, 4, 4, 1), 0, MASK), "cond": jnp.array([0, 1, 0, 1])}
     params = jax.tree.map(lambda p: p + 0.05, params)
-    grads = jax.jit(jax.grad(losses.masked_elbo(linen_apply(module), path), has_aux=True))(params, KEY, batch)[0]
+    grads = jax.jit(jax.grad(make(linen_apply(module), path), has_aux=True))(params, KEY, batch)[0]
     for leaf in jax.tree.leaves(grads):
         assert np.isfinite(leaf).all()
         assert np.abs(leaf).max() > 0
