@@ -384,7 +384,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
             "--steps 9 would have no effect: --solver first_hitting does not take it; mixture_steps, tau",
         ),
         ("text --solver tau_leaping --remask cap", "--remask cap would have no effect: --solver tau_leaping does not"),
-        ("text --loss next_token --num-times 8", "--num-times 8 would have no effect: --loss next_token has the like"),
+        ("text --loss next_token --num-times 4", "--num-times 4 would have no effect: --loss next_token has the like"),
         ("sample --run toy --position first", "--position first would have no effect: the run is on points"),
         *(
             (f"sample --run play --{name} {value}", f"--{name} {value} would have no effect: the run is on tokens")
