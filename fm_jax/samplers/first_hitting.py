@@ -133,12 +133,12 @@ class FirstHitting:
         masked = (x == self.path.source.mask) & can_fall
         score = jnp.zeros(x.shape)
         if self.position == "first":
-            score = -jnp.arange(score[0].size, dtype=score.dtype).reshape(1, *x.shape[1:]) + score
+            score = score - jnp.arange(math.prod(x.shape[1:]), dtype=score.dtype).reshape(1, *x.shape[1:])
         elif self.position != "random":
             top = jax.lax.top_k(posterior, 2)[0]
             score = top[..., 0] - top[..., 1] if self.position == "margin" else top[..., 0]
             score = jnp.where(jnp.isnan(score), jnp.inf, score)  # NaN is not to leave masks, but what shows
-        flat = jnp.where(masked, score, -jnp.inf).reshape(len(x), -1)
+        flat = jnp.where(masked, score, -jnp.inf).reshape(len(x), math.prod(x.shape[1:]))
         best = flat == flat.max(axis=1, keepdims=True)
         here = jnp.where(best, jax.random.uniform(key_position, flat.shape), -1).argmax(axis=1)
         here = jax.nn.one_hot(here, flat.shape[1], dtype=bool).reshape(x.shape)
@@ -148,7 +148,7 @@ class FirstHitting:
 
 
 def _count(masked: Array) -> Array:
-    return masked.reshape(len(masked), -1).sum(axis=1)
+    return masked.reshape(len(masked), math.prod(masked.shape[1:])).sum(axis=1)
 
 
 def _next_sigma(key: Key, state: _Falling, can_fall: Array, path: MixturePath) -> PerExample:

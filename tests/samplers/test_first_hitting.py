@@ -149,6 +149,11 @@ def test_the_first_is_the_leftmost_mask():
         assert (np.diff(np.delete(left[0], 1).astype(int)) >= 0).all()
 
 
+@pytest.mark.parametrize("position", POSITIONS)
+def test_no_examples_are_none(position):
+    assert run(FirstHitting(PATH, position), jnp.zeros((0, 2), int)).x.shape == (0, 2)
+
+
 def test_tokens_that_are_kept_cost_no_evaluation():
     """Also where the state is traced, and which of them are masks is not known."""
     keep = np.array([True, False, True])
