@@ -2,8 +2,8 @@
 
 Papers: Shi et al. 2024 (arXiv:2406.04329) for masked diffusion of pixels, Nisonoff et al. 2024 (arXiv:2406.01572) and
 Ho & Salimans 2022 (arXiv:2207.12598) for the guidance.
-Command: `python -m experiments.token_images`; of MNIST in 256 levels or in black and white
-`python -m experiments.token_images --dataset mnist --levels 256`, `--levels 2`.
+Command: `python -m experiments.token_images --dataset digits`; of MNIST in 256 levels or in black and white
+`python -m experiments.token_images --dataset mnist --levels 256`, `--levels 2`; any data of `experiments.images`.
 Hardware: minutes on two CPU cores for the digits of scikit-learn; see `experiments/README.md`.
 Expect: samples whose class a support vector machine names as it was asked for, more often with guidance than without,
 and bits a pixel that are a bound on the likelihood of held-out images given their class.
@@ -68,8 +68,8 @@ class Config:
 
     EXPERIMENT: ClassVar[str] = "token_images"
 
+    data: Data
     training: Training
-    data: Data = field(default_factory=lambda: Data(dataset="digits"))
     levels: int = 17
     """Grey levels, each a token: 2 is black and white, cut at one half; 17 those of the digits, 256 those of a byte."""
     loss: Literal["masked_elbo", "cross_entropy"] = "masked_elbo"
@@ -114,6 +114,7 @@ SMOKE: dict[str, Any] = {
 }
 """The sizes of a smoke run."""
 CONFIG = Config(
+    data=Data(),
     training=Training(
         run_dir=Path("runs/token_images"),
         total_steps=600,

@@ -43,7 +43,8 @@ def test_black_and_white_are_cut_at_one_half():
 @pytest.mark.parametrize("levels", [2, 17])
 def test_smoke(levels, tmp_path, capsys):
     training = dataclasses.replace(token_images.CONFIG.training, run_dir=tmp_path / "run")
-    config = dataclasses.replace(token_images.CONFIG, training=training, levels=levels, smoke=True)
+    options = {"data": Data(dataset="digits"), "levels": levels, "smoke": True}
+    config = dataclasses.replace(token_images.CONFIG, training=training, **options)
     results = token_images.run(config)
     run_dir = tmp_path / "run-smoke"
     for name in (*token_images.PICTURES, "samples/step_000004.png", "data.json", "results.json"):

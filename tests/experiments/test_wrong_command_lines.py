@@ -110,7 +110,7 @@ COUNTS = {
     "reflow": "rounds num-test steps batch-size reflow-pairs",
     "sudoku": "total-steps batch-size width depth num-samples",
     "text": "total-steps batch-size width depth num-samples per-step sample-batch",
-    "token_images": "total-steps batch-size num-samples steps sample-batch",
+    "token_images --dataset digits": "total-steps batch-size num-samples steps sample-batch",
     "tokens2d": "total-steps batch-size width depth steps num-samples sample-batch",
     "torchcfm_table": "num-test num-reference reuse ofm-steps ofm-reuse",
     "learned_solver --run toy": "num fine-steps iterations batch-size",
@@ -165,7 +165,7 @@ TAKEN = {
     "reflow": "reflow.md reflow.png",
     "sudoku": "results.json validity.png loss.png",
     "text": "config.json results.json data.json tokenizer.json samples.txt loss.png",
-    "token_images": "config.json results.json data.json samples.png loss.png",
+    "token_images --dataset digits": "config.json results.json data.json samples.png loss.png",
     "tokens2d": "results.json samples.png loss.png",
     "torchcfm_table": "config.json results.json table.md trajectories.png",
 }
@@ -179,7 +179,7 @@ OF_SMOKE = {
     "reflow": {"steps": 200, "batch-size": 9, "reflow-pairs": 9, "num-test": 9, "rounds": 3, "floor-repeats": 9},
     "sudoku": _TRAINING | {"steps": 9, "per-step": 9, "width": 16, "depth": 9, "num-samples": 9},
     "text": _TRAINING | {"total-steps": 200, "width": 16, "depth": 9, "length": 9, "num-samples": 9, "num-times": 4},
-    "token_images": _TRAINING | {"total-steps": 200, "num-samples": 9, "num-times": 4, "steps": 9},
+    "token_images --dataset digits": _TRAINING | {"total-steps": 200, "num-samples": 9, "num-times": 4, "steps": 9},
     "tokens2d": _TRAINING | {"steps": 9, "width": 9, "depth": 9, "num-samples": 9, "sample-batch": 9},
     "torchcfm_table": {"steps": 200, "ofm-steps": 200, "reuse": 9, "num-test": 9, "num-reference": 9},
 }
@@ -306,11 +306,14 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("digits --label-dropout 0", "--label-dropout must be above 0 for --guidance 2"),
         ("reflow --steps 150", "--steps must be a multiple of 100, .*, got 150"),
         ("text --width 20", "--width must be a multiple of 8, twice its 4 heads, got 20"),
-        ("token_images --label-dropout 0", "--label-dropout must be above 0 for --guidance 2"),
-        ("token_images --num-times 3", "--num-times must be even, two draws in each stratum, got 3"),
-        ("token_images --levels 1", "--levels must be from 2 to 256, got 1"),
-        ("token_images --levels 257", "--levels must be from 2 to 256, got 257"),
-        ("token_images --labels none", "--labels must be given: samples are judged by their classes, got none"),
+        ("token_images --dataset digits --label-dropout 0", "--label-dropout must be above 0 for --guidance 2"),
+        ("token_images --dataset digits --num-times 3", "--num-times must be even, two draws in each stratum, got 3"),
+        ("token_images --dataset digits --levels 1", "--levels must be from 2 to 256, got 1"),
+        ("token_images --dataset digits --levels 257", "--levels must be from 2 to 256, got 257"),
+        (
+            "token_images --dataset digits --labels none",
+            "--labels must be given: samples are judged by their classes, got none",
+        ),
         ("text --num-times 3", "--num-times must be a multiple of 2, two draws in each stratum, got 3"),
         (
             "text --length 99999",
@@ -376,8 +379,14 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("cnf --sample-every 10", "--sample-every 10 would have no effect: cnf draws nothing while it trains"),
         ("sudoku --sample-every 10", "--sample-every 10 would have no effect: sudoku draws nothing while it trains"),
         ("text --init-from toy", "--init-from toy would have no effect: text begins with parameters of its own"),
-        ("token_images --init-from toy", "--init-from toy would have no effect: token_images begins with parameters"),
-        ("token_images --position first", "--position first would have no effect: --solver mixture_steps does not"),
+        (
+            "token_images --dataset digits --init-from toy",
+            "--init-from toy would have no effect: token_images begins with parameters",
+        ),
+        (
+            "token_images --dataset digits --position first",
+            "--position first would have no effect: --solver mixture_steps does not",
+        ),
         ("text --guidance 2", "--guidance 2.0 would have no effect: a text has no classes"),
         (
             "text --steps 9",
@@ -818,7 +827,7 @@ def paths_of(kind, within=()):
             yield (*within, name)
 
 
-REFUSED = [(name, ("data", "encoded")) for name in ("autoencoder", "encode")]
+REFUSED = [(name, ("data", "encoded")) for name in ("autoencoder", "encode", "token_images")]
 PATHS = [(name, path) for name, (kind, _) in CONFIGS.items() for path in paths_of(kind) if (name, path) not in REFUSED]
 TOGETHER = {
     ("sample", "image"): ["--strength=0.5"],
