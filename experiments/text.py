@@ -246,9 +246,12 @@ def _run(config: Config) -> dict[str, Any]:
     nats, error, num = held_out_nats(config, experiment, params, key_bound, held_out)
     characters = num * (len(text) - cut) / len(held_out)
     symbols = np.unique(np.array(list(text)), return_inverse=True)[1]
+    # Of a tokenizer that loses characters, as by lower case, the bits are those of another text.
+    lossless = vocabulary.decode(held_out.tolist()).strip() == text[cut:].strip()
     results: dict[str, Any] = {
-        "bits_per_character": nats / characters / math.log(2),
-        "standard_error": error / characters / math.log(2),
+        "bits_per_character": nats / characters / math.log(2) if lossless else None,
+        "standard_error": error / characters / math.log(2) if lossless else None,
+        "bits_per_token": nats / num / math.log(2),
         "perplexity_per_token": math.exp(nats / num),
         "held_out_characters": round(characters),
         "ngram_bits_per_character": ngram_bits(symbols[:cut], symbols[cut:], symbols.max() + 1, NGRAMS).tolist(),
@@ -306,7 +309,10 @@ def _report(config: Config, results: dict[str, Any]) -> str:
     run_dir = config.training.run_dir
     files = (SAMPLES, *PICTURES, "samples/", "metrics.jsonl", "config.json", FACTS, "results.json", "checkpoints/")
     bits, error = results["bits_per_character"], results["standard_error"]
-    of = f"at most {bits:.3f} +- {error:.3f}" if config.loss != "next_token" else f"{bits:.3f}"
+    if bits is None:
+        of = f"none, as the tokenizer loses some ({results['bits_per_token']:.3f} bits a token)"
+    else:
+        of = f"at most {bits:.3f} +- {error:.3f}" if config.loss != "next_token" else f"{bits:.3f}"
     ngrams = ", ".join(f"{each:.3f}" for each in results["ngram_bits_per_character"])
     lines = [
         "\n" + files_of(run_dir, *files),

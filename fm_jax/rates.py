@@ -15,8 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fm_jax.checks import check_function, check_has, check_logits, check_number, check_tokens
+from fm_jax.checks import check_function, check_has, check_logits, check_number, check_tokens, is_traced
 from fm_jax.nfe import Counted, cost, domain_of, overlap, reach_of
 from fm_jax.paths.mixture import MixturePath, check_mixture
 from fm_jax.schedules import coefficients
@@ -203,7 +204,8 @@ def with_corrector(rates: RateFn, path: MixturePath, strength: float | Callable[
         `u(t, x)`, finite for 0 < t < 1 where c is not 0; at t = 0 too if all tokens are a mask.
 
     Raises:
-        ValueError: for what is no rates or no `MixturePath`, or a `strength` that is negative.
+        ValueError: for what is no rates or no `MixturePath`, or a `strength` that is negative;
+            one that is traced gives NaN.
     """
     check_function("rates", rates, "rates u(t, x), such as forward_rates(denoiser, path)", 2)
     back = backward_rates(path)
@@ -213,7 +215,10 @@ def with_corrector(rates: RateFn, path: MixturePath, strength: float | Callable[
     def corrected(t: Time, x: TokenState) -> Logits:
         forth = rates(t, x)
         check_logits("rates(t, x)", forth, x, path.num_tokens)
-        c = strength(time_of(t, forth)) if callable(strength) else strength
+        c = jnp.asarray(strength(time_of(t, forth)) if callable(strength) else strength, forth.dtype)
+        if not is_traced(c) and not bool((c >= 0).all()):
+            raise ValueError(f"strength must not be negative, got {np.asarray(c).min()} at t = {t}.")
+        c = jnp.where(c >= 0, c, jnp.nan)  # of which no token comes, where it is traced
         return (1 + c) * forth + jnp.where(c > 0, c * back(t, x), 0)
 
     low = 0.0 if callable(strength) else _start(path)

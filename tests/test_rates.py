@@ -231,6 +231,9 @@ REFUSED = {
         [[0.0], [1.0, 0.0]]
     ),
     "c must be positive and finite, got 0": lambda: MetricPath(METRIC.distances, c=0),
+    "strength must not be negative, got -1": lambda: rates.with_corrector(
+        rates.forward_rates(lambda t, x: jnp.zeros((*x.shape, 4)), MASK), MASK, lambda t: t - 1.5
+    )(0.5, jnp.full((1, 2), 3)),
     "strength must be finite and not negative, got -1": lambda: rates.with_corrector(lambda t, x: x, MASK, -1.0),
 }
 

@@ -73,7 +73,8 @@ def token_bound(
 
     Times are stratified: two independent draws, of times and of tokens, in each of `num_times / 2` even strata, and two
     of the last step. Their differences give the standard error, also where the strata differ much; that of independent
-    times, the deviation of all over the root of their number, would be too large.
+    times, the deviation of all over the root of their number, would be too large. Of a source without a mask it is
+    right on average alone: its draws have long tails, and a single example's error may be far too small.
 
     Notebooks: (14.8).
 

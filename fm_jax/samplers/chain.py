@@ -333,9 +333,10 @@ def _ends(t: Time, t_next: Time, x: TokenState) -> tuple[Array, Array]:
 
 def check_start_of(name: str, x: TokenState, num_tokens: int) -> None:
     """Raises `ValueError` for tokens that are not among K, or of integers that cannot hold K and `draws.NONE`."""
-    check_tokens(name, x, num_tokens)
-    if jnp.iinfo(x.dtype).max < num_tokens - jnp.issubdtype(x.dtype, jnp.signedinteger):
+    check_tokens(name, x)
+    if jnp.iinfo(x.dtype).max < num_tokens:
         raise ValueError(f"{name} must be of integers that hold {num_tokens} tokens, such as int32, got {x.dtype}.")
+    check_tokens(name, x, num_tokens)
 
 
 def _check_rates(u: Array, x: TokenState) -> None:

@@ -245,6 +245,21 @@ def test_a_run_keeps_its_tokenizer(tmp_path, capsys):
 
 
 @pytest.mark.slow
+def test_a_tokenizer_that_loses_characters_has_no_bits_a_character(tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "be": 1}, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.save(str(tmp_path / "words.json"))
+    (tmp_path / "play.txt").write_text(PLAY * 8)
+    training = dataclasses.replace(text.CONFIG.training, run_dir=tmp_path / "run")
+    files = {"corpus": tmp_path / "play.txt", "tokenizer": tmp_path / "words.json", "smoke": True}
+    results = text.run(dataclasses.replace(text.CONFIG, training=training, **files))
+    assert results["bits_per_character"] is None
+    assert results["bits_per_token"] > 0
+    assert "none, as the tokenizer loses some" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path):
     training = dataclasses.replace(text.CONFIG.training, run_dir=tmp_path / "whole")
     (tmp_path / "play.txt").write_text(PLAY)
