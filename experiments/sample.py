@@ -27,7 +27,7 @@ import numpy as np
 import tyro
 
 from experiments.lab import command_line, figures
-from experiments.lab.corpus import SEPARATOR, given_of
+from experiments.lab.corpus import given_of, write_texts
 from experiments.lab.experiment import Experiment, Restored, read_run, restore_run
 from experiments.lab.latents import codec_of_run
 from experiments.lab.levels import to_levels
@@ -62,7 +62,7 @@ from fm_jax.data.picture import PictureReader
 from fm_jax.latents import PIXELS
 from fm_jax.samplers import LearnedSolver
 from fm_jax.samplers.first_hitting import Position
-from fm_jax.train.folder import make_folder, replacing, write_text
+from fm_jax.train.folder import make_folder, replacing
 from fm_jax.types import Cond
 
 _TYPED = {r", or drop its last \d+ with truncate=True": ""}
@@ -475,7 +475,7 @@ def _write(
                 np.savez(unfinished, samples=samples, latents=latents, **of_classes)
     elif experiment.vocabulary is not None:
         texts = experiment.written(samples)
-        write_text(out, SEPARATOR.join(texts) + "\n")
+        write_texts(out, texts)
         print(texts[0])
     elif samples.ndim == 5:
         figures.save_clips(out, samples, [prompt or ""] * len(samples))

@@ -25,13 +25,13 @@ import numpy as np
 
 from experiments.lab import command_line
 from experiments.lab.corpus import (
-    SEPARATOR,
     TOKENIZER,
     CorpusFacts,
     facts_of,
     read_corpus,
     read_corpus_facts,
     vocabulary_of,
+    write_texts,
 )
 from experiments.lab.data import FACTS
 from experiments.lab.experiment import Experiment
@@ -62,7 +62,7 @@ from fm_jax.paths import MixturePath
 from fm_jax.schedules import Linear
 from fm_jax.sources import Masked
 from fm_jax.train import TrainState
-from fm_jax.train.folder import make_folder, replacing, write_text
+from fm_jax.train.folder import make_folder, replacing
 from fm_jax.types import ApplyFn, Array, Key, LossFn, Params
 
 PICTURES = ("loss.png",)
@@ -301,7 +301,7 @@ def _copy(tokenizer: Path, to: Path) -> None:
 def _write(path: Path, texts: list[str]) -> None:
     """Writes the texts, and prints how the first one begins."""
     make_folder(path.parent)
-    write_text(path, SEPARATOR.join(texts) + "\n")
+    write_texts(path, texts)
     print(f"\n{path}:\n{texts[0][:400]}\n")
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from experiments.lab.data import noted
 from experiments.lab.token_sampling import GivenTokens
 from experiments.lab.vocabulary import Vocabulary, no_file, of_characters, of_tokenizer
+from fm_jax.train.folder import write_text
 
 TOKENIZER = "tokenizer.json"
 """In the folder of a run, a copy of the file that its text is read by."""
@@ -65,7 +66,11 @@ def facts_of(text: str, source: str, tokenizer: Path | None) -> CorpusFacts:
         return CorpusFacts(source, checksum, "".join(sorted(set(text))), None)
     if not tokenizer.is_file():
         raise SystemExit(f"--tokenizer {tokenizer} {no_file(tokenizer)}: give a file of the package tokenizers.")
-    return CorpusFacts(source, checksum, None, hashlib.sha256(tokenizer.read_bytes()).hexdigest())
+    return CorpusFacts(source, checksum, None, _sha256(tokenizer))
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def vocabulary_of(facts: CorpusFacts, tokenizer: Path | None) -> Vocabulary:
@@ -78,7 +83,7 @@ def vocabulary_of(facts: CorpusFacts, tokenizer: Path | None) -> Vocabulary:
         return of_characters(facts.characters)
     assert tokenizer is not None
     found = of_tokenizer(tokenizer)
-    if hashlib.sha256(tokenizer.read_bytes()).hexdigest() != facts.tokenizer:
+    if _sha256(tokenizer) != facts.tokenizer:
         raise ValueError(f"{tokenizer} is not the file that the run was trained with.")
     return found
 
@@ -89,6 +94,11 @@ def read_corpus_facts(run_dir: Path) -> CorpusFacts:
         return noted(run_dir, CorpusFacts)
     except FileNotFoundError:
         raise ValueError(f"{run_dir} has no data.json: the command that trained the run writes it anew.") from None
+
+
+def write_texts(path: Path, texts: list[str]) -> None:
+    """Writes texts to a file, a line between them."""
+    write_text(path, SEPARATOR.join(texts) + "\n")
 
 
 def given_of(prompt: str, vocabulary: Vocabulary, length: int, *, gaps: bool = True) -> GivenTokens:

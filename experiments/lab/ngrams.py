@@ -31,11 +31,11 @@ def ngram_bits(train: np.ndarray, test: np.ndarray, num: int, most: int) -> np.n
     p, bits = np.full(len(test), 1 / num), []
     history = np.zeros(len(both), np.int64)  # which one, by number: at first the empty one
     for n in range(1, most + 1):
-        whole, numbers = history * num + both, np.arange(len(both))
+        whole = history * num + both
         seen, first, counts = np.unique(whole[n - 1 : cut], return_index=True, return_counts=True)
         total = np.bincount(history[n - 1 : cut], minlength=history.max() + 1)
         kinds = np.bincount(history[n - 1 : cut][first], minlength=history.max() + 1)
-        inside = numbers[cut:] >= cut + n - 1  # the whole history is of this text
+        inside = np.arange(len(test)) >= n - 1  # the whole history is of this text
         at, of = whole[cut:], history[cut:]
         place = np.minimum(np.searchsorted(seen, at), max(len(seen) - 1, 0))
         count = np.where(seen[place] == at, counts[place], 0) if len(seen) else np.zeros(len(test))

@@ -193,7 +193,7 @@ class TauLeaping:
         ValueError: for what is no schedule.
 
     Example:
-        >>> from fm_jax.paths.mixture import MixturePath, check_mixture
+        >>> from fm_jax.paths.mixture import MixturePath
         >>> from fm_jax.rates import forward_rates
         >>> from fm_jax.samplers import sample
         >>> from fm_jax.schedules import Linear
