@@ -331,7 +331,7 @@ print("equal")
 @pytest.mark.slow
 def test_one_two_four_and_eight_devices_are_equal_under_all_three():
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     command = [sys.executable, "-c", EIGHT]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.stdout == "equal\n", done.stderr
