@@ -78,6 +78,7 @@ _OF_TOKENS = tuple(sorted(_TOKENS - _POINTS))
 _OF_POINTS = (*sorted(_POINTS - _TOKENS), "also", "avoid", "weak_run", "learned_solver", "negative", "image", "mask")
 _OF_POINTS += ("strength", "first_frame")
 """Options that runs on tokens do not take."""
+_SEEN = {".png": "pictures", ".gif": "videos", ".txt": "texts"}
 _NEAR = 64
 """How far black and white of a mask may be off: JPEG changes them by less."""
 _GREY = 16
@@ -168,7 +169,7 @@ class Config(Drawing):
     """Class of all samples; by default every class in turn."""
     prompt: str | None = None
     """Sentence of all samples, for a run on sentences; how all begin, and with gaps {n} of n tokens go on, for one on
-    text."""
+    text ({{n}} is {n} itself)."""
     negative: str | None = None
     """Sentence to be led away from; by default the empty one."""
     image: Path | None = None
@@ -273,9 +274,7 @@ def run(config: Config) -> None:
     if out.is_dir():
         raise SystemExit(f"--out {out} is a folder: give a file.")
     if out.suffix not in (".npz", suffix):
-        raise SystemExit(
-            f"--out must end in .npz or, as the run has pictures, videos or texts, in .png, .gif or .txt, got {out}."
-        )
+        raise SystemExit(f"--out must end in {suffix}, as the run has {_SEEN[suffix]}, or in .npz, got {out}.")
     codec = codec_of_run(restored.config, "--autoencoder", config.autoencoder)
     try:
         labels, given = _labels(config, experiment), _given(config, experiment)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.checks import check_array, check_function, check_logits, check_number, check_tokens
-from fm_jax.nfe import Counted, cost, domain_of, reach_of
+from fm_jax.nfe import Counted, check_denoiser, cost, domain_of, logits_like, reach_of
 from fm_jax.shapes import time_of
 from fm_jax.types import DenoiserFn, Elementwise, Logits, Time, TokenState
 
@@ -20,6 +20,8 @@ ESTIMATING = "a denoiser f(t, x, *, estimate=None), as of a self-conditioned net
 
 def with_temperature(denoiser: DenoiserFn, temperature: float | Callable[[Elementwise], Elementwise]) -> DenoiserFn:
     """The denoiser with its logits divided by `temperature`: below 1 it is surer, at 1 the same to the bit.
+
+    They are measured from the highest one, so that none overflows, however low the temperature.
 
     What is seen of the others given, each token then has a law in proportion to `p^(1 / temperature)`. That is not the
     tempered joint law `q^(1 / temperature)`, whose conditionals are other ones: with one token at a time
@@ -34,14 +36,15 @@ def with_temperature(denoiser: DenoiserFn, temperature: float | Callable[[Elemen
         `f(t, x)`; a call of it costs one of `denoiser`.
 
     Raises:
-        ValueError: if `denoiser` is no function, or the temperature is not positive and finite.
+        ValueError: if `denoiser` is no denoiser, or the temperature is not positive and finite; where a function of t
+            gives one that is not positive, the logits are NaN.
 
     Example:
         >>> f = with_temperature(lambda t, x: jnp.array([[[0.0, 1.0]]]), 0.5)
         >>> f(0.3, jnp.array([[0]]))
-        Array([[[0., 2.]]], dtype=float32)
+        Array([[[-2.,  0.]]], dtype=float32)
     """
-    _check(denoiser)
+    check_denoiser("denoiser", denoiser, causal=True)
     if callable(temperature):
         check_function("temperature", temperature, "a number or a function of time", 1)
     else:
@@ -49,9 +52,14 @@ def with_temperature(denoiser: DenoiserFn, temperature: float | Callable[[Elemen
 
     def tempered(t: Time, x: TokenState) -> Logits:
         logits = logits_of(denoiser, t, x)
-        return logits / (temperature(time_of(t, logits)) if callable(temperature) else temperature)
+        least = float(jnp.finfo(jnp.result_type(logits, float)).tiny)
+        at = temperature(time_of(t, logits)) if callable(temperature) else max(temperature, least)
+        at = jnp.asarray(at, logits.dtype)
+        highest = logits.max(axis=-1, keepdims=True)  # from which the others are measured, so that nothing overflows
+        cooled = (logits - jnp.where(jnp.isfinite(highest), highest, 0)) / jnp.where(at > 0, at, jnp.nan)
+        return jnp.where(at == 1, logits, cooled)
 
-    return Counted(tempered, cost(denoiser), domain_of(denoiser), reach_of(denoiser))
+    return Counted(tempered, cost(denoiser), domain_of(denoiser), reach_of(denoiser), logits_like(denoiser))
 
 
 def top_p(denoiser: DenoiserFn, p: float) -> DenoiserFn:
@@ -68,14 +76,14 @@ def top_p(denoiser: DenoiserFn, p: float) -> DenoiserFn:
         `f(t, x)`, with minus infinity elsewhere; a call of it costs one of `denoiser`.
 
     Raises:
-        ValueError: if `denoiser` is no function, or `p` is not in (0, 1].
+        ValueError: if `denoiser` is no denoiser, or `p` is not in (0, 1].
 
     Example:
         >>> f = top_p(lambda t, x: jnp.log(jnp.array([[[0.5, 0.3, 0.2]]])), 0.6)
         >>> jnp.exp(f(0.3, jnp.array([[0]])))
         Array([[[0.5, 0.3, 0. ]]], dtype=float32)
     """
-    _check(denoiser)
+    check_denoiser("denoiser", denoiser, causal=True)
     check_number("p", p, "(0, 1]")
 
     def cut(t: Time, x: TokenState) -> Logits:
@@ -86,11 +94,7 @@ def top_p(denoiser: DenoiserFn, p: float) -> DenoiserFn:
         last = jnp.where(before < p, ordered, jnp.inf).min(axis=-1, keepdims=True)
         return jnp.where((logits >= last) | (p >= 1), logits, -jnp.inf)
 
-    return Counted(cut, cost(denoiser), domain_of(denoiser), reach_of(denoiser))
-
-
-def _check(denoiser: DenoiserFn) -> None:
-    check_function("denoiser", denoiser, "a denoiser f(t, x) -> logits [batch, ..., K]", 2)
+    return Counted(cut, cost(denoiser), domain_of(denoiser), reach_of(denoiser), logits_like(denoiser))
 
 
 def logits_of(

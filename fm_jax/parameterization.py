@@ -30,7 +30,7 @@ from fm_jax.checks import (
     check_velocity,
     is_traced,
 )
-from fm_jax.nfe import Counted, cost, domain_of, overlap, reach_of
+from fm_jax.nfe import Counted, cost, domain_of, overlap, reach_of, returns_of
 from fm_jax.schedules import coefficients, known_to_stand_still, log_snr, vanishes
 from fm_jax.self_conditioning import SELF_CONDITIONED
 from fm_jax.shapes import batch_time, check_not_steps, time_of
@@ -127,7 +127,7 @@ def bind(apply_fn: ApplyFn, params: Params) -> ModelFn:
         return apply_fn(params, t, x, cond, train=False, rngs=None, **told)
 
     evaluations = cost(apply_fn)
-    return Counted(model_fn, 1 if evaluations is None else evaluations)
+    return Counted(model_fn, 1 if evaluations is None else evaluations, returns=returns_of(apply_fn) or "prediction")
 
 
 def velocity_fn(model_fn: ModelFn, kind: Kind, schedule: Schedule, cond: Cond = None) -> VelocityFn:

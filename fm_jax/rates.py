@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fm_jax.checks import check_function, check_has, check_logits, check_number, check_tokens, is_traced
-from fm_jax.nfe import Counted, cost, domain_of, overlap, reach_of
+from fm_jax.checks import check_has, check_logits, check_number, check_tokens, is_traced
+from fm_jax.nfe import Counted, check_denoiser, check_rates, cost, domain_of, overlap, reach_of
 from fm_jax.paths.mixture import MixturePath, check_mixture
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import batch_time, time_dtype, time_of
@@ -26,7 +26,6 @@ from fm_jax.types import Array, DenoiserFn, Logits, RateFn, Time, TokenPath, Tok
 
 _START = 1e-5
 """How far from an end rates are asked for that are infinite there."""
-_DENOISER = "a denoiser f(t, x) -> logits [batch, ..., K]"
 
 
 def forward_rates(denoiser: DenoiserFn, path: MixturePath) -> RateFn:
@@ -135,7 +134,7 @@ def kinetic_rates(denoiser: DenoiserFn, path: TokenPath) -> RateFn:
     Raises:
         ValueError: for what is no denoiser or no path of tokens; when called, as `forward_rates`.
     """
-    check_function("denoiser", denoiser, _DENOISER, 2)
+    check_denoiser("denoiser", denoiser)
     check_has("path", path, ("log_probs", "posterior", "source"), "a path of tokens, such as MetricPath or MixturePath")
     data = jnp.asarray([a for a in range(path.num_tokens) if a != path.source.mask])
 
@@ -184,7 +183,7 @@ def backward_rates(path: MixturePath) -> RateFn:
         p0 = path.source_probs(like)
         return _to_others(jnp.where(p0 > 0, d_alpha / alpha * p0, 0) + like, x)
 
-    return Counted(rates, 0, (_START, 1.0))
+    return Counted(rates, 0, (_START, 1.0), returns="rates")
 
 
 def with_corrector(rates: RateFn, path: MixturePath, strength: float | Callable[[Any], Any]) -> RateFn:
@@ -207,7 +206,7 @@ def with_corrector(rates: RateFn, path: MixturePath, strength: float | Callable[
         ValueError: for what is no rates or no `MixturePath`, or a `strength` that is negative;
             one that is traced gives NaN.
     """
-    check_function("rates", rates, "rates u(t, x), such as forward_rates(denoiser, path)", 2)
+    check_rates("rates", rates)
     back = backward_rates(path)
     if not callable(strength):
         check_number("strength", strength, "[0, inf)")
@@ -223,7 +222,7 @@ def with_corrector(rates: RateFn, path: MixturePath, strength: float | Callable[
 
     low = 0.0 if callable(strength) else _start(path)
     domain, reach = (overlap(found, (low, 1.0)) for found in (domain_of(rates), reach_of(rates)))
-    return Counted(corrected, cost(rates), domain, reach)
+    return Counted(corrected, cost(rates), domain, reach, "rates")
 
 
 def _to_others(rates: Array, x: TokenState) -> Array:
@@ -247,9 +246,9 @@ def _start(path: MixturePath) -> float:
 def _carrying(rates: RateFn, denoiser: DenoiserFn, path: TokenPath, start: float = 0.0) -> RateFn:
     """The rates with what they cost, and the times at which they are finite."""
     low, high = max(path.domain[0], start), min(path.domain[1], 1 - _START)
-    return Counted(rates, cost(denoiser), overlap((low, high), domain_of(denoiser)), (low, 1.0))
+    return Counted(rates, cost(denoiser), overlap((low, high), domain_of(denoiser)), (low, 1.0), "rates")
 
 
 def _check(denoiser: DenoiserFn, path: MixturePath) -> None:
-    check_function("denoiser", denoiser, _DENOISER, 2)
+    check_denoiser("denoiser", denoiser)
     check_mixture(path)

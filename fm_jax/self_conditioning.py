@@ -13,6 +13,7 @@ One network is a denoiser in three ways:
   evaluation a step.
 """
 
+import inspect
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_function, check_logits, check_network, check_number
 from fm_jax.draws import bernoulli
-from fm_jax.nfe import Counted, cost
+from fm_jax.nfe import Counted, cost, returns_of
 from fm_jax.types import ApplyFn, Cond, Logits, Params, Time, TokenState
 
 SELF_CONDITIONED = "a self-conditioned network apply_fn(params, t, x, cond, train=, rngs=, estimate=)"
@@ -70,8 +71,9 @@ def self_conditioned(apply_fn: ApplyFn, rate: float = 0.5) -> ApplyFn:
             estimate = jnp.where(given.reshape(-1, *(1,) * x.ndim), estimate, 0)
         return network(params, t, x, cond, train=train, rngs=second or None, estimate=estimate)
 
+    applied.module = getattr(inspect.unwrap(apply_fn), "module", None)  # type: ignore[attr-defined]
     evaluations = cost(apply_fn)
-    return Counted(applied, 2 * (1 if evaluations is None else evaluations))
+    return Counted(applied, 2 * (1 if evaluations is None else evaluations), returns=returns_of(apply_fn))
 
 
 def estimate_of(logits: Logits) -> Logits:

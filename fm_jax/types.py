@@ -53,6 +53,10 @@ ArrayTree: TypeAlias = Any
 Kind = Literal["velocity", "data", "noise", "score"]
 """What a network predicts."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
+Returns = Literal["prediction", "logits", "next_logits", "rates"]
+"""What a function of (t, x) returns: what a network does, logits of x1, those of a causal network one place late, or
+rates."""
+RETURNS: tuple[Returns, ...] = get_args(Returns)
 
 
 class Coefficients(NamedTuple):

@@ -108,3 +108,16 @@ def test_costs_and_domains_are_carried(make):
 def test_refuses(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_lowest_temperatures_take_the_likeliest(dtype):
+    logits = jnp.array([[[3.0, 5.0, -jnp.inf, 4.9], [-800.0, -900.0, -jnp.inf, -840.0]]], dtype)
+    f = with_temperature(lambda t, x: logits, 1e-38)
+    assert (jax.nn.softmax(f(0.5, X)) == jnp.array([[[0, 1, 0, 0], [1, 0, 0, 0]]])).all()
+    np.testing.assert_array_equal(with_temperature(lambda t, x: logits, 1.0)(0.5, X), logits)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_function_that_is_no_temperature_gives_no_logits(temperature):
+    assert jnp.isnan(with_temperature(network, lambda t: temperature + 0 * t)(0.5, X)).all()

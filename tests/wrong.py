@@ -1032,6 +1032,8 @@ CALLS = FUNCTIONS | {f"{name}(...)": call for name, call in _values()}
 
 ELSEWHERE = {
     "fm_jax.checks": "tests/test_checks.py",
+    "fm_jax.nfe.check_rates": "tests/test_returns.py",
+    "fm_jax.nfe.check_denoiser": "tests/test_returns.py",
     "fm_jax.draws": "tests/test_draws.py",
     "fm_jax.data.images": "tests/data, which need the extra",
     "fm_jax.data.digits": "tests/data, which need the extra",
@@ -1119,7 +1121,7 @@ ELSEWHERE = {
             "fm_jax.schedules.known_to_stand_still",
             "fm_jax.schedules.log",
             "fm_jax.sources.is_standard_normal",
-            *(f"fm_jax.nfe.{name}" for name in ("cost", "domain_of", "total", "spent")),
+            *(f"fm_jax.nfe.{name}" for name in ("cost", "domain_of", "returns_of", "logits_like", "total", "spent")),
         ),
         "parts of others, which refuse before them",
     ),

@@ -18,7 +18,8 @@ TOKENIZER = "tokenizer.json"
 """In the folder of a run, a copy of the file that its text is read by."""
 SEPARATOR = "\n" + 40 * "-" + "\n"
 """Between texts in a file."""
-_GAP = re.compile(r"\{(\d+)\}")
+_GAP = re.compile(r"(?<!\{)\{(\d+)\}(?!\})")
+_LITERAL = re.compile(r"\{(\{\d+\})\}")
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def given_of(prompt: str, vocabulary: Vocabulary, length: int, *, gaps: bool = T
     """The tokens of a prompt and where they are; what comes behind it, and `{n}` in it, n tokens, is to be drawn.
 
     Args:
-        prompt: such as `"ROMEO:{40}the moon"`.
+        prompt: such as `"ROMEO:{40}the moon"`; `{{40}}` is `{40}` itself.
         vocabulary: what reads it.
         length: tokens of a whole sample.
         gaps: whether there may be something to be drawn before the end of the prompt.
@@ -120,7 +121,7 @@ def given_of(prompt: str, vocabulary: Vocabulary, length: int, *, gaps: bool = T
         if i % 2:
             at += int(piece)
             continue
-        ids = vocabulary.encode(piece)
+        ids = vocabulary.encode(_LITERAL.sub(r"\1", piece))
         fits = ids[: max(length - at, 0)]
         tokens[at : at + len(fits)], known[at : at + len(fits)] = fits, True
         at += len(ids)

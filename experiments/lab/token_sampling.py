@@ -14,7 +14,7 @@ from experiments.lab.options import Range, check_options
 from experiments.lab.sampling import Generate
 from fm_jax.guidance import classifier_free_logits
 from fm_jax.logits import top_p, with_temperature
-from fm_jax.nfe import Counted
+from fm_jax.nfe import Counted, cost, returns_of
 from fm_jax.parameterization import bind
 from fm_jax.paths import MixturePath
 from fm_jax.rates import forward_rates
@@ -126,7 +126,7 @@ def guided_denoiser(
     network = bind(apply_fn, params)
 
     def told(what: Cond) -> DenoiserFn:
-        return Counted(lambda t, x: network(t, x, what), 1)
+        return Counted(lambda t, x: network(t, x, what), cost(network), returns=returns_of(network))
 
     if null_cond is None:
         denoiser = told(None)

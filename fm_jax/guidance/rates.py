@@ -13,12 +13,9 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_function, check_logits, check_numbers_of, check_state, check_tokens
 from fm_jax.guidance.scale import ALWAYS, check_interval, check_scale, is_number, scale_at
-from fm_jax.nfe import Counted, cost, domain_of, reach_of, total
+from fm_jax.nfe import Counted, check_denoiser, check_rates, cost, domain_of, logits_like, reach_of, total
 from fm_jax.shapes import batch_time, expand_time, time_dtype
-from fm_jax.types import AnyArray, Array, ArrayTree, DenoiserFn, Logits, PerExample, RateFn, Time, TokenState
-
-_DENOISER = "a denoiser f(t, x) -> logits [batch, ..., K]"
-_RATES = "rates u(t, x), such as forward_rates(denoiser, path)"
+from fm_jax.types import AnyArray, Array, ArrayTree, DenoiserFn, Logits, PerExample, RateFn, Returns, Time, TokenState
 
 
 def classifier_free_logits(
@@ -52,7 +49,10 @@ def classifier_free_logits(
         >>> f(0.5, jnp.array([0]))
         Array([[0., 3.]], dtype=float32)
     """
-    return _product(f_cond, f_uncond, ("f_cond", "f_uncond"), _DENOISER, scale, interval, _mixed)
+    for name, denoiser in (("f_cond", f_cond), ("f_uncond", f_uncond)):
+        check_denoiser(name, denoiser, causal=True)
+    returns = logits_like(f_cond, f_uncond)
+    return _product(f_cond, f_uncond, ("f_cond", "f_uncond"), returns, scale, interval, _mixed)
 
 
 def classifier_free_rates(
@@ -85,11 +85,13 @@ def classifier_free_rates(
         >>> classifier_free_rates(u_cond, u_uncond, 3.0)(0.5, jnp.array([0])).round(3)
         Array([[ 0., 16.]], dtype=float32)
     """
+    for name, rates in (("u_cond", u_cond), ("u_uncond", u_uncond)):
+        check_rates(name, rates)
 
     def mixed(conditional: Array, unconditional: Array, scale: Array) -> Array:
         return jnp.exp(_mixed(jnp.log(conditional), jnp.log(unconditional), scale))
 
-    return _product(u_cond, u_uncond, ("u_cond", "u_uncond"), _RATES, scale, interval, mixed)
+    return _product(u_cond, u_uncond, ("u_cond", "u_uncond"), "rates", scale, interval, mixed)
 
 
 def predictor(
@@ -203,14 +205,12 @@ def _product(
     cond: Callable[[Time, TokenState], Logits],
     uncond: Callable[[Time, TokenState], Logits],
     names: tuple[str, str],
-    wanted: str,
+    returns: Returns,
     scale: ArrayTree,
     interval: tuple[float, float],
     mixed: Callable[[Array, Array, Array], Array],
 ) -> Any:
     """Two functions as one, by what `mixed` makes of them; at scale 1 and 0 one of the two, to the bit."""
-    for name, function in zip(names, (cond, uncond), strict=True):
-        check_function(name, function, wanted, 2)
     check_scale(scale)
     check_interval(interval)
     if is_number(scale, 1):
@@ -227,7 +227,7 @@ def _product(
         return jnp.where(s == 1, conditional, found)
 
     nfe = total(cost(cond), cost(uncond))
-    return Counted(guided, nfe, domain_of(cond, uncond), reach_of(cond, uncond))
+    return Counted(guided, nfe, domain_of(cond, uncond), reach_of(cond, uncond), returns)
 
 
 def _guided_by(
@@ -238,7 +238,7 @@ def _guided_by(
     gain: Callable[[PerExample, TokenState, int], Array],
 ) -> RateFn:
     """Rates times `exp(s gain)`, by what a predictor gains of each jump, [batch, ..., K]."""
-    check_function("rates", rates, _RATES, 2)
+    check_rates("rates", rates)
     check_function("log_prob_fn", log_prob_fn, "a function log_prob_fn(t, x) -> [batch]", 2)
     check_scale(scale)
     check_interval(interval)
@@ -254,4 +254,4 @@ def _guided_by(
         log_ratio = gain(batch_time(t, x), jnp.asarray(x), found.shape[-1])
         return jnp.where(found > 0, found * jnp.exp(jnp.where(s == 0, 0, s * log_ratio)), found)
 
-    return Counted(guided, cost(rates), domain_of(rates), reach_of(rates))
+    return Counted(guided, cost(rates), domain_of(rates), reach_of(rates), "rates")

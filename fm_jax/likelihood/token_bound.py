@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from fm_jax.checks import (
     check_array,
-    check_function,
     check_has,
     check_integer,
     check_key,
@@ -28,6 +27,7 @@ from fm_jax.losses.tokens import (
     masked_elbo_of,
     reversal_elbo_of,
 )
+from fm_jax.nfe import check_denoiser
 from fm_jax.paths.mixture import MixturePath, check_has_mask
 from fm_jax.shapes import time_dtype
 from fm_jax.types import Array, DenoiserFn, Key, PerExample, Scalar, TokenSample, TokenState
@@ -188,7 +188,7 @@ def next_token_log_prob(denoiser: DenoiserFn, path: MixturePath, x1: TokenState)
         >>> next_token_log_prob(even, path, jnp.ones((1, 4), int)) / math.log(2)
         Array([-4.], dtype=float32)
     """
-    x1 = _as_data_of(denoiser, path, x1)
+    x1 = _as_data_of(denoiser, path, x1, causal=True)
     check_has_mask(path, "it stands where the first token is to be said")
     logits = logits_of(denoiser, jnp.ones((), time_dtype(x1)), x1, path.num_tokens)
     return _sum(at_tokens(log_probs_of_data(logits, path, x1), x1))
@@ -249,8 +249,8 @@ def _checked(denoiser: DenoiserFn, path: MixturePath, key: Key, x1: TokenState) 
     return _as_data_of(denoiser, path, x1)
 
 
-def _as_data_of(denoiser: DenoiserFn, path: MixturePath, x1: TokenState) -> TokenState:
-    check_function("denoiser", denoiser, "a denoiser f(t, x) -> logits [batch, ..., K]", 2)
+def _as_data_of(denoiser: DenoiserFn, path: MixturePath, x1: TokenState, *, causal: bool = False) -> TokenState:
+    check_denoiser("denoiser", denoiser, causal=causal)
     check_has("path", path, ("schedule", "source", "source_probs", "log_posterior", "check_data"), "a MixturePath")
     return as_data(path, x1)
 

@@ -1,5 +1,6 @@
 """The autoregressive control: a causal network, trained to say each token given those before it."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
 from fm_jax.losses.matching import check_drop, times_within
 from fm_jax.losses.tokens import at_tokens, draw_token_pairs
-from fm_jax.paths.mixture import MixturePath, check_has_mask, check_mixture
+from fm_jax.nfe import Counted, cost
+from fm_jax.paths.mixture import MixturePath, check_has_mask, check_mixture, check_own_mask
 from fm_jax.shapes import mean_over_event
 from fm_jax.types import ApplyFn, Array, Batch, Cond, Key, Logits, LossFn, Metrics, Params, Scalar, Time, TokenState
 
@@ -18,7 +20,8 @@ def one_late(apply_fn: ApplyFn, path: MixturePath) -> ApplyFn:
     """The network of tokens one place late: it sees `[mask, x_0, ..., x_(n-2)]`, so that a causal one at i sees x_<i.
 
     It is told t = 1 at all times. As a denoiser, `FirstHitting(path, "first")` draws from it from left to right, and
-    goes on from what is given at the beginning.
+    goes on from what is given at the beginning; whatever would ask it for a token without all that are before refuses
+    it.
 
     Args:
         apply_fn: a causal network of tokens [batch, n], such as `TokenTransformer(causal=True)`.
@@ -35,6 +38,7 @@ def one_late(apply_fn: ApplyFn, path: MixturePath) -> ApplyFn:
         Array([[2, 0, 1]], dtype=int32)
     """
     check_network("apply_fn", apply_fn)
+    check_own_mask("apply_fn", apply_fn, path)
     mask = _mask_of(path)
 
     def late(params: Params, t: Time, x: TokenState, cond: Cond = None, **options: Any) -> Array:
@@ -44,7 +48,9 @@ def one_late(apply_fn: ApplyFn, path: MixturePath) -> ApplyFn:
         before = jnp.concatenate([jnp.full_like(x[:, :1], mask), x[:, :-1]], axis=1)
         return apply_fn(params, jnp.ones_like(jnp.asarray(t)), before, cond, **options)
 
-    return late
+    functools.update_wrapper(late, apply_fn, assigned=(), updated=())  # it takes what the network takes
+    evaluations = cost(apply_fn)
+    return Counted(late, 1 if evaluations is None else evaluations, returns="next_logits")
 
 
 def next_token(apply_fn: ApplyFn, path: MixturePath, *, drop: Drop | None = None) -> LossFn:

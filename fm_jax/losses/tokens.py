@@ -15,7 +15,7 @@ from fm_jax.checks import check_coupling, check_has, check_holds, check_key, che
 from fm_jax.conditions import Drop
 from fm_jax.couplings import independent
 from fm_jax.losses.matching import Pairs, Times, check_drop, draw_pairs, times_within
-from fm_jax.paths.mixture import MixturePath, check_has_mask, check_mixture
+from fm_jax.paths.mixture import MixturePath, check_has_mask, check_mixture, check_own_mask
 from fm_jax.schedules import coefficients
 from fm_jax.shapes import mean_over_event, time_of
 from fm_jax.times import Stratified
@@ -237,6 +237,7 @@ def _token_loss(
     apply_fn: ApplyFn, path: TokenPath, integrand: Integrand, times: Times, coupling: Coupling, drop: Drop | None
 ) -> LossFn:
     check_network("apply_fn", apply_fn)
+    check_own_mask("apply_fn", apply_fn, path)
     check_coupling(coupling)
     check_drop(drop)
 

@@ -41,6 +41,7 @@ def linen_apply(module: nn.Module) -> ApplyFn:
         out = module.apply({"params": params}, t, x, cond, train=train, rngs=keys, **more)
         return cast(Array, out)
 
+    apply_fn.module = module  # type: ignore[attr-defined]  # which some losses ask for its mask
     return apply_fn
 
 

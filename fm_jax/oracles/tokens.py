@@ -15,7 +15,6 @@ import numpy as np
 
 from fm_jax.checks import (
     check_finite,
-    check_function,
     check_has,
     check_increasing,
     check_integer,
@@ -24,13 +23,13 @@ from fm_jax.checks import (
     check_tokens,
     shown,
 )
+from fm_jax.nfe import Counted, check_rates
 from fm_jax.shapes import batch_time
 from fm_jax.types import ArrayTree, DenoiserFn, Logits, RateFn, Time, TokenPath, TokenState
 
 _NEVER = -1e30
 """The logarithm of 0, with which sums and products stay finite."""
 _HALVES = slice(0, 2), slice(2, 4)
-_RATES = "rates u(t, x), such as forward_rates(denoiser, path)"
 
 
 class TokenTable(NamedTuple):
@@ -189,7 +188,7 @@ def exact_denoiser(table: TokenTable, path: TokenPath) -> DenoiserFn:
         tokens = jax.nn.one_hot(table.states, table.num_tokens, dtype=each.dtype)
         return jnp.log(jnp.einsum("bm,mia->bia", weights, tokens, precision="highest"))
 
-    return denoiser
+    return Counted(denoiser, None, returns="logits")
 
 
 def rate_matrix(rates: RateFn, t: float, states: ArrayTree, num_tokens: int) -> np.ndarray:
@@ -209,7 +208,7 @@ def rate_matrix(rates: RateFn, t: float, states: ArrayTree, num_tokens: int) -> 
     Raises:
         ValueError: if the states are not all, or `rates` return another shape than [K^D, D, K].
     """
-    check_function("rates", rates, _RATES, 2)
+    check_rates("rates", rates)
     check_number("t", t, "[0, 1]")
     states = _checked_states(states, num_tokens)
     found = rates(jnp.asarray(t, float), jnp.asarray(states))
@@ -237,7 +236,7 @@ def chain_law(
     Raises:
         ValueError: as `rate_matrix`, or if there is not one probability for each state.
     """
-    check_function("rates", rates, _RATES, 2)
+    check_rates("rates", rates)
     check_finite("law", law)
     check_increasing("[0, 1]", t0=t0, t1=t1)
     check_integer("num_steps", num_steps)

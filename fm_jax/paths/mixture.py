@@ -4,6 +4,7 @@ Time runs as for flows, from the source at 0 to the data at 1. A token x is an i
 there is one, is among the K.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from fm_jax.checks import check_has, check_key, check_logits, check_same_shape, check_schedule, check_tokens, is_traced
 from fm_jax.shapes import time_dtype, time_of
-from fm_jax.types import Array, Key, Logits, Schedule, Time, TokenSample, TokenSource, TokenState
+from fm_jax.types import Array, Key, Logits, Schedule, Time, TokenPath, TokenSample, TokenSource, TokenState
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,14 @@ def check_convex(schedule: Schedule) -> None:
 def check_mixture(path: Any) -> None:
     """Raises `ValueError` for what is not a `MixturePath`."""
     check_has("path", path, ("schedule", "source", "num_tokens", "posterior", "source_probs"), "a MixturePath")
+
+
+def check_own_mask(name: str, apply_fn: Any, path: TokenPath) -> None:
+    """Raises `ValueError` for a network, by `linen_apply`, that takes for the mask what is data of the path."""
+    module = getattr(inspect.unwrap(apply_fn), "module", None)
+    mask = getattr(module, "mask", None) if getattr(module, "tokens", False) else None
+    if mask is not None and mask != path.source.mask:
+        raise ValueError(f"{name} must be a network with the mask of {path.source}, got one with mask={mask}.")
 
 
 def check_has_mask(path: MixturePath, otherwise: str) -> None:

@@ -13,7 +13,6 @@ import numpy as np
 
 from fm_jax.checks import (
     check_bool,
-    check_function,
     check_logits,
     check_schedule,
     check_shape,
@@ -22,7 +21,7 @@ from fm_jax.checks import (
 )
 from fm_jax.draws import bernoulli, categorical, none_of
 from fm_jax.logits import logits_of
-from fm_jax.nfe import spent
+from fm_jax.nfe import check_denoiser, check_rates, spent
 from fm_jax.paths.mixture import MixturePath, check_has_mask, check_mixture
 from fm_jax.samplers.grids import check_forward
 from fm_jax.samplers.loop import run_steps
@@ -86,7 +85,7 @@ def tau_leap(rates: RateFn, t: Time, t_next: Time, x: TokenState, *, schedule: S
         >>> step.probs(jnp.array([[0]]))
         Array([[[0.25, 0.25, 0.5 ]]], dtype=float32)
     """
-    check_function("rates", rates, "rates u(t, x), such as forward_rates(denoiser, path)", 2)
+    check_rates("rates", rates)
     check_tokens("x", x)
     u = rates(t, x)
     check_logits("rates(t, x)", u, x)
@@ -141,7 +140,7 @@ def mixture_step(
         >>> mixture_step(lambda t, x: jnp.zeros((1, 1, 3)), path, 0.5, 0.75, x).probs(x)
         Array([[[0.25, 0.25, 0.5 ]]], dtype=float32)
     """
-    check_function("denoiser", denoiser, "a denoiser f(t, x) -> logits [batch, ..., K]", 2)
+    check_denoiser("denoiser", denoiser)
     check_mixture(path)
     posterior = path.posterior(logits_of(denoiser, t, x, path.num_tokens), x)
     t, t_next = _ends(t, t_next, x)
@@ -226,6 +225,7 @@ class TauLeaping:
         self, v: RateFn, key: Key, times: ArrayTree, x0: TokenState, trajectory: bool, *, keep: Array | None = None
     ) -> Solution:
         """Called by `sample`."""
+        check_rates("v", v)
         check_forward(times, self)
 
         def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
@@ -297,6 +297,7 @@ class MixtureSteps:
         self, v: DenoiserFn, key: Key, times: ArrayTree, x0: TokenState, trajectory: bool, *, keep: Array | None = None
     ) -> Solution:
         """Called by `sample`."""
+        check_denoiser("v", v)
         check_forward(times, self)
         check_start_of("x0", x0, self.path.num_tokens)
         num, of_confidence = len(times), isinstance(self.remask, Confidence)

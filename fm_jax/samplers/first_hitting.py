@@ -6,11 +6,12 @@ from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fm_jax.checks import check_bool, check_integer, check_member, is_traced
 from fm_jax.draws import categorical, uniform
 from fm_jax.logits import logits_of
-from fm_jax.nfe import spent
+from fm_jax.nfe import check_denoiser, returns_of, spent
 from fm_jax.paths.mixture import MixturePath, check_has_mask, check_mixture
 from fm_jax.samplers.chain import check_start_of
 from fm_jax.samplers.grids import check_forward
@@ -94,6 +95,7 @@ class FirstHitting:
         self, v: DenoiserFn, key: Key, times: ArrayTree, x0: TokenState, trajectory: bool, *, keep: Array | None = None
     ) -> Solution:
         """Called by `sample`."""
+        check_denoiser("v", v, causal=self.position == "first")
         check_forward(times, self)
         check_start_of("x0", x0, self.path.num_tokens)
         path, times = self.path, jnp.asarray(times)
@@ -103,6 +105,8 @@ class FirstHitting:
             masked = (x0 == path.source.mask) & can_fall
             may_fall = can_fall if is_traced(masked) else masked
             known = not is_traced(may_fall) and may_fall.is_fully_addressable
+            if returns_of(v) == "next_logits":
+                self._check_causal(masked if known and not is_traced(masked) else None)
             most = int(_count(may_fall).max(initial=0)) if known else math.prod(x0.shape[1:])
         num_calls = -(-most // self.per_step)
 
@@ -125,6 +129,19 @@ class FirstHitting:
         there = end.fell[None] >= sigmas[1:].reshape(-1, *(1,) * x0.ndim)
         states = jnp.where(there | ~masked[None], end.x[None], x0[None])
         return Solution(end.x, *spent(num_calls, v), jnp.concatenate([x0[None], states]))
+
+    def _check_causal(self, masked: Array | None) -> None:
+        """Raises `ValueError` where a causal denoiser would be asked for a token without all that are before it."""
+        if self.per_step > 1:
+            raise ValueError(f"per_step must be 1 for a causal denoiser, which sees all before, got {self.per_step}.")
+        if masked is None:
+            return
+        flat = np.asarray(masked).reshape(len(masked), -1)
+        if (flat[:, :-1] & ~flat[:, 1:]).any():
+            raise ValueError(
+                "x0 must be masked from some place on for a causal denoiser, which is blind to what is given after "
+                "that: got tokens after masks."
+            )
 
     def _hit(self, key: Key, posterior: Logits, last: Array, can_fall: Array, state: _Falling) -> _Falling:
         """The next mask of each example falls, unless its time is after the last."""

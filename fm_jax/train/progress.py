@@ -26,7 +26,7 @@ class Progress:
 
     def update(self, step: int, loss: float, images_per_second: float | None, seconds_left: float | None) -> None:
         """Shows a step."""
-        rate = None if images_per_second is None else f"{images_per_second:,.0f} images/s"
+        rate = None if images_per_second is None else f"{images_per_second:,.0f} examples/s"
         if self._bar is not None:
             # The bar shows the time left itself.
             self._bar.set_postfix_str(f"loss {loss:.4f}" + (f", {rate}" if rate else ""), refresh=False)

@@ -68,7 +68,7 @@ def test_images(module, tmp_path, capsys):
     out = capsys.readouterr().out
     assert str(run_dir) in out
     assert "time per image sampled" in out
-    assert "images/s" in out
+    assert "examples/s" in out
 
 
 @pytest.mark.slow

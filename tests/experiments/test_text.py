@@ -89,6 +89,8 @@ def test_any_tokenizer(tmp_path):
         ("a{1}b{2}", "a.b..."),
         ("{}{1", "{}{1.."),
         ("{6}", "......"),
+        ("{{1}}b", "{1}b.."),
+        ("{{1}", "{{1}.."),
         ("a{0}b", "ab...."),
     ],
 )
@@ -141,7 +143,7 @@ def test_the_denoiser_that_is_sampled():
     def network(params, t, x, cond, *, train, rngs):
         return cond[:, None, None] * w[None, None]
 
-    w, x = jnp.array([1.0, 2.0, 3.0]), jnp.zeros((2, 1), int)
+    w, x = jnp.array([-2.0, -1.0, 0.0]), jnp.zeros((2, 1), int)
     sampling = TokenSampling(temperature=0.5, guidance=3.0)
     f = guided_denoiser(sampling, network, {}, jnp.array([1.0, 2.0]), 0.5)
     np.testing.assert_allclose(f(0.5, x)[:, 0], 2 * (0.5 + 3 * (np.array([[1.0], [2.0]]) - 0.5)) * w[None])
@@ -211,7 +213,7 @@ def test_smoke(loss, tmp_path, capsys):
     for options, message in (
         ({"prompt": PLAY}, "--prompt must be at most as long as a sample of the run, 16 characters"),
         ({"prompt": "?"}, r"--prompt must consist of the 18 characters that the network knows, got '\?'"),
-        ({"out": tmp_path / "a.png"}, "--out must end in .npz or, as the run has pictures, videos or texts"),
+        ({"out": tmp_path / "a.png"}, "--out must end in .txt, as the run has texts, or in .npz"),
         ({"label": 3}, "--class needs a run with classes"),
     ):
         with pytest.raises(SystemExit, match=message):

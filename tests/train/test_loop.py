@@ -255,10 +255,10 @@ def test_throughput_leaves_out_compilation_callbacks_and_saving(monkeypatch, tmp
 def test_plain_lines(step_fn, capsys):
     run(step_fn, log_every=5, progress=None)
     lines = capsys.readouterr().out.splitlines()
-    pattern = r"step (\d+)/10  loss \d\.\d{4}  [\d,]+ images/s  0:00:00 left"
+    pattern = r"step (\d+)/10  loss \d\.\d{4}  [\d,]+ examples/s  0:00:00 left"
     assert [re.fullmatch(pattern, line).group(1) for line in lines] == ["5", "10"]
     Progress(0, 1000).update(200, 0.43210001, 1234.4, 70.2)
-    assert capsys.readouterr().out == "step 200/1000  loss 0.4321  1,234 images/s  0:01:10 left\n"
+    assert capsys.readouterr().out == "step 200/1000  loss 0.4321  1,234 examples/s  0:01:10 left\n"
 
 
 def test_bar_on_a_terminal(step_fn, capsys, monkeypatch):
@@ -267,7 +267,7 @@ def test_bar_on_a_terminal(step_fn, capsys, monkeypatch):
     run(step_fn, log_every=5, progress=None)
     out = capsys.readouterr().out
     assert "10/10" in out
-    assert "images/s" in out
+    assert "examples/s" in out
     assert "loss 0.0360" in out
 
 
@@ -581,6 +581,6 @@ def test_however_long_it_takes_the_time_left_can_be_said(capsys):
     progress = Progress(0, 10**20)
     for seconds in (59.6, 86400 * 999, 86400 * 1e30, math.inf, math.nan):
         progress.update(1, 0.5, 100.0, seconds)
-    said = [line.split("images/s  ")[1] for line in capsys.readouterr().out.splitlines()]
+    said = [line.split("examples/s  ")[1] for line in capsys.readouterr().out.splitlines()]
     days = f"{1e30:,.0f} days left"
     assert said == ["0:01:00 left", "999 days, 0:00:00 left", days, "inf days left", "nan days left"]
