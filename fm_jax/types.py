@@ -318,6 +318,59 @@ class TokenPath(Protocol):
 
 
 @runtime_checkable
+class Manifold(Protocol):
+    """A Riemannian manifold; see `fm_jax.manifolds`.
+
+    Its points are arrays of `shape` in an ambient space, and so are tangent vectors. All methods take [..., *shape],
+    the leading axes being examples, and points of one example; what is a number a point is [...]. `dim` is the
+    dimension of the manifold itself.
+
+    `exp(x, u)` goes from x along the geodesic of velocity u for a unit of time, and `log(x, y)` is the shortest u that
+    arrives at y, with a documented answer where there are several. `project(x)` is the point to a place nearby, with
+    what is constant along the fibres of it having its divergence in the ambient space; `tangent(x, u)` the tangent
+    vector nearest to u; `gradient(x, g)` the Riemannian gradient, g being that in the ambient space. `squared_norm(x, u)`
+    and `distance(x, y)` are those of the metric; `log_volume(x)` is the logarithm of what the Riemannian volume has more
+    than that of the ambient coordinates, up to a constant. `normal(key, x)` draws a tangent vector, standard normal in
+    the metric; `log_jacobian(x, u)` is the logarithm of what exp_x stretches volumes by at u. `log_total` is the
+    logarithm of the whole volume, and `uniform(key, like)` draws from it; `None` and an error where it is infinite.
+    `check(name, x)` refuses what is no points of it.
+    """
+
+    @property
+    def dim(self) -> int: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def log_total(self) -> float | None: ...
+
+    def exp(self, x: Examples, u: Examples, /) -> Examples: ...
+
+    def log(self, x: Examples, y: Examples, /) -> Examples: ...
+
+    def project(self, x: Examples, /) -> Examples: ...
+
+    def tangent(self, x: Examples, u: Examples, /) -> Examples: ...
+
+    def gradient(self, x: Examples, g: Examples, /) -> Examples: ...
+
+    def squared_norm(self, x: Examples, u: Examples, /) -> Examples: ...
+
+    def distance(self, x: Examples, y: Examples, /) -> Examples: ...
+
+    def log_volume(self, x: Examples, /) -> Examples: ...
+
+    def log_jacobian(self, x: Examples, u: Examples, /) -> Examples: ...
+
+    def normal(self, key: Key, x: Examples, /) -> Examples: ...
+
+    def uniform(self, key: Key, like: Like, /) -> Examples: ...
+
+    def check(self, name: str, x: Examples, /) -> None: ...
+
+
+@runtime_checkable
 class Coupling(Protocol):
     """Pairs source with data samples within a batch. Never drops or repeats an example."""
 
