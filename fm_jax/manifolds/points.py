@@ -1,4 +1,4 @@
-"""What all manifolds share: points [..., *shape], their refusals, and numbers that stay finite where a vector is zero."""
+"""What all manifolds share: points [..., *shape], refusals, and numbers that stay finite where a vector is zero."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ from fm_jax.checks import check_array, is_traced, shown
 from fm_jax.types import AnyArray, Array, Manifold
 
 TOLERANCE = 1e-3
-"""How far a point may be off the manifold, in relation to 1 + its size: more than networks' rounding, less than a slip."""
+"""How far a point may be off the manifold, in relation to 1 + its size: more than rounding, less than a slip."""
 
 
 def check_shape_of(name: str, x: Any, manifold: Manifold) -> None:
