@@ -326,14 +326,14 @@ class Manifold(Protocol):
     dimension of the manifold itself.
 
     `exp(x, u)` goes from x along the geodesic of velocity u for a unit of time, and `log(x, y)` is the shortest u that
-    arrives at y, with a documented answer where there are several. `project(x)` is the point to a place nearby, with
-    what is constant along the fibres of it having its divergence in the ambient space; `tangent(x, u)` the tangent
-    vector nearest to u; `gradient(x, g)` the Riemannian gradient, g being that in the ambient space. `squared_norm(x, u)`
-    and `distance(x, y)` are those of the metric; `log_volume(x)` is the logarithm of what the Riemannian volume has more
-    than that of the ambient coordinates, up to a constant. `normal(key, x)` draws a tangent vector, standard normal in
-    the metric; `log_jacobian(x, u)` is the logarithm of what exp_x stretches volumes by at u. `log_total` is the
-    logarithm of the whole volume, and `uniform(key, like)` draws from it; `None` and an error where it is infinite.
-    `check(name, x)` refuses what is no points of it.
+    arrives at y, with a documented answer where there are several. `project(x)` is the point to a place nearby: of a
+    field that is constant along its fibres, the divergence in the ambient space is that on the manifold.
+    `tangent(x, u)` is the tangent vector nearest to u, `gradient(x, g)` the Riemannian gradient, g the ambient one.
+    `squared_norm(x, u)` and `distance(x, y)` are those of the metric; `log_volume(x)` is the logarithm of the
+    Riemannian volume in relation to that of the ambient coordinates, up to a constant. `normal(key, x)` draws a tangent
+    vector, standard normal in the metric; `log_jacobian(x, u)` is the logarithm of what exp_x stretches volumes by at
+    u. `log_total` is the logarithm of the whole volume, and `uniform(key, like)` draws from it: `None`, and an error,
+    where it is infinite. `check(name, x)` refuses what is no points of it.
     """
 
     @property

@@ -37,6 +37,7 @@ from fm_jax.types import (
     Coupling,
     Key,
     LossFn,
+    Manifold,
     Metrics,
     Params,
     Path,
@@ -66,7 +67,8 @@ def flow_matching(
     `E_t,x0,x1 w(t) |f(t, x_t, cond) - target|^2`, averaged over the dimensions of x. The target is `u_t` (conditional
     flow matching, Lipman et al. 2022, arXiv:2210.02747, eq. 14), `x1`, `x0` (DDPM's noise prediction) or the
     conditional score (denoising score matching, Vincent 2011). By the marginalisation trick its minimiser is the
-    marginal quantity, `E[target | x_t]`.
+    marginal quantity, `E[target | x_t]`. On a `GeodesicPath` f is projected onto the tangent space, and the norm and
+    the dimensions are those of the manifold (Chen & Lipman 2023, arXiv:2302.03660).
 
     Notebooks: (5.2), (5.3), (8.1), (9.1), (10.4), (11.1).
 
@@ -108,7 +110,7 @@ def flow_matching(
     check_network("apply_fn", apply_fn)
     check_coupling(coupling)
     check_drop(drop)
-    schedule = path.schedule
+    schedule, manifold = path.schedule, getattr(path, "manifold", None)
     domain, what = path.target_domain(kind), f"the {kind} target of {path}"
     if weight is not None:
         check_function("weight", weight, "a function weight(t, kind, schedule), such as SNRWeight()", 3)
@@ -124,7 +126,7 @@ def flow_matching(
         del target_params  # for losses with a second network; a regression on the path has none
         pairs = draw_pairs(key, batch, path.source, coupling, times, drop)
         sample = path.sample(pairs.key_path, pairs.t, pairs.x0, pairs.x1)
-        mse = squared_error(apply_fn, params, sample, pairs, path.targets(sample)[kind])
+        mse = squared_error(apply_fn, params, sample, pairs, path.targets(sample)[kind], manifold)
         weighted = mse if pairs.weight is None else pairs.weight * mse
         if weight is not None and schedule is not None:
             factor = weight(pairs.t, kind, schedule)
@@ -255,12 +257,25 @@ def product(*weights: PerExample | None) -> PerExample | None:
     return functools.reduce(lambda a, b: b if a is None else a if b is None else a * b, weights)
 
 
-def squared_error(apply_fn: ApplyFn, params: Params, sample: PathSample, pairs: Pairs, target: State) -> PerExample:
-    """The network's squared error against a target, averaged over the event."""
+def squared_error(
+    apply_fn: ApplyFn,
+    params: Params,
+    sample: PathSample,
+    pairs: Pairs,
+    target: State,
+    manifold: Manifold | None = None,
+) -> PerExample:
+    """The network's squared error against a target, averaged over the event; on a manifold over its dimensions.
+
+    There what the network returns is projected onto the tangent space, and the norm is that of the metric.
+    """
     train = pairs.rngs is not None
     prediction = apply_fn(params, sample.t, sample.x_t, pairs.cond, train=train, rngs=pairs.rngs)
     check_shape("what the network returns", prediction, target)
-    return mean_over_event((prediction.astype(target.dtype) - target) ** 2)
+    if manifold is None:
+        return mean_over_event((prediction.astype(target.dtype) - target) ** 2)
+    error = manifold.tangent(sample.x_t, prediction.astype(target.dtype)) - target
+    return mean_over_event(manifold.squared_norm(sample.x_t, error)) / manifold.dim
 
 
 def score_matching(apply_fn: ApplyFn, path: Path, *, weight: Weight | None = None, **options) -> LossFn:

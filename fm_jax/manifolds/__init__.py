@@ -5,6 +5,7 @@ likelihoods take it from there or are given it.
 """
 
 from fm_jax.manifolds.euclidean import Euclidean
+from fm_jax.manifolds.fields import SquaredDistance, check_manifold, geodesic, tangent_velocity
 from fm_jax.manifolds.sphere import Sphere
 
-__all__ = ["Euclidean", "Sphere"]
+__all__ = ["Euclidean", "Sphere", "SquaredDistance", "check_manifold", "geodesic", "tangent_velocity"]

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -29,7 +30,9 @@ def check_points(name: str, x: AnyArray, manifold: Manifold) -> None:
     check_shape_of(name, x, manifold)
     if is_traced(x) or not getattr(x, "is_fully_addressable", True):
         return
-    off = np.abs(np.asarray(x, np.float64) - np.asarray(manifold.project(jnp.asarray(x)), np.float64))
+    with jax.ensure_compile_time_eval():
+        nearest = np.asarray(manifold.project(jnp.asarray(x)), np.float64)
+    off = np.abs(np.asarray(x, np.float64) - nearest)
     off = off.reshape(-1, math.prod(manifold.shape)).max(axis=1, initial=0)
     size = 1 + np.abs(np.asarray(x, np.float64)).reshape(len(off), -1).max(axis=1, initial=0)
     tolerance = max(TOLERANCE, 4 * float(jnp.finfo(x.dtype).eps))

@@ -9,6 +9,7 @@ from fm_jax.paths.bridge import (
     SineNoise,
     StochasticInterpolant,
 )
+from fm_jax.paths.geodesic import GeodesicPath
 from fm_jax.paths.metric import MetricPath
 from fm_jax.paths.mixture import MixturePath, check_convex
 from fm_jax.paths.spline import SplinePath
@@ -18,6 +19,7 @@ __all__ = [
     "BrownianBridge",
     "BrownianNoise",
     "ConstantNoise",
+    "GeodesicPath",
     "MetricPath",
     "MixturePath",
     "QuadraticNoise",

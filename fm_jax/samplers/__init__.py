@@ -7,6 +7,7 @@
   `PLMS`;
 * with noise: `EulerMaruyama`, `StochasticHeun`, `DiffraxSDE`, `Churn`, `PredictorCorrector`, and `DDIM` and
   `DPMSolverPlusPlus` by option;
+* on manifolds: `RungeKutta(method, manifold)`, any sampler of flows by `Ambient`, and with noise `GeodesicRandomWalk`;
 * for tokens, with noise: `TauLeaping` by rates; `MixtureSteps`, which may mask again (`Cap`, `Rescale`, `Loop`,
   `Confidence`), and `FirstHitting` by a denoiser.
 
@@ -25,6 +26,7 @@ from fm_jax.samplers.first_hitting import FirstHitting
 from fm_jax.samplers.langevin import PredictorCorrector, langevin_step
 from fm_jax.samplers.learned import LearnedSolver
 from fm_jax.samplers.loop import run_steps, step_noise
+from fm_jax.samplers.on_manifold import Ambient, GeodesicRandomWalk
 from fm_jax.samplers.plms import PLMS
 from fm_jax.samplers.remasking import Cap, Confidence, Loop, Remask, Rescale
 from fm_jax.samplers.runge_kutta import RungeKutta, Tableau, ode_step
@@ -37,6 +39,7 @@ __all__ = [
     "PLMS",
     "AdamsBashforth",
     "Adaptive",
+    "Ambient",
     "Cap",
     "Churn",
     "Confidence",
@@ -45,6 +48,7 @@ __all__ = [
     "DiffraxSDE",
     "EulerMaruyama",
     "FirstHitting",
+    "GeodesicRandomWalk",
     "LearnedSolver",
     "Loop",
     "MixtureSteps",

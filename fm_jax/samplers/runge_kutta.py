@@ -1,15 +1,18 @@
 """Explicit Runge-Kutta methods on a fixed time grid."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 
 from fm_jax.checks import check_finite, check_integer, check_member, check_shape, check_state, check_velocity, shown
+from fm_jax.manifolds import check_manifold
 from fm_jax.nfe import spent
 from fm_jax.samplers.loop import run_steps
 from fm_jax.shapes import check_not_steps, expand_time, time_dtype
-from fm_jax.types import Array, ArrayTree, Solution, State, Time, VelocityFn
+from fm_jax.types import Array, ArrayTree, Manifold, Solution, State, Time, VelocityFn
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,19 @@ def evaluate(v: VelocityFn, t: Time, x: State) -> State:
 
 
 def ode_step(
-    v: VelocityFn, t: Time, t_next: Time, x: State, method: str | Tableau = "midpoint", *, first: State | None = None
+    v: VelocityFn,
+    t: Time,
+    t_next: Time,
+    x: State,
+    method: str | Tableau = "midpoint",
+    *,
+    first: State | None = None,
+    manifold: Manifold | None = None,
 ) -> State:
     """One step of dx/dt = v(t, x) from `t` to `t_next`.
+
+    On a manifold it is the step of the method in normal coordinates at x, `x_next = exp_x(h sum_i b_i k_i)` with
+    `k_i = d log_x(v_i)` at the point of the stage: of the same order, and it stays on the manifold.
 
     For callers that dispatch steps one by one: on CPU, XLA runs convolutions 1.5 times slower inside a loop.
 
@@ -98,6 +111,7 @@ def ode_step(
         x: the state.
         method: "euler", "midpoint", "heun", "ralston", "heun3", "rk4" or a tableau.
         first: `v(t, x)`, the first stage of every method, where it is already known.
+        manifold: where x is; the velocities are projected onto its tangent spaces.
 
     Returns:
         The state at `t_next`, in the dtype of `x`.
@@ -117,10 +131,19 @@ def ode_step(
     if first is not None:
         check_shape("first", first, x)
     stages = [evaluate(v, t, x) if first is None else first]
+    if manifold is None:
+        moved = lambda by: (x + by).astype(x.dtype)  # noqa: E731
+    else:
+        stages = [manifold.tangent(x, stages[0])]
+        moved = lambda by: manifold.exp(x, by.astype(x.dtype))  # noqa: E731
     for a, c in zip(method.a[1:], method.c[1:], strict=True):
+        y = moved(h * _weighted(a, stages))
         # In this form c = 1 is exactly t_next, so that rounding never goes past the end.
-        stages.append(evaluate(v, (1 - c) * t + c * t_next, (x + h * _weighted(a, stages)).astype(x.dtype)))
-    return (x + h * _weighted(method.b, stages)).astype(x.dtype)
+        k = evaluate(v, (1 - c) * t + c * t_next, y)
+        if manifold is not None:
+            k = jax.jvp(functools.partial(manifold.log, x), (y,), (manifold.tangent(y, k.astype(x.dtype)),))[1]
+        stages.append(k)
+    return moved(h * _weighted(method.b, stages))
 
 
 def step_times(t: Time | float, t_next: Time | float, x: State) -> tuple[Array, Array]:
@@ -147,9 +170,11 @@ class RungeKutta:
     Attributes:
         method: "euler", "midpoint", "heun", "ralston", "heun3", "rk4" or a tableau. They cost 1, 2, 2, 2, 3 and 4
             evaluations a step.
+        manifold: where the state is, and stays; `None` is R^n, for states of any shape. `manifolds.Sphere(2)` and the
+            like follow the projection of the velocity onto their tangent spaces.
 
     Raises:
-        ValueError: if the method is unknown.
+        ValueError: if the method is unknown, or for what is no manifold; from `sample`, for states off it.
 
     Example:
         >>> from fm_jax.samplers import sample
@@ -159,11 +184,14 @@ class RungeKutta:
     """
 
     method: str | Tableau = "midpoint"
+    manifold: Manifold | None = None
     stochastic: ClassVar[bool] = False
     domain: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __post_init__(self) -> None:
         tableau(self.method)
+        if self.manifold is not None:
+            check_manifold(self.manifold)
 
     @property
     def order(self) -> int:
@@ -179,8 +207,10 @@ class RungeKutta:
 
     def solve(self, v: VelocityFn, key: None, times: ArrayTree, x0: State, trajectory: bool) -> Solution:
         """Called by `sample`."""
+        if self.manifold is not None:
+            self.manifold.check("x0", x0)
 
         def step(x: Array, memory: tuple[()], i: Array, t: Array, t_next: Array) -> tuple[Array, tuple[()]]:
-            return ode_step(v, t, t_next, x, self.method), memory
+            return ode_step(v, t, t_next, x, self.method, manifold=self.manifold), memory
 
         return run_steps(step, x0, times, spent((len(times) - 1) * self.nfe_per_step, v), trajectory=trajectory)
