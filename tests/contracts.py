@@ -13,6 +13,7 @@ from fm_jax import (
     guidance,
     likelihood,
     losses,
+    manifolds,
     models,
     oracles,
     paths,
@@ -115,6 +116,18 @@ TOKEN_PATHS = [
     *(paths.MixturePath(schedules.Linear(), source) for source in TOKEN_SOURCES),
     paths.MixturePath(schedules.SineSquared(), sources.Masked(5, 0)),
     paths.MetricPath([[0.0, 1.0, 3.0], [1.0, 0.0, 2.0], [3.0, 2.0, 0.0]]),
+]
+MANIFOLDS = [
+    manifolds.Euclidean(3),
+    manifolds.Sphere(1),
+    manifolds.Sphere(2),
+    manifolds.Sphere(5),
+]
+MANIFOLD_PATHS = [paths.GeodesicPath(manifold) for manifold in MANIFOLDS]
+MANIFOLD_SAMPLERS = [
+    samplers.RungeKutta("heun", MANIFOLDS[0]),
+    samplers.Ambient(MANIFOLDS[0], samplers.RungeKutta("heun")),
+    samplers.GeodesicRandomWalk(MANIFOLDS[0], 0.0),
 ]
 LOSSES = {
     "flow_matching": lambda apply_fn: losses.flow_matching(apply_fn, paths.AffinePath()),

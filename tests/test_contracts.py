@@ -18,6 +18,7 @@ from contracts import guided_by_half
 from exponential import even, one_draw_an_example, slow_start
 
 import fm_jax
+import fm_jax.manifolds
 import fm_jax.models
 from fm_jax import losses, oracles, samplers, schedules
 from fm_jax.nfe import Counted
@@ -30,13 +31,15 @@ NOUNS = {
     "source": (("draw", "log_prob"), [*contracts.SOURCES, *contracts.TOKEN_SOURCES]),
     "token source": (("draw", "log_prob", "probs", "mask", "num_tokens"), contracts.TOKEN_SOURCES),
     "schedule": (("alpha", "sigma", "t_from_log_snr"), contracts.SCHEDULES),
-    "path": (("sample", "targets", "kinds"), contracts.PATHS),
+    "path": (("sample", "targets", "kinds"), [*contracts.PATHS, *contracts.MANIFOLD_PATHS]),
     "token path": (("sample", "probs", "log_posterior", "posterior"), contracts.TOKEN_PATHS),
+    "manifold": (("exp", "log", "project", "tangent", "squared_norm"), contracts.MANIFOLDS),
     "sampler": (
         ("solve", "order", "nfe_per_step", "stochastic", "domain"),
         [
             *(make(Linear()) for make in (contracts.SAMPLERS | contracts.LEARNED).values()),
             *contracts.TOKEN_SAMPLERS,
+            *contracts.MANIFOLD_SAMPLERS,
         ],
     ),
 }
@@ -130,6 +133,7 @@ def test_what_nobody_listed_is_found():
         fm_jax.sources.UniformTokens,
         fm_jax.paths.AffinePath,
         fm_jax.paths.MixturePath,
+        fm_jax.manifolds.Sphere,
         fm_jax.times.Uniform,
         losses.EDMWeight,
         fm_jax.guidance.Extrapolate,

@@ -34,7 +34,7 @@ LAYERS = [
     ["types", "_version"],
     ["checks", "shapes"],
     ["parts", "draws"],
-    ["nfe", "sources", "schedules", "conditions", "latents"],
+    ["nfe", "manifolds", "sources", "schedules", "conditions", "latents"],
     ["times", "couplings", "oracles", "paths", "rates", "parameterization", "logits", "self_conditioning"],
     ["losses", "guidance", "samplers"],
     ["likelihood", "fewstep"],
