@@ -122,6 +122,10 @@ MANIFOLDS = [
     manifolds.Sphere(1),
     manifolds.Sphere(2),
     manifolds.Sphere(5),
+    manifolds.FlatTorus(2),
+    manifolds.Hyperbolic(2),
+    manifolds.Hyperbolic(3),
+    manifolds.Simplex(2),
 ]
 MANIFOLD_PATHS = [paths.GeodesicPath(manifold) for manifold in MANIFOLDS]
 MANIFOLD_SAMPLERS = [
