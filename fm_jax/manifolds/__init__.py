@@ -7,11 +7,13 @@ likelihoods take it from there or are given it.
 from fm_jax.manifolds.euclidean import Euclidean
 from fm_jax.manifolds.fields import SquaredDistance, check_manifold, geodesic, tangent_velocity
 from fm_jax.manifolds.hyperbolic import Hyperbolic, from_ball, to_ball
+from fm_jax.manifolds.rotations import SO3
 from fm_jax.manifolds.simplex import Simplex
 from fm_jax.manifolds.sphere import Sphere
 from fm_jax.manifolds.torus import FlatTorus
 
 __all__ = [
+    "SO3",
     "Euclidean",
     "FlatTorus",
     "Hyperbolic",

@@ -174,9 +174,11 @@ def _lift(x: Array) -> Array:
 
 def _boosted(x: Array, y: Array) -> Array:
     """Where the boost that brings x to the origin brings y, without the first coordinate: sinh of the distance long."""
-    d = y[..., 1:] - x[..., 1:]
-    first = dot(d, x[..., 1:] + y[..., 1:]) / (x[..., :1] + y[..., :1])  # y_0 - x_0
-    return d + (dot(x[..., 1:], d) / (1 + x[..., :1]) - first) * x[..., 1:]
+    d, one, both = y[..., 1:] - x[..., 1:], 1 + x[..., :1], x[..., :1] + y[..., :1]
+    first = dot(d, x[..., 1:] + y[..., 1:]) / both  # y_0 - x_0
+    # <x, d> / (1 + x_0) - first, of which the large parts cancel.
+    share = ((first - 2) * dot(x[..., 1:], d) - one * dot(d, d)) / (one * both)
+    return d + share * x[..., 1:]
 
 
 def _to_tangent(x: Array, a: Array) -> Array:
