@@ -126,6 +126,7 @@ MANIFOLDS = [
     manifolds.Hyperbolic(2),
     manifolds.Hyperbolic(3),
     manifolds.Simplex(2),
+    manifolds.SO3(),
 ]
 MANIFOLD_PATHS = [paths.GeodesicPath(manifold) for manifold in MANIFOLDS]
 MANIFOLD_SAMPLERS = [

@@ -1,5 +1,6 @@
 """What every manifold claims, measured on each that contracts.py lists, in float64 against what defines it."""
 
+import functools
 import math
 
 import contracts
@@ -40,12 +41,17 @@ def drawn(manifold, num, seed=0, scale=0.5, dtype=jnp.float64):
     return manifold.exp(start, scale * manifold.normal(jax.random.key(seed), start))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _tangent(manifold, x, u):
+    return manifold.tangent(x, u)
+
+
 def basis(manifold, x):
     """Tangent vectors at one point, orthonormal in the metric, [dim, *shape]."""
     vectors, num = [], math.prod(manifold.shape)
-    inner = lambda a, b: (manifold.squared_norm(x, a + b) - manifold.squared_norm(x, a - b)) / 4  # noqa: E731
+    inner = jax.jit(lambda a, b: (manifold.squared_norm(x, a + b) - manifold.squared_norm(x, a - b)) / 4)
     for each in np.random.default_rng(0).normal(size=(num, *manifold.shape)):
-        u = manifold.tangent(x, jnp.asarray(each))
+        u = _tangent(manifold, x, jnp.asarray(each))
         for other in vectors * 2:
             u = u - inner(u, other) * other
         size = float(manifold.squared_norm(x, u))
@@ -77,7 +83,7 @@ def field(manifold):
 def test_there_and_back(manifold):
     with jax.enable_x64(True):
         x, y = drawn(manifold, 20), drawn(manifold, 20, 1)
-        u = manifold.log(x, y)
+        u = jax.jit(manifold.log)(x, y)
         np.testing.assert_allclose(manifold.exp(x, u), y, atol=1e-10)
         np.testing.assert_allclose(manifold.squared_norm(x, u), manifold.distance(x, y) ** 2, rtol=1e-10)
         np.testing.assert_allclose(manifold.distance(x, y), manifold.distance(y, x), rtol=1e-10)
@@ -95,15 +101,21 @@ def test_there_and_back(manifold):
 def test_derivatives_at_coincidence(manifold):
     """Both modes, of log and exp: the projection onto the tangent space."""
     with jax.enable_x64(True):
+
+        @jax.jit
+        def derivatives(x, u):
+            _, of_log = jax.jvp(lambda y: manifold.log(x, y), (x,), (u,))
+            _, of_exp = jax.jvp(lambda w: manifold.exp(x, w), (0 * x,), (u,))
+            there = lambda x, y: manifold.exp(x, manifold.log(x, y))  # noqa: E731
+            sums = [lambda x, y, f=f: f(x, y).sum() for f in (manifold.log, manifold.distance, there)]
+            return of_log, of_exp, [jax.grad(f, (0, 1))(x, x) for f in sums]
+
         x = drawn(manifold, 3)
         u = manifold.normal(KEY, x)
-        _, of_log = jax.jvp(lambda y: manifold.log(x, y), (x,), (u,))
+        of_log, of_exp, slopes = derivatives(x, u)
         np.testing.assert_allclose(of_log, u, atol=1e-12)
-        _, of_exp = jax.jvp(lambda w: manifold.exp(x, w), (0 * x,), (u,))
         np.testing.assert_allclose(of_exp, u, atol=1e-12)
-        for function in (manifold.log, manifold.distance, lambda x, y: manifold.exp(x, manifold.log(x, y))):
-            slopes = jax.grad(lambda x, y: function(x, y).sum(), (0, 1))(x, x)  # noqa: B023
-            assert all(jnp.isfinite(slope).all() for slope in slopes)
+        assert all(jnp.isfinite(slope).all() for slope in jax.tree.leaves(slopes))
 
 
 @every
@@ -113,7 +125,7 @@ def test_what_exp_does_to_volumes(manifold):
         x, u = drawn(manifold, 1)[0], manifold.normal(KEY, drawn(manifold, 1))[0]
         y, at_x = manifold.exp(x, u), basis(manifold, x)
         at_y = basis(manifold, y)
-        moved = jax.vmap(lambda b: jax.jvp(lambda w: manifold.exp(x, w), (u,), (b,))[1])(at_x)
+        moved = jax.jit(jax.vmap(lambda b: jax.jvp(lambda w: manifold.exp(x, w), (u,), (b,))[1]))(at_x)
         matrix = jax.vmap(lambda v: coordinates(manifold, y, at_y, v))(moved)
         wanted = np.linalg.slogdet(np.asarray(matrix))[1]
         np.testing.assert_allclose(manifold.log_jacobian(x[None], u[None])[0], wanted, atol=1e-9)
@@ -192,8 +204,9 @@ def test_divergences_in_the_ambient_space_are_riemannian(manifold):
 
         x0, at_x1 = back(x1), basis(manifold, x1[0])
         at_x0 = basis(manifold, x0[0])
-        moved = [jax.jvp(lambda w: back(manifold.exp(x1, w)), (0 * x1,), (b[None],))[1][0] for b in at_x1]
-        matrix = jnp.stack([coordinates(manifold, x0[0], at_x0, u) for u in moved])
+        along = lambda b: jax.jvp(lambda w: back(manifold.exp(x1, w)), (0 * x1,), (b[None],))[1][0]  # noqa: E731
+        moved = jax.jit(jax.vmap(along))(at_x1)
+        matrix = jax.vmap(lambda u: coordinates(manifold, x0[0], at_x0, u))(moved)
         np.testing.assert_allclose(found, np.linalg.slogdet(np.asarray(matrix))[1], atol=1e-6)
 
 

@@ -83,7 +83,9 @@ def test_the_path(name, power, x64):
     x, y = points(ours)
     t = jnp.linspace(0.05, 0.95, len(x))
     found = GeodesicPath(ours, Linear() if power == 1 else Polynomial(power)).sample(None, t, x, y)
-    wanted = path.GeodesicProbPath(scheduler=scheduler, manifold=theirs).sample(x_0=tensor(x), x_1=tensor(y), t=tensor(t))
+    wanted = path.GeodesicProbPath(scheduler=scheduler, manifold=theirs).sample(
+        x_0=tensor(x), x_1=tensor(y), t=tensor(t)
+    )
     assert_close(np.asarray(found.u_t), wanted.dx_t.detach(), 1e-8)
     if name == "torus":
         np.testing.assert_allclose(on_circle(found.x_t), on_circle(wanted.x_t.detach().numpy()), atol=1e-9)
