@@ -9,6 +9,7 @@ from fm_jax.manifolds.fields import SquaredDistance, check_manifold, geodesic, t
 from fm_jax.manifolds.hyperbolic import Hyperbolic, from_ball, to_ball
 from fm_jax.manifolds.rotations import SO3
 from fm_jax.manifolds.simplex import Simplex
+from fm_jax.manifolds.spectral import SpectralPremetric, biharmonic, commute_time, diffusion
 from fm_jax.manifolds.sphere import Sphere
 from fm_jax.manifolds.torus import FlatTorus
 
@@ -18,9 +19,13 @@ __all__ = [
     "FlatTorus",
     "Hyperbolic",
     "Simplex",
+    "SpectralPremetric",
     "Sphere",
     "SquaredDistance",
+    "biharmonic",
     "check_manifold",
+    "commute_time",
+    "diffusion",
     "from_ball",
     "geodesic",
     "tangent_velocity",
