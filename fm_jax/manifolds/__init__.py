@@ -7,6 +7,7 @@ likelihoods take it from there or are given it.
 from fm_jax.manifolds.euclidean import Euclidean
 from fm_jax.manifolds.fields import SquaredDistance, check_manifold, geodesic, tangent_velocity
 from fm_jax.manifolds.hyperbolic import Hyperbolic, from_ball, to_ball
+from fm_jax.manifolds.laws import UniformOn, VonMisesFisher, WrappedNormal
 from fm_jax.manifolds.rotations import SO3
 from fm_jax.manifolds.simplex import Simplex
 from fm_jax.manifolds.spectral import SpectralPremetric, biharmonic, commute_time, diffusion
@@ -22,6 +23,9 @@ __all__ = [
     "SpectralPremetric",
     "Sphere",
     "SquaredDistance",
+    "UniformOn",
+    "VonMisesFisher",
+    "WrappedNormal",
     "biharmonic",
     "check_manifold",
     "commute_time",
