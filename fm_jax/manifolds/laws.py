@@ -244,6 +244,7 @@ def _points_of(manifold: Manifold, x: State) -> Array:
 def _point(name: str, value: Any, manifold: Manifold) -> Any:
     """One point as nested tuples, which are hashable."""
     check_known(name, value)
+    point: Any
     try:
         point = np.asarray(value, np.float64)
     except (TypeError, ValueError):
