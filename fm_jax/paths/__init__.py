@@ -12,6 +12,7 @@ from fm_jax.paths.bridge import (
 from fm_jax.paths.geodesic import GeodesicPath
 from fm_jax.paths.metric import MetricPath
 from fm_jax.paths.mixture import MixturePath, check_convex
+from fm_jax.paths.premetric import PremetricPath
 from fm_jax.paths.spline import SplinePath
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "GeodesicPath",
     "MetricPath",
     "MixturePath",
+    "PremetricPath",
     "QuadraticNoise",
     "SineNoise",
     "SplinePath",
