@@ -1,4 +1,4 @@
-"""Draws samples from any finished or interrupted run.
+"""Draws samples from a finished or interrupted run on images, points of the plane, sentences, videos, text or levels.
 
 Command: `python -m experiments.sample --run runs/digits --num 64 --class 3 --guidance 2 --solver heun --steps 20 \
 --out samples.png`

@@ -226,6 +226,8 @@ REFUSED = {
     "distances must be 0 from a token to itself and positive to every other, got 1 and 1": lambda: MetricPath(
         np.ones((2, 2))
     ),
+    "distances must be numbers of float32, got some from 1e-50": lambda: MetricPath([[0.0, 1e-50], [1e-50, 0.0]]),
+    r"distances must be numbers of float32, got some from 1 to 1e\+39": lambda: MetricPath([[0.0, 1e39], [1.0, 0.0]]),
     "distances must be finite numbers": lambda: MetricPath([[0.0, np.nan], [1.0, 0.0]]),
     r"distances must be finite numbers \[K, K\], got \[\[0.0\], \[1.0, 0.0\]\]": lambda: MetricPath(
         [[0.0], [1.0, 0.0]]

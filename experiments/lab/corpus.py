@@ -121,7 +121,12 @@ def given_of(prompt: str, vocabulary: Vocabulary, length: int, *, gaps: bool = T
         if i % 2:
             at += int(piece)
             continue
-        ids = vocabulary.encode(_LITERAL.sub(r"\1", piece))
+        try:
+            ids = vocabulary.encode(_LITERAL.sub(r"\1", piece))
+        except ValueError as error:
+            if "got '{'" not in str(error):
+                raise
+            raise ValueError(f"{str(error)[:-1]}. A gap of n is {{n}}, n from 0 on.") from None
         fits = ids[: max(length - at, 0)]
         tokens[at : at + len(fits)], known[at : at + len(fits)] = fits, True
         at += len(ids)

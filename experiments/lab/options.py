@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import unquote
 
+import numpy as np
+
 from fm_jax.checks import check_bool, check_integer, check_member, check_number, check_pair, shown
 
 Range = int | tuple[int, int] | str
@@ -88,7 +90,7 @@ def check_options(config: Any, **ranges: Range) -> None:
     Args:
         config: a dataclass whose fields are booleans, numbers, strings, literals, paths, tuples of them, or None.
         ranges: of the fields that are numbers, or tuples of them; by default integers are from 1 to `MOST`, and real
-            numbers finite.
+            numbers those of float32.
 
     Raises:
         ValueError: that names the option.
@@ -112,6 +114,8 @@ def _check(name: str, hint: Any, value: Any, allowed: Range | None) -> None:
         check_integer(name, value, least, most)
     elif hint is float:
         check_number(name, value, "(-inf, inf)" if allowed is None else str(allowed))
+        if abs(value) > np.finfo(np.float32).max:
+            raise ValueError(f"{name} must be a number of float32, got {value}.")
     elif typing.get_origin(hint) is tuple:
         _check_tuple(name, kinds, value, allowed)
     elif not isinstance(value, hint):

@@ -89,7 +89,13 @@ def classifier_free_rates(
         check_rates(name, rates)
 
     def mixed(conditional: Array, unconditional: Array, scale: Array) -> Array:
-        return jnp.exp(_mixed(jnp.log(conditional), jnp.log(unconditional), scale))
+        some = (conditional > 0) & (unconditional > 0)
+        ratio = jnp.log(jnp.where(some, conditional, 1)) - jnp.log(jnp.where(some, unconditional, 1))
+        # Of negative ones, as there are at the token that is there in a row of a generator, nothing is made.
+        none = jnp.where((conditional >= 0) & (unconditional >= 0), 0, jnp.minimum(conditional, unconditional))
+        from_cond, from_uncond = conditional * jnp.exp((scale - 1) * ratio), unconditional * jnp.exp(scale * ratio)
+        found = jnp.where(scale == 1, from_cond, from_uncond)
+        return jnp.where(some | (scale == 0) | (scale == 1), found, none)
 
     return _product(u_cond, u_uncond, ("u_cond", "u_uncond"), "rates", scale, interval, mixed)
 
@@ -196,9 +202,14 @@ def predictor_taylor(
 
 
 def _mixed(conditional: Array, unconditional: Array, scale: Array) -> Array:
-    """`unconditional + scale (conditional - unconditional)`, -inf where one of them is."""
+    """`unconditional + scale (conditional - unconditional)`, -inf where one of them is but for a scale of 1 or 0.
+
+    At these it is one of the two to the bit, and its derivative in the scale is what it is beside them.
+    """
     excluded = (conditional == -jnp.inf) | (unconditional == -jnp.inf)
-    return jnp.where(excluded, -jnp.inf, unconditional + scale * (conditional - unconditional))
+    gap = jnp.where(excluded, 0, conditional) - jnp.where(excluded, 0, unconditional)
+    beside = jnp.where(scale == 1, conditional + (scale - 1) * gap, unconditional + scale * gap)
+    return jnp.where(excluded & (scale != 0) & (scale != 1), -jnp.inf, beside)
 
 
 def _product(
@@ -222,9 +233,7 @@ def _product(
         for name, found in zip(names, (conditional, unconditional), strict=True):
             check_logits(f"{name}(t, x)", found, x)
         check_logits(f"{names[1]}(t, x)", unconditional, x, conditional.shape[-1])
-        s = expand_time(scale_t, conditional, "scale")
-        found = jnp.where(s == 0, unconditional, mixed(conditional, unconditional, s))
-        return jnp.where(s == 1, conditional, found)
+        return mixed(conditional, unconditional, expand_time(scale_t, conditional, "scale"))
 
     nfe = total(cost(cond), cost(uncond))
     return Counted(guided, nfe, domain_of(cond, uncond), reach_of(cond, uncond), returns)
@@ -252,6 +261,10 @@ def _guided_by(
         check_logits("rates(t, x)", found, x)
         s = expand_time(scale_t, found, "scale")
         log_ratio = gain(batch_time(t, x), jnp.asarray(x), found.shape[-1])
-        return jnp.where(found > 0, found * jnp.exp(jnp.where(s == 0, 0, s * log_ratio)), found)
+        # Where a change is impossible, or nothing else is possible, the derivative in the scale is 0.
+        infinite = jnp.isinf(log_ratio)
+        gain_of = jnp.exp(s * jnp.where(infinite, 0, log_ratio))
+        limit = jax.lax.stop_gradient(jnp.exp(jnp.where(infinite & (s != 0), s * log_ratio, 0)))
+        return jnp.where(found > 0, found * jnp.where(infinite, limit, gain_of), found)
 
     return Counted(guided, cost(rates), domain_of(rates), reach_of(rates), "rates")

@@ -40,7 +40,8 @@ _INTEGRANDS = {"mask": masked_elbo_of, "reversal": reversal_elbo_of, "forward": 
 class TokenBound(NamedTuple):
     """An unbiased estimate of an upper bound of -log p(x1): `nats` [batch], of all tokens of an example together.
 
-    `error` [batch] is its standard error, by what the draws of each stratum differ in.
+    `error` [batch] is its standard error, by what the draws of each stratum differ in. Both are infinite of data that
+    the denoiser excludes.
     """
 
     nats: Array
@@ -122,7 +123,7 @@ def token_bound(
         t = jnp.full((2, 1, len(x1)), last, dtype)
         left, squared_error_left = _of_pairs(path, denoiser, key_last, x1, cross_entropy_of, t)
         nats, squared_error = nats + left, squared_error + squared_error_left
-    return TokenBound(nats, jnp.sqrt(squared_error))
+    return TokenBound(nats, jnp.where(jnp.isposinf(nats), jnp.inf, jnp.sqrt(squared_error)))
 
 
 def any_order_log_prob(denoiser: DenoiserFn, path: MixturePath, key: Key, x1: TokenState) -> PerExample:

@@ -64,6 +64,10 @@ class MetricPath:
         found = np.asarray(given, np.float64)
         if found.ndim != 2 or found.shape[0] != found.shape[1] or len(found) < 2:
             raise ValueError(f"distances must be [K, K] with K at least 2, got shape {found.shape}.")
+        held, size = np.finfo(np.float32), found[found > 0]
+        if size.size and not (held.tiny <= size.min() and size.max() <= held.max):
+            least, most = size.min(), size.max()
+            raise ValueError(f"distances must be numbers of float32, got some from {least:.3g} to {most:.3g}.")
         diagonal = np.eye(len(found), dtype=bool)
         if found[diagonal].any() or not (found[~diagonal] > 0).all():
             raise ValueError(

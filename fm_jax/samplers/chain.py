@@ -160,7 +160,7 @@ def mixture_step(
             raise ValueError(f"confidence must be given for {remask}.")
         check_shape("confidence", confidence, x)
         drawn = jnp.where(masked, jnp.inf, confidence)
-        again = jnp.minimum(1, sigma * remask.shares(drawn))
+        again = remask.chances(sigma, drawn)
     chance = jnp.where(masked, jnp.clip((grown + sigma * kappa) / left, 0, 1), again)
     return TokenStep(chance, jnp.where(masked[..., None], posterior, path.source_probs(posterior)))
 

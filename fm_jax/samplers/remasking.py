@@ -5,6 +5,7 @@ sigma, and a mask falls with `(kappa_next - (1 - sigma) kappa) / (1 - kappa)`: t
 are, for every sigma up to `min(1, (1 - kappa_next) / kappa)`, at which each rule is cut.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -103,10 +104,10 @@ class Loop:
 class Confidence:
     """A rule's sigma shared out among the tokens: the less likely one was when it was drawn, the sooner it is masked.
 
-    Token i gets `n sigma e^-c_i / sum_j e^-c_j`, of the n tokens of its example that were drawn, with c the probability
-    that the network gave each when it was drawn. As many are masked as by the rule alone, but not all alike: the
-    marginals of the path are not kept, likely tokens become more. What is there at the start counts as given: it is
-    never masked.
+    Token i gets `min(1, l e^-c_i)`, of the n tokens of its example that were drawn, with c the probability that the
+    network gave each when it was drawn, and l such that they sum to n sigma. As many are masked as by the rule alone,
+    but not all alike: the marginals of the path are not kept, likely tokens become more. What is there at the start
+    counts as given: it is never masked.
 
     Attributes:
         rule: that says how many, `Cap`, `Rescale`, `Loop` or a function of your own.
@@ -123,25 +124,38 @@ class Confidence:
     def __call__(self, kappa: Elementwise, kappa_next: Elementwise) -> Elementwise:
         return self.rule(kappa, kappa_next)
 
-    def shares(self, confidence: Array) -> Array:
-        """What sigma is multiplied by, of mean 1 over the drawn tokens of each example.
+    def chances(self, sigma: Array, confidence: Array) -> Array:
+        """With what probability each token is masked, [batch, ...], of mean sigma over the drawn ones of each example.
 
         Args:
+            sigma: from 0 to 1, a scalar or [batch, 1, ..., 1].
             confidence: [batch, ...]; infinite at tokens that were not drawn.
         """
-        event = tuple(range(1, confidence.ndim))
-        weights = jnp.exp(-confidence)
-        total = weights.sum(axis=event, keepdims=True)
-        return weights * jnp.isfinite(confidence).sum(axis=event, keepdims=True) / jnp.where(total > 0, total, 1)
+        batch = len(confidence)
+        weights = jnp.exp(-confidence).reshape(batch, math.prod(confidence.shape[1:]))
+        num = jnp.isfinite(confidence).reshape(weights.shape).sum(axis=1, keepdims=True)
+        wanted = jnp.broadcast_to(sigma, (batch, *(1,) * (confidence.ndim - 1))).reshape(batch, 1) * num
+        # With the k largest at 1 the others share what is left: the first k at which none of them is above 1.
+        ordered = jnp.sort(weights, axis=1, descending=True)
+        rest = jnp.cumsum(ordered[:, ::-1], axis=1)[:, ::-1]
+        factor = (wanted - jnp.arange(weights.shape[1])[None]) / jnp.where(rest > 0, rest, 1)
+        first = jnp.argmax(factor * ordered <= 1, axis=1)[:, None]
+        chance = jnp.take_along_axis(factor, first, axis=1) * weights
+        return jnp.clip(chance, 0, 1).reshape(confidence.shape)
 
 
-def check_remask(remask: Any) -> None:
+def check_remask(remask: Any, name: str = "remask") -> None:
     """Raises `ValueError` for what is not a rule of remasking."""
-    check_function("remask", remask, "a rule of remasking, such as Cap() or Rescale()", 2)
+    wanted = "a rule of remasking, such as Cap() or Rescale() of fm_jax.samplers"
+    check_function(name, remask, wanted)
+    try:
+        check_function(name, remask, wanted, 2)
+    except ValueError:
+        raise ValueError(f"{name} must be {wanted}, got {type(remask).__module__}.{shown(remask)}.") from None
 
 
 def check_plain(rule: Any, others: tuple[type, ...]) -> None:
     """Raises `ValueError` for what is not a rule, or one of the others, which are not put into each other."""
-    check_function("rule", rule, "a rule of remasking, such as Cap() or Rescale()", 2)
+    check_remask(rule, "rule")
     if isinstance(rule, others):
         raise ValueError(f"rule must say sigma alone, as Cap() and Rescale() do, got {shown(rule)}.")

@@ -205,3 +205,58 @@ def test_a_call_costs_both_and_times_are_kept():
     u = rates.forward_rates(f, MASK)
     assert guidance.classifier_free_rates(u, u, 2.0).reach == (0.0, 1.0)
     assert guidance.predictor(u, lambda t, x: 0.0 * t, 2.0).domain == (0.1, 0.9)
+
+
+def _two(*values):
+    """Functions of (t, x) that return the same at each token."""
+
+    def of(each):
+        return lambda t, x: jnp.broadcast_to(jnp.array(each).reshape(1, 1, -1), (*x.shape, len(each)))
+
+    return map(of, values)
+
+
+@pytest.mark.parametrize("shape", [(), (2,)])
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0])
+def test_the_derivative_in_the_scale_is_the_same_at_1_and_0(scale, shape):
+    """Of a scale that is learned; also where a token is excluded by one or both."""
+    x, inf = jnp.zeros((2, 1), int), jnp.inf
+    given = jnp.full(shape, scale)
+
+    def slope(make):
+        found = jax.jacobian(lambda s: make(s)(0.5, x)[:, 0])(given)  # [batch, K, *shape]
+        return found if shape == () else jnp.stack([found[i, :, i] for i in range(2)])
+
+    f_cond, f_uncond = _two([2.0, 0.0, -inf, 1.0], [0.0, 1.0, -inf, -inf])
+    found = slope(lambda s: guidance.classifier_free_logits(f_cond, f_uncond, s))
+    np.testing.assert_allclose(found[:, :2], [[2.0, -1.0]] * 2)
+    assert (found[:, 2:] == 0).all()
+    u_cond, u_uncond = _two([4.0, 2.0, 0.0, 3.0], [2.0, 3.0, 0.0, 0.0])
+    found = slope(lambda s: guidance.classifier_free_rates(u_cond, u_uncond, s))
+    ratio = np.array([2.0, 2 / 3])
+    np.testing.assert_allclose(found[:, :2], [np.array([2.0, 3.0]) * ratio**scale * np.log(ratio)] * 2, rtol=1e-5)
+    assert (found[:, 2:] == 0).all()
+    says = lambda t, x: jnp.where(x[:, 0] == 3, -inf, 2.0 * x[:, 0])  # noqa: E731
+    u = lambda t, x: 1.0 - jax.nn.one_hot(x, 4)  # noqa: E731
+    found = slope(lambda s: guidance.predictor(u, says, s))
+    np.testing.assert_allclose(found[:, 1:3], [[2 * np.exp(2 * scale), 4 * np.exp(4 * scale)]] * 2, rtol=1e-5)
+    assert (found[:, jnp.array([0, 3])] == 0).all()
+
+
+def test_the_derivative_passes_through_what_is_excluded():
+    f_cond, f_uncond = _two([2.0, 0.0, -jnp.inf], [0.0, 1.0, -jnp.inf])
+    x = jnp.zeros((1, 1), int)
+    drawn = lambda s: jax.nn.softmax(guidance.classifier_free_logits(f_cond, f_uncond, s)(0.5, x))[0, 0, 0]  # noqa: E731
+    p = float(drawn(2.0))
+    np.testing.assert_allclose(jax.grad(drawn)(2.0), 3 * p * (1 - p), rtol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 2.0])
+def test_rows_of_a_generator_and_what_is_no_rate(scale):
+    """What is negative stays so at the token that is there; NaN is not made 0."""
+    u_cond, u_uncond = _two([-3.0, 1.5, 1.5, jnp.nan], [-2.0, 1.0, 1.0, 1.0])
+    u = guidance.classifier_free_rates(u_cond, u_uncond, jnp.float32(scale))
+    for found in (u(0.1, jnp.zeros((1, 1), int)), jax.jit(u)(0.1, jnp.zeros((1, 1), int))):
+        np.testing.assert_allclose(found[0, 0, 1:3], 1.5**scale, rtol=1e-6)
+        assert found[0, 0, 0] <= 0
+        assert jnp.isnan(found[0, 0, 3]) or scale == 0

@@ -225,3 +225,12 @@ def test_wrong_calls(changed, message):
 def test_an_order_needs_a_mask():
     with pytest.raises(ValueError, match=r"^path must have a mask, .*; an order needs masks to write over"):
         any_order_log_prob(denoiser4, UNIFORM, KEY, X1)
+
+
+def test_data_that_the_denoiser_excludes():
+    """An infinite bound, whose error is infinite too: an average over data is not a number less."""
+    table = tokens.with_mask(tokens.token_table([[0.5, 0.5], [0.0, 0.0]]))
+    path = MixturePath(Linear(), sources.Masked(3, 2))
+    found = token_bound(tokens.exact_denoiser(table, path), path, jax.random.key(0), jnp.array([[1, 0]]), bound="mask")
+    assert jnp.isposinf(found.nats).all()
+    assert jnp.isposinf(found.error).all()

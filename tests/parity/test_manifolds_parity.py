@@ -1,4 +1,4 @@
-"""Geodesics of `flow_matching` (spheres, tori) and `geoopt` (hyperbolic spaces, positive definite matrices), in float64.
+"""Geodesics of `flow_matching` (spheres, tori) and `geoopt` (hyperbolic spaces, definite matrices), in float64.
 
 Only their public functions are called. See "Parity with PyTorch peers" in CONTRIBUTING.md for the environment.
 """

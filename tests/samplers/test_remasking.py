@@ -127,14 +127,51 @@ def test_a_loop_changes_what_is_drawn_and_not_how_much():
 # ---- By confidence.
 
 
+@pytest.mark.parametrize("sigma", [0.0, 0.3, 0.6, 0.8, 0.95, 1.0])
+def test_as_many_are_masked_as_by_the_rule_alone(sigma):
+    """Also where the unsure would be masked with more than certainty: then the others take it over."""
+    rng = np.random.default_rng(0)
+    confidence = rng.random((6, 3, 4)).astype(np.float32) * np.array([0.1, 1, 3, 9, 9, 9], np.float32)[:, None, None]
+    confidence[3:][rng.random((3, 3, 4)) < 0.4] = np.inf
+    confidence[5] = np.inf
+    chances = np.asarray(Confidence().chances(jnp.full((6, 1, 1), sigma), jnp.asarray(confidence)))
+    drawn = np.isfinite(confidence)
+    np.testing.assert_allclose(chances.sum(axis=(1, 2)), sigma * drawn.sum(axis=(1, 2)), rtol=1e-5, atol=1e-6)
+    assert ((chances >= 0) & (chances <= 1)).all()
+    assert (chances[~drawn] == 0).all()
+    for chance, c in zip(chances, confidence, strict=True):  # in proportion to e^-c, but for those that are certain
+        free = np.isfinite(c) & (chance < 1)
+        if free.any() and sigma:
+            np.testing.assert_allclose(np.ptp(np.log(chance[free]) + c[free]), 0, atol=1e-4)
+
+
+def test_confidence_keeps_the_share_of_masks():
+    x0, logits = jnp.full((4000, 8), MASK), jnp.log(jnp.array([0.7, 0.2, 0.1, 1.0]))
+    rule = MixtureSteps(PATH, Confidence(Rescale(1.0)))
+    draw = jax.jit(
+        lambda key: (
+            sample(
+                lambda t, x: jnp.broadcast_to(logits.reshape(1, 1, 4), (*x.shape, 4)),
+                x0,
+                rule,
+                times=(0, 0.3, 0.5, 0.6, 0.7, 0.8),
+                key=key,
+                trajectory=True,
+            ).trajectory
+        )
+    )
+    found = np.asarray((draw(KEY) == MASK).mean(axis=(1, 2)))
+    np.testing.assert_allclose(found, [1, 0.7, 0.5, 0.4, 0.3, 0.2], atol=4 * 0.5 / np.sqrt(32_000))
+
+
 def test_the_unsure_are_masked_sooner():
     """And those that were given never; the mean is that of the rule."""
     confidence = jnp.array([[0.1, 0.9, jnp.inf, 0.5]])
-    shares = Confidence().shares(confidence)
-    np.testing.assert_allclose(shares.sum(), 3, rtol=1e-6)
-    np.testing.assert_allclose(shares[0, 0] / shares[0, 1], np.exp(0.8), rtol=1e-6)
-    assert shares[0, 2] == 0
-    np.testing.assert_array_equal(Confidence().shares(jnp.full((1, 2), jnp.inf)), [[0, 0]])
+    chances = Confidence().chances(jnp.float32(0.4), confidence)
+    np.testing.assert_allclose(chances.sum(), 3 * 0.4, rtol=1e-6)
+    np.testing.assert_allclose(chances[0, 0] / chances[0, 1], np.exp(0.8), rtol=1e-6)
+    assert chances[0, 2] == 0
+    np.testing.assert_array_equal(Confidence().chances(jnp.float32(0.4), jnp.full((1, 2), jnp.inf)), [[0, 0]])
     step = mixture_step(
         lambda t, x: jnp.zeros((1, 4, 4)),
         PATH,
