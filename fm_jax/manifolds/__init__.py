@@ -8,6 +8,7 @@ from fm_jax.manifolds.euclidean import Euclidean
 from fm_jax.manifolds.fields import SquaredDistance, check_manifold, geodesic, tangent_velocity
 from fm_jax.manifolds.hyperbolic import Hyperbolic, from_ball, to_ball
 from fm_jax.manifolds.laws import UniformOn, VonMisesFisher, WrappedNormal
+from fm_jax.manifolds.mesh import TriangleMesh
 from fm_jax.manifolds.product import SE3, Product
 from fm_jax.manifolds.rotations import SO3
 from fm_jax.manifolds.simplex import Simplex
@@ -26,6 +27,7 @@ __all__ = [
     "SpectralPremetric",
     "Sphere",
     "SquaredDistance",
+    "TriangleMesh",
     "UniformOn",
     "VonMisesFisher",
     "WrappedNormal",

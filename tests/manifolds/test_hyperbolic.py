@@ -143,35 +143,34 @@ def test_derivatives_at_coincidence(x64):
     """Of both modes: log's is the projection onto the tangent space, in the Lorentz product."""
     x, v = points(5), jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)))
     tangent = v + lorentz(x, v)[:, None] * x
-    _, found = jax.jvp(lambda y: SPACE.log(x, y), (x,), (v,))
-    np.testing.assert_allclose(found, tangent, atol=1e-12)
-    _, found = jax.jvp(lambda u: SPACE.exp(x, u), (0 * x,), (tangent,))
-    np.testing.assert_allclose(found, tangent, atol=1e-12)
+    forth = jax.jit(jax.jacfwd(SPACE.log, 1))
+    back = jax.jit(lambda x, y: jax.jacrev(SPACE.log, (0, 1))(x, y))
     projection = np.eye(4) + np.asarray(x[0])[:, None] * (METRIC @ x[0])[None]
-    np.testing.assert_allclose(jax.jit(jax.jacrev(SPACE.log, 1))(x[0], x[0]), projection, atol=1e-12)
-    np.testing.assert_allclose(jax.jit(jax.jacrev(SPACE.log, 0))(x[0], x[0]), -projection, atol=1e-12)
-    for function, second in (
-        (SPACE.log, x),
-        (SPACE.distance, x),
-        (SPACE.exp, 0 * x),
-        (SPACE.log_jacobian, 0 * x),
-        (SPACE.squared_norm, 0 * x),
-    ):
-        slopes = jax.jit(jax.grad(lambda a, b: function(a, b).sum(), (0, 1)))(x, second)  # noqa: B023
-        assert all(jnp.isfinite(slope).all() for slope in slopes)
-    np.testing.assert_array_equal(jax.grad(lambda y: SPACE.distance(x, y).sum())(x), 0)
+    np.testing.assert_allclose(forth(x[0], x[0]), projection, atol=1e-12)
+    np.testing.assert_allclose(back(x[0], x[0]), (-projection, projection), atol=1e-12)
     origin = jnp.array([1.0, 0, 0, 0])
-    np.testing.assert_allclose(jax.jit(jax.jacfwd(SPACE.log, 1))(origin, origin), np.diag([0.0, 1, 1, 1]), atol=1e-15)
+    np.testing.assert_allclose(forth(origin, origin), np.diag([0.0, 1, 1, 1]), atol=1e-15)
+
+    @jax.jit
+    def others(x):
+        _, of_exp = jax.jvp(lambda u: SPACE.exp(x, u), (0 * x,), (tangent,))
+        of_all = lambda u: SPACE.exp(x, u).sum() + SPACE.log_jacobian(x, u).sum() + SPACE.squared_norm(x, u).sum()  # noqa: E731
+        return of_exp, jax.grad(lambda x, y: SPACE.distance(x, y).sum(), (0, 1))(x, x), jax.grad(of_all)(0 * x)
+
+    of_exp, of_distance, slope = others(x)
+    np.testing.assert_allclose(of_exp, tangent, atol=1e-12)
+    np.testing.assert_array_equal(of_distance, np.zeros((2, 5, 4)))
+    assert jnp.isfinite(slope).all()
 
 
 def test_derivatives_elsewhere(x64):
     """The gradient of half the squared distance to y is -log_x(y): by differences, and in the metric."""
     x, y = points(5), points(5, seed=1)
-    slope = jax.grad(lambda x: (SPACE.distance(x, y) ** 2).sum() / 2)(x)
+    slope = jax.jit(jax.grad(lambda x: (SPACE.distance(x, y) ** 2).sum() / 2))(x)
     np.testing.assert_allclose(SPACE.gradient(x, slope), -SPACE.log(x, y), rtol=1e-9, atol=1e-10)
     u, h = SPACE.normal(KEY, x), 1e-6
-    _, found = jax.jvp(lambda x: SPACE.log(x, y), (x,), (u,))
-    ahead, behind = (closed_forms(SPACE.exp(x, s * u), y)[0] for s in (h, -h))
+    found = jax.jit(lambda x, u: jax.jvp(lambda x: SPACE.log(x, y), (x,), (u,))[1])(x, u)
+    ahead, behind = (closed_forms(move(SPACE, x, s * u), y)[0] for s in (h, -h))
     np.testing.assert_allclose(found, ((ahead - behind) / (2 * h)).astype(float), atol=1e-8)
 
 
@@ -186,11 +185,12 @@ def test_gradients_are_those_of_the_metric(x64):
 
 def test_what_exp_does_to_volumes(x64):
     """log_jacobian is the log-determinant of the derivative of exp in orthonormal frames."""
-    for n in (1, 2, 4):
+    for n in (1, 3):
         space, x = Hyperbolic(n), points(1, n=n)[0]
+        slope = jax.jit(jax.jacfwd(space.exp, 1))
         for size in (1e-3, 0.7, 4.0):
             u = size * frame(x)[0]
-            moved = frame(x) @ jax.jit(jax.jacfwd(space.exp, 1))(x, u).T
+            moved = frame(x) @ slope(x, u).T
             at_y = frame(space.exp(x, u))
             matrix = np.array([[lorentz(a, np.asarray(b)) for a in at_y] for b in moved])
             found = space.log_jacobian(x, u)
@@ -239,7 +239,7 @@ def test_the_ball(x64):
     _, moved = jax.jvp(lambda x: x[..., 1:] / (1 + x[..., :1]), (x,), (u,))
     found = 4 * (moved**2).sum(axis=1) / (1 - (y**2).sum(axis=1)) ** 2
     np.testing.assert_allclose(found, SPACE.squared_norm(x, u), rtol=1e-11)
-    assert jnp.isfinite(jax.jacrev(from_ball)(jnp.zeros(3))).all()
+    assert jnp.isfinite(jax.jit(jax.jacrev(from_ball))(jnp.zeros(3))).all()
     for wrong in (jnp.array([[1.0, 0.0]]), jnp.array([[0.2, jnp.nan]]), jnp.zeros((2, 2), int), jnp.zeros(())):
         with pytest.raises(ValueError, match="y must"):
             from_ball(wrong)
