@@ -325,5 +325,4 @@ assert rows["first hitting"] == 1
 # Everything that a flow has, a chain has too: marginals that are averages, many processes for one path, steps and their
 # orders, likelihoods. What a chain has not is a direction: one classifier serves all of it.
 #
-# This is the end of the series. To read it again with all of it in mind: [flows](01_flows.ipynb). To run it at size:
-# the [experiments](../experiments/README.md), from digits in minutes to pictures from words.
+# Next: [Where straight lines are not straight](15_manifolds.ipynb).

@@ -24,6 +24,8 @@ def tangent_velocity(manifold: Manifold, v: VelocityFn) -> VelocityFn:
     It is a field of the whole ambient space that leaves the manifold as it is, so that solvers and divergences of R^n
     serve: the trace of its Jacobian is the Riemannian divergence, but for the change of `log_volume`.
 
+    Notebooks: (15.6).
+
     Args:
         manifold: where the states are.
         v: `v(t, x)`, of any vectors of the ambient space.
@@ -64,8 +66,8 @@ def geodesic(manifold: Manifold, x0: State, x1: State, share: float) -> Array:
 
     Example:
         >>> from fm_jax.manifolds import Sphere
-        >>> geodesic(Sphere(1), jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0]]), 1 / 3).round(3)
-        Array([[0.866, 0.5  ]], dtype=float32)
+        >>> [f"{each:.3f}" for each in geodesic(Sphere(1), jnp.array([[1.0, 0]]), jnp.array([[0, 1.0]]), 1 / 3)[0]]
+        ['0.866', '0.500']
     """
     check_manifold(manifold)
     return manifold.exp(x0, share * manifold.log(x0, x1))

@@ -21,6 +21,8 @@ class GeodesicPath:
     Chen & Lipman 2023 (arXiv:2302.03660), on manifolds whose geodesics are known. On `Euclidean` it is the `AffinePath`
     of the same convex schedule. A state is [batch, ..., *shape], one point or several for each example.
 
+    Notebooks: (15.2), (15.3).
+
     Attributes:
         manifold: where the states are.
         schedule: of which alpha is kappa; convex, `alpha + sigma = 1`, from 0 to 1.

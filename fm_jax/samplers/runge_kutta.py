@@ -102,7 +102,7 @@ def ode_step(
 
     For callers that dispatch steps one by one: on CPU, XLA runs convolutions 1.5 times slower inside a loop.
 
-    Notebooks: (1.4).
+    Notebooks: (1.4), (15.5).
 
     Args:
         v: velocity function.
