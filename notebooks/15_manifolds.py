@@ -44,7 +44,7 @@ sphere = Sphere(2)
 #
 # $$
 # \exp_x(u) = \cos|u|\; x + \frac{\sin|u|}{|u|}\, u, \qquad
-# \log_x(y) = \frac{\theta}{\sin\theta}\,\big(y - \cos\theta\; x\big), \quad \cos\theta = \langle x, y\rangle. \tag{15.1}
+# \log_x(y) = \frac{\theta}{\sin\theta}\,(y - \cos\theta\; x), \quad \cos\theta = \langle x, y\rangle. \tag{15.1}
 # $$
 #
 # By $\arccos$ of the inner product this loses half of the digits: near 0 and near $\pi$ the cosine hardly changes. In
