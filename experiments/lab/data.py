@@ -34,7 +34,7 @@ SPACES = {"sd": SD, "sdxl": SDXL, "sd3": SD3, "flux": FLUX}
 _OPTIONS = ", ".join(map(option, SOURCES))
 _WHERE = ("folder", "npz", "array_record", "encoded", "decoder", "data_dir", "csv")
 """Options that say where data are, which may move: what they are is told by their checksum."""
-MAY_CHANGE = (*(f"data.{name}" for name in (*_WHERE, "stream")), "corpus", "tokenizer")
+MAY_CHANGE = (*(f"data.{name}" for name in (*_WHERE, "stream")), "corpus", "tokenizer", "folder")
 _PICTURES = ("size", "colour", "background", "skip_broken", "stream")
 _TYPED = {
     "skip_broken=True": "--skip-broken",

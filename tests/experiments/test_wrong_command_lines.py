@@ -33,6 +33,7 @@ from experiments import (
     cnf,
     coloured_mnist,
     digits,
+    earth,
     encode,
     export,
     fashion_mnist,
@@ -47,6 +48,7 @@ from experiments import (
     text_to_video,
     token_images,
     tokens2d,
+    torus,
     toy2d,
 )
 from experiments import images as own_images
@@ -73,6 +75,7 @@ MAINS = {
     "text_to_image": text_to_image.main,
     "text_to_video": text_to_video.main,
     "autoencoder": autoencoder.main,
+    "earth": earth.main,
     "encode": encode.main,
     "latent": latent.main,
     "cnf": cnf.main,
@@ -81,6 +84,7 @@ MAINS = {
     "text": text.main,
     "token_images": token_images.main,
     "tokens2d": tokens2d.main,
+    "torus": torus.main,
     "torchcfm_table": table.main,
     "learned_solver": learned_solver.main,
     "sample": sample.main,
@@ -92,6 +96,8 @@ WORK += [
     (text, "train"),
     (token_images, "train"),
     (tokens2d, "train"),
+    (earth, "train"),
+    (torus, "train"),
     (learned_solver, "fit_solver"),
     (sample, "generate_many"),
     (data_images, "prepare"),
@@ -112,6 +118,8 @@ COUNTS = {
     "text": "total-steps batch-size width depth num-samples per-step sample-batch",
     "token_images --dataset digits": "total-steps batch-size num-samples steps sample-batch",
     "tokens2d": "total-steps batch-size width depth steps num-samples sample-batch",
+    "earth": "total-steps batch-size width depth frequencies",
+    "torus": "total-steps batch-size dim width depth steps",
     "torchcfm_table": "num-test num-reference reuse ofm-steps ofm-reuse",
     "learned_solver --run toy": "num fine-steps iterations batch-size",
     "sample --run toy": "num steps",
@@ -122,6 +130,7 @@ AT_LEAST_TWO = {
     "toy2d": ["frames", "floor-repeats"],
     "reflow": ["floor-repeats"],
     "text": ["length"],
+    "torus": ["num-samples"],
 }
 NUMBERS = {
     "digits --learning-rate": [("nan", "positive and finite"), ("inf", "positive and finite"), ("0", "positive")],
@@ -146,6 +155,8 @@ NUMBERS = {
     "text --top-p": [("0", r"in \(0, 1\]"), ("1.5", r"in \(0, 1\]")],
     "sample --run toy --temperature": [("-1", "positive and finite")],
     "sample --run toy --top-p": [("nan", r"in \(0, 1\]")],
+    "earth --folder places --finest": [("0", r"in \[1, inf\)"), ("nan", r"in \[1, inf\)")],
+    "torus --scale": [("0", "positive and finite"), ("inf", "positive and finite")],
     "torchcfm_table --bridge-sigma": [("0", "positive and finite")],
     "torchcfm_table --ema-decay": [("1", r"in \(0, 1\)")],
     "learned_solver --run toy --learning-rate": [("-1", "positive and finite")],
@@ -167,6 +178,8 @@ TAKEN = {
     "text": "config.json results.json data.json tokenizer.json samples.txt loss.png",
     "token_images --dataset digits": "config.json results.json data.json samples.png loss.png",
     "tokens2d": "results.json samples.png loss.png",
+    "earth --folder places": "config.json results.json data.json globe.png loss.png",
+    "torus": "results.json angles.png loss.png",
     "torchcfm_table": "config.json results.json table.md trajectories.png",
 }
 
@@ -181,6 +194,9 @@ OF_SMOKE = {
     "text": _TRAINING | {"total-steps": 200, "width": 16, "depth": 9, "length": 9, "num-samples": 9, "num-times": 4},
     "token_images --dataset digits": _TRAINING | {"total-steps": 200, "num-samples": 9, "num-times": 4, "steps": 9},
     "tokens2d": _TRAINING | {"steps": 9, "width": 9, "depth": 9, "num-samples": 9, "sample-batch": 9},
+    "earth": _TRAINING
+    | {"total-steps": 200, "width": 9, "depth": 9, "frequencies": 9, "finest": 9.0, "num-points": 99},
+    "torus": _TRAINING | {"total-steps": 200, "dim": 9, "width": 9, "depth": 9, "num-samples": 9, "steps": 9},
     "torchcfm_table": {"steps": 200, "ofm-steps": 200, "reuse": 9, "num-test": 9, "num-reference": 9},
 }
 
@@ -202,6 +218,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("cnf --num-samples 3", "--num-samples must be from 4 to 1000000, got 3"),
         ("sudoku --steps 4 0", "each of --steps must be from 1 to 1000, got 0"),
         ("sudoku --per-step 0", "each of --per-step must be from 1 to 16, got 0"),
+        ("earth --num-points 15", "--num-points must be from 16 to 1000000, got 15"),
+        ("earth --split-seed -1", f"--split-seed must be from 0 to {2**32 - 1}, got -1"),
         ("learned_solver --run toy --calls 5 0", "each of --calls must be from 1 to 1000, got 0"),
         ("sample --run toy --class -1", "--class must be from 0 to 1000000, got -1"),
     ],
@@ -274,6 +292,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("sample --run toy --solver first_hitting", "--solver must be one of 'euler', .*, got 'first_hitting'"),
         ("sample --run play --solver heun", "--solver must be one of 'first_hitting', .*, got 'heun'"),
         ("sample --run toy --remask often", "invalid choice 'often' for argument '--remask'"),
+        ("earth --data tsunami", "invalid choice 'tsunami' for argument '--data'"),
+        ("earth --split random", "invalid choice 'random' for argument '--split'"),
         ("tokens2d --source noise", "invalid choice 'noise' for argument '--source'"),
         ("torchcfm_table --problems moons", "each of --problems must be one of 'N to 8gaussians', .*, got 'moons'"),
     ],
@@ -327,6 +347,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("text --loss next_token --per-step 2", "--per-step must be left out with --loss next_token"),
         ("sudoku --width 20", "--width must be a multiple of 8, twice its 4 heads, got 20"),
         ("sudoku --batch-size 6", "--batch-size must be a multiple of 4, the devices"),
+        ("earth --batch-size 6", "--batch-size must be a multiple of 4, the devices"),
+        ("torus --total-steps 50", "--warmup-steps must be less than --total-steps, got 100 and 50"),
         ("torchcfm_table --ofm-steps 99", "--ofm-steps must be a multiple of 100, .*, got 99"),
         ("torchcfm_table --methods FM --problems 'moons to 8gaussians'", "--methods FM starts from noise"),
         ("toy2d --source moons --prediction noise", "--source moons needs --prediction velocity"),
@@ -407,6 +429,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
             "tokens2d --init-from toy",
             "--init-from toy would have no effect: tokens2d begins with parameters of its own",
         ),
+        ("earth --init-from toy", "--init-from toy would have no effect: earth begins with parameters of its own"),
+        ("torus --sample-every 10", "--sample-every 10 would have no effect: torus draws nothing while it trains"),
         ("sudoku --init-from toy", "--init-from toy would have no effect: sudoku begins with parameters of its own"),
         ("reflow --bridge-sigma 2", "--bridge-sigma 2.0 would have no effect: reflow has neither"),
         ("reflow --ofm-steps 100", "--ofm-steps 100 would have no effect"),
@@ -485,6 +509,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
         ("cnf --run-dir toy", "toy holds a run of toy2d: give another --run-dir. Nothing was overwritten"),
         ("toy2d --run-dir digits", "digits holds a run of images: give another --run-dir"),
         ("digits --run-dir toy", "toy holds a run of toy2d: give another --run-dir"),
+        ("earth --folder places --run-dir toy", "toy holds a run of toy2d: give another --run-dir"),
+        ("torus --run-dir toy", "toy holds a run of toy2d: give another --run-dir"),
         ("sudoku --run-dir toy", "toy holds a run of toy2d: give another --run-dir"),
         ("cnf --run-dir table", "table holds a config.json that is of no such run: give another --run-dir"),
         ("digits --run-dir file", "file cannot be a folder: file is a file"),
@@ -543,6 +569,10 @@ CASES: dict[str, list[tuple[str, str]]] = {
             "sample --run toy --out a.jpg",
             "--out must end in .png or .npz, for videos in .gif, or for texts in .txt, got",
         ),
+        ("earth", "--folder must say where volerup.csv is. The four files are at https://github.com/"),
+        ("earth --folder nowhere", "--folder nowhere has no volerup.csv. The four files are at https://github.com/"),
+        ("earth --folder places --data fire", "--folder places has no fire.csv"),
+        ("earth --folder places --data flood", r"places/flood.csv must have a latitude and a longitude in each line"),
         ("text --corpus nowhere", "--corpus nowhere does not exist: give a file of text"),
         ("text --corpus empty", "--corpus empty is a folder: give a file of text"),
         ("text --corpus bytes.txt", "--corpus bytes.txt must be a text in UTF-8"),
@@ -590,6 +620,8 @@ def world(tmp_path_factory):
         root / "control" / "config.json", {"experiment": "text"} | config_to_json(text.CONFIG) | {"loss": "next_token"}
     )
     write(root / "control" / "data.json", dataclasses.asdict(facts_of("To be, or not to be", "play", None)))
+    write(root / "places" / "volerup.csv", b"Latitude,Longitude\n" + b"".join(b"%d,%d\n" % (i, i) for i in range(20)))
+    write(root / "places" / "flood.csv", b"lat,long\n1,2\n\xff\xfe\n")
     write(root / "bytes.txt", b"\xff\xfe\x00\x80")
     (root / "empty").mkdir()
     (root / "toy.png").mkdir()
@@ -804,6 +836,7 @@ CONFIGS = {
     "text_to_image": (text_to_image.Config, text_to_image.CONFIG),
     "text_to_video": (text_to_video.Config, text_to_video.CONFIG),
     "autoencoder": (autoencoder.Config, autoencoder.CONFIG),
+    "earth": (earth.Config, earth.CONFIG),
     "encode": (encode.Config, None),
     "latent": (latent.Config, latent.CONFIG),
     "cnf": (cnf.Config, cnf.CONFIG),
@@ -811,6 +844,7 @@ CONFIGS = {
     "sudoku": (sudoku.Config, sudoku.CONFIG),
     "text": (text.Config, text.CONFIG),
     "token_images": (token_images.Config, token_images.CONFIG),
+    "torus": (torus.Config, torus.CONFIG),
     "torchcfm_table": (table.Config, table.CONFIG),
     "learned_solver": (learned_solver.Config, None),
     "sample": (sample.Config, None),
