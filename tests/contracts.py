@@ -127,8 +127,18 @@ MANIFOLDS = [
     manifolds.Hyperbolic(3),
     manifolds.Simplex(2),
     manifolds.SO3(),
+    manifolds.Product((manifolds.FlatTorus(1), manifolds.Sphere(2))),
+    manifolds.SE3(),
 ]
-MANIFOLD_PATHS = [paths.GeodesicPath(manifold) for manifold in MANIFOLDS]
+MANIFOLD_SOURCES = [
+    manifolds.UniformOn(manifolds.Sphere(2)),
+    manifolds.WrappedNormal(manifolds.FlatTorus(2), (0.5, -3.0), 0.7),
+    manifolds.VonMisesFisher((0.0, 0.6, 0.8), 3.0),
+]
+MANIFOLD_PATHS = [
+    *(paths.GeodesicPath(manifold) for manifold in MANIFOLDS),
+    paths.PremetricPath(manifolds.Sphere(2), manifolds.SpectralPremetric(lambda x: x, (1.0, 1.0, 1.0))),
+]
 MANIFOLD_SAMPLERS = [
     samplers.RungeKutta("heun", MANIFOLDS[0]),
     samplers.Ambient(MANIFOLDS[0], samplers.RungeKutta("heun")),

@@ -28,7 +28,7 @@ from fm_jax.schedules import VP, Linear, Polynomial, log_snr
 # ---- Completeness: a class is of a noun if it has what the noun has; every one must be in the list of the noun.
 
 NOUNS = {
-    "source": (("draw", "log_prob"), [*contracts.SOURCES, *contracts.TOKEN_SOURCES]),
+    "source": (("draw", "log_prob"), [*contracts.SOURCES, *contracts.TOKEN_SOURCES, *contracts.MANIFOLD_SOURCES]),
     "token source": (("draw", "log_prob", "probs", "mask", "num_tokens"), contracts.TOKEN_SOURCES),
     "schedule": (("alpha", "sigma", "t_from_log_snr"), contracts.SCHEDULES),
     "path": (("sample", "targets", "kinds"), [*contracts.PATHS, *contracts.MANIFOLD_PATHS]),

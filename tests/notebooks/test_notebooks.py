@@ -38,7 +38,7 @@ def anchors(source):
 
 
 def test_all_are_there():
-    assert [source.stem[:2] for source in SOURCES] == [f"{number:02}" for number in range(1, 15)]
+    assert [source.stem[:2] for source in SOURCES] == [f"{number:02}" for number in range(1, 16)]
 
 
 @each_notebook
