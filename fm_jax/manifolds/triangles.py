@@ -9,7 +9,7 @@ import numpy as np
 
 from fm_jax.types import Array
 
-_PAIRS = 2**18
+_PAIRS = 2**22
 """How many pairs of a point and a triangle are measured at once."""
 
 
@@ -30,30 +30,69 @@ def nearest(vertices: Any, faces: Any, x: Any, pairs: int = _PAIRS) -> tuple[Arr
     chunks = math.ceil(len(faces) / size)
     order = np.minimum(np.arange(chunks * size), len(faces) - 1)  # the last is repeated
     corners = vertices[faces[order]].reshape(chunks, size, 3, 3)
-    face, weights = _nearest(points, jnp.asarray(corners, x.dtype))
+    face = _nearest(points, jnp.asarray(corners, x.dtype))
+    weights = barycentric(points, jnp.asarray(vertices, x.dtype)[jnp.asarray(faces)[face]])
     return face.reshape(x.shape[:-1]), weights.reshape(x.shape)
 
 
 @jax.jit
-def _nearest(points: Any, corners: Any) -> tuple[Array, Array]:
-    """Of points [N, 3] and chunks of triangles [chunks, size, 3, 3]."""
+def _nearest(points: Any, corners: Any) -> Array:
+    """Of points [N, 3] and chunks of triangles [chunks, size, 3, 3], the numbers [N]."""
+    chunks, size = corners.shape[:2]
 
-    def look(best: Any, chunk: Any) -> tuple[Any, None]:
+    def look(triangles: Any) -> tuple[Any, Any]:
+        squares = _squares(points, triangles)
+        least = jax.lax.argmin(squares, 1, jnp.int32)
+        return jnp.take_along_axis(squares, least[:, None], axis=1)[:, 0], least
+
+    def closer(best: Any, chunk: Any) -> tuple[Any, None]:
         start, triangles = chunk
-        weights = barycentric(points[:, None], triangles[None])
-        off = points[:, None] - (weights[..., None] * triangles[None]).sum(axis=-2)
-        squares = (off * off).sum(axis=-1)
-        least = jax.lax.argmin(squares, 1, jnp.int32)[:, None]
-        square = jnp.take_along_axis(squares, least, axis=1)
-        there = jnp.take_along_axis(weights, least[..., None], axis=1)[:, 0]
-        closer = ~(square >= best[0])  # of NaN it is some triangle
-        return jax.tree.map(lambda a, b: jnp.where(closer, a, b), (square, start + least, there), best), None
+        square, least = look(triangles)
+        new = (square, start + least)
+        return jax.tree.map(lambda a, b: jnp.where(square < best[0], a, b), new, best), None
 
-    num, (chunks, size) = len(points), corners.shape[:2]
-    first = (jnp.full((num, 1), jnp.inf, points.dtype), jnp.zeros((num, 1), jnp.int32), jnp.zeros_like(points))
-    starts = jnp.arange(chunks, dtype=jnp.int32) * size
-    (_, face, weights), _ = jax.lax.scan(look, first, (starts, corners))
-    return face[:, 0], weights
+    first = look(corners[0])
+    if chunks == 1:
+        return first[1]
+    starts = jnp.arange(1, chunks, dtype=jnp.int32) * size
+    return jax.lax.scan(closer, first, (starts, corners[1:]))[0][1]
+
+
+def _squares(points: Any, triangles: Any) -> Array:
+    """The squared distance [N, F] from each point [N, 3] to each triangle [F, 3, 3], without its closest point.
+
+    That to the plane, where the point is above the triangle, and else that to the closest edge. Coordinate by
+    coordinate, so that it is one pass over the pairs.
+    """
+    a, b, c = (tuple(triangles[:, i].T) for i in range(3))
+    e, f, g = _minus(b, a), _minus(c, a), _minus(c, b)
+    normal = _cross(e, f)
+    size = jnp.sqrt(_dot(normal, normal))
+    normal = tuple(each / size for each in normal)
+    x = tuple(points[:, i, None] for i in range(3))
+    from_a, from_b = (_minus(x, tuple(each[None] for each in corner)) for corner in (a, b))
+    above, edges = None, None
+    for base, edge, inward in ((from_a, e, 1), (from_a, f, -1), (from_b, g, 1)):
+        within = inward * _dot(base, tuple(each[None] for each in _cross(normal, edge))) >= 0
+        share = jnp.clip(_dot(base, tuple((each / _dot(edge, edge))[None] for each in edge)), 0, 1)
+        off = _minus(base, tuple(share * each[None] for each in edge))
+        square = _dot(off, off)
+        above = within if above is None else above & within
+        edges = square if edges is None else jnp.minimum(edges, square)
+    height = _dot(from_a, tuple(each[None] for each in normal))
+    return jnp.where(above, height * height, edges)
+
+
+def _minus(a: Any, b: Any) -> Any:
+    return tuple(one - other for one, other in zip(a, b, strict=True))
+
+
+def _dot(a: Any, b: Any) -> Any:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
+
+
+def _cross(a: Any, b: Any) -> Any:
+    return tuple(a[i - 2] * b[i - 1] - a[i - 1] * b[i - 2] for i in range(3))
 
 
 def barycentric(x: Any, triangles: Any) -> Array:

@@ -5,6 +5,7 @@
 * `field`: a stationary Gaussian field of which something was observed: a part, block means, the mean of the channels;
 * `token_set`: a Gaussian around each of a set of tokens, whose velocity is an attention;
 * `tokens`: a table of a few tokens carried along a path of tokens, with all rates of jumps as matrices;
+* `manifold`: geodesic paths from a source to a mixture of points, smooth flows on spheres, and heat kernels;
 * `ppca`: probabilistic PCA, the best that a linear autoencoder can be.
 """
 
@@ -39,6 +40,15 @@ from fm_jax.oracles.gaussian import (
     optimal_plan,
     sample_pair,
     schroedinger_bridge,
+)
+from fm_jax.oracles.manifold import (
+    MoebiusFlow,
+    PointMixture,
+    heat_kernel_circle,
+    heat_kernel_sphere,
+    killing,
+    moebius,
+    point_mixture,
 )
 from fm_jax.oracles.mixture import (
     GaussianMixture,
@@ -91,6 +101,8 @@ __all__ = [
     "GaussianMixture",
     "GaussianPair",
     "LinearEncoder",
+    "MoebiusFlow",
+    "PointMixture",
     "TokenMixture",
     "TokenTable",
     "all_states",
@@ -115,13 +127,18 @@ __all__ = [
     "flow_map",
     "gaussian_mixture",
     "gaussian_pair",
+    "heat_kernel_circle",
+    "heat_kernel_sphere",
+    "killing",
     "known_values",
     "log_prob",
     "loss_floor",
+    "moebius",
     "monge_map",
     "observe",
     "optimal_plan",
     "path_law",
+    "point_mixture",
     "posterior_mean",
     "power_law_spectrum",
     "ppca",
