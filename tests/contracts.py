@@ -130,6 +130,12 @@ MANIFOLDS = [
     manifolds.Product((manifolds.FlatTorus(1), manifolds.Sphere(2))),
     manifolds.SE3(),
 ]
+OCTAHEDRON = np.concatenate([np.eye(3), -np.eye(3)])
+FACES = [
+    [3 * (i < 0) + 0, 3 * (j < 0) + 1, 3 * (k < 0) + 2][:: i * j * k] for i in (1, -1) for j in (1, -1) for k in (1, -1)
+]
+MESHES = [manifolds.TriangleMesh(OCTAHEDRON, np.array(FACES), 4)]
+"""Surfaces, whose geodesics are not known."""
 MANIFOLD_SOURCES = [
     manifolds.UniformOn(manifolds.Sphere(2)),
     manifolds.WrappedNormal(manifolds.FlatTorus(2), (0.5, -3.0), 0.7),

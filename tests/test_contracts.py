@@ -33,7 +33,7 @@ NOUNS = {
     "schedule": (("alpha", "sigma", "t_from_log_snr"), contracts.SCHEDULES),
     "path": (("sample", "targets", "kinds"), [*contracts.PATHS, *contracts.MANIFOLD_PATHS]),
     "token path": (("sample", "probs", "log_posterior", "posterior"), contracts.TOKEN_PATHS),
-    "manifold": (("exp", "log", "project", "tangent", "squared_norm"), contracts.MANIFOLDS),
+    "manifold": (("exp", "log", "project", "tangent", "squared_norm"), [*contracts.MANIFOLDS, *contracts.MESHES]),
     "sampler": (
         ("solve", "order", "nfe_per_step", "stochastic", "domain"),
         [
