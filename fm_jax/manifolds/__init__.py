@@ -12,6 +12,7 @@ from fm_jax.manifolds.mesh import TriangleMesh
 from fm_jax.manifolds.product import SE3, Product
 from fm_jax.manifolds.rotations import SO3
 from fm_jax.manifolds.simplex import Simplex
+from fm_jax.manifolds.spd import SPD, LogEuclideanSPD
 from fm_jax.manifolds.spectral import SpectralPremetric, biharmonic, commute_time, diffusion
 from fm_jax.manifolds.sphere import Sphere
 from fm_jax.manifolds.torus import FlatTorus
@@ -19,9 +20,11 @@ from fm_jax.manifolds.torus import FlatTorus
 __all__ = [
     "SE3",
     "SO3",
+    "SPD",
     "Euclidean",
     "FlatTorus",
     "Hyperbolic",
+    "LogEuclideanSPD",
     "Product",
     "Simplex",
     "SpectralPremetric",

@@ -10,7 +10,7 @@ import numpy as np
 
 from fm_jax.checks import check_finite, check_integer, check_key, check_known, shown
 from fm_jax.manifolds.points import check_points, check_shape_of
-from fm_jax.manifolds.triangles import eigenpairs, nearest
+from fm_jax.manifolds.triangles import coordinates, eigenpairs, nearest
 from fm_jax.types import Array, Examples, Key, Like
 
 
@@ -155,15 +155,8 @@ class TriangleMesh:
     def _nearest(self, x: Any) -> tuple[Array, Array]:
         """The closest triangle, and the barycentric coordinates of the closest point [..., 3], linear in x."""
         face, weights = nearest(self.vertices, self.faces, jax.lax.stop_gradient(x))
-        a, b, c = jnp.moveaxis(self._corners(face, x.dtype), -2, 0)
         move = x - jax.lax.stop_gradient(x)  # 0, with a derivative
-        e, f = b - a, c - a
-        ee, ef, ff = ((p * q).sum(axis=-1) for p, q in ((e, e), (e, f), (f, f)))
-        em, fm = ((p * move).sum(axis=-1) for p in (e, f))
-        normal = jnp.cross(e, f)
-        over = (normal * normal).sum(axis=-1)
-        of_b, of_c = (ff * em - ef * fm) / over, (ee * fm - ef * em) / over
-        return face, weights + jnp.stack([-of_b - of_c, of_b, of_c], axis=-1)
+        return face, weights + coordinates(self._corners(face, x.dtype), move)
 
 
 def _refusal(mesh: TriangleMesh, what: str) -> str:

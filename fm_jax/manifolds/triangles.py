@@ -95,6 +95,7 @@ def _cross(a: Any, b: Any) -> Any:
     return tuple(a[i - 2] * b[i - 1] - a[i - 1] * b[i - 2] for i in range(3))
 
 
+@jax.jit
 def barycentric(x: Any, triangles: Any) -> Array:
     """The barycentric coordinates of the point of a triangle that is closest to x.
 
@@ -136,6 +137,18 @@ def barycentric(x: Any, triangles: Any) -> Array:
     inside = (w_a / total, w_b / total, w_c / total)
     where = [each for each, _ in regions]
     return jnp.stack([jnp.select(where, [of[i] for _, of in regions], inside[i]) for i in range(3)], axis=-1)
+
+
+@jax.jit
+def coordinates(triangles: Any, u: Any) -> Array:
+    """How barycentric coordinates [..., 3] change along u [..., 3], or its part in the plane of the triangle."""
+    a, b, c = triangles[..., 0, :], triangles[..., 1, :], triangles[..., 2, :]
+    e, f = b - a, c - a
+    ee, ef, ff, eu, fu = ((p * q).sum(axis=-1) for p, q in ((e, e), (e, f), (f, f), (e, u), (f, u)))
+    normal = jnp.cross(e, f)
+    over = (normal * normal).sum(axis=-1)
+    of_b, of_c = (ff * eu - ef * fu) / over, (ee * fu - ef * eu) / over
+    return jnp.stack([-of_b - of_c, of_b, of_c], axis=-1)
 
 
 def eigenpairs(vertices: Any, faces: Any, areas: Any, num: int) -> tuple[Any, Any]:
