@@ -27,7 +27,8 @@ from fm_jax.paths import GeodesicPath
 from fm_jax.samplers import RungeKutta, sample
 from fm_jax.samplers.runge_kutta import TABLEAUX
 from fm_jax.schedules import Linear
-from fm_jax.train import create_state, make_step, scan_steps
+from fm_jax.train import create_state, make_step
+from fm_jax.train.step import scan_steps
 
 jax.config.update("jax_enable_x64", True)
 sphere = Sphere(2)

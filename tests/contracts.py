@@ -129,6 +129,8 @@ MANIFOLDS = [
     manifolds.SO3(),
     manifolds.Product((manifolds.FlatTorus(1), manifolds.Sphere(2))),
     manifolds.SE3(),
+    manifolds.SPD(2),
+    manifolds.LogEuclideanSPD(2),
 ]
 OCTAHEDRON = np.concatenate([np.eye(3), -np.eye(3)])
 FACES = [

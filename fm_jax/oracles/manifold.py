@@ -74,7 +74,7 @@ class PointMixture:
 
         return jax.vmap(single)(batch_time(t, x), x)
 
-    def draw(self, key: Key, t: Time, num: int) -> State:
+    def sample(self, key: Key, t: Time, num: int) -> State:
         """Draws x_t [num, ..., *shape], at times from 0 to 1."""
         check_key(key)
         check_integer("num", num)
@@ -117,7 +117,7 @@ def point_mixture(
         source: of x0, on the manifold, with a density.
 
     Returns:
-        `PointMixture`, with `log_prob(t, x)`, `velocity(t, x)` and `draw(key, t, num)`.
+        `PointMixture`, with `log_prob(t, x)`, `velocity(t, x)` and `sample(key, t, num)`.
 
     Raises:
         ValueError: for points off the manifold, weights that do not fit, and what `GeodesicPath` refuses.

@@ -160,7 +160,7 @@ def test_velocity_and_draws_are_those_of_the_path(manifold):
         return mixture.velocity(t, found.x_t), mixture.log_prob(t, found.x_t), found.u_t, off
 
     def drawn(key):
-        return mixture.draw(key, t, num)
+        return mixture.sample(key, t, num)
 
     v, log_p, u, off = jax.tree.map(lambda each: np.asarray(each, np.float64), pairs())
     assert np.isfinite(log_p).all()
@@ -183,7 +183,7 @@ def test_draws_have_the_density():
     mixture = point_mixture(
         SPHERE, [[0.0, 0.6, 0.8], [0.0, 0.0, -1.0]], (0.7, 0.3), Linear(), VonMisesFisher(NORTH[0], 2)
     )
-    z = np.asarray(jax.jit(lambda: mixture.draw(KEY, 0.3, 20_000))()[:, 2])
+    z = np.asarray(jax.jit(lambda: mixture.sample(KEY, 0.3, 20_000))()[:, 2])
     nodes, weights = np.polynomial.legendre.leggauss(24)
     edges, angle = np.linspace(-1, 1, 11), np.arange(48) * np.pi / 24
     height = (edges[:-1, None] + (nodes + 1)[None] / 10).reshape(-1, 1)
@@ -208,7 +208,7 @@ def test_it_is_a_velocity_for_samplers_and_likelihoods():
         x = solve(x0).x
         apart = jnp.arccos(jnp.clip(x @ mixture.points.T, -1, 1)).min(axis=1)
         assert float(apart.max()) < 0.1
-        half = mixture.draw(KEY, 0.3, 5)
+        half = mixture.sample(KEY, 0.3, 5)
         found = jax.jit(
             lambda x: log_prob(
                 lambda t, x: 0.3 * mixture.velocity(0.3 * t, x),
@@ -227,7 +227,7 @@ def test_events_of_several_points():
         one, two = (some(SPHERE, 1, seed=seed) for seed in (1, 2))
         source = VonMisesFisher(NORTH[0], 2.0)
         joint = point_mixture(SPHERE, np.stack([one, two], axis=1), None, Linear(), source)
-        x = joint.draw(KEY, jnp.array([0.1, 0.3, 0.6, 0.0]), 4)
+        x = joint.sample(KEY, jnp.array([0.1, 0.3, 0.6, 0.0]), 4)
         t = jnp.array([0.1, 0.3, 0.6, 0.0])
         assert x.shape == (4, 2, 3)
         each = [point_mixture(SPHERE, points, None, Linear(), source) for points in (one, two)]
@@ -374,7 +374,7 @@ def test_heat_is_brownian_motion():
             r"x must be \[batch, ...\] with events \(3,\)",
         ),
         (lambda: mixture_on(SPHERE).velocity(0.5, jnp.zeros((2, 4))), r"\[..., 3\], got shape \(2, 4\)"),
-        (lambda: mixture_on(SPHERE).draw(KEY, 0.5, 0), "num must be at least 1"),
+        (lambda: mixture_on(SPHERE).sample(KEY, 0.5, 0), "num must be at least 1"),
         (lambda: moebius([1.0, 1.0]), "a must be a unit vector"),
         (lambda: moebius([1.0, 0.0]).velocity(0.0, jnp.zeros((1, 3))), r"\[..., 2\], got shape \(1, 3\)"),
         (lambda: killing(np.eye(2)), "matrix must be antisymmetric"),
