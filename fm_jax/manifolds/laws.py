@@ -17,6 +17,7 @@ from fm_jax.manifolds.euclidean import Euclidean
 from fm_jax.manifolds.fields import check_manifold
 from fm_jax.manifolds.hyperbolic import Hyperbolic
 from fm_jax.manifolds.points import TOLERANCE, check_shape_of, dot, event_sum, norm, over
+from fm_jax.manifolds.product import Product
 from fm_jax.manifolds.rotations import SO3
 from fm_jax.manifolds.sphere import Sphere
 from fm_jax.manifolds.torus import FlatTorus
@@ -70,9 +71,9 @@ class WrappedNormal:
     `p(x)` is the sum of `N(u | 0, scale^2 I) / |det D exp_mean(u)|` over all u of `exp_mean(u) = x`, and `log_prob` is
     exact: one term on `Euclidean` and `Hyperbolic`, all images of each angle on `FlatTorus`, and on `Sphere` and `SO3`
     all windings `r + 2 pi k` of the geodesic, r the angle, k integers of both signs. There, where n > 1, the density is
-    infinite at the mean, and at its antipode on a sphere; the value at the mean itself is that of k = 0. On other
-    manifolds it has one term, the shortest u, and a scale at which more than 1e-6 of the draws might be of a longer one
-    is refused.
+    infinite at the mean, and at its antipode on a sphere; the value at the mean itself is that of k = 0. On a
+    `Product` it is the sum over the parts. On other manifolds it has one term, the shortest u, and a scale at which
+    more than 1e-6 of the draws might be of a longer one is refused.
 
     Attributes:
         manifold: where.
@@ -98,8 +99,8 @@ class WrappedNormal:
         object.__setattr__(self, "mean", _point("mean", self.mean, self.manifold))
         check_setting(self, "scale", "(0, inf)")
         check_known("scale", self.scale)
-        if not isinstance(self.manifold, (*_OPEN, *_CLOSED, FlatTorus)):
-            _check_one_term(self.manifold, self.mean, self.scale)
+        with jax.ensure_compile_time_eval():
+            _check_one_term(self.manifold, jnp.asarray(self.mean), self.scale)
 
     def draw(self, key: Key, like: Like) -> State:
         """Independent points in the shape and dtype of `like`."""
@@ -111,32 +112,11 @@ class WrappedNormal:
     def log_prob(self, x: State) -> PerExample:
         """The log-density in nats."""
         x = _points_of(self.manifold, x)
-        mean, dim = self._mean(x), self.manifold.dim
-        u = self.manifold.log(mean, x)
-        if isinstance(self.manifold, FlatTorus):
-            return event_sum(log_wrapped(jnp.asarray(self.scale**2, u.dtype), u).sum(axis=-1))
-        squares = self.manifold.squared_norm(mean, u)
-        shortest = -0.5 * squares / self.scale**2 - 0.5 * dim * math.log(2 * math.pi * self.scale**2)
-        shortest = shortest - self.manifold.log_jacobian(mean, u)
-        if (period := _CLOSED.get(type(self.manifold))) is None:
-            return event_sum(shortest)
-        return event_sum(shortest + self._windings(squares, period))
+        return event_sum(_wrapped(self.manifold, self._mean(x), self.scale, x))
 
     def _mean(self, like: Like) -> Array:
         mean = self.manifold.project(jnp.asarray(self.mean, like.dtype))
         return jnp.broadcast_to(mean, like.shape)
-
-    def _windings(self, squares: Array, period: float) -> Array:
-        """The logarithm of all terms in relation to the first."""
-        power = self.manifold.dim - 1
-        # One winding more than 1e-12 of the draws exceed, so that what is rare has its density too.
-        num = 1 + math.ceil(_reach(self.manifold.dim, self.scale, 1e-12) / period - 0.5)
-        k = np.arange(-num, num + 1)
-        apart = squares > 0
-        r = jnp.sqrt(jnp.where(apart, squares, 1))[..., None]
-        steps = jnp.asarray(period * k, squares.dtype).reshape((1,) * squares.ndim + (-1,))
-        log_ratio = -steps * (2 * r + steps) / (2 * self.scale**2) + power * (jnp.log(jnp.abs(r + steps)) - jnp.log(r))
-        return jnp.where(apart, jax.nn.logsumexp(log_ratio, axis=-1), 0)
 
 
 @dataclass(frozen=True)
@@ -222,6 +202,32 @@ def log_wrapped(variance: Array, angle: Array) -> Array:
     return jnp.where(narrow, images - 0.5 * jnp.log(2 * math.pi * below), jnp.log1p(waves) - math.log(2 * math.pi))
 
 
+def _wrapped(manifold: Manifold, mean: Array, scale: float, x: Array) -> Array:
+    """The log-density of a wrapped normal, of each point."""
+    if isinstance(manifold, Product):
+        each = zip(manifold.parts, manifold.split(mean), manifold.split(x))
+        return sum((_wrapped(part, m, scale, y) for part, m, y in each), jnp.zeros((), x.dtype))
+    u = manifold.log(mean, x)
+    if isinstance(manifold, FlatTorus):
+        return log_wrapped(jnp.asarray(scale**2, u.dtype), u).sum(axis=-1)
+    squares = manifold.squared_norm(mean, u)
+    shortest = -0.5 * squares / scale**2 - 0.5 * manifold.dim * math.log(2 * math.pi * scale**2)
+    shortest = shortest - manifold.log_jacobian(mean, u)
+    period = _CLOSED.get(type(manifold))
+    return shortest if period is None else shortest + _windings(manifold.dim, scale, period, squares)
+
+
+def _windings(dim: int, scale: float, period: float, squares: Array) -> Array:
+    """The logarithm of all terms in relation to the first."""
+    # One winding more than 1e-12 of the draws exceed, so that what is rare has its density too.
+    num = 1 + math.ceil(_reach(dim, scale, 1e-12) / period - 0.5)
+    apart = squares > 0
+    r = jnp.sqrt(jnp.where(apart, squares, 1))[..., None]
+    steps = jnp.asarray(period * np.arange(-num, num + 1), squares.dtype).reshape((1,) * squares.ndim + (-1,))
+    log_ratio = -steps * (2 * r + steps) / (2 * scale**2) + (dim - 1) * (jnp.log(jnp.abs(r + steps)) - jnp.log(r))
+    return jnp.where(apart, jax.nn.logsumexp(log_ratio, axis=-1), 0)
+
+
 def _leading(x: Like, manifold: Manifold) -> tuple[int, ...]:
     return tuple(x.shape[: len(x.shape) - len(manifold.shape)])
 
@@ -268,14 +274,19 @@ def _reach(dim: int, scale: float, share: float) -> float:
 
 
 def _check_one_term(manifold: Manifold, mean: Any, scale: float) -> None:
-    """Refuses a scale if `log` does not give back vectors as long as all but 1e-6 of the draws."""
+    """Refuses a scale if `log` does not give back vectors as long as all but 1e-6 of the draws, and one has to do."""
+    if isinstance(manifold, Product):
+        for part, each in zip(manifold.parts, manifold.split(mean)):
+            _check_one_term(part, each, scale)
+    if isinstance(manifold, (*_OPEN, *_CLOSED, FlatTorus, Product)):
+        return
     reach = _reach(manifold.dim, scale, 1e-6)
-    with jax.enable_x64(True), jax.ensure_compile_time_eval():
+    with jax.enable_x64(True):
         x = manifold.project(jnp.asarray(mean, jnp.float64))
         axes = jnp.eye(math.prod(manifold.shape)).reshape(-1, *manifold.shape)
         x = jnp.broadcast_to(x, (3 * len(axes), *manifold.shape))
         noise = manifold.normal(jax.random.key(0), x[: len(axes)])
-        u = manifold.tangent(x, jnp.concatenate([axes, -axes, noise]))  # the parts of a product, and all together
+        u = manifold.tangent(x, jnp.concatenate([axes, -axes, noise]))  # along the axes, and elsewhere
         length = jnp.sqrt(manifold.squared_norm(x, u)).reshape(-1, *(1,) * len(manifold.shape))
         u = reach * jnp.where(length > TOLERANCE, u / jnp.where(length > 0, length, 1), 0)
         off = manifold.log(x, manifold.exp(x, u)) - u

@@ -5,6 +5,7 @@ import itertools
 import math
 import string
 from dataclasses import dataclass
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jax.scipy.linalg import solve_triangular
 
 from fm_jax.checks import check_integer, check_key, is_traced
 from fm_jax.manifolds.points import check_points, norm, over, refuse_uniform
-from fm_jax.types import Array, Examples, Key, Like
+from fm_jax.types import Array, Examples, Key, Like, Manifold
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class _SPD:
 
     def check(self, name: str, x: Array) -> None:
         """Raises `ValueError` for what is no points of it."""
-        check_points(name, x, self)
+        check_points(name, x, cast(Manifold, self))
         if is_traced(x) or not getattr(x, "is_fully_addressable", True):
             return
         with jax.ensure_compile_time_eval():
@@ -160,14 +161,14 @@ class LogEuclideanSPD(_SPD):
 
     def exp(self, x: Examples, u: Examples) -> Examples:
         """`expm(logm(x) + dlogm_x(u))`."""
-        logarithm, *spectrum = self._log(x)
-        grown, small = _exp_of(logarithm + _dlog(logarithm, *spectrum, _symmetric(u)))
+        logarithm, values, vectors = self._log(x)
+        grown, small = _exp_of(logarithm + _dlog(logarithm, values, vectors, _symmetric(u)))
         return _symmetric(jnp.where(small, _eye(x), 0) + grown)
 
     def log(self, x: Examples, y: Examples) -> Examples:
         """`dexpm_logm(x)(logm(y) - logm(x))`."""
-        logarithm, *spectrum = self._log(x)
-        return _dexp(logarithm, *spectrum, self._log(y)[0] - logarithm)
+        logarithm, values, vectors = self._log(x)
+        return _dexp(logarithm, values, vectors, self._log(y)[0] - logarithm)
 
     def distance(self, x: Examples, y: Examples) -> Examples:
         """`|logm(y) - logm(x)|`."""
@@ -175,8 +176,8 @@ class LogEuclideanSPD(_SPD):
 
     def gradient(self, x: Examples, g: Examples) -> Examples:
         """dexpm_logm(x), twice, of `sym(g)`."""
-        logarithm, *spectrum = self._log(x)
-        return _dexp(logarithm, *spectrum, _dexp(logarithm, *spectrum, _symmetric(g)))
+        logarithm, values, vectors = self._log(x)
+        return _dexp(logarithm, values, vectors, _dexp(logarithm, values, vectors, _symmetric(g)))
 
     def squared_norm(self, x: Examples, u: Examples) -> Examples:
         """`|dlogm_x(u)|^2`."""
@@ -187,9 +188,9 @@ class LogEuclideanSPD(_SPD):
 
         In the entries of the upper triangle.
         """
-        logarithm, *spectrum = self._log(x)
+        logarithm, values, vectors = self._log(x)
         trace = jnp.trace(logarithm, axis1=-2, axis2=-1)
-        return self.n * (self.n - 1) / 4 * math.log(2) - (self.n + 1) / 2 * trace - _pairs(logarithm, *spectrum)
+        return self.n * (self.n - 1) / 4 * math.log(2) - (self.n + 1) / 2 * trace - _pairs(logarithm, values, vectors)
 
     def log_jacobian(self, x: Examples, u: Examples) -> Examples:
         """0."""
@@ -288,15 +289,15 @@ def _derivative(s: Array, values: Array, vectors: Array, *directions: Array) -> 
     entries = ",".join(f"...{a}{b}" for a, b in itertools.pairwise(letters))
     equation = f"...{letters},{entries}->...{letters[0]}{letters[-1]}"
     ordered = itertools.permutations(inside)
-    total = sum(jnp.einsum(equation, differences, *each, precision="highest") for each in ordered)
-    return _times(vectors, total, _transposed(vectors))
+    terms = [jnp.einsum(equation, differences, *each, precision="highest") for each in ordered]
+    return _times(vectors, functools.reduce(jnp.add, terms), _transposed(vectors))
 
 
 @_derivative.defjvp
 def _derivative_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     at, directions = primals[:3], primals[3:]
     if not directions:
-        return _derivative(*primals), _dexp(*at, tangents[0])
+        return _derivative(*primals), _dexp(at[0], at[1], at[2], tangents[0])
     change = _derivative(*primals, tangents[0])
     for i, tangent in enumerate(tangents[3:]):
         change = change + _derivative(*at, *directions[:i], tangent, *directions[i + 1 :])
@@ -343,7 +344,7 @@ def _log_by(s: Array, values: Array, vectors: Array) -> Array:
 @_log_by.defjvp
 def _log_jvp(primals: tuple[Array, ...], tangents: tuple[Array, ...]) -> tuple[Array, Array]:
     logarithm = _log_by(*primals)
-    return logarithm, _dlog(logarithm, *primals[1:], tangents[0])
+    return logarithm, _dlog(logarithm, primals[1], primals[2], tangents[0])
 
 
 @jax.custom_jvp

@@ -11,6 +11,7 @@ from fm_jax.manifolds import (
     Euclidean,
     FlatTorus,
     Hyperbolic,
+    Product,
     Simplex,
     Sphere,
     UniformOn,
@@ -173,6 +174,22 @@ def test_wrapped_on_rotations(scale):
     angle = SO3().distance(jnp.broadcast_to(jnp.asarray(law.mean), x.shape), x)
     u = scale * np.linalg.norm(np.random.default_rng(0).normal(size=(20_000, 3)), axis=1)
     assert stats.ks_2samp(angle, np.arccos(np.cos(u))).pvalue > 1e-3
+
+
+def test_wrapped_on_a_product():
+    """The sum over the parts, each with its windings; one that has none is refused by itself."""
+    manifold, scale = Product((Sphere(2), FlatTorus(1), Euclidean(2))), 1.3
+    law = WrappedNormal(manifold, (*NORTH, 0.5, 1.0, 2.0), scale)
+    x = law.draw(KEY, jnp.zeros((7, 6)))
+    parts = [WrappedNormal(Sphere(2), NORTH, scale), WrappedNormal(FlatTorus(1), (0.5,), scale)]
+    parts = [*parts, WrappedNormal(Euclidean(2), (1.0, 2.0), scale)]
+    wanted = sum(part.log_prob(y) for part, y in zip(parts, manifold.split(x)))
+    np.testing.assert_allclose(law.log_prob(x), wanted, rtol=1e-6)
+    jax.jit(lambda x: WrappedNormal(Product((Simplex(2), Euclidean(1))), (0.4, 0.3, 0.3, 0.0), 0.1).log_prob(x))(
+        jnp.array([[0.2, 0.3, 0.5, 1.0]])
+    )  # made while tracing
+    with pytest.raises(ValueError, match=r"on Simplex\(n=2\)"):
+        WrappedNormal(Product((Simplex(2), Euclidean(1))), (0.4, 0.3, 0.3, 0.0), 0.4)
 
 
 def test_wrapped_draws():

@@ -70,11 +70,11 @@ def test_the_simulation_is_of_first_order_and_follows_its_own_velocity(x64):
         slope = SPHERE.tangent(x, slope)
         return -(d / (1 - t) / (slope**2).sum(axis=1))[:, None] * slope
 
-    exact = sample(field, x0, RungeKutta("rk4", SPHERE), times=jnp.linspace(0, 0.7, 201)).x
+    exact = jax.jit(lambda x0: sample(field, x0, RungeKutta("rk4", SPHERE), times=jnp.linspace(0, 0.7, 201)).x)(x0)
     errors = []
     for num in (25, 50, 100):
         path = PremetricPath(SPHERE, HARMONICS, num_steps=num)
-        errors.append(float(jnp.abs(path.sample(None, 0.7, x0, x1).x_t - exact).max()))
+        errors.append(float(jnp.abs(jax.jit(path.sample)(None, 0.7, x0, x1).x_t - exact).max()))
     order = np.log2(np.array(errors[:-1]) / errors[1:])
     assert (abs(order - 1) < 0.15).all(), (errors, order)
 
@@ -82,8 +82,8 @@ def test_the_simulation_is_of_first_order_and_follows_its_own_velocity(x64):
 def test_several_points_an_example(x64):
     x0, x1, t = points(6).reshape(2, 3, 3), points(6, 1).reshape(2, 3, 3), jnp.array([0.2, 0.7])
     path = PremetricPath(SPHERE, HARMONICS, num_steps=5)
-    found = path.sample(None, t, x0, x1)
-    each = path.sample(None, jnp.repeat(t, 3), x0.reshape(6, 3), x1.reshape(6, 3))
+    found = jax.jit(path.sample)(None, t, x0, x1)
+    each = jax.jit(path.sample)(None, jnp.repeat(t, 3), x0.reshape(6, 3), x1.reshape(6, 3))
     np.testing.assert_allclose(found.x_t.reshape(6, 3), each.x_t, atol=1e-12)
     np.testing.assert_allclose(found.u_t.reshape(6, 3), each.u_t, atol=1e-12)
 
@@ -92,7 +92,7 @@ def test_several_points_an_example(x64):
 @pytest.mark.parametrize("t", [0.0, 0.5, 1.0])
 def test_finite_where_the_ends_are_the_same(premetric, t):
     x = points(3, dtype=jnp.float32)
-    found = PremetricPath(SPHERE, premetric, num_steps=4).sample(None, t, x, x)
+    found = jax.jit(PremetricPath(SPHERE, premetric, num_steps=4).sample)(None, t, x, x)
     np.testing.assert_allclose(found.x_t, x, atol=1e-6)
     np.testing.assert_allclose(found.u_t, 0, atol=1e-5)
     assert found.x_t.dtype == found.u_t.dtype == jnp.float32
@@ -101,7 +101,7 @@ def test_finite_where_the_ends_are_the_same(premetric, t):
 def test_on_r_n_float32_and_constant_to_differentiation():
     x0, x1 = jnp.zeros((2, 3)), jnp.array([[3.0, 0.0, 4.0], [0.0, 2.0, 0.0]])
     path = PremetricPath(Euclidean(3), Euclidean(3).distance)
-    found = path.sample(None, jnp.array([0.25, 1.0]), x0, x1)
+    found = jax.jit(path.sample)(None, jnp.array([0.25, 1.0]), x0, x1)
     np.testing.assert_allclose(found.x_t, [[0.75, 0.0, 1.0], [0.0, 2.0, 0.0]], atol=1e-5)
     np.testing.assert_allclose(found.u_t[0], x1[0], rtol=1e-5)
     slope = jax.grad(lambda x1: sum(each.sum() for each in path.sample(None, 0.5, x0, x1)[1:3]))(x1)
@@ -116,7 +116,7 @@ def test_what_a_path_says_of_itself():
     assert path == type(path)(**vars(path))
     assert hash(path) == hash(type(path)(**vars(path)))
     x0, x1 = points(2, dtype=jnp.float32), points(2, 1, jnp.float32)
-    found = path.sample(None, 0.5, x0, x1)
+    found = jax.jit(path.sample)(None, 0.5, x0, x1)
     assert [*path.targets(found)] == ["velocity"]
     assert path.targets(found)["velocity"] is found.u_t
     with pytest.raises(ValueError, match=r"kind must be one of 'velocity'.*, got 'data'"):
