@@ -241,7 +241,7 @@ state = create_state(params, optimizer, ema_decays=(0.99,))
 for i in range(steps // 100):
     batches = {"x1": jax.vmap(lambda key: draw_data(key, 512))(jax.random.split(jax.random.key(i), 100))}
     state, _ = many(state, jax.random.key(10_000), batches)
-v = bind(apply_fn, state.ema_params[0])
+v = bind(apply_fn, state.ema["0.99"])
 
 held_out = draw_data(jax.random.key(7), 1000)
 solver = jax.jit(lambda x: log_prob(v, x, manifold=sphere, source=source, sampler=RungeKutta("rk4"), times=30))

@@ -71,7 +71,8 @@ def _squares(points: Any, triangles: Any) -> Array:
     normal = tuple(each / size for each in normal)
     x = tuple(points[:, i, None] for i in range(3))
     from_a, from_b = (_minus(x, tuple(each[None] for each in corner)) for corner in (a, b))
-    above, edges = None, None
+    above: Any = None
+    edges: Any = None
     for base, edge, inward in ((from_a, e, 1), (from_a, f, -1), (from_b, g, 1)):
         within = inward * _dot(base, tuple(each[None] for each in _cross(normal, edge))) >= 0
         share = jnp.clip(_dot(base, tuple((each / _dot(edge, edge))[None] for each in edge)), 0, 1)
