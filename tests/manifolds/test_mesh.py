@@ -142,6 +142,16 @@ def test_the_closest_point_of_a_mesh(x64):
     assert jnp.isnan(mesh.project(jnp.full((1, 3), jnp.nan))).all()
 
 
+def test_single_precision_off_the_surface(x64):
+    """Above folds too, where the distances to two triangles differ by less than rounding."""
+    x = jax.jit(SPHERE.uniform)(KEY, jnp.zeros((500, 3), jnp.float32))
+    x = 1.2 * x + 0.1 * jax.random.normal(KEY, x.shape, x.dtype)
+    both = jax.jit(lambda x: (SPHERE.project(x), SPHERE.eigenfunctions(x)))
+    for ours, exact in zip(both(x), both(x.astype(jnp.float64)), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, exact, atol=1e-6)
+
+
 def test_points_and_tangents():
     x = jax.jit(SPHERE.uniform)(KEY, jnp.zeros((50, 3)))
     SPHERE.check("x", x)
