@@ -142,6 +142,20 @@ def test_the_closest_point_of_a_mesh(x64):
     assert jnp.isnan(mesh.project(jnp.full((1, 3), jnp.nan))).all()
 
 
+def test_single_precision_off_the_surface(x64):
+    """Above folds too, where the distances to two triangles differ by less than rounding."""
+    corners = SPHERE.vertices[SPHERE.faces]
+    near = np.random.default_rng(0).uniform(0, 0.01, len(corners))[:, None]  # to the edge of the first two
+    x = 0.5 * corners[:, 0] + (0.5 - near) * corners[:, 1] + near * corners[:, 2]
+    normal = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    normal *= np.sign((normal * x).sum(axis=1, keepdims=True)) / np.linalg.norm(normal, axis=1, keepdims=True)
+    x = jnp.asarray(x + 0.3 * normal, jnp.float32)
+    both = jax.jit(lambda x: (SPHERE.project(x), SPHERE.eigenfunctions(x)))
+    for ours, exact in zip(both(x), both(x.astype(jnp.float64)), strict=True):
+        assert ours.dtype == jnp.float32
+        np.testing.assert_allclose(ours, exact, atol=1e-6)
+
+
 def test_points_and_tangents():
     x = jax.jit(SPHERE.uniform)(KEY, jnp.zeros((50, 3)))
     SPHERE.check("x", x)
