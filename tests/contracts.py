@@ -119,12 +119,10 @@ TOKEN_PATHS = [
 ]
 MANIFOLDS = [
     manifolds.Euclidean(3),
-    manifolds.Sphere(1),
     manifolds.Sphere(2),
     manifolds.Sphere(5),
     manifolds.FlatTorus(2),
     manifolds.Hyperbolic(2),
-    manifolds.Hyperbolic(3),
     manifolds.Simplex(2),
     manifolds.SO3(),
     manifolds.Product((manifolds.FlatTorus(1), manifolds.Sphere(2))),

@@ -18,7 +18,11 @@ from fm_jax.samplers.runge_kutta import TABLEAUX
 
 KEY = jax.random.key(0)
 MANIFOLDS = contracts.MANIFOLDS
-every = pytest.mark.parametrize("manifold", MANIFOLDS, ids=repr)
+
+
+def every(test):
+    """Each manifold; but for the first they are slow."""
+    return pytest.mark.slow_but_one(pytest.mark.parametrize("manifold", MANIFOLDS, ids=repr)(test))
 
 
 def like(manifold, num, dtype=jnp.float64):
@@ -154,7 +158,6 @@ def test_normal_vectors_are_standard(manifold):
     np.testing.assert_allclose(np.cov(np.asarray(found).T), np.eye(manifold.dim), atol=0.06)
 
 
-@pytest.mark.slow_but_one
 @every
 def test_runge_kutta_has_its_order(manifold):
     """Every method, and it stays on the manifold. By two numbers of steps, against rk4 with many."""
@@ -172,7 +175,6 @@ def test_runge_kutta_has_its_order(manifold):
             assert abs(order - tableau.order) < 0.15, (method, order)
 
 
-@pytest.mark.slow_but_one
 @every
 def test_ambient_and_intrinsic_solvers_agree(manifold):
     with jax.enable_x64(True):
@@ -182,7 +184,6 @@ def test_ambient_and_intrinsic_solvers_agree(manifold):
         np.testing.assert_allclose(one, other, atol=1e-7)
 
 
-@pytest.mark.slow_but_one
 @every
 def test_divergences_in_the_ambient_space_are_riemannian(manifold):
     """The likelihood's change of density is that of volumes of normal coordinates, by the flow's own derivative."""
