@@ -22,6 +22,8 @@ UNIFORM_NLL = math.log(4 * math.pi)
 KAPPAS = 10 ** np.arange(0.5, 9.25, 0.5)
 """The 18 bandwidths, concentrations of von Mises-Fisher kernels: at 1 / sqrt(kappa) from 32 degrees to 0.2 km."""
 _CHUNK = 256
+_NOTHING = 50.0
+"""What a term may be below the largest, in nats, before it is left out."""
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,16 @@ def kernel_log_density(points: np.ndarray, x: np.ndarray, kappas: np.ndarray = K
     log_peak = np.log(kappas) - np.log(2 * np.pi) - np.log(-np.expm1(-2 * kappas))
     found = np.empty((len(x), len(kappas)))
     for start in range(0, len(x), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        squares = np.sum([(x[rows, None, i] - points[None, :, i]) ** 2 for i in range(3)], axis=0)
+        squares = np.sum([(x[start : start + _CHUNK, None, i] - points[None, :, i]) ** 2 for i in range(3)], axis=0)
         nearest = squares.min(axis=1, keepdims=True)
-        for k, kappa in enumerate(kappas):
-            # In relation to the nearest point, whose term is 1.
-            total = np.exp(-0.5 * kappa * (squares - nearest)).sum(axis=1)
-            found[rows, k] = np.log(total) - 0.5 * kappa * nearest[:, 0]
+        # In relation to the nearest point, whose term is 1; those that are nothing at a kappa are so at larger ones.
+        height = 0.5 * (squares - nearest).ravel()
+        row = np.repeat(np.arange(len(squares)), len(points))
+        for k in np.argsort(kappas):
+            there = kappas[k] * height < _NOTHING
+            height, row = height[there], row[there]
+            total = np.bincount(row, np.exp(-kappas[k] * height), minlength=len(squares))
+            found[start : start + _CHUNK, k] = np.log(total) - 0.5 * kappas[k] * nearest[:, 0]
     return found + log_peak - math.log(len(points))
 
 

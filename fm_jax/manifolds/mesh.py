@@ -26,7 +26,7 @@ class TriangleMesh:
 
     `eigenfunctions` are those of the cotangent Laplacian with lumped masses, linear in each triangle, with Neumann's
     condition at a boundary, and orthonormal in the area; the constant one is left out. Arrays are held by NumPy, in
-    float64, so that a mesh is a constant of the programs that use it. It equals itself alone: build it once.
+    float64, so that a mesh is a constant of the programs that use it. Meshes of the same arrays are equal.
 
     Attributes:
         vertices: [V, 3], in any unit of length.
@@ -53,6 +53,7 @@ class TriangleMesh:
     eigenvalues: Any = field(init=False)
     modes: Any = field(init=False)
     areas: Any = field(init=False)
+    _hash: int = field(init=False)
 
     def __post_init__(self) -> None:
         vertices, faces = _checked(self.vertices, self.faces)
@@ -63,6 +64,18 @@ class TriangleMesh:
         for name, value in held.items():
             value.setflags(write=False)
             object.__setattr__(self, name, value)
+
+        content = (vertices.tobytes(), faces.tobytes(), int(self.num_eigen))
+        object.__setattr__(self, "_hash", hash(content))  # once, as jit asks at each call
+
+    def __eq__(self, other: object) -> bool:
+        if self is other or not isinstance(other, TriangleMesh):
+            return self is other
+        same = np.array_equal(self.vertices, other.vertices) and np.array_equal(self.faces, other.faces)
+        return same and self.num_eigen == other.num_eigen
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __repr__(self) -> str:
         return f"TriangleMesh({len(self.vertices)} vertices, {len(self.faces)} faces, num_eigen={self.num_eigen})"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,9 @@ from experiments.lab.earth import (
 )
 from experiments.lab.globe import VIEWS, even_points, seen_from
 from fm_jax.models import init_params
+
+PLACES = Path(__file__).parents[3] / "shared" / "data" / "earth"
+"""The four files, where they lie beside the checkout."""
 
 
 def points_of(num, seed=0):
@@ -145,6 +149,28 @@ def test_estimates_of_what_is_repeated_are_sharp():
     found = kernel_nll(split(np.repeat(to_degrees(points_of(50)), 20, axis=0), "published", 0))
     # A point of fifty, each with a kernel of kappa 1e9.
     np.testing.assert_allclose([*found.values()], math.log(50) - math.log(1e9 / (2 * math.pi)), atol=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PLACES.is_dir(), reason="the places are not there")
+@pytest.mark.parametrize(
+    ("data", "splitting", "one", "all_of_them", "within"),
+    [
+        ("volcano", "published", -10.54, -11.00, 0.5),
+        ("volcano", "places", -0.07, -0.25, 0.5),
+        ("earthquake", "published", -0.21, -1.37, 0.1),
+        ("earthquake", "places", -0.08, -0.19, 0.1),
+        ("flood", "published", 0.52, 0.38, 0.1),
+        ("flood", "places", 0.61, 0.50, 0.1),
+    ],
+)
+def test_estimates_of_the_places_of_the_earth(data, splitting, one, all_of_them, within):
+    """Means over five splits, beside those over five others that were computed by another program."""
+    degrees, _ = read_places(PLACES, data)
+    found = [kernel_nll(split(degrees, splitting, seed)) for seed in range(5)]
+    mean = {name: np.mean([each[name] for each in found]) for name in found[0]}
+    assert abs(mean["kde_1"] - one) < within, mean
+    assert abs(mean["kde_18"] - all_of_them) < within, mean
 
 
 def test_points_of_the_spiral_are_even():

@@ -173,7 +173,8 @@ def test_points_and_tangents():
         np.testing.assert_allclose(forward, wanted, atol=1e-6)
         np.testing.assert_allclose(backward, wanted, atol=1e-6)
     np.testing.assert_array_equal(SPHERE.log_volume(x), jnp.zeros(50))
-    assert hash(SPHERE) == hash(SPHERE)
+    assert hash(SPHERE) == hash(TriangleMesh(*icosphere(3), num_eigen=15))
+    assert TriangleMesh(*icosphere(3), num_eigen=15) == SPHERE != TriangleMesh(*icosphere(3), num_eigen=14)
     assert SPHERES[0] != SPHERES[1]
     assert repr(SPHERE) == "TriangleMesh(642 vertices, 1280 faces, num_eigen=15)"
 
