@@ -107,6 +107,8 @@ def point_mixture(
     dim log(1 - kappa)`, where that is the shortest way, and -inf elsewhere. The velocity is the posterior average of
     `kappa' / (1 - kappa) log_x(x1)`. Follows from Chen & Lipman 2023 (arXiv:2302.03660) by a change of variables.
 
+    Notebooks: (15.4).
+
     The velocity has kinks, and the density kinks or jumps, where ways stop being the shortest.
 
     Args:

@@ -66,6 +66,7 @@ LAWS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: str(law)[:30])
 def test_each_is_a_source(law):
     """Of any shape, under jit and vmap, in both precisions, hashable, and a sum over the points of an example."""
@@ -158,6 +159,7 @@ def test_wrapped_has_mass_one_where_the_volume_grows():
         assert abs((density * weights[:, None] * weights[None]).sum() * np.pi / 8 * 4 - 1) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.3, 1.5])
 def test_wrapped_on_rotations(scale):
     """Mass 1 by Haar's density of the angle, 4 pi (2 sin(w / 2))^2; draws by their angle, that of u folded."""
@@ -176,7 +178,8 @@ def test_wrapped_on_rotations(scale):
     assert stats.ks_2samp(angle, np.arccos(np.cos(u))).pvalue > 1e-3
 
 
-def test_wrapped_on_a_product():
+d@pytest.mark.slow
+ef test_wrapped_on_a_product():
     """The sum over the parts, each with its windings; one that has none is refused by itself."""
     manifold, scale = Product((Sphere(2), FlatTorus(1), Euclidean(2))), 1.3
     law = WrappedNormal(manifold, (*NORTH, 0.5, 1.0, 2.0), scale)

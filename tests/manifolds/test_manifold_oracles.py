@@ -91,6 +91,7 @@ def rotation_grid(num=28):
 GRIDS = {Sphere: sphere_grid, FlatTorus: torus_grid, Hyperbolic: hyperbolic_grid, SO3: rotation_grid}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manifold", MANIFOLDS, ids=lambda manifold: type(manifold).__name__)
 def test_the_mass_is_one(manifold):
     x, weights = GRIDS[type(manifold)]()
@@ -120,6 +121,7 @@ def test_the_mass_is_one_from_the_uniform_source(t, edge):
         np.testing.assert_allclose(jnp.linalg.norm(v), (edge * np.pi + 0.01) / edge, rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manifold", MANIFOLDS, ids=lambda manifold: type(manifold).__name__)
 def test_the_continuity_equation(manifold):
     """d/dt log p + div v + <v, grad log p> = 0; derivatives in the ambient space, of extensions along fibres."""
@@ -142,6 +144,7 @@ def test_the_continuity_equation(manifold):
             assert float(jnp.abs(residuals(jnp.asarray(t), x)).max()) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manifold", MANIFOLDS, ids=lambda manifold: type(manifold).__name__)
 def test_velocity_and_draws_are_those_of_the_path(manifold):
     """Near x, the mean of u_t is v(t, x) and the number of draws p_t(x), within 4 standard errors."""
@@ -195,7 +198,8 @@ def test_draws_have_the_density():
     assert stats.chisquare(np.histogram(z, edges)[0], share / share.sum() * len(z)).pvalue > 1e-3
 
 
-def test_it_is_a_velocity_for_samplers_and_likelihoods():
+d@pytest.mark.slow
+ef test_it_is_a_velocity_for_samplers_and_likelihoods():
     """The flow carries the source to the points, and the likelihood of the library is the closed form."""
     with jax.enable_x64(True):
         mixture = point_mixture(
@@ -221,7 +225,8 @@ def test_it_is_a_velocity_for_samplers_and_likelihoods():
         np.testing.assert_allclose(found, mixture.log_prob(0.3, half), atol=1e-7)
 
 
-def test_events_of_several_points():
+d@pytest.mark.slow
+ef test_events_of_several_points():
     """Of independent components the density is a product, and the velocities stand side by side."""
     with jax.enable_x64(True):
         one, two = (some(SPHERE, 1, seed=seed) for seed in (1, 2))
@@ -237,7 +242,8 @@ def test_events_of_several_points():
         np.testing.assert_allclose(joint.velocity(t, x), v, rtol=1e-10)
 
 
-def test_single_precision():
+d@pytest.mark.slow
+ef test_single_precision():
     for manifold in MANIFOLDS:
         mixture = mixture_on(manifold)
         f = jax.jit(lambda x, mixture=mixture: (mixture.log_prob(0.4, x), mixture.velocity(0.4, x)))
@@ -257,6 +263,7 @@ def points(num, n=2, seed=0):
     return Sphere(n).uniform(jax.random.key(seed), jnp.zeros((num, n + 1)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_moebius(n):
     """The density by its published form; the map solves the equation, and its inverse is the map of minus the time."""
@@ -280,7 +287,8 @@ def test_moebius(n):
         assert flow.flow_map(0.4, two).shape == flow.velocity(0.4, two).shape == two.shape
 
 
-def test_killing():
+d@pytest.mark.slow
+ef test_killing():
     """Tangent, of divergence 0, and its flow is the rotation."""
     with jax.enable_x64(True):
         w = np.random.default_rng(0).normal(size=(4, 4))
@@ -330,7 +338,8 @@ def test_heat_on_the_sphere(t):
         np.testing.assert_allclose(heat_kernel_sphere(t, angle), flat, atol=2e-3)
 
 
-def test_heat_is_brownian_motion():
+d@pytest.mark.slow
+ef test_heat_is_brownian_motion():
     """Steps of variance 1/200 along geodesics, to t = 0.5, against both kernels, in ten bins."""
     num, rng = 20_000, np.random.default_rng(0)
     x, circle = np.tile(NORTH, (num, 1)), np.zeros(num)

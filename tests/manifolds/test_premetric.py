@@ -30,6 +30,7 @@ def points(num, seed=0, dtype=jnp.float64):
     return SPHERE.uniform(jax.random.key(seed), jnp.zeros((num, 3), dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", [schedules.Linear(), schedules.Polynomial(2.0)], ids=str)
 def test_with_the_geodesic_distance_it_is_the_geodesic(schedule, x64):
     x0, x1, t = points(6), points(6, 1), jnp.array([0.0, 0.1, 0.5, 0.9, 0.99, 1.0])
@@ -61,7 +62,8 @@ def test_the_premetric_falls_as_the_schedule_says(premetric, x64):
     np.testing.assert_allclose((there - here) / (2 * h), 0, atol=1e-8)
 
 
-def test_the_simulation_is_of_first_order_and_follows_its_own_velocity(x64):
+d@pytest.mark.slow
+ef test_the_simulation_is_of_first_order_and_follows_its_own_velocity(x64):
     """Against a Runge-Kutta solution of the field `-kappa' / (1 - kappa) d grad d / |grad d|^2` itself."""
     x0, x1 = points(8), points(8, 1)
 

@@ -134,6 +134,7 @@ def test_derivatives_at_coincidence_are_the_symmetric_part(manifold, x, x64):
     assert all(np.isfinite(slope).all() for slope in slopes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x", [np.eye(2), np.array([[2.0, 0.5], [0.5, 1.0]])], ids=["unit", "other"])
 def test_first_and_second_derivatives_are_those_by_differences(x, x64):
     """Along a line, the second those of gradients."""
@@ -202,6 +203,7 @@ def test_the_divergence_is_the_trace_of_the_ambient_jacobian_and_the_change_of_v
 # ---- Arrays and refusals.
 
 
+@pytest.mark.slow
 @BOTH
 def test_any_leading_axes_and_sizes(manifold):
     x, y = (jnp.asarray(drawn(6, seed), jnp.float32).reshape(2, 3, 3, 3) for seed in (0, 1))
