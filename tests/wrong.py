@@ -1036,6 +1036,7 @@ ELSEWHERE = {
     "fm_jax.nfe.check_denoiser": "tests/test_returns.py",
     "fm_jax.draws": "tests/test_draws.py",
     "fm_jax.manifolds": "tests/manifolds",
+    "fm_jax.oracles.PointMixture": "tests/manifolds/test_manifold_oracles.py",
     "fm_jax.oracles.point_mixture": "tests/manifolds/test_manifold_oracles.py",
     "fm_jax.oracles.moebius": "tests/manifolds/test_manifold_oracles.py",
     "fm_jax.oracles.killing": "tests/manifolds/test_manifold_oracles.py",

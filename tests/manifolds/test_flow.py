@@ -71,8 +71,8 @@ def test_on_r_n_it_is_the_affine_path():
     np.testing.assert_allclose(ours.u_t, affine.u_t, rtol=1e-6)
 
 
-d@pytest.mark.slow
-ef test_an_event_may_be_of_several_points():
+@pytest.mark.slow
+def test_an_event_may_be_of_several_points():
     x0, x1 = points(6).reshape(2, 3, 3), points(6, seed=1).reshape(2, 3, 3)
     t = jnp.array([0.2, 0.7])
     found = GeodesicPath(SPHERE).sample(None, t, x0, x1)
@@ -205,8 +205,8 @@ def test_there_and_back():
         np.testing.assert_allclose(back, x0, atol=1e-6)
 
 
-d@pytest.mark.slow
-ef test_adaptive_steps_in_the_ambient_space():
+@pytest.mark.slow
+def test_adaptive_steps_in_the_ambient_space():
     with jax.enable_x64(True):
         x0 = points(8, dtype=jnp.float64)
         exact = sample(field, x0, RungeKutta("rk4", SPHERE), times=500).x
@@ -334,8 +334,8 @@ def test_hutchinson_is_unbiased():
     assert (found.std(axis=0) > 0.01).all()
 
 
-d@pytest.mark.slow
-ef test_a_flow_can_be_trained_by_its_likelihood():
+@pytest.mark.slow
+def test_a_flow_can_be_trained_by_its_likelihood():
     """The gradient passes through the solve, the projections and the divergence."""
     x1 = points(4)
 

@@ -123,8 +123,8 @@ def test_float32_far_out_keeps_what_its_coordinates_say():
     assert error.max() < 1e-6, error.max()
 
 
-d@pytest.mark.slow
-ef test_projection_is_along_rays(x64):
+@pytest.mark.slow
+def test_projection_is_along_rays(x64):
     x = points(20)
     for scale in (0.3, 1 + 1e-6, 5.0):
         np.testing.assert_allclose(SPACE.project(scale * x), x, rtol=1e-12, atol=1e-12)
@@ -140,8 +140,8 @@ ef test_projection_is_along_rays(x64):
     assert bool(jnp.isnan(SPACE.project(jnp.array([[1.0, 2.0, 0.0, 0.0]]))).all())
 
 
-d@pytest.mark.slow
-ef test_derivatives_at_coincidence(x64):
+@pytest.mark.slow
+def test_derivatives_at_coincidence(x64):
     """Of both modes: log's is the projection onto the tangent space, in the Lorentz product."""
     x, v = points(5), jnp.asarray(np.random.default_rng(0).normal(size=(5, 4)))
     tangent = v + lorentz(x, v)[:, None] * x

@@ -178,8 +178,8 @@ def test_wrapped_on_rotations(scale):
     assert stats.ks_2samp(angle, np.arccos(np.cos(u))).pvalue > 1e-3
 
 
-d@pytest.mark.slow
-ef test_wrapped_on_a_product():
+@pytest.mark.slow
+def test_wrapped_on_a_product():
     """The sum over the parts, each with its windings; one that has none is refused by itself."""
     manifold, scale = Product((Sphere(2), FlatTorus(1), Euclidean(2))), 1.3
     law = WrappedNormal(manifold, (*NORTH, 0.5, 1.0, 2.0), scale)

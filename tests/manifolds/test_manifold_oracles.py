@@ -198,8 +198,8 @@ def test_draws_have_the_density():
     assert stats.chisquare(np.histogram(z, edges)[0], share / share.sum() * len(z)).pvalue > 1e-3
 
 
-d@pytest.mark.slow
-ef test_it_is_a_velocity_for_samplers_and_likelihoods():
+@pytest.mark.slow
+def test_it_is_a_velocity_for_samplers_and_likelihoods():
     """The flow carries the source to the points, and the likelihood of the library is the closed form."""
     with jax.enable_x64(True):
         mixture = point_mixture(
@@ -225,8 +225,8 @@ ef test_it_is_a_velocity_for_samplers_and_likelihoods():
         np.testing.assert_allclose(found, mixture.log_prob(0.3, half), atol=1e-7)
 
 
-d@pytest.mark.slow
-ef test_events_of_several_points():
+@pytest.mark.slow
+def test_events_of_several_points():
     """Of independent components the density is a product, and the velocities stand side by side."""
     with jax.enable_x64(True):
         one, two = (some(SPHERE, 1, seed=seed) for seed in (1, 2))
@@ -242,8 +242,8 @@ ef test_events_of_several_points():
         np.testing.assert_allclose(joint.velocity(t, x), v, rtol=1e-10)
 
 
-d@pytest.mark.slow
-ef test_single_precision():
+@pytest.mark.slow
+def test_single_precision():
     for manifold in MANIFOLDS:
         mixture = mixture_on(manifold)
         f = jax.jit(lambda x, mixture=mixture: (mixture.log_prob(0.4, x), mixture.velocity(0.4, x)))
@@ -287,8 +287,8 @@ def test_moebius(n):
         assert flow.flow_map(0.4, two).shape == flow.velocity(0.4, two).shape == two.shape
 
 
-d@pytest.mark.slow
-ef test_killing():
+@pytest.mark.slow
+def test_killing():
     """Tangent, of divergence 0, and its flow is the rotation."""
     with jax.enable_x64(True):
         w = np.random.default_rng(0).normal(size=(4, 4))
@@ -338,8 +338,8 @@ def test_heat_on_the_sphere(t):
         np.testing.assert_allclose(heat_kernel_sphere(t, angle), flat, atol=2e-3)
 
 
-d@pytest.mark.slow
-ef test_heat_is_brownian_motion():
+@pytest.mark.slow
+def test_heat_is_brownian_motion():
     """Steps of variance 1/200 along geodesics, to t = 0.5, against both kernels, in ten bins."""
     num, rng = 20_000, np.random.default_rng(0)
     x, circle = np.tile(NORTH, (num, 1)), np.zeros(num)

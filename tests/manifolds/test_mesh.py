@@ -125,8 +125,8 @@ def test_the_closest_point_of_triangles_of_all_kinds(x64):
     np.testing.assert_allclose(near, ours, rtol=1e-6, atol=1e-6)
 
 
-d@pytest.mark.slow
-ef test_the_closest_point_of_a_mesh(x64):
+@pytest.mark.slow
+def test_the_closest_point_of_a_mesh(x64):
     """Over all faces, in chunks of 7, the last not full: against every face by itself, and against a lattice."""
     mesh = TriangleMesh(*icosphere(1), num_eigen=3)
     x = np.random.default_rng(1).normal(size=(2, 15, 3))
@@ -157,8 +157,8 @@ def test_single_precision_off_the_surface(x64):
         np.testing.assert_allclose(ours, exact, atol=1e-6)
 
 
-d@pytest.mark.slow
-ef test_points_and_tangents():
+@pytest.mark.slow
+def test_points_and_tangents():
     x = jax.jit(SPHERE.uniform)(KEY, jnp.zeros((50, 3)))
     SPHERE.check("x", x)
     np.testing.assert_allclose(SPHERE.exp(x, 0 * x), x, atol=1e-6)
@@ -218,8 +218,8 @@ def paths_of(mesh, num_steps=100):
     )
 
 
-d@pytest.mark.slow
-ef test_a_premetric_path_on_it():
+@pytest.mark.slow
+def test_a_premetric_path_on_it():
     """Falls as 1 - kappa, within 2% of the start."""
     x0, x1 = jax.jit(SPHERE.uniform)(KEY, jnp.zeros((2, 16, 3)))
     t = jnp.tile(jnp.array([0.25, 0.5, 0.75, 0.95]), 4)
@@ -233,8 +233,8 @@ ef test_a_premetric_path_on_it():
     assert float(loss_fn({}, None, {"x0": x0, "x1": x1, "t": t})[0]) < 1e-6
 
 
-d@pytest.mark.slow
-ef test_sampling_stays_on_it():
+@pytest.mark.slow
+def test_sampling_stays_on_it():
     x0 = SPHERES[0].uniform(KEY, jnp.zeros((4, 3)))
     turn = jnp.array([[0.0, 1.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
     field = lambda t, x: x @ turn  # noqa: E731

@@ -62,8 +62,8 @@ def test_the_premetric_falls_as_the_schedule_says(premetric, x64):
     np.testing.assert_allclose((there - here) / (2 * h), 0, atol=1e-8)
 
 
-d@pytest.mark.slow
-ef test_the_simulation_is_of_first_order_and_follows_its_own_velocity(x64):
+@pytest.mark.slow
+def test_the_simulation_is_of_first_order_and_follows_its_own_velocity(x64):
     """Against a Runge-Kutta solution of the field `-kappa' / (1 - kappa) d grad d / |grad d|^2` itself."""
     x0, x1 = points(8), points(8, 1)
 

@@ -40,8 +40,8 @@ def test_its_numbers_add():
     assert hash(NESTED) == hash(Product((Product((Sphere(1), Sphere(2))), SO3(), Euclidean(2))))
 
 
-d@pytest.mark.slow
-ef test_points_are_taken_apart_and_put_together_with_any_leading_axes():
+@pytest.mark.slow
+def test_points_are_taken_apart_and_put_together_with_any_leading_axes():
     x = drawn(6).reshape(2, 3, 16)
     parts = NESTED.split(x)
     assert [each.shape for each in parts] == [(2, 3, 5), (2, 3, 3, 3), (2, 3, 2)]
@@ -60,8 +60,8 @@ def test_vectors_are_those_of_the_parts(method):
         np.testing.assert_allclose(each, getattr(part, method)(*arguments), atol=1e-6)
 
 
-d@pytest.mark.slow
-ef test_there_and_back(x64):
+@pytest.mark.slow
+def test_there_and_back(x64):
     x, y = drawn(20, dtype=jnp.float64), drawn(20, 1, jnp.float64)
     u = NESTED.log(x, y)
     np.testing.assert_allclose(NESTED.exp(x, u), y, atol=1e-14)
@@ -74,8 +74,8 @@ ef test_there_and_back(x64):
     assert NESTED.project(x).dtype == jnp.float64
 
 
-d@pytest.mark.slow
-ef test_derivatives_at_coincidence_are_the_projection(x64):
+@pytest.mark.slow
+def test_derivatives_at_coincidence_are_the_projection(x64):
     x = drawn(1, dtype=jnp.float64)[0]
     wanted = jax.jit(jax.jacfwd(lambda u: NESTED.tangent(x, u)))(x)
     for jacobian in (jax.jacfwd, jax.jacrev):
@@ -97,8 +97,8 @@ def test_divergences_add(x64):
     np.testing.assert_allclose(found, -2 * np.sum(a * np.asarray(manifold.split(x)[0][0])) + 1.5, rtol=1e-12)
 
 
-d@pytest.mark.slow
-ef test_draws_are_independent_in_the_parts():
+@pytest.mark.slow
+def test_draws_are_independent_in_the_parts():
     x = jnp.broadcast_to(drawn(1), (20_000, 16))
     u = NESTED.normal(KEY, x)
     np.testing.assert_allclose(NESTED.squared_norm(x, u).mean(), NESTED.dim, atol=0.15)

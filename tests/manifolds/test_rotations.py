@@ -102,8 +102,8 @@ def test_half_a_turn_is_about_the_axis_whose_largest_component_is_positive(x64, 
     assert all(np.isfinite(s).all() for s in slopes)
 
 
-d@pytest.mark.slow
-ef test_coincidence_is_zero_and_its_derivatives_are_the_projection(x64):
+@pytest.mark.slow
+def test_coincidence_is_zero_and_its_derivatives_are_the_projection(x64):
     x = pairs(1.0)[0][0]
     assert (log(x, x) == 0).all()
     assert distance(x, x) == 0
@@ -215,8 +215,8 @@ def test_uniform_draws_are_haars():
 # ---- Arrays and refusals.
 
 
-d@pytest.mark.slow
-ef test_any_leading_axes_and_no_points():
+@pytest.mark.slow
+def test_any_leading_axes_and_no_points():
     x = MANIFOLD.uniform(KEY, jax.ShapeDtypeStruct((2, 5, 3, 3), jnp.float32))
     y = x[::-1]
     assert MANIFOLD.log(x, y).shape == x.shape

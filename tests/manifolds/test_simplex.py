@@ -107,8 +107,8 @@ def test_float32_is_right_at_all_distances(n):
         np.testing.assert_allclose(moved, q, atol=1e-6)
 
 
-d@pytest.mark.slow
-ef test_faces():
+@pytest.mark.slow
+def test_faces():
     """log arrives at points of a face from inside; within the face all is as in that simplex; nothing is NaN."""
     inside, face = jnp.array([0.2, 0.3, 0.5]), jnp.array([0.4, 0.6, 0.0])
     corner, simplex = jnp.array([0.0, 1.0, 0.0]), Simplex(2)
@@ -151,8 +151,8 @@ ef test_faces():
         assert jnp.isfinite(each).all()
 
 
-d@pytest.mark.slow
-ef test_one_hot_data_are_the_ends_of_paths(x64):
+@pytest.mark.slow
+def test_one_hot_data_are_the_ends_of_paths(x64):
     x1 = jnp.eye(4)
     found = GeodesicPath(SIMPLEX).sample(None, jnp.full(4, 1 - 1e-6), points(4), x1)
     np.testing.assert_allclose(found.x_t, x1, atol=1e-5)
@@ -245,8 +245,8 @@ class Uniform:
         return jnp.full(len(x), -SIMPLEX.log_total)
 
 
-d@pytest.mark.slow
-ef test_likelihoods_by_the_replicator_equation(x64):
+@pytest.mark.slow
+def test_likelihoods_by_the_replicator_equation(x64):
     """The flow p e^(t a) / Z of `p (a - <a, p>)`: its density in p_1, ..., p_n is that of p times prod p0 / prod p1."""
     a = jnp.array([0.5, -1.0, 0.3, 0.0])
     v = lambda t, x: x * a[None]  # noqa: E731
