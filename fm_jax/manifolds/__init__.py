@@ -5,7 +5,7 @@ likelihoods take it from there or are given it.
 """
 
 from fm_jax.manifolds.euclidean import Euclidean
-from fm_jax.manifolds.fields import SquaredDistance, check_manifold, geodesic, tangent_velocity
+from fm_jax.manifolds.fields import SquaredDistance, check_manifold, check_one_way, geodesic, tangent_velocity
 from fm_jax.manifolds.hyperbolic import Hyperbolic, from_ball, to_ball
 from fm_jax.manifolds.laws import UniformOn, VonMisesFisher, WrappedNormal
 from fm_jax.manifolds.mesh import TriangleMesh
@@ -36,6 +36,7 @@ __all__ = [
     "WrappedNormal",
     "biharmonic",
     "check_manifold",
+    "check_one_way",
     "commute_time",
     "diffusion",
     "from_ball",

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fm_jax.checks import check_has, check_shape, check_velocity
+from fm_jax.checks import check_has, check_shape, check_velocity, is_traced
 from fm_jax.manifolds.points import check_shape_of, event_sum
 from fm_jax.nfe import Counted, cost, domain_of, reach_of
 from fm_jax.types import AnyArray, Array, Manifold, State, Time, VelocityFn
@@ -16,6 +17,20 @@ _METHODS = ("dim", "shape", "exp", "log", "project", "tangent", "squared_norm", 
 def check_manifold(manifold: Manifold) -> None:
     """Raises `ValueError` for what is not a manifold."""
     check_has("manifold", manifold, _METHODS, "a manifold, such as Sphere(2)")
+
+
+def check_one_way(manifold: Manifold, x0: State, x1: State) -> None:
+    """Raises `ValueError` for pairs that are known to have several shortest ways, as opposite points of a sphere."""
+    several = getattr(manifold, "several_ways", None)
+    if several is None or is_traced(x0) or is_traced(x1) or not getattr(x1, "is_fully_addressable", True):
+        return
+    with jax.ensure_compile_time_eval():
+        bad = np.asarray(several(jnp.asarray(x0), jnp.asarray(x1)))
+    if bad.any():
+        raise ValueError(
+            f"x0 and x1 must have one shortest way between them on {manifold}, got {bad.sum()} of {bad.size} pairs with "
+            "several, as opposite points have: move one of each by any little."
+        )
 
 
 def tangent_velocity(manifold: Manifold, v: VelocityFn) -> VelocityFn:

@@ -100,6 +100,13 @@ class Product:
         """Of each part."""
         return self.join(self._each("log", x, y))
 
+    def several_ways(self, x: Examples, y: Examples) -> Examples:
+        """Whether there are in a part."""
+        found = jnp.zeros(x.shape[:-1], bool)
+        for part, a, b in zip(self.parts, self.split(x), self.split(y), strict=True):
+            found = found | part.several_ways(a, b) if hasattr(part, "several_ways") else found
+        return found
+
     def distance(self, x: Examples, y: Examples) -> Examples:
         """The root of the sum of squares."""
         return norm(jnp.stack(self._each("distance", x, y), axis=-1))[..., 0]

@@ -56,6 +56,10 @@ class SO3:
         """X times the antisymmetric matrix of the axis of `x^T y`, as long as the angle."""
         return _times(x, _hat(_rotation_vector(x, y)))
 
+    def several_ways(self, x: Examples, y: Examples) -> Examples:
+        """Whether x and y are exactly half a turn apart."""
+        return self.distance(x, y) >= jnp.asarray(math.pi, x.dtype)
+
     def distance(self, x: Examples, y: Examples) -> Examples:
         """The angle of `x^T y`."""
         return norm(_rotation_vector(x, y))[..., 0]

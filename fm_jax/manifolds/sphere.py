@@ -72,6 +72,10 @@ class Sphere:
         angle = jnp.arctan2(sine, jnp.where(sine == 0, 1, cosine))
         return jnp.where(opposite, math.pi * away / norm(away), over(angle, sine) * w)
 
+    def several_ways(self, x: Examples, y: Examples) -> Examples:
+        """Whether y is opposite to x, exactly."""
+        return ((norm(self.tangent(x, x + y)) == 0) & (dot(x, y) < 0))[..., 0]
+
     def distance(self, x: Examples, y: Examples) -> Examples:
         """The angle."""
         return norm(self.log(x, y))[..., 0]

@@ -65,6 +65,10 @@ class FlatTorus:
         half = turns * (_TURN / 2)  # from each: near the seam both are exact, where y - x is not
         return (y - half) - (x + half) - turns * _REST
 
+    def several_ways(self, x: Examples, y: Examples) -> Examples:
+        """Whether angles of x and y are exactly pi apart."""
+        return (jnp.abs(self.log(x, y)) >= jnp.asarray(math.pi, x.dtype)).any(axis=-1)
+
     def distance(self, x: Examples, y: Examples) -> Examples:
         """`|log|`."""
         return norm(self.log(x, y))[..., 0]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fm_jax.checks import check_member, check_same_shape, check_source
-from fm_jax.manifolds import check_manifold
+from fm_jax.manifolds import check_manifold, check_one_way
 from fm_jax.paths.mixture import check_convex
 from fm_jax.schedules import Linear
 from fm_jax.shapes import time_of
@@ -76,6 +76,7 @@ class GeodesicPath:
         check_same_shape(x0=x0, x1=x1)
         for name, x in (("x0", x0), ("x1", x1)):
             self.manifold.check(name, x)
+        check_one_way(self.manifold, x0, x1)
         time = time_of(t, x1)
         way = self.manifold.log(x0, x1)
 

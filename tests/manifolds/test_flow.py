@@ -11,7 +11,7 @@ from fm_jax.couplings import ExactOT, independent
 from fm_jax.guidance import classifier_free
 from fm_jax.likelihood import Exact, Hutchinson, log_prob, sample_and_log_prob
 from fm_jax.losses import flow_matching
-from fm_jax.manifolds import Euclidean, Sphere, SquaredDistance, geodesic, tangent_velocity
+from fm_jax.manifolds import SE3, SO3, Euclidean, FlatTorus, Sphere, SquaredDistance, geodesic, tangent_velocity
 from fm_jax.nfe import Counted
 from fm_jax.paths import AffinePath, GeodesicPath
 from fm_jax.samplers import Adaptive, Ambient, EulerMaruyama, GeodesicRandomWalk, RungeKutta, ode_step, sample
@@ -20,6 +20,7 @@ from fm_jax.sources import Normal
 
 SPHERE, KEY = Sphere(2), jax.random.key(0)
 W = np.random.default_rng(0).normal(size=(3, 3))
+HALF_A_TURN = jnp.diag(jnp.array([1.0, -1.0, -1.0]))[None]
 NORTH = jnp.array([[0.0, 0.0, 1.0]])
 
 
@@ -120,6 +121,18 @@ def test_a_loss_without_a_source_says_so():
         (lambda: GeodesicPath(SPHERE).sample(None, 0.5, points(2, 3), points(2, 3)), r"\[..., 3\], got shape \(2, 4\)"),
         (lambda: GeodesicPath(SPHERE).sample(None, 0.5, points(2), points(3)), "the same shape"),
         (lambda: GeodesicPath(SPHERE).sample(None, 0.5, jnp.nan * NORTH, NORTH), "1 of 1 off it, by up to nan"),
+        (lambda: GeodesicPath(SPHERE).sample(None, 0.5, points(2), -points(2)), "got 2 of 2 pairs with several"),
+        (
+            lambda: GeodesicPath(FlatTorus(1)).sample(None, 0.5, jnp.zeros((1, 1)), jnp.full((1, 1), -jnp.pi)),
+            "one shortest",
+        ),
+        (lambda: GeodesicPath(SO3()).sample(None, 0.5, jnp.eye(3)[None], HALF_A_TURN), "one shortest way"),
+        (
+            lambda: GeodesicPath(SE3()).sample(
+                None, 0.5, *(SE3().join([r, jnp.zeros((1, 3))]) for r in (jnp.eye(3)[None], HALF_A_TURN))
+            ),
+            "one shortest way",
+        ),
         (lambda: GeodesicPath(SPHERE).sample(None, 0.5, NORTH.astype(int), NORTH.astype(int)), "floating point"),
         (lambda: RungeKutta("heun", manifold=2), "manifold must be a manifold"),
         (lambda: sample(field, 2 * NORTH, RungeKutta("heun", SPHERE)), "x0 must be points of Sphere"),
