@@ -28,8 +28,8 @@ def check_one_way(manifold: Manifold, x0: State, x1: State) -> None:
         bad = np.asarray(several(jnp.asarray(x0), jnp.asarray(x1)))
     if bad.any():
         raise ValueError(
-            f"x0 and x1 must have one shortest way between them on {manifold}, got {bad.sum()} of {bad.size} pairs with "
-            "several, as opposite points have: move one of each by any little."
+            f"x0 and x1 must have one shortest way between them on {manifold}, got {bad.sum()} of {bad.size} pairs "
+            "with several, as opposite points have: move one of each by any little."
         )
 
 
