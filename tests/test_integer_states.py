@@ -81,6 +81,7 @@ def test_losses():
         assert 0 < seen.times[-1].min() < seen.times[-1].max() < 1
 
 
+@pytest.mark.slow
 def test_bounds_and_samplers():
     """By calls without tracing, in which times are numbers."""
     x0 = jnp.full((2, 3), 3)
@@ -104,6 +105,7 @@ def test_grids():
         np.testing.assert_array_equal(time_grid(4, (0.0, 1.0), x), [0, 0.25, 0.5, 0.75, 1])
 
 
+@pytest.mark.slow
 def test_networks_see_the_time():
     module = models.make_token_transformer("tiny", num_tokens=4)
     params = module.init(KEY, 0.5, X)["params"]

@@ -137,6 +137,7 @@ def test_a_metric_says_where_to_go_also_from_where_the_law_is_0_in_float32():
     assert u(0.9, jnp.array([[1]]))[0, 0, 0] > 100
 
 
+@pytest.mark.slow
 def test_chains_end_in_the_data():
     """From times that the rates carry: `reversal_rates` of a uniform source from t > 0 on, all of them up to 1."""
     table = oracles.token_table(Q)

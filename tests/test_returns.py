@@ -133,6 +133,7 @@ def test_a_causal_denoiser_goes_from_left_to_right_alone(name):
         take(CAUSALS[name])
 
 
+@pytest.mark.slow
 def test_what_does_not_say_serves_as_any():
     assert returns_of(unknown) is None
     for take in (TAKE_ANY_ORDER | TAKE_CAUSAL | TAKE_RATES).values():
@@ -191,6 +192,7 @@ def test_a_network_with_another_mask_is_refused(make, path):
         make(network, path)
 
 
+@pytest.mark.slow
 def test_a_mask_that_is_the_network_own_or_none():
     for mask in (3, None):
         module = TokenTransformer(4, mask=mask, hidden=8, num_layers=1, num_heads=1)

@@ -73,6 +73,7 @@ def test_log_probs_are_summed_precisely_and_of_any_numbers():
     assert Normal().log_prob(jnp.zeros((0, 3))).shape == (0,)
 
 
+@pytest.mark.slow
 def test_tokens_that_are_rare_are_as_rare_as_they_should_be(key):
     """1e-6 of 8 million; one of probability 0 never."""
     x = Categorical((1 - 1e-6, 1e-6, 0.0)).draw(key, jax.ShapeDtypeStruct((8_000_000,), jnp.int32))

@@ -34,6 +34,7 @@ def conditionals(params, t, x, cond, *, train, rngs):
 LATE = losses.one_late(conditionals, PATH)
 
 
+@pytest.mark.slow
 def test_the_loss_is_minus_the_log_likelihood():
     loss_fn = losses.next_token(LATE, PATH)
     for x1 in ALL[[0, 5, 14]]:
@@ -62,6 +63,7 @@ def test_drawn_from_left_to_right():
     assert (((counts - wanted) ** 2 / wanted)[kept]).sum() < 62
 
 
+@pytest.mark.slow
 def test_a_causal_transformer_does_not_see_what_it_is_to_say():
     network = TokenTransformer(4, mask=3, hidden=16, num_layers=2, num_heads=2, causal=True, scan_layers=False)
     params = init_params(network, KEY, (5,))

@@ -228,6 +228,7 @@ def test_normal_vectors_are_standard():
     np.testing.assert_allclose(np.cov(found.T), np.eye(3), atol=5 * (2 / num) ** 0.5)
 
 
+@pytest.mark.slow
 def test_the_ball(x64):
     """Its metric is 4 |dy|^2 / (1 - |y|^2)^2, and its distance that of Poincare."""
     x, z = points(20), points(20, seed=1)

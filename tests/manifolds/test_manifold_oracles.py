@@ -307,6 +307,7 @@ def test_killing():
 # ---- Heat kernels.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("t", [0.02, 1.0, 5.0, 7.0, 30.0])
 def test_heat_on_the_circle(t):
     """Mass 1, both series, and the heat equation."""

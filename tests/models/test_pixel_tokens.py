@@ -18,6 +18,7 @@ def network(channels=1, **options):
     return PixelTokens(make_unet("tiny", out_channels=K * channels, **SMALL, **options), K, mask=MASK, width=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2])
 def test_even_at_first_and_never_the_mask(channels):
     module = network(channels)
@@ -29,6 +30,7 @@ def test_even_at_first_and_never_the_mask(channels):
     assert np.isneginf(logits[..., MASK]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [losses.masked_elbo, losses.cross_entropy])
 def test_all_parameters_learn(make):
     module = network(embed=LabelEmbedding(2))
@@ -41,6 +43,7 @@ def test_all_parameters_learn(make):
         assert np.abs(leaf).max() > 0
 
 
+@pytest.mark.slow
 def test_a_transformer_does_as_well():
     module = PixelTokens(
         make_dit("tiny", hidden=16, num_layers=1, num_heads=1, patch_size=2, out_channels=K),

@@ -132,6 +132,7 @@ def test_places_of_their_own_tell_where_a_token_is():
     np.testing.assert_allclose(without[0, 1:], np.repeat(without[0, :1], LENGTH - 1, axis=0), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_time_is_seen_as_it_is_given():
     """Not in the dtype of the tokens, in which it would be 0."""
     seen = []

@@ -209,6 +209,7 @@ def hostile(t, x):
     return jnp.where(jnp.arange(4) == 3, 50.0, jnp.zeros((*x.shape, 4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_masks_are_never_drawn_and_tokens_never_change(name):
     """1e5 draws of four tokens, of which some are given, and no exception."""

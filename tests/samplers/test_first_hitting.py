@@ -31,6 +31,7 @@ def solved(sampler, times=None, num=4000):
     return np.array(found), int(solution.calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("position", POSITIONS)
 def test_every_sudoku_is_a_solution_and_each_as_often(position):
     """With 16 evaluations; chi2 of 287 degrees of freedom is above 384 by chance once in 1e4."""

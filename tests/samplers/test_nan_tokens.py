@@ -104,6 +104,7 @@ def test_a_negative_rate_to_another_token_gives_no_token():
         tau_leap(u, 0.0, 0.5, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jit", [False, True])
 def test_of_a_step_by_itself(jit):
     def step(x):

@@ -145,6 +145,7 @@ def test_as_many_are_masked_as_by_the_rule_alone(sigma):
             np.testing.assert_allclose(np.ptp(np.log(chance[free]) + c[free]), 0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_confidence_keeps_the_share_of_masks():
     x0, logits = jnp.full((4000, 8), MASK), jnp.log(jnp.array([0.7, 0.2, 0.1, 1.0]))
     rule = MixtureSteps(PATH, Confidence(Rescale(1.0)))
@@ -164,6 +165,7 @@ def test_confidence_keeps_the_share_of_masks():
     np.testing.assert_allclose(found, [1, 0.7, 0.5, 0.4, 0.3, 0.2], atol=4 * 0.5 / np.sqrt(32_000))
 
 
+@pytest.mark.slow
 def test_the_unsure_are_masked_sooner():
     """And those that were given never; the mean is that of the rule."""
     confidence = jnp.array([[0.1, 0.9, jnp.inf, 0.5]])
