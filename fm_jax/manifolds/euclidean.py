@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_integer, check_key
 from fm_jax.manifolds.points import check_points, norm, refuse_uniform
-from fm_jax.types import Array, Examples, Key, Like
+from fm_jax.types import Examples, Key, Like
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,6 @@ class Euclidean:
         """Raises `ValueError`: the volume is infinite."""
         return refuse_uniform(self)
 
-    def check(self, name: str, x: Array) -> None:
+    def check(self, name: str, x: Examples) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, self)

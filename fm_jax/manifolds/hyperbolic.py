@@ -109,7 +109,7 @@ class Hyperbolic:
         """Raises `ValueError`: the volume is infinite."""
         return refuse_uniform(self)
 
-    def check(self, name: str, x: Array) -> None:
+    def check(self, name: str, x: Examples) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, self)
 

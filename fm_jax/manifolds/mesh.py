@@ -157,7 +157,7 @@ class TriangleMesh:
         weights = jnp.stack([1 - a, a * (1 - b), a * b], axis=-1)
         return (weights[..., None] * self._corners(face, like.dtype)).sum(axis=-2)
 
-    def check(self, name: str, x: Array) -> None:
+    def check(self, name: str, x: Examples) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, self)
 

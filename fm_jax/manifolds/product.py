@@ -151,7 +151,7 @@ class Product:
         likes = [jax.ShapeDtypeStruct((*like.shape[:-1], *part.shape), like.dtype) for part in self.parts]
         return self.join([part.uniform(k, each) for k, part, each in zip(keys, self.parts, likes)])
 
-    def check(self, name: str, x: Array) -> None:
+    def check(self, name: str, x: Examples) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_shape_of(name, x, self)
         for i, (part, each) in enumerate(zip(self.parts, self.split(x))):

@@ -110,7 +110,7 @@ class SO3:
         a = _hat(q[..., 1:])
         return _newton(jnp.broadcast_to(jnp.eye(3, dtype=q.dtype), a.shape) + 2 * (q[..., :1, None] * a + _times(a, a)))
 
-    def check(self, name: str, x: Array) -> None:
+    def check(self, name: str, x: Examples) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, self)
 

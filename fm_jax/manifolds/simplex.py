@@ -109,7 +109,7 @@ class Simplex:
         check_shape_of("like", like, self)
         return self.project(jax.random.normal(key, like.shape, like.dtype) ** 2)
 
-    def check(self, name: str, x: Array) -> None:
+    def check(self, name: str, x: Examples) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, self)
 

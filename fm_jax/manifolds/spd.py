@@ -50,7 +50,7 @@ class _SPD:
         """Raises `ValueError`: the volume is infinite."""
         return refuse_uniform(self)
 
-    def check(self, name: str, x: Array) -> None:
+    def check(self, name: str, x: Examples) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, cast(Manifold, self))
         if is_traced(x) or not getattr(x, "is_fully_addressable", True):

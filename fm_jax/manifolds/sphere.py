@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_integer, check_key
 from fm_jax.manifolds.points import check_points, check_shape_of, dot, norm, over
-from fm_jax.types import Array, Examples, Key, Like
+from fm_jax.types import Examples, Key, Like
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,6 @@ class Sphere:
         check_shape_of("like", like, self)
         return self.project(jax.random.normal(key, like.shape, like.dtype))
 
-    def check(self, name: str, x: Array) -> None:
+    def check(self, name: str, x: Examples) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, self)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fm_jax.checks import check_integer, check_key, is_traced
 from fm_jax.manifolds.points import TOLERANCE, check_shape_of, norm
-from fm_jax.types import Array, Examples, Key, Like
+from fm_jax.types import Examples, Key, Like
 
 # A turn in two parts: the first has 8 bits, so that a number of turns times it is exact, and what is left is small.
 _TURN = 6.28125
@@ -112,7 +112,7 @@ class FlatTorus:
         check_shape_of("like", like, self)
         return jax.random.uniform(key, like.shape, like.dtype, -math.pi, math.pi)
 
-    def check(self, name: str, x: Array) -> None:
+    def check(self, name: str, x: Examples) -> None:
         """Raises `ValueError` for what is no points of it: angles further than pi from 0 are degrees, or a slip."""
         check_shape_of(name, x, self)
         if is_traced(x) or not getattr(x, "is_fully_addressable", True):
