@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_integer, check_key
 from fm_jax.manifolds.points import check_points, norm, refuse_uniform
-from fm_jax.types import Examples, Key, Like
+from fm_jax.types import AnyArray, Key, Like
 
 
 @dataclass(frozen=True)
@@ -42,51 +42,51 @@ class Euclidean:
     def log_total(self) -> None:
         return None
 
-    def exp(self, x: Examples, u: Examples) -> Examples:
+    def exp(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`x + u`."""
         return x + u
 
-    def log(self, x: Examples, y: Examples) -> Examples:
+    def log(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """`y - x`."""
         return y - x
 
-    def distance(self, x: Examples, y: Examples) -> Examples:
+    def distance(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """`|y - x|`."""
         return norm(y - x)[..., 0]
 
-    def project(self, x: Examples) -> Examples:
+    def project(self, x: AnyArray) -> AnyArray:
         """The point itself."""
         return x
 
-    def tangent(self, x: Examples, u: Examples) -> Examples:
+    def tangent(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """The vector itself."""
         return u
 
-    def gradient(self, x: Examples, g: Examples) -> Examples:
+    def gradient(self, x: AnyArray, g: AnyArray) -> AnyArray:
         """The gradient itself."""
         return g
 
-    def squared_norm(self, x: Examples, u: Examples) -> Examples:
+    def squared_norm(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`|u|^2`."""
         return (u * u).sum(axis=-1)
 
-    def log_volume(self, x: Examples) -> Examples:
+    def log_volume(self, x: AnyArray) -> AnyArray:
         """0."""
         return jnp.zeros(x.shape[:-1], x.dtype)
 
-    def log_jacobian(self, x: Examples, u: Examples) -> Examples:
+    def log_jacobian(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """0."""
         return jnp.zeros(u.shape[:-1], u.dtype)
 
-    def normal(self, key: Key, x: Examples) -> Examples:
+    def normal(self, key: Key, x: AnyArray) -> AnyArray:
         """Standard normal noise."""
         check_key(key)
         return jax.random.normal(key, x.shape, x.dtype)
 
-    def uniform(self, key: Key, like: Like) -> Examples:
+    def uniform(self, key: Key, like: Like) -> AnyArray:
         """Raises `ValueError`: the volume is infinite."""
         return refuse_uniform(self)
 
-    def check(self, name: str, x: Examples) -> None:
+    def check(self, name: str, x: AnyArray) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, self)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fm_jax.checks import check_array, check_integer, check_key, is_traced
 from fm_jax.manifolds.points import check_points, dot, norm, over, refuse_uniform
-from fm_jax.types import Array, Examples, Key, Like
+from fm_jax.types import AnyArray, Array, Key, Like
 
 
 @dataclass(frozen=True)
@@ -52,23 +52,23 @@ class Hyperbolic:
     def log_total(self) -> None:
         return None
 
-    def exp(self, x: Examples, u: Examples) -> Examples:
+    def exp(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`cosh|u| x + sinh|u| u / |u|`."""
         r = norm(_from_tangent(x, u))
         return _lift(jnp.cosh(r) * x[..., 1:] + over(jnp.sinh(r), r) * u[..., 1:])
 
-    def log(self, x: Examples, y: Examples) -> Examples:
+    def log(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """The tangent part of y, as long as the distance."""
         x = self.project(x)
         z = _boosted(x, self.project(y))
         sine = norm(z)
         return _to_tangent(x, over(jnp.arcsinh(sine), sine) * z)
 
-    def distance(self, x: Examples, y: Examples) -> Examples:
+    def distance(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """`arccosh(-<x, y>_L)`."""
         return jnp.arcsinh(norm(_boosted(self.project(x), self.project(y))))[..., 0]
 
-    def project(self, x: Examples) -> Examples:
+    def project(self, x: AnyArray) -> AnyArray:
         """`x / sqrt(-<x, x>_L)`, along the ray; NaN outside of the cone of what has one.
 
         Where `<x, x>_L` is -1 but for rounding, the coordinates after the first stay as they are.
@@ -79,42 +79,42 @@ class Hyperbolic:
         square = jnp.where(on_it, 1 + (square - jax.lax.stop_gradient(square)), square)
         return _lift(x[..., 1:] / jnp.sqrt(square))
 
-    def tangent(self, x: Examples, u: Examples) -> Examples:
+    def tangent(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`u + <x, u>_L x`."""
         return u + _lorentz(x, u) * x
 
-    def gradient(self, x: Examples, g: Examples) -> Examples:
+    def gradient(self, x: AnyArray, g: AnyArray) -> AnyArray:
         """The tangent part of `(-g_0, g_1, ..., g_n)`."""
         return self.tangent(x, jnp.concatenate([-g[..., :1], g[..., 1:]], axis=-1))
 
-    def squared_norm(self, x: Examples, u: Examples) -> Examples:
+    def squared_norm(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`<u, u>_L`, of a tangent vector, without cancellation."""
         return (_from_tangent(x, u) ** 2).sum(axis=-1)
 
-    def log_volume(self, x: Examples) -> Examples:
+    def log_volume(self, x: AnyArray) -> AnyArray:
         """0."""
         return jnp.zeros(x.shape[:-1], x.dtype)
 
-    def log_jacobian(self, x: Examples, u: Examples) -> Examples:
+    def log_jacobian(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`(n - 1) log(sinh|u| / |u|)`."""
         r = norm(_from_tangent(x, u))[..., 0]
         return (self.n - 1) * jnp.log(over(jnp.sinh(r), r))
 
-    def normal(self, key: Key, x: Examples) -> Examples:
+    def normal(self, key: Key, x: AnyArray) -> AnyArray:
         """Standard normal noise at the origin, transported to x."""
         check_key(key)
         return _to_tangent(x, jax.random.normal(key, (*x.shape[:-1], self.n), x.dtype))
 
-    def uniform(self, key: Key, like: Like) -> Examples:
+    def uniform(self, key: Key, like: Like) -> AnyArray:
         """Raises `ValueError`: the volume is infinite."""
         return refuse_uniform(self)
 
-    def check(self, name: str, x: Examples) -> None:
+    def check(self, name: str, x: AnyArray) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, self)
 
 
-def to_ball(x: Examples) -> Examples:
+def to_ball(x: AnyArray) -> AnyArray:
     """Points of the Lorentz model in the Poincare ball, `(x_1, ..., x_n) / (1 + x_0)`.
 
     Args:
@@ -135,7 +135,7 @@ def to_ball(x: Examples) -> Examples:
     return x[..., 1:] / (1 + x[..., :1])
 
 
-def from_ball(y: Examples) -> Examples:
+def from_ball(y: AnyArray) -> AnyArray:
     """Points of the Poincare ball in the Lorentz model, `(1 + |y|^2, 2 y) / (1 - |y|^2)`.
 
     Args:

@@ -11,7 +11,7 @@ import numpy as np
 from fm_jax.checks import check_finite, check_integer, check_key, check_known, shown
 from fm_jax.manifolds.points import check_points, check_shape_of
 from fm_jax.manifolds.triangles import coordinates, eigenpairs, nearest
-from fm_jax.types import Array, Examples, Key, Like
+from fm_jax.types import AnyArray, Array, Key, Like
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -92,58 +92,58 @@ class TriangleMesh:
     def log_total(self) -> float:
         return math.log(self.areas.sum())
 
-    def eigenfunctions(self, x: Examples) -> Array:
+    def eigenfunctions(self, x: AnyArray) -> Array:
         """The eigenfunctions [..., k] at the closest point, by barycentric interpolation."""
         face, weights = self._nearest(x)
         modes = jnp.asarray(self.modes, x.dtype)[jnp.asarray(self.faces)[face]]
         return (weights[..., None] * modes).sum(axis=-2)
 
-    def exp(self, x: Examples, u: Examples) -> Examples:
+    def exp(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`project(x + u)`: the geodesic within a triangle, and to first order in u beyond it."""
         return self.project(x + u)
 
-    def log(self, x: Examples, y: Examples) -> Examples:
+    def log(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """Raises `ValueError`: it is not known."""
         raise ValueError(_refusal(self, "log"))
 
-    def distance(self, x: Examples, y: Examples) -> Examples:
+    def distance(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """Raises `ValueError`: it is not known."""
         raise ValueError(_refusal(self, "distance"))
 
-    def project(self, x: Examples) -> Examples:
+    def project(self, x: AnyArray) -> AnyArray:
         """The closest point of the surface."""
         face, weights = self._nearest(x)
         return (weights[..., None] * self._corners(face, x.dtype)).sum(axis=-2)
 
-    def tangent(self, x: Examples, u: Examples) -> Examples:
+    def tangent(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """The part of u in the plane of the triangle of x."""
         face, _ = nearest(self.vertices, self.faces, jax.lax.stop_gradient(x))
         normal = _normals(self.vertices, self.faces)
         normal = jnp.asarray(normal / np.linalg.norm(normal, axis=1, keepdims=True), x.dtype)[face]
         return u - (normal * u).sum(axis=-1, keepdims=True) * normal
 
-    def gradient(self, x: Examples, g: Examples) -> Examples:
+    def gradient(self, x: AnyArray, g: AnyArray) -> AnyArray:
         """The tangent part."""
         return self.tangent(x, g)
 
-    def squared_norm(self, x: Examples, u: Examples) -> Examples:
+    def squared_norm(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`|u|^2`."""
         return (u * u).sum(axis=-1)
 
-    def log_volume(self, x: Examples) -> Examples:
+    def log_volume(self, x: AnyArray) -> AnyArray:
         """0."""
         return jnp.zeros(x.shape[:-1], x.dtype)
 
-    def log_jacobian(self, x: Examples, u: Examples) -> Examples:
+    def log_jacobian(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """Raises `ValueError`: it is not known."""
         raise ValueError(_refusal(self, "log_jacobian"))
 
-    def normal(self, key: Key, x: Examples) -> Examples:
+    def normal(self, key: Key, x: AnyArray) -> AnyArray:
         """The tangent part of standard normal noise."""
         check_key(key)
         return self.tangent(x, jax.random.normal(key, x.shape, x.dtype))
 
-    def uniform(self, key: Key, like: Like) -> Examples:
+    def uniform(self, key: Key, like: Like) -> AnyArray:
         """A triangle by its area, in steps of 2^-32, and a point of it."""
         check_key(key)
         check_shape_of("like", like, self)
@@ -157,7 +157,7 @@ class TriangleMesh:
         weights = jnp.stack([1 - a, a * (1 - b), a * b], axis=-1)
         return (weights[..., None] * self._corners(face, like.dtype)).sum(axis=-2)
 
-    def check(self, name: str, x: Examples) -> None:
+    def check(self, name: str, x: AnyArray) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, self)
 

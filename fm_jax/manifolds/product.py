@@ -13,7 +13,7 @@ from fm_jax.manifolds.euclidean import Euclidean
 from fm_jax.manifolds.fields import check_manifold
 from fm_jax.manifolds.points import check_shape_of, norm, refuse_uniform
 from fm_jax.manifolds.rotations import SO3
-from fm_jax.types import Array, Examples, Key, Like, Manifold
+from fm_jax.types import AnyArray, Array, Key, Like, Manifold
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Product:
         known = [total for total in totals if total is not None]
         return math.fsum(known) if len(known) == len(totals) else None
 
-    def split(self, x: Examples) -> tuple[Examples, ...]:
+    def split(self, x: AnyArray) -> tuple[AnyArray, ...]:
         """[..., total] -> a [..., *shape] for each part.
 
         Args:
@@ -73,7 +73,7 @@ class Product:
         pieces = jnp.split(x, ends, axis=-1)
         return tuple(piece.reshape(*x.shape[:-1], *part.shape) for piece, part in zip(pieces, self.parts))
 
-    def join(self, points: Sequence[Examples]) -> Examples:
+    def join(self, points: Sequence[AnyArray]) -> AnyArray:
         """A [..., *shape] for each part -> [..., total].
 
         Args:
@@ -92,56 +92,56 @@ class Product:
             raise ValueError(f"points must have the same leading axes, got shapes {[each.shape for each in points]}.")
         return jnp.concatenate(flat, axis=-1)
 
-    def exp(self, x: Examples, u: Examples) -> Examples:
+    def exp(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """Of each part."""
         return self.join(self._each("exp", x, u))
 
-    def log(self, x: Examples, y: Examples) -> Examples:
+    def log(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """Of each part."""
         return self.join(self._each("log", x, y))
 
-    def several_ways(self, x: Examples, y: Examples) -> Examples:
+    def several_ways(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """Whether there are in a part."""
         found = jnp.zeros(x.shape[:-1], bool)
         for part, a, b in zip(self.parts, self.split(x), self.split(y), strict=True):
             found = found | part.several_ways(a, b) if hasattr(part, "several_ways") else found
         return found
 
-    def distance(self, x: Examples, y: Examples) -> Examples:
+    def distance(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """The root of the sum of squares."""
         return norm(jnp.stack(self._each("distance", x, y), axis=-1))[..., 0]
 
-    def project(self, x: Examples) -> Examples:
+    def project(self, x: AnyArray) -> AnyArray:
         """Of each part."""
         return self.join(self._each("project", x))
 
-    def tangent(self, x: Examples, u: Examples) -> Examples:
+    def tangent(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """Of each part."""
         return self.join(self._each("tangent", x, u))
 
-    def gradient(self, x: Examples, g: Examples) -> Examples:
+    def gradient(self, x: AnyArray, g: AnyArray) -> AnyArray:
         """Of each part."""
         return self.join(self._each("gradient", x, g))
 
-    def squared_norm(self, x: Examples, u: Examples) -> Examples:
+    def squared_norm(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """The sum."""
         return jnp.stack(self._each("squared_norm", x, u), axis=-1).sum(axis=-1)
 
-    def log_volume(self, x: Examples) -> Examples:
+    def log_volume(self, x: AnyArray) -> AnyArray:
         """The sum."""
         return jnp.stack(self._each("log_volume", x), axis=-1).sum(axis=-1)
 
-    def log_jacobian(self, x: Examples, u: Examples) -> Examples:
+    def log_jacobian(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """The sum."""
         return jnp.stack(self._each("log_jacobian", x, u), axis=-1).sum(axis=-1)
 
-    def normal(self, key: Key, x: Examples) -> Examples:
+    def normal(self, key: Key, x: AnyArray) -> AnyArray:
         """Independent of each part."""
         check_key(key)
         keys = jax.random.split(key, len(self.parts))
         return self.join([part.normal(k, each) for k, part, each in zip(keys, self.parts, self.split(x))])
 
-    def uniform(self, key: Key, like: Like) -> Examples:
+    def uniform(self, key: Key, like: Like) -> AnyArray:
         """Independent of each part; raises `ValueError` where the volume of one is infinite."""
         if self.log_total is None:
             return refuse_uniform(self)
@@ -151,13 +151,13 @@ class Product:
         likes = [jax.ShapeDtypeStruct((*like.shape[:-1], *part.shape), like.dtype) for part in self.parts]
         return self.join([part.uniform(k, each) for k, part, each in zip(keys, self.parts, likes)])
 
-    def check(self, name: str, x: Examples) -> None:
+    def check(self, name: str, x: AnyArray) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_shape_of(name, x, self)
         for i, (part, each) in enumerate(zip(self.parts, self.split(x))):
             part.check(f"part {i} of {name}", each)
 
-    def _each(self, method: str, *points: Examples) -> list[Array]:
+    def _each(self, method: str, *points: AnyArray) -> list[Array]:
         """What the method of each part says of its part of the points."""
         split = zip(*(self.split(each) for each in points))
         methods: list[Callable[..., Array]] = [getattr(part, method) for part in self.parts]

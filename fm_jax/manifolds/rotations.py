@@ -9,7 +9,7 @@ import numpy as np
 
 from fm_jax.checks import check_key
 from fm_jax.manifolds.points import check_points, check_shape_of, dot, norm
-from fm_jax.types import Array, Examples, Key, Like
+from fm_jax.types import AnyArray, Array, Key, Like
 
 _STEPS = 10  # of Newton's method: singular values a factor of 1e4 apart are 1 to rounding after 9
 
@@ -46,25 +46,25 @@ class SO3:
     def log_total(self) -> float:
         return math.log(8 * math.pi**2)
 
-    def exp(self, x: Examples, u: Examples) -> Examples:
+    def exp(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`x (I + sin(w) / w A + (1 - cos(w)) / w^2 A^2)`, A = x^T u and w its angle: Rodrigues."""
         w = _vee(_times(_transposed(x), u))
         a, q = _hat(w), dot(w, w)[..., None]
         return _newton(x + _times(x, _sinc(q) * a + _sinc(q / 4) ** 2 / 2 * _times(a, a)))
 
-    def log(self, x: Examples, y: Examples) -> Examples:
+    def log(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """X times the antisymmetric matrix of the axis of `x^T y`, as long as the angle."""
         return _times(x, _hat(_rotation_vector(x, y)))
 
-    def several_ways(self, x: Examples, y: Examples) -> Examples:
+    def several_ways(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """Whether x and y are exactly half a turn apart."""
         return self.distance(x, y) >= jnp.asarray(math.pi, x.dtype)
 
-    def distance(self, x: Examples, y: Examples) -> Examples:
+    def distance(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """The angle of `x^T y`."""
         return norm(_rotation_vector(x, y))[..., 0]
 
-    def project(self, x: Examples) -> Examples:
+    def project(self, x: AnyArray) -> AnyArray:
         """The nearest rotation, by Newton's method; where the determinant is negative, that of -x; NaN where it is 0.
 
         `X <- (X + X^-T) / 2`, of X scaled to determinant 1, so that derivatives are those of the polar factor, finite
@@ -76,32 +76,32 @@ class SO3:
 
         return jax.lax.fori_loop(0, _STEPS, step, x)
 
-    def tangent(self, x: Examples, u: Examples) -> Examples:
+    def tangent(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """X times the antisymmetric part of `x^T u`."""
         return _times(x, _hat(_vee(_times(_transposed(x), u))))
 
-    def gradient(self, x: Examples, g: Examples) -> Examples:
+    def gradient(self, x: AnyArray, g: AnyArray) -> AnyArray:
         """Twice the tangent part: the metric is half of the ambient one."""
         return 2 * self.tangent(x, g)
 
-    def squared_norm(self, x: Examples, u: Examples) -> Examples:
+    def squared_norm(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`tr(u^T u) / 2`."""
         return (u * u).sum(axis=(-2, -1)) / 2
 
-    def log_volume(self, x: Examples) -> Examples:
+    def log_volume(self, x: AnyArray) -> AnyArray:
         """0."""
         return jnp.zeros(x.shape[:-2], x.dtype)
 
-    def log_jacobian(self, x: Examples, u: Examples) -> Examples:
+    def log_jacobian(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`2 log(sin(w / 2) / (w / 2))`, w the norm of u; -inf where it is a multiple of 2 pi."""
         return 2 * jnp.log(jnp.abs(_sinc(self.squared_norm(x, u) / 4)))
 
-    def normal(self, key: Key, x: Examples) -> Examples:
+    def normal(self, key: Key, x: AnyArray) -> AnyArray:
         """X times the antisymmetric matrix of a standard normal vector."""
         check_key(key)
         return _times(x, _hat(jax.random.normal(key, x.shape[:-1], x.dtype)))
 
-    def uniform(self, key: Key, like: Like) -> Examples:
+    def uniform(self, key: Key, like: Like) -> AnyArray:
         """Quaternions of standard normal components."""
         check_key(key)
         check_shape_of("like", like, self)
@@ -110,7 +110,7 @@ class SO3:
         a = _hat(q[..., 1:])
         return _newton(jnp.broadcast_to(jnp.eye(3, dtype=q.dtype), a.shape) + 2 * (q[..., :1, None] * a + _times(a, a)))
 
-    def check(self, name: str, x: Examples) -> None:
+    def check(self, name: str, x: AnyArray) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, self)
 

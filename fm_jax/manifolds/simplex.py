@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_integer, check_key
 from fm_jax.manifolds.points import check_points, check_shape_of, dot, norm, over
-from fm_jax.types import Array, Examples, Key, Like
+from fm_jax.types import AnyArray, Array, Key, Like
 
 
 @dataclass(frozen=True)
@@ -54,62 +54,62 @@ class Simplex:
         half = (self.n + 1) / 2
         return half * math.log(math.pi) - math.lgamma(half)
 
-    def exp(self, x: Examples, u: Examples) -> Examples:
+    def exp(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`x (cos r + sin r / r u / 2x)^2`, r half the length of u."""
         rate = over(u, x, 0.0) / 2
         r = norm(_root(x) * rate)
         return self.project(x * (jnp.cos(r) + over(jnp.sin(r), r) * rate) ** 2)
 
-    def log(self, x: Examples, y: Examples) -> Examples:
+    def log(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """The tangent part at `sqrt(x)` of `sqrt(y)`, as long as the angle, times `2 sqrt(x)`."""
         u = self.tangent(x, over(2 * _root(x), _root(x) + _root(y)) * (y - x))
         sine, angle = _angle(x, y)
         return over(angle, sine) * u
 
-    def distance(self, x: Examples, y: Examples) -> Examples:
+    def distance(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """Twice the angle between the roots."""
         return 2 * _angle(x, y)[1][..., 0]
 
-    def project(self, x: Examples) -> Examples:
+    def project(self, x: AnyArray) -> AnyArray:
         """`x / sum(x)`, what is negative being 0; NaN where nothing is positive."""
         x = jnp.where(x >= 0, x, jnp.where(x < 0, 0, jnp.nan))
         return x / x.sum(axis=-1, keepdims=True)
 
-    def tangent(self, x: Examples, u: Examples) -> Examples:
+    def tangent(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`u - sum(u) x`, nearest in the metric."""
         return u - u.sum(axis=-1, keepdims=True) * x
 
-    def gradient(self, x: Examples, g: Examples) -> Examples:
+    def gradient(self, x: AnyArray, g: AnyArray) -> AnyArray:
         """`x (g - <x, g>)`."""
         return x * (g - dot(x, g))
 
-    def squared_norm(self, x: Examples, u: Examples) -> Examples:
+    def squared_norm(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`sum u^2 / x`; infinite for u across a face."""
         some = u != 0
         each = u * (u / jnp.where(some, x, 1))
         return jnp.where(some, each, 0).sum(axis=-1)
 
-    def log_volume(self, x: Examples) -> Examples:
+    def log_volume(self, x: AnyArray) -> AnyArray:
         """`-1/2 sum log x`."""
         return -jnp.log(x).sum(axis=-1) / 2
 
-    def log_jacobian(self, x: Examples, u: Examples) -> Examples:
+    def log_jacobian(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`(n - 1) log(sin r / r)`, r half the length of u; -inf where r is a multiple of pi."""
         r = norm(over(u, _root(x), 0.0))[..., 0] / 2
         return (self.n - 1) * jnp.log(jnp.abs(over(jnp.sin(r), r)))
 
-    def normal(self, key: Key, x: Examples) -> Examples:
+    def normal(self, key: Key, x: AnyArray) -> AnyArray:
         """The tangent part of standard normal noise times `sqrt(x)`."""
         check_key(key)
         return self.tangent(x, _root(x) * jax.random.normal(key, x.shape, x.dtype))
 
-    def uniform(self, key: Key, like: Like) -> Examples:
+    def uniform(self, key: Key, like: Like) -> AnyArray:
         """Dirichlet of parameters 1/2, Jeffreys' prior: squares of normal noise, projected."""
         check_key(key)
         check_shape_of("like", like, self)
         return self.project(jax.random.normal(key, like.shape, like.dtype) ** 2)
 
-    def check(self, name: str, x: Examples) -> None:
+    def check(self, name: str, x: AnyArray) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, self)
 

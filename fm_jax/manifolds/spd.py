@@ -14,7 +14,7 @@ from jax.scipy.linalg import solve_triangular
 
 from fm_jax.checks import check_integer, check_key, is_traced
 from fm_jax.manifolds.points import check_points, norm, over, refuse_uniform
-from fm_jax.types import Array, Examples, Key, Like, Manifold
+from fm_jax.types import AnyArray, Array, Key, Like, Manifold
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,19 @@ class _SPD:
     def log_total(self) -> None:
         return None
 
-    def project(self, x: Examples) -> Examples:
+    def project(self, x: AnyArray) -> AnyArray:
         """The symmetric part; it is no point where that is not positive definite."""
         return _symmetric(x)
 
-    def tangent(self, x: Examples, u: Examples) -> Examples:
+    def tangent(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """The symmetric part."""
         return _symmetric(u)
 
-    def uniform(self, key: Key, like: Like) -> Examples:
+    def uniform(self, key: Key, like: Like) -> AnyArray:
         """Raises `ValueError`: the volume is infinite."""
         return refuse_uniform(self)
 
-    def check(self, name: str, x: Examples) -> None:
+    def check(self, name: str, x: AnyArray) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, cast(Manifold, self))
         if is_traced(x) or not getattr(x, "is_fully_addressable", True):
@@ -93,40 +93,40 @@ class SPD(_SPD):
         Array(1., dtype=float32)
     """
 
-    def exp(self, x: Examples, u: Examples) -> Examples:
+    def exp(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`C expm(C^-1 u C^-T) C^T`, `x = C C^T`."""
         c = jnp.linalg.cholesky(x)
         grown, small = _exp_of(_whitened(c, u))
         return _symmetric(jnp.where(small, x, 0) + _colored(c, grown))
 
-    def log(self, x: Examples, y: Examples) -> Examples:
+    def log(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """`C logm(C^-1 y C^-T) C^T`, `x = C C^T`."""
         c = jnp.linalg.cholesky(x)
         return _colored(c, self._whitened_log(c, x, y))
 
-    def distance(self, x: Examples, y: Examples) -> Examples:
+    def distance(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """`|logm(C^-1 y C^-T)|`, `x = C C^T`: the root of the sum of squares of logarithms of eigenvalues of x^-1 y."""
         return _frobenius(self._whitened_log(jnp.linalg.cholesky(x), x, y))
 
-    def gradient(self, x: Examples, g: Examples) -> Examples:
+    def gradient(self, x: AnyArray, g: AnyArray) -> AnyArray:
         """`x sym(g) x`."""
         return _symmetric(_times(x, _symmetric(g), x))
 
-    def squared_norm(self, x: Examples, u: Examples) -> Examples:
+    def squared_norm(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`tr(x^-1 u x^-1 u)`."""
         return (_whitened(jnp.linalg.cholesky(x), u) ** 2).sum(axis=(-2, -1))
 
-    def log_volume(self, x: Examples) -> Examples:
+    def log_volume(self, x: AnyArray) -> AnyArray:
         """`n (n - 1) / 4 log(2) - (n + 1) / 2 log(det(x))`, in the entries of the upper triangle."""
         roots = jnp.diagonal(jnp.linalg.cholesky(x), axis1=-2, axis2=-1)
         return self.n * (self.n - 1) / 4 * math.log(2) - (self.n + 1) * jnp.log(roots).sum(axis=-1)
 
-    def log_jacobian(self, x: Examples, u: Examples) -> Examples:
+    def log_jacobian(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """The sum of `log(sinh(d / 2) / (d / 2))`, d the differences between all pairs of eigenvalues of `x^-1 u`."""
         whitened = _whitened(jnp.linalg.cholesky(x), u)
         return _pairs(whitened, *_eigh(whitened))
 
-    def normal(self, key: Key, x: Examples) -> Examples:
+    def normal(self, key: Key, x: AnyArray) -> AnyArray:
         """`C z C^T`, `x = C C^T`, z the symmetric part of standard normal noise."""
         check_key(key)
         return _colored(jnp.linalg.cholesky(x), _symmetric(jax.random.normal(key, x.shape, x.dtype)))
@@ -159,31 +159,31 @@ class LogEuclideanSPD(_SPD):
         Array(1.386, dtype=float32)
     """
 
-    def exp(self, x: Examples, u: Examples) -> Examples:
+    def exp(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`expm(logm(x) + dlogm_x(u))`."""
         logarithm, values, vectors = self._log(x)
         grown, small = _exp_of(logarithm + _dlog(logarithm, values, vectors, _symmetric(u)))
         return _symmetric(jnp.where(small, _eye(x), 0) + grown)
 
-    def log(self, x: Examples, y: Examples) -> Examples:
+    def log(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """`dexpm_logm(x)(logm(y) - logm(x))`."""
         logarithm, values, vectors = self._log(x)
         return _dexp(logarithm, values, vectors, self._log(y)[0] - logarithm)
 
-    def distance(self, x: Examples, y: Examples) -> Examples:
+    def distance(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """`|logm(y) - logm(x)|`."""
         return _frobenius(self._log(y)[0] - self._log(x)[0])
 
-    def gradient(self, x: Examples, g: Examples) -> Examples:
+    def gradient(self, x: AnyArray, g: AnyArray) -> AnyArray:
         """dexpm_logm(x), twice, of `sym(g)`."""
         logarithm, values, vectors = self._log(x)
         return _dexp(logarithm, values, vectors, _dexp(logarithm, values, vectors, _symmetric(g)))
 
-    def squared_norm(self, x: Examples, u: Examples) -> Examples:
+    def squared_norm(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`|dlogm_x(u)|^2`."""
         return (_dlog(*self._log(x), _symmetric(u)) ** 2).sum(axis=(-2, -1))
 
-    def log_volume(self, x: Examples) -> Examples:
+    def log_volume(self, x: AnyArray) -> AnyArray:
         """`n (n - 1) / 4 log(2) - sum_(i <= j) log((a_i - a_j) / (log a_i - log a_j))`, a the eigenvalues of x.
 
         In the entries of the upper triangle.
@@ -192,11 +192,11 @@ class LogEuclideanSPD(_SPD):
         trace = jnp.trace(logarithm, axis1=-2, axis2=-1)
         return self.n * (self.n - 1) / 4 * math.log(2) - (self.n + 1) / 2 * trace - _pairs(logarithm, values, vectors)
 
-    def log_jacobian(self, x: Examples, u: Examples) -> Examples:
+    def log_jacobian(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """0."""
         return jnp.zeros(u.shape[:-2], u.dtype)
 
-    def normal(self, key: Key, x: Examples) -> Examples:
+    def normal(self, key: Key, x: AnyArray) -> AnyArray:
         """dexpm_logm(x) of the symmetric part of standard normal noise."""
         check_key(key)
         return _dexp(*self._log(x), _symmetric(jax.random.normal(key, x.shape, x.dtype)))

@@ -10,7 +10,7 @@ import numpy as np
 
 from fm_jax.checks import check_finite, check_function, check_known, check_number, shown
 from fm_jax.manifolds.points import norm
-from fm_jax.types import Array, Examples
+from fm_jax.types import AnyArray, Array
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class SpectralPremetric:
             raise ValueError(f"weights must not be negative, nor all 0, got from {weights.min()} to {weights.max()}.")
         object.__setattr__(self, "weights", tuple(weights.tolist()))
 
-    def __call__(self, x: Examples, y: Examples) -> Array:
+    def __call__(self, x: AnyArray, y: AnyArray) -> Array:
         """The distance [...]; its derivative at coincidence is 0."""
         difference = self.features(x) - self.features(y)
         k = len(self.weights)

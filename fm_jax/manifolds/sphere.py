@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from fm_jax.checks import check_integer, check_key
 from fm_jax.manifolds.points import check_points, check_shape_of, dot, norm, over
-from fm_jax.types import Examples, Key, Like
+from fm_jax.types import AnyArray, Key, Like
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Sphere:
         half = (self.n + 1) / 2
         return math.log(2) + half * math.log(math.pi) - math.lgamma(half)
 
-    def exp(self, x: Examples, u: Examples) -> Examples:
+    def exp(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`cos|u| x + sin|u| u / |u|`."""
         r = norm(u)
         return self.project(jnp.cos(r) * x + over(jnp.sin(r), r) * u)
 
-    def log(self, x: Examples, y: Examples) -> Examples:
+    def log(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """The tangent part of y, as long as the angle."""
         cosine = dot(x, y)
         # With y from x, or from -x, whichever is nearer, what is left is small without cancellation.
@@ -72,50 +72,50 @@ class Sphere:
         angle = jnp.arctan2(sine, jnp.where(sine == 0, 1, cosine))
         return jnp.where(opposite, math.pi * away / norm(away), over(angle, sine) * w)
 
-    def several_ways(self, x: Examples, y: Examples) -> Examples:
+    def several_ways(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """Whether y is opposite to x, exactly."""
         return ((norm(self.tangent(x, x + y)) == 0) & (dot(x, y) < 0))[..., 0]
 
-    def distance(self, x: Examples, y: Examples) -> Examples:
+    def distance(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """The angle."""
         return norm(self.log(x, y))[..., 0]
 
-    def project(self, x: Examples) -> Examples:
+    def project(self, x: AnyArray) -> AnyArray:
         """`x / |x|`; NaN at 0, which is as near to all points."""
         return x / jnp.sqrt(dot(x, x))
 
-    def tangent(self, x: Examples, u: Examples) -> Examples:
+    def tangent(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`u - <x, u> x`."""
         return u - dot(x, u) * x
 
-    def gradient(self, x: Examples, g: Examples) -> Examples:
+    def gradient(self, x: AnyArray, g: AnyArray) -> AnyArray:
         """The tangent part."""
         return self.tangent(x, g)
 
-    def squared_norm(self, x: Examples, u: Examples) -> Examples:
+    def squared_norm(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`|u|^2`."""
         return (u * u).sum(axis=-1)
 
-    def log_volume(self, x: Examples) -> Examples:
+    def log_volume(self, x: AnyArray) -> AnyArray:
         """0."""
         return jnp.zeros(x.shape[:-1], x.dtype)
 
-    def log_jacobian(self, x: Examples, u: Examples) -> Examples:
+    def log_jacobian(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`(n - 1) log(sin|u| / |u|)`; -inf where |u| is a multiple of pi."""
         r = norm(u)[..., 0]
         return (self.n - 1) * jnp.log(jnp.abs(over(jnp.sin(r), r)))
 
-    def normal(self, key: Key, x: Examples) -> Examples:
+    def normal(self, key: Key, x: AnyArray) -> AnyArray:
         """The tangent part of standard normal noise."""
         check_key(key)
         return self.tangent(x, jax.random.normal(key, x.shape, x.dtype))
 
-    def uniform(self, key: Key, like: Like) -> Examples:
+    def uniform(self, key: Key, like: Like) -> AnyArray:
         """Normal noise, projected."""
         check_key(key)
         check_shape_of("like", like, self)
         return self.project(jax.random.normal(key, like.shape, like.dtype))
 
-    def check(self, name: str, x: Examples) -> None:
+    def check(self, name: str, x: AnyArray) -> None:
         """Raises `ValueError` for what is no points of it."""
         check_points(name, x, self)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fm_jax.checks import check_integer, check_key, is_traced
 from fm_jax.manifolds.points import TOLERANCE, check_shape_of, norm
-from fm_jax.types import Examples, Key, Like
+from fm_jax.types import AnyArray, Key, Like
 
 # A turn in two parts: the first has 8 bits, so that a number of turns times it is exact, and what is left is small.
 _TURN = 6.28125
@@ -55,25 +55,25 @@ class FlatTorus:
     def log_total(self) -> float:
         return self.n * math.log(2 * math.pi)
 
-    def exp(self, x: Examples, u: Examples) -> Examples:
+    def exp(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`x + u`, wrapped."""
         return self.project(x + u)
 
-    def log(self, x: Examples, y: Examples) -> Examples:
+    def log(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """`y - x`, wrapped; within pi, pi and -pi themselves as they are."""
         turns = jnp.round((y - x) / (2 * math.pi))
         half = turns * (_TURN / 2)  # from each: near the seam both are exact, where y - x is not
         return (y - half) - (x + half) - turns * _REST
 
-    def several_ways(self, x: Examples, y: Examples) -> Examples:
+    def several_ways(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """Whether angles of x and y are exactly pi apart."""
         return (jnp.abs(self.log(x, y)) >= jnp.asarray(math.pi, x.dtype)).any(axis=-1)
 
-    def distance(self, x: Examples, y: Examples) -> Examples:
+    def distance(self, x: AnyArray, y: AnyArray) -> AnyArray:
         """`|log|`."""
         return norm(self.log(x, y))[..., 0]
 
-    def project(self, x: Examples) -> Examples:
+    def project(self, x: AnyArray) -> AnyArray:
         """The same angle in [-pi, pi)."""
         inside = (x >= -math.pi) & (x < math.pi)
         turns = jnp.where(inside, 0, jnp.floor((x + math.pi) / (2 * math.pi)))
@@ -81,38 +81,38 @@ class FlatTorus:
         # Rounding may leave an angle beside an end on the wrong side of it.
         return jnp.where(y >= math.pi, y - 2 * math.pi, jnp.where(y < -math.pi, y + 2 * math.pi, y))
 
-    def tangent(self, x: Examples, u: Examples) -> Examples:
+    def tangent(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """The vector itself."""
         return u
 
-    def gradient(self, x: Examples, g: Examples) -> Examples:
+    def gradient(self, x: AnyArray, g: AnyArray) -> AnyArray:
         """The gradient itself."""
         return g
 
-    def squared_norm(self, x: Examples, u: Examples) -> Examples:
+    def squared_norm(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """`|u|^2`."""
         return (u * u).sum(axis=-1)
 
-    def log_volume(self, x: Examples) -> Examples:
+    def log_volume(self, x: AnyArray) -> AnyArray:
         """0."""
         return jnp.zeros(x.shape[:-1], x.dtype)
 
-    def log_jacobian(self, x: Examples, u: Examples) -> Examples:
+    def log_jacobian(self, x: AnyArray, u: AnyArray) -> AnyArray:
         """0."""
         return jnp.zeros(u.shape[:-1], u.dtype)
 
-    def normal(self, key: Key, x: Examples) -> Examples:
+    def normal(self, key: Key, x: AnyArray) -> AnyArray:
         """Standard normal noise."""
         check_key(key)
         return jax.random.normal(key, x.shape, x.dtype)
 
-    def uniform(self, key: Key, like: Like) -> Examples:
+    def uniform(self, key: Key, like: Like) -> AnyArray:
         """Each angle uniform in [-pi, pi)."""
         check_key(key)
         check_shape_of("like", like, self)
         return jax.random.uniform(key, like.shape, like.dtype, -math.pi, math.pi)
 
-    def check(self, name: str, x: Examples) -> None:
+    def check(self, name: str, x: AnyArray) -> None:
         """Raises `ValueError` for what is no points of it: angles further than pi from 0 are degrees, or a slip."""
         check_shape_of(name, x, self)
         if is_traced(x) or not getattr(x, "is_fully_addressable", True):
